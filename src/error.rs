@@ -1,0 +1,73 @@
+//! The library's error: every variant names the file, field, tensor or value and, where there is one,
+//! the next step. The command line prints the chain; scripts get the exit code from [`Error::exit_code`].
+
+use std::path::{Path, PathBuf};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that could not be read or written.
+    #[error("{action} {}: {source}", path.display())]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    /// A file whose content is not what it should be.
+    #[error("{}: {message}", path.display())]
+    File { path: PathBuf, message: String },
+    /// A line of a data file that cannot be used (lines count from 1).
+    #[error("{} line {line}: {message}", path.display())]
+    Line {
+        path: PathBuf,
+        line: usize,
+        message: String,
+    },
+    /// A checkpoint whose tensors do not fit its config; every problem is listed.
+    #[error("{}: {} tensor problem(s)\n  {}", path.display(), problems.len(), problems.join("\n  "))]
+    Tensors {
+        path: PathBuf,
+        problems: Vec<String>,
+    },
+    /// A flag, field or combination that cannot work.
+    #[error("{0}")]
+    Invalid(String),
+    /// Ctrl-C: the step in progress was finished and saved.
+    #[error("interrupted; {0}")]
+    Interrupted(String),
+    /// A failure inside the tensor library (a bug in zebroid if a user meets it).
+    #[error("tensor library: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl Error {
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+        let path = path.to_owned();
+        move |source| Error::Io {
+            action,
+            path,
+            source,
+        }
+    }
+
+    pub fn file(path: &Path, message: impl std::fmt::Display) -> Error {
+        Error::File {
+            path: path.to_owned(),
+            message: message.to_string(),
+        }
+    }
+
+    pub fn invalid(message: impl std::fmt::Display) -> Error {
+        Error::Invalid(message.to_string())
+    }
+
+    /// 1 for a failure, 2 for input that a person must change, 130 after Ctrl-C.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Io { .. } | Error::Tensor(_) => 1,
+            Error::Interrupted(_) => 130,
+            _ => 2,
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Zebroid composes hybrid (MLA + Mamba2) language models from pretrained Llama checkpoints.
+//!
+//! # Layout
+//! Modules in data-flow order; `tests/arrows.rs` guards who may use whom.
+//!
+//! | rank | module | holds |
+//! |---|---|---|
+//! | 1 | [`cli`] | one file per command |
+//! | 2 | [`eval`] | KL, parity, perplexity, recall; HTML report |
+//! | 2 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
+//! | 2 | [`convert`] | Llama checkpoint + layer plan → hybrid checkpoint |
+//! | 3 | [`generate`] | prefill, decode, sampling |
+//! | 3 | [`checkpoint`] | folders on disk: formats, shards, atomic save |
+//! | 3 | [`data`] | tokens, packing, the story generator |
+//! | 4 | [`model`] | embedding, layer, head: the first file to read |
+//! | 5 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
+//! | 6 | [`weights`] | named tensors, taken strictly |
+//! | 7 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
+//! | 8 | [`error`] | the error type |
+//!
+//! # Shape letters
+//! `B` batch, `T` query positions, `S` key positions, `D` hidden size, `H` query heads, `G` key/value
+//! heads (groups), `K` head dim of queries and keys, `V` head dim of values or vocabulary, `P` Mamba2
+//! head dim, `N` Mamba2 state dim, `C` convolution channels, `R` latent rank, `L` layers. Suffixes
+//! carry them: `x_BTD`-like shapes are written in comments as `[B, T, D]`.
+
+pub mod checkpoint;
+pub mod cli;
+pub mod convert;
+pub mod data;
+pub mod error;
+pub mod eval;
+pub mod generate;
+pub mod mixer;
+pub mod model;
+pub mod op;
+pub mod train;
+pub mod weights;
+
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! What the CPU kernels share: slices out of candle storage, vectorisable exponentials, row loops.

@@ -1,0 +1,20 @@
+//! Kernels. One folder an operation: `mod.rs` the public function and its `CustomOp` (forward and
+//! backward), `reference.rs` the same in plain tensor operations, `cpu.rs` loops over slices,
+//! `tests.rs` the laws between them.
+//!
+//! Every public function takes tensors on any device: f32 tensors on the CPU go to the kernel, all
+//! else (other devices, f64 in gradient tests) to the differentiable reference.
+
+mod documents;
+pub use documents::Documents;
+
+pub mod adamw;
+pub mod attention;
+pub mod causal_conv;
+pub mod cpu;
+pub mod linear;
+pub mod loss;
+pub mod rms_norm;
+pub mod rope;
+pub mod ssd;
+pub mod swiglu;
