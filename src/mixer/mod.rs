@@ -1,1 +1,185 @@
-//! mixer
+//! Sequence mixers: what stands between a layer's first norm and its residual addition.
+//!
+//! A mixer is a folder (`config`, forward, prefill, step, state, cost, initialisation from attention
+//! weights, tests) and a variant of [`MixerConfig`], [`Mixer`] and [`MixerState`]; the laws in
+//! `tests.rs` run over every variant.
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::op::Documents;
+use crate::weights::Weights;
+
+pub mod attention;
+pub mod cache;
+pub mod linalg;
+pub mod mamba2;
+pub mod mla;
+pub mod rotary;
+#[cfg(test)]
+mod tests;
+
+pub use attention::{Attention, AttentionConfig, AttentionWeights};
+pub use mamba2::{Mamba2, Mamba2Config, Mamba2State};
+pub use mla::{Mla, MlaConfig};
+pub use rotary::{RopeConfig, RopeScaling};
+
+/// A tensor a mixer owns: its name after the layer's prefix, and its shape.
+pub type Param = (String, Vec<usize>);
+
+/// One layer's mixer and its sizes, as `config.json` of our format spells it (tag `mixer`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "mixer", rename_all = "snake_case")]
+pub enum MixerConfig {
+    Attention(AttentionConfig),
+    Mla(MlaConfig),
+    Mamba2(Mamba2Config),
+}
+
+/// What a mixer needs to be stored and to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Cost {
+    /// Trained scalars.
+    pub params: usize,
+    /// Scalars kept for every token of a sequence.
+    pub kv_per_token: usize,
+    /// Scalars kept for every sequence, whatever its length.
+    pub state: usize,
+}
+
+impl std::ops::Add for Cost {
+    type Output = Cost;
+    fn add(self, other: Cost) -> Cost {
+        Cost {
+            params: self.params + other.params,
+            kv_per_token: self.kv_per_token + other.kv_per_token,
+            state: self.state + other.state,
+        }
+    }
+}
+
+impl MixerConfig {
+    /// The tag in `config.json`, the name on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            MixerConfig::Attention(_) => "attention",
+            MixerConfig::Mla(_) => "mla",
+            MixerConfig::Mamba2(_) => "mamba2",
+        }
+    }
+
+    /// The mixer's prefix inside a layer (`model.layers.N.<prefix>`), as Hugging Face and AMD name it.
+    pub fn prefix(&self) -> &'static str {
+        match self {
+            MixerConfig::Attention(_) => "self_attn",
+            MixerConfig::Mla(_) => "mla",
+            MixerConfig::Mamba2(_) => "mamba",
+        }
+    }
+
+    /// # Errors
+    /// Names the field and value that no mixer can be made from.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            MixerConfig::Attention(c) => c.validate(),
+            MixerConfig::Mla(c) => c.validate(),
+            MixerConfig::Mamba2(c) => c.validate(),
+        }
+    }
+
+    /// Every tensor of this mixer in a model of `hidden` channels.
+    pub fn params(&self, hidden: usize) -> Vec<Param> {
+        match self {
+            MixerConfig::Attention(c) => c.params(hidden),
+            MixerConfig::Mla(c) => c.params(hidden),
+            MixerConfig::Mamba2(c) => c.params(hidden),
+        }
+    }
+
+    /// The closed formulas (spec 1.10).
+    pub fn cost(&self, hidden: usize) -> Cost {
+        match self {
+            MixerConfig::Attention(c) => c.cost(hidden),
+            MixerConfig::Mla(c) => c.cost(hidden),
+            MixerConfig::Mamba2(c) => c.cost(hidden),
+        }
+    }
+}
+
+/// A mixer with its weights.
+#[derive(Debug)]
+pub enum Mixer {
+    Attention(Attention),
+    Mla(Mla),
+    Mamba2(Mamba2),
+}
+
+impl Mixer {
+    /// `weights` seen from the mixer's prefix.
+    pub fn new(config: &MixerConfig, weights: &Weights) -> Result<Self> {
+        Ok(match config {
+            MixerConfig::Attention(c) => Mixer::Attention(Attention::new(c, weights)?),
+            MixerConfig::Mla(c) => Mixer::Mla(Mla::new(c, weights)?),
+            MixerConfig::Mamba2(c) => Mixer::Mamba2(Mamba2::new(c, weights)?),
+        })
+    }
+
+    /// Whole sequences, for training: `x [B, T, D]` → `[B, T, D]`.
+    pub fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        match self {
+            Mixer::Attention(m) => m.forward(x, documents),
+            Mixer::Mla(m) => m.forward(x, documents),
+            Mixer::Mamba2(m) => m.forward(x, documents),
+        }
+    }
+
+    /// An empty state for `batch` sequences.
+    pub fn state(&self, batch: usize, device: &Device, dtype: DType) -> Result<MixerState> {
+        Ok(match self {
+            Mixer::Attention(_) => MixerState::Attention(Default::default()),
+            Mixer::Mla(_) => MixerState::Mla(Default::default()),
+            Mixer::Mamba2(m) => MixerState::Mamba2(m.state(batch, device, dtype)?),
+        })
+    }
+
+    /// The next `T` tokens of every sequence: `x [B, T, D]` → `[B, T, D]`; the state moves on.
+    pub fn prefill(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
+        match (self, state) {
+            (Mixer::Attention(m), MixerState::Attention(s)) => m.prefill(x, s),
+            (Mixer::Mla(m), MixerState::Mla(s)) => m.prefill(x, s),
+            (Mixer::Mamba2(m), MixerState::Mamba2(s)) => m.prefill(x, s),
+            _ => unreachable!("a state is made by its own mixer"),
+        }
+    }
+
+    /// The next token: `x [B, 1, D]` → `[B, 1, D]`. MLA decodes absorbed here; the others have one way
+    /// for any number of tokens.
+    pub fn step(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
+        match (self, state) {
+            (Mixer::Mla(m), MixerState::Mla(s)) => m.step(x, s),
+            (_, state) => self.prefill(x, state),
+        }
+    }
+}
+
+/// What a mixer remembers of the sequences it has seen.
+#[derive(Debug, Clone)]
+pub enum MixerState {
+    /// Rotated keys and values.
+    Attention(attention::KvCache),
+    /// Latents and rotated shared keys.
+    Mla(cache::Cache),
+    Mamba2(Mamba2State),
+}
+
+impl MixerState {
+    /// Scalars allocated for `batch` sequences of up to `capacity` tokens, as counted in the buffers.
+    pub fn allocated(&self) -> usize {
+        match self {
+            MixerState::Attention(s) => s.keys.allocated() + s.values.allocated(),
+            MixerState::Mla(s) => s.allocated(),
+            MixerState::Mamba2(s) => s.conv.elem_count() + s.ssm.elem_count(),
+        }
+    }
+}

@@ -1,1 +1,214 @@
-//! model
+//! The language model: embedding, layers (norm, mixer, norm, SwiGLU MLP), final norm, head.
+//!
+//! A Llama is the model whose layers all have the `attention` mixer, so teachers and hybrids are one
+//! type. `x ← x + mixer(norm(x))`, `x ← x + mlp(norm(x))` (Llama, arXiv 2302.13971).
+
+use candle_core::{DType, Tensor};
+
+use crate::Result;
+use crate::mixer::{Mixer, MixerState};
+use crate::op::Documents;
+use crate::op::linear::linear;
+use crate::op::rms_norm::rms_norm;
+use crate::op::swiglu::swiglu;
+use crate::weights::Weights;
+
+mod config;
+pub use config::{FORMAT_VERSION, ModelConfig};
+
+#[derive(Debug)]
+pub struct Mlp {
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+}
+
+impl Mlp {
+    fn new(weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            gate_proj: weights.get("gate_proj.weight")?,
+            up_proj: weights.get("up_proj.weight")?,
+            down_proj: weights.get("down_proj.weight")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let inner = swiglu(&linear(x, &self.gate_proj)?, &linear(x, &self.up_proj)?)?;
+        Ok(linear(&inner, &self.down_proj)?)
+    }
+}
+
+#[derive(Debug)]
+pub struct Layer {
+    input_layernorm: Tensor,
+    pub mixer: Mixer,
+    post_attention_layernorm: Tensor,
+    mlp: Mlp,
+    eps: f64,
+}
+
+impl Layer {
+    /// Layer `index` of a model, `weights` seen from the model's root.
+    pub fn new(config: &ModelConfig, index: usize, weights: &Weights) -> Result<Self> {
+        let weights = weights.at(format!("model.layers.{index}"));
+        let mixer = &config.layers[index];
+        Ok(Self {
+            input_layernorm: weights.get("input_layernorm.weight")?,
+            mixer: Mixer::new(mixer, &weights.at(mixer.prefix()))?,
+            post_attention_layernorm: weights.get("post_attention_layernorm.weight")?,
+            mlp: Mlp::new(&weights.at("mlp"))?,
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    /// What the mixer reads: `norm(x)`.
+    pub fn mixer_input(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(rms_norm(x, &self.input_layernorm, self.eps)?)
+    }
+
+    /// What follows the mixer: both residual additions and the MLP.
+    fn finish(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
+        let x = (x + mixed)?;
+        let y = self
+            .mlp
+            .forward(&rms_norm(&x, &self.post_attention_layernorm, self.eps)?)?;
+        Ok((x + y)?)
+    }
+
+    /// `x [B, T, D]` → the layer's output and its mixer's (before the residual addition), same shapes.
+    pub fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<(Tensor, Tensor)> {
+        let mixed = self.mixer.forward(&self.mixer_input(x)?, documents)?;
+        Ok((self.finish(x, &mixed)?, mixed))
+    }
+
+    fn resume(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
+        let input = self.mixer_input(x)?;
+        let mixed = match input.dims3()? {
+            (_, 1, _) => self.mixer.step(&input, state)?,
+            _ => self.mixer.prefill(&input, state)?,
+        };
+        self.finish(x, &mixed)
+    }
+}
+
+/// A causal language model.
+#[derive(Debug)]
+pub struct Lm {
+    pub config: ModelConfig,
+    embed_tokens: Tensor,
+    pub layers: Vec<Layer>,
+    norm: Tensor,
+    lm_head: Option<Tensor>,
+}
+
+/// What a forward pass went through.
+#[derive(Debug)]
+pub struct Trace {
+    /// Every layer's input, then the final-normed output: `L + 1` of `[B, T, D]`.
+    pub hidden: Vec<Tensor>,
+    /// Every mixer's output before the residual addition: `L` of `[B, T, D]`.
+    pub mixer_out: Vec<Tensor>,
+}
+
+/// One state a layer.
+#[derive(Debug, Clone)]
+pub struct LmState {
+    pub layers: Vec<MixerState>,
+    /// Tokens seen.
+    pub len: usize,
+}
+
+impl Lm {
+    /// # Errors
+    /// An impossible config, or a tensor that is not there.
+    pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self> {
+        config.validate()?;
+        let layers = (0..config.layers.len())
+            .map(|i| Layer::new(config, i, weights))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            embed_tokens: weights.get("model.embed_tokens.weight")?,
+            norm: weights.get("model.norm.weight")?,
+            lm_head: match config.tie_word_embeddings {
+                true => None,
+                false => Some(weights.get("lm_head.weight")?),
+            },
+            config: config.clone(),
+            layers,
+        })
+    }
+
+    /// `ids [B, T]` (u32) → `[B, T, D]`.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let (b, t) = ids.dims2()?;
+        let rows = self.embed_tokens.index_select(&ids.flatten_all()?, 0)?;
+        Ok(rows.reshape((b, t, self.config.hidden_size))?)
+    }
+
+    /// The final norm.
+    pub fn normed(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
+    }
+
+    /// The head over final-normed hidden states: `[.., D]` → `[.., V]`.
+    pub fn head(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(linear(
+            x,
+            self.lm_head.as_ref().unwrap_or(&self.embed_tokens),
+        )?)
+    }
+
+    /// `ids [B, T]` → logits `[B, T, V]`.
+    pub fn forward(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        let mut x = self.embed(ids)?;
+        for layer in &self.layers {
+            x = layer.forward(&x, documents)?.0;
+        }
+        self.head(&self.normed(&x)?)
+    }
+
+    /// The hidden states and mixer outputs of a forward pass.
+    pub fn trace(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Trace> {
+        let mut hidden = vec![self.embed(ids)?];
+        let mut mixer_out = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let (x, mixed) = layer.forward(hidden.last().expect("starts with one"), documents)?;
+            hidden.push(x);
+            mixer_out.push(mixed);
+        }
+        let last = hidden.pop().expect("starts with one");
+        hidden.push(self.normed(&last)?);
+        Ok(Trace { hidden, mixer_out })
+    }
+
+    /// An empty state for `batch` sequences.
+    pub fn state(&self, batch: usize) -> Result<LmState> {
+        let (device, dtype) = (self.embed_tokens.device(), self.dtype());
+        let layers = self
+            .layers
+            .iter()
+            .map(|l| l.mixer.state(batch, device, dtype))
+            .collect::<Result<_>>()?;
+        Ok(LmState { layers, len: 0 })
+    }
+
+    /// The next `T` tokens of every sequence, `ids [B, T]` → final-normed hidden states `[B, T, D]`.
+    /// `T = 1` decodes, anything longer prefills.
+    pub fn resume(&self, ids: &Tensor, state: &mut LmState) -> Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        let mut x = self.embed(ids)?;
+        for (layer, state) in self.layers.iter().zip(&mut state.layers) {
+            x = layer.resume(&x, state)?;
+        }
+        state.len += t;
+        self.normed(&x)
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.embed_tokens.dtype()
+    }
+
+    pub fn device(&self) -> &candle_core::Device {
+        self.embed_tokens.device()
+    }
+}

@@ -1,0 +1,173 @@
+//! Grouped-query attention with RoPE, as Llama has it.
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::cache::Cache;
+use super::rotary::{RopeConfig, Rotary};
+use super::{Cost, Param};
+use crate::op::Documents;
+use crate::op::attention::causal_attention;
+use crate::op::linear::linear;
+use crate::op::rope::{RopeLayout, rope};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttentionConfig {
+    /// `H`
+    pub num_attention_heads: usize,
+    /// `G`, a divisor of `H`
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    /// Absent: no position embedding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope: Option<RopeConfig>,
+}
+
+/// # Errors
+/// Names the head count that does not fit.
+pub(super) fn validate_heads(heads: usize, kv_heads: usize) -> Result<()> {
+    if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return Err(Error::invalid(format!(
+            "num_attention_heads {heads} must be a positive multiple of num_key_value_heads {kv_heads}"
+        )));
+    }
+    Ok(())
+}
+
+impl AttentionConfig {
+    pub(super) fn validate(&self) -> Result<()> {
+        validate_heads(self.num_attention_heads, self.num_key_value_heads)?;
+        if self.head_dim == 0 {
+            return Err(Error::invalid("head_dim must not be 0"));
+        }
+        match &self.rope {
+            Some(rope) => rope.validate(self.head_dim),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
+        let q = self.num_attention_heads * self.head_dim;
+        let kv = self.num_key_value_heads * self.head_dim;
+        vec![
+            ("q_proj.weight".into(), vec![q, hidden]),
+            ("k_proj.weight".into(), vec![kv, hidden]),
+            ("v_proj.weight".into(), vec![kv, hidden]),
+            ("o_proj.weight".into(), vec![hidden, q]),
+        ]
+    }
+
+    pub(super) fn cost(&self, hidden: usize) -> Cost {
+        let (h, g, hd) = (
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        );
+        Cost {
+            params: 2 * hidden * (h + g) * hd,
+            kv_per_token: 2 * g * hd,
+            state: 0,
+        }
+    }
+}
+
+/// The projections of an attention layer: what other mixers are born from.
+#[derive(Debug, Clone)]
+pub struct AttentionWeights {
+    pub config: AttentionConfig,
+    /// `[H·hd, D]`
+    pub q: Tensor,
+    /// `[G·hd, D]`
+    pub k: Tensor,
+    /// `[G·hd, D]`
+    pub v: Tensor,
+    /// `[D, H·hd]`
+    pub o: Tensor,
+}
+
+impl AttentionWeights {
+    /// `weights` seen from the mixer's prefix.
+    pub fn new(config: &AttentionConfig, weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            config: config.clone(),
+            q: weights.get("q_proj.weight")?,
+            k: weights.get("k_proj.weight")?,
+            v: weights.get("v_proj.weight")?,
+            o: weights.get("o_proj.weight")?,
+        })
+    }
+}
+
+/// Rotated keys and values, each `[B, S, G, hd]`.
+#[derive(Debug, Clone, Default)]
+pub struct KvCache {
+    pub keys: Cache,
+    pub values: Cache,
+}
+
+#[derive(Debug)]
+pub struct Attention {
+    weights: AttentionWeights,
+    rotary: Option<Rotary>,
+}
+
+impl Attention {
+    pub(super) fn new(config: &AttentionConfig, weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            weights: AttentionWeights::new(config, weights)?,
+            rotary: config
+                .rope
+                .as_ref()
+                .map(|r| Rotary::new(r, config.head_dim, 0)),
+        })
+    }
+
+    /// Queries `[B, T, H, hd]`, keys and values `[B, T, G, hd]` of positions from `from` on, rotated.
+    fn project(&self, x: &Tensor, from: usize) -> Result<[Tensor; 3]> {
+        let (b, t, _) = x.dims3()?;
+        let w = &self.weights;
+        let (h, g, hd) = (
+            w.config.num_attention_heads,
+            w.config.num_key_value_heads,
+            w.config.head_dim,
+        );
+        let q = linear(x, &w.q)?.reshape((b, t, h, hd))?;
+        let k = linear(x, &w.k)?.reshape((b, t, g, hd))?;
+        let v = linear(x, &w.v)?.reshape((b, t, g, hd))?;
+        let Some(rotary) = &self.rotary else {
+            return Ok([q, k, v]);
+        };
+        let (cos, sin) = rotary.tables(from, t, x.device())?;
+        Ok([
+            rope(&q, &cos, &sin, RopeLayout::Halves)?,
+            rope(&k, &cos, &sin, RopeLayout::Halves)?,
+            v,
+        ])
+    }
+
+    fn attend(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        documents: Option<&Documents>,
+    ) -> Result<Tensor> {
+        let (b, t, h, hd) = q.dims4()?;
+        let y = causal_attention(q, k, v, (hd as f64).powf(-0.5), documents)?;
+        Ok(linear(&y.reshape((b, t, h * hd))?, &self.weights.o)?)
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        let [q, k, v] = self.project(x, 0)?;
+        self.attend(&q, &k, &v, documents)
+    }
+
+    pub(super) fn prefill(&self, x: &Tensor, state: &mut KvCache) -> Result<Tensor> {
+        let [q, k, v] = self.project(x, state.keys.len())?;
+        let (k, v) = (state.keys.append(&k)?, state.values.append(&v)?);
+        self.attend(&q, &k, &v, None)
+    }
+}

@@ -1,0 +1,59 @@
+//! A buffer that grows along the positions.
+
+use candle_core::Tensor;
+
+use crate::Result;
+
+/// `[B, capacity, heads, dim]`, of which the first `len` positions are filled. The capacity doubles, so
+/// that appending costs a constant time a token on average.
+#[derive(Debug, Clone, Default)]
+pub struct Cache {
+    buffer: Option<Tensor>,
+    len: usize,
+}
+
+/// The first capacity, in positions.
+pub const FIRST_CAPACITY: usize = 64;
+const POSITION: usize = 1;
+
+impl Cache {
+    /// Filled positions.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Scalars in the buffer.
+    pub fn allocated(&self) -> usize {
+        self.buffer.as_ref().map_or(0, Tensor::elem_count)
+    }
+
+    /// Appends `x [B, T, heads, dim]` and returns a view of all filled positions `[B, S, heads, dim]`.
+    pub fn append(&mut self, x: &Tensor) -> Result<Tensor> {
+        let (b, t, heads, dim) = x.dims4()?;
+        let need = self.len + t;
+        let capacity = match &self.buffer {
+            Some(buffer) => buffer.dim(POSITION)?,
+            None => 0,
+        };
+        if need > capacity {
+            let capacity = need.next_power_of_two().max(FIRST_CAPACITY);
+            let larger = Tensor::zeros((b, capacity, heads, dim), x.dtype(), x.device())?;
+            if let Some(old) = &self.buffer {
+                larger.slice_set(
+                    &old.narrow(POSITION, 0, self.len)?.contiguous()?,
+                    POSITION,
+                    0,
+                )?;
+            }
+            self.buffer = Some(larger);
+        }
+        let buffer = self.buffer.as_ref().expect("allocated above");
+        buffer.slice_set(&x.contiguous()?, POSITION, self.len)?;
+        self.len = need;
+        Ok(buffer.narrow(POSITION, 0, need)?)
+    }
+}

@@ -1,0 +1,89 @@
+//! Mamba2 from attention weights.
+
+use candle_core::{Device, Tensor};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::Mamba2Config;
+use crate::mixer::AttentionWeights;
+use crate::{Error, Result};
+
+/// The published initialisation (MambaInLlama's; spec 1.3): x ← V, B ← K, C ← Q, output ← O; gate, steps
+/// and convolution as torch initialises a linear layer and a convolution; `A ~ U[1, 16]`,
+/// `Δ ~ logU[1e-3, 0.1]`, `D = 1`. Tensors are named after the mixer's prefix.
+///
+/// # Errors
+/// When the attention's heads are not this mixer's.
+pub fn reference(
+    c: &Mamba2Config,
+    attention: &AttentionWeights,
+    seed: u64,
+) -> Result<Vec<(String, Tensor)>> {
+    let a = &attention.config;
+    let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
+    if (c.num_heads, c.num_kv_heads, c.head_dim, c.d_state) != (h, g, hd, hd) {
+        return Err(Error::invalid(format!(
+            "a mamba2 layer of {} heads ({} for x and B), head_dim {} and d_state {} cannot take the \
+             teacher's {h} heads ({g} for keys and values) of {hd}",
+            c.num_heads, c.num_kv_heads, c.head_dim, c.d_state
+        )));
+    }
+    let (_, d) = attention.q.dims2()?;
+    let mut random = Random(ChaCha8Rng::seed_from_u64(seed));
+    let bound = 1.0 / (d as f64).sqrt();
+    let z = random.uniform(&[c.d_inner(), d], bound)?;
+    let dt = random.uniform(&[h, d], bound)?;
+    // The teacher may stand in another dtype; new rows take it on.
+    let like = |t: &Tensor| t.to_dtype(attention.q.dtype());
+    let in_proj = Tensor::cat(
+        &[
+            &like(&z)?,
+            &attention.v,
+            &attention.k,
+            &attention.q,
+            &like(&dt)?,
+        ],
+        0,
+    )?;
+
+    let channels = c.conv_channels();
+    let tap = 1.0 / (c.d_conv as f64).sqrt();
+    let a_log = random.each(h, |r| r.random_range(1f64..16.0).ln())?;
+    let dt_bias = random.each(h, |r| {
+        let (low, high) = (1e-3f64.ln(), 0.1f64.ln());
+        let step = r.random_range(low..high).exp().max(1e-4);
+        // The inverse of softplus.
+        step + (-(-step).exp_m1()).ln()
+    })?;
+    let ones = |n: usize| Tensor::ones(n, candle_core::DType::F32, &Device::Cpu);
+    Ok(vec![
+        ("in_proj.weight".to_owned(), in_proj),
+        (
+            "conv1d.weight".to_owned(),
+            random.uniform(&[channels, 1, c.d_conv], tap)?,
+        ),
+        ("conv1d.bias".to_owned(), random.uniform(&[channels], tap)?),
+        ("dt_bias".to_owned(), dt_bias),
+        ("A_log".to_owned(), a_log),
+        ("D".to_owned(), ones(h)?),
+        ("norm.weight".to_owned(), ones(c.d_inner())?),
+        ("out_proj.weight".to_owned(), attention.o.clone()),
+    ])
+}
+
+struct Random(ChaCha8Rng);
+
+impl Random {
+    /// `U(−bound, bound)`.
+    fn uniform(&mut self, shape: &[usize], bound: f64) -> Result<Tensor> {
+        let n = shape.iter().product();
+        Ok(self
+            .each(n, |r| r.random_range(-bound..bound))?
+            .reshape(shape)?)
+    }
+
+    fn each(&mut self, n: usize, mut draw: impl FnMut(&mut ChaCha8Rng) -> f64) -> Result<Tensor> {
+        let data: Vec<f32> = (0..n).map(|_| draw(&mut self.0) as f32).collect();
+        Ok(Tensor::from_vec(data, n, &Device::Cpu)?)
+    }
+}

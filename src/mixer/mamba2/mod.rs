@@ -1,0 +1,243 @@
+//! Mamba2 (Dao & Gu 2024, arXiv 2405.21060) in the MambaInLlama form: x, B and C come from the places of
+//! V, K and Q, with grouped heads for x and B, a depthwise convolution with SiLU, and a gated per-head
+//! RMSNorm (spec 1.3).
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::attention::validate_heads;
+use super::{Cost, Param};
+use crate::op::Documents;
+use crate::op::causal_conv::{causal_conv, causal_conv_resume};
+use crate::op::linear::linear;
+use crate::op::rms_norm::gated_rms_norm;
+use crate::op::ssd::{SsdShape, ssd, ssd_resume};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+mod init;
+pub use init::reference;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mamba2Config {
+    /// `H`
+    pub num_heads: usize,
+    /// `G`: heads of x and B before they are repeated to `H`.
+    pub num_kv_heads: usize,
+    /// `P`
+    pub head_dim: usize,
+    /// `N`
+    pub d_state: usize,
+    /// Taps of the convolution.
+    pub d_conv: usize,
+    /// Repeat x and B to `H` heads before the convolution instead of after it.
+    #[serde(default)]
+    pub repeat_kv_before_conv: bool,
+    /// Positions a chunk of the scan; never changes the answer.
+    pub chunk_size: usize,
+}
+
+/// Of the gated norm (spec 1.3).
+const NORM_EPS: f64 = 1e-5;
+
+impl Mamba2Config {
+    /// Channels of z and of the output, `H·P`.
+    pub fn d_inner(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Channels of x, B and C as projected.
+    fn widths(&self) -> [usize; 3] {
+        [
+            self.num_kv_heads * self.head_dim,
+            self.num_kv_heads * self.d_state,
+            self.num_heads * self.d_state,
+        ]
+    }
+
+    /// Heads of x and B inside the convolution and the scan.
+    fn groups(&self) -> usize {
+        match self.repeat_kv_before_conv {
+            true => self.num_heads,
+            false => self.num_kv_heads,
+        }
+    }
+
+    /// `C`: channels of the convolution.
+    fn conv_channels(&self) -> usize {
+        self.groups() * (self.head_dim + self.d_state) + self.num_heads * self.d_state
+    }
+
+    fn ssd_shape(&self) -> SsdShape {
+        SsdShape {
+            heads: self.num_heads,
+            groups: self.groups(),
+            head_dim: self.head_dim,
+            d_state: self.d_state,
+            chunk: self.chunk_size,
+        }
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        validate_heads(self.num_heads, self.num_kv_heads)?;
+        for (name, value) in [
+            ("head_dim", self.head_dim),
+            ("d_state", self.d_state),
+            ("d_conv", self.d_conv),
+            ("chunk_size", self.chunk_size),
+        ] {
+            if value == 0 {
+                return Err(Error::invalid(format!("{name} must not be 0")));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
+        let (h, di, channels) = (self.num_heads, self.d_inner(), self.conv_channels());
+        let projected = di + self.widths().iter().sum::<usize>() + h;
+        vec![
+            ("in_proj.weight".into(), vec![projected, hidden]),
+            ("conv1d.weight".into(), vec![channels, 1, self.d_conv]),
+            ("conv1d.bias".into(), vec![channels]),
+            ("dt_bias".into(), vec![h]),
+            ("A_log".into(), vec![h]),
+            ("D".into(), vec![h]),
+            ("norm.weight".into(), vec![di]),
+            ("out_proj.weight".into(), vec![hidden, di]),
+        ]
+    }
+
+    pub(super) fn cost(&self, hidden: usize) -> Cost {
+        let (h, g, p, n) = (
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.d_state,
+        );
+        let channels = self.conv_channels();
+        let projected = 2 * h * p + h * n + g * (p + n) + h;
+        Cost {
+            params: hidden * projected + channels * (self.d_conv + 1) + 3 * h + h * p,
+            kv_per_token: 0,
+            state: h * p * n + channels * (self.d_conv - 1),
+        }
+    }
+}
+
+/// The convolution's last inputs and the scan's state; the state is always f32 (spec 1.14 no. 19).
+#[derive(Debug, Clone)]
+pub struct Mamba2State {
+    /// `[B, d_conv − 1, C]`
+    pub conv: Tensor,
+    /// `[B, H, P, N]`
+    pub ssm: Tensor,
+}
+
+#[derive(Debug)]
+pub struct Mamba2 {
+    config: Mamba2Config,
+    /// Rows of `in_proj`: the gate, then x, B and C side by side, then the steps.
+    z_proj: Tensor,
+    xbc_proj: Tensor,
+    dt_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    /// `A_log`, `dt_bias`, `D`, `[3, H]`.
+    params: Tensor,
+    norm: Tensor,
+    out_proj: Tensor,
+}
+
+impl Mamba2 {
+    pub(super) fn new(c: &Mamba2Config, weights: &Weights) -> Result<Self> {
+        let in_proj = weights.get("in_proj.weight")?;
+        let (di, h) = (c.d_inner(), c.num_heads);
+        let xbc: usize = c.widths().iter().sum();
+        let per_head = ["A_log", "dt_bias", "D"].map(|name| weights.get(name));
+        let [a_log, dt_bias, d] = per_head;
+        Ok(Self {
+            z_proj: in_proj.narrow(0, 0, di)?,
+            xbc_proj: in_proj.narrow(0, di, xbc)?,
+            dt_proj: in_proj.narrow(0, di + xbc, h)?,
+            conv_weight: weights.get("conv1d.weight")?.squeeze(1)?,
+            conv_bias: weights.get("conv1d.bias")?,
+            params: Tensor::stack(&[&a_log?, &dt_bias?, &d?], 0)?.to_dtype(
+                match in_proj.dtype() {
+                    DType::F64 => DType::F64,
+                    _ => DType::F32,
+                },
+            )?,
+            norm: weights.get("norm.weight")?,
+            out_proj: weights.get("out_proj.weight")?,
+            config: c.clone(),
+        })
+    }
+
+    pub(super) fn state(&self, batch: usize, device: &Device, dtype: DType) -> Result<Mamba2State> {
+        let c = &self.config;
+        let conv = (batch, c.d_conv - 1, c.conv_channels());
+        let ssm = (batch, c.num_heads, c.head_dim, c.d_state);
+        Ok(Mamba2State {
+            conv: Tensor::zeros(conv, dtype, device)?,
+            ssm: Tensor::zeros(ssm, self.params.dtype(), device)?,
+        })
+    }
+
+    /// x, B and C before the convolution, `[B, T, C]`.
+    fn project(&self, u: &Tensor) -> Result<Tensor> {
+        let c = &self.config;
+        let xbc = linear(u, &self.xbc_proj)?;
+        if !c.repeat_kv_before_conv || c.num_heads == c.num_kv_heads {
+            return Ok(xbc);
+        }
+        let [x_width, b_width, c_width] = c.widths();
+        let x = self.repeat(&xbc.narrow(2, 0, x_width)?)?;
+        let b = self.repeat(&xbc.narrow(2, x_width, b_width)?)?;
+        Ok(Tensor::cat(
+            &[&x, &b, &xbc.narrow(2, x_width + b_width, c_width)?],
+            2,
+        )?)
+    }
+
+    /// Each of the `G` heads of `x [B, T, G·I]` `H/G` times in a row: `[B, T, H·I]`.
+    fn repeat(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, t, width) = x.dims3()?;
+        let (h, g) = (self.config.num_heads, self.config.num_kv_heads);
+        let i = width / g;
+        Ok(x.reshape((b, t, g, 1, i))?
+            .broadcast_as((b, t, g, h / g, i))?
+            .reshape((b, t, h * i))?)
+    }
+
+    /// The gate, the norm and the output projection after the scan's `y [B, T, H·P]`.
+    fn output(&self, u: &Tensor, y: &Tensor) -> Result<Tensor> {
+        let z = linear(u, &self.z_proj)?;
+        let y = y.to_dtype(u.dtype())?;
+        let y = gated_rms_norm(&y, &z, &self.norm, self.config.head_dim, NORM_EPS)?;
+        Ok(linear(&y, &self.out_proj)?)
+    }
+
+    pub(super) fn forward(&self, u: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        let xbc = self.project(u)?;
+        let xbc = causal_conv(&xbc, &self.conv_weight, &self.conv_bias, true, documents)?;
+        let dt = linear(u, &self.dt_proj)?;
+        let dtype = self.params.dtype();
+        let (xbc, dt) = (xbc.to_dtype(dtype)?, dt.to_dtype(dtype)?);
+        let y = ssd(&xbc, &dt, &self.params, self.config.ssd_shape(), documents)?;
+        self.output(u, &y)
+    }
+
+    pub(super) fn prefill(&self, u: &Tensor, state: &mut Mamba2State) -> Result<Tensor> {
+        let xbc = self.project(u)?;
+        let (xbc, conv) =
+            causal_conv_resume(&xbc, &self.conv_weight, &self.conv_bias, true, &state.conv)?;
+        let dt = linear(u, &self.dt_proj)?;
+        let dtype = self.params.dtype();
+        let (xbc, dt) = (xbc.to_dtype(dtype)?, dt.to_dtype(dtype)?);
+        let (y, ssm) = ssd_resume(&xbc, &dt, &self.params, self.config.ssd_shape(), &state.ssm)?;
+        *state = Mamba2State { conv, ssm };
+        self.output(u, &y)
+    }
+}

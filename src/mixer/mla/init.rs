@@ -1,0 +1,139 @@
+//! MLA from attention weights.
+
+use candle_core::Tensor;
+use faer::Mat;
+
+use super::MlaConfig;
+use crate::mixer::AttentionWeights;
+use crate::mixer::linalg::{matrix, svd, tensor};
+use crate::{Error, Result};
+
+/// The published initialisation (X-EcoMLA's joint SVD; spec 1.2, steps 1-5): singular values in the
+/// down-projections, the first `nope` and last `rope` rows of each head, the shared rotary key as the
+/// plain mean over key heads. Tensors are named after the mixer's prefix.
+///
+/// # Errors
+/// When the attention's sizes cannot give this MLA: ranks above what the matrices have, head dims above
+/// the teacher's.
+pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(String, Tensor)>> {
+    let a = &attention.config;
+    let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
+    let (nope, rope) = (c.qk_nope_head_dim, c.qk_rope_head_dim);
+    check(c, attention)?;
+
+    let q = svd(&matrix(&attention.q)?)?;
+    let q_down = scaled_rows(&q.s, &q.v, c.q_lora_rank);
+    let q_rows: Vec<usize> = (0..h)
+        .flat_map(|head| {
+            (0..nope)
+                .chain(hd - rope..hd)
+                .map(move |row| head * hd + row)
+        })
+        .collect();
+    let q_up = Mat::from_fn(q_rows.len(), c.q_lora_rank, |i, j| q.u[(q_rows[i], j)]);
+
+    let keys = repeat_heads(&matrix(&attention.k)?, g, c.num_key_value_heads);
+    let values = repeat_heads(&matrix(&attention.v)?, g, c.num_key_value_heads);
+    let (key_rows, d) = (keys.nrows(), keys.ncols());
+    let joint = svd(&Mat::from_fn(2 * key_rows, d, |i, j| match i < key_rows {
+        true => keys[(i, j)],
+        false => values[(i - key_rows, j)],
+    }))?;
+    let latent = scaled_rows(&joint.s, &joint.v, c.kv_lora_rank);
+    let kv_rows: Vec<usize> = (0..c.num_key_value_heads)
+        .flat_map(|head| {
+            let key = (0..nope).map(move |row| head * hd + row);
+            key.chain((0..hd).map(move |row| key_rows + head * hd + row))
+        })
+        .collect();
+    let kv_up = Mat::from_fn(kv_rows.len(), c.kv_lora_rank, |i, j| {
+        joint.u[(kv_rows[i], j)]
+    });
+
+    // The mean over heads is the same before and after repeating them.
+    let heads = c.num_key_value_heads;
+    let down = Mat::from_fn(c.kv_lora_rank + rope, d, |i, j| match i < c.kv_lora_rank {
+        true => latent[(i, j)],
+        false => {
+            let row = hd - rope + i - c.kv_lora_rank;
+            (0..heads)
+                .map(|head| keys[(head * hd + row, j)])
+                .sum::<f64>()
+                / heads as f64
+        }
+    });
+
+    let mut tensors = vec![
+        ("q_a_proj.weight".to_owned(), tensor(&q_down)?),
+        ("q_b_proj.weight".to_owned(), tensor(&q_up)?),
+        ("kv_a_proj_with_mqa.weight".to_owned(), tensor(&down)?),
+        ("kv_b_proj.weight".to_owned(), tensor(&kv_up)?),
+        ("out_proj.weight".to_owned(), attention.o.clone()),
+    ];
+    if c.use_lora_layer_norm {
+        for (name, rank) in [
+            ("q_a_layernorm", c.q_lora_rank),
+            ("kv_a_layernorm", c.kv_lora_rank),
+        ] {
+            let ones = Tensor::ones(rank, candle_core::DType::F32, attention.o.device())?;
+            tensors.push((format!("{name}.weight"), ones));
+        }
+    }
+    Ok(tensors)
+}
+
+fn check(c: &MlaConfig, attention: &AttentionWeights) -> Result<()> {
+    let a = &attention.config;
+    let (_, d) = attention.q.dims2()?;
+    let (nope, rope, hd) = (c.qk_nope_head_dim, c.qk_rope_head_dim, a.head_dim);
+    let q_max = d.min(a.num_attention_heads * hd);
+    let kv_max = d.min(2 * c.num_key_value_heads * hd);
+    let problem = if c.q_lora_rank > q_max {
+        format!(
+            "q_lora_rank {} is above {q_max}, the rank of the teacher's q_proj",
+            c.q_lora_rank
+        )
+    } else if c.kv_lora_rank > kv_max {
+        format!(
+            "kv_lora_rank {} is above {kv_max}, the rank of the teacher's keys and values",
+            c.kv_lora_rank
+        )
+    } else if nope + rope > hd {
+        format!(
+            "qk_nope_head_dim {nope} + qk_rope_head_dim {rope} is above the teacher's head_dim {hd}"
+        )
+    } else if c.v_head_dim != hd {
+        format!(
+            "v_head_dim {} must be the teacher's head_dim {hd}",
+            c.v_head_dim
+        )
+    } else if c.num_attention_heads != a.num_attention_heads
+        || (c.num_key_value_heads != a.num_key_value_heads
+            && c.num_key_value_heads != a.num_attention_heads)
+    {
+        format!(
+            "{} query and {} key/value heads do not fit the teacher's {} and {}",
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            a.num_attention_heads,
+            a.num_key_value_heads
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Error::invalid(problem))
+}
+
+/// `diag(S[:rank]) · Vᵀ[:rank]`, `[rank, D]`.
+fn scaled_rows(s: &[f64], v: &Mat<f64>, rank: usize) -> Mat<f64> {
+    Mat::from_fn(rank, v.nrows(), |i, j| s[i] * v[(j, i)])
+}
+
+/// Each of `from` heads of rows `to / from` times in a row (`use_full_kv_head`).
+fn repeat_heads(m: &Mat<f64>, from: usize, to: usize) -> Mat<f64> {
+    let rows = m.nrows() / from;
+    Mat::from_fn(to * rows, m.ncols(), |i, j| {
+        let head = i / rows / (to / from);
+        m[(head * rows + i % rows, j)]
+    })
+}

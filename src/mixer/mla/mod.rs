@@ -1,0 +1,275 @@
+//! Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434) as Zebra-Llama uses it: low-rank queries,
+//! one latent for keys and values, one rotary key shared by all heads, `G` key/value heads (spec 1.2).
+//!
+//! `c = W_a x [R]`, `k_rope = RoPE(W_r x)`, per kv head `[k_nope; v] = W_b c`, per query head
+//! `[q_nope; q_rope] = W_qb W_qa x`, rotary pairs adjacent (interleaved).
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::attention::validate_heads;
+use super::cache::Cache;
+use super::rotary::{RopeConfig, Rotary};
+use super::{Cost, Param};
+use crate::op::Documents;
+use crate::op::attention::causal_attention;
+use crate::op::linear::linear;
+use crate::op::rms_norm::rms_norm;
+use crate::op::rope::{RopeLayout, rope};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+mod init;
+pub use init::reference;
+
+/// Of the norms on the latents (the reference's default).
+const LORA_NORM_EPS: f64 = 1e-6;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MlaConfig {
+    /// `H`
+    pub num_attention_heads: usize,
+    /// `G`: heads of the un-rotated keys and the values.
+    pub num_key_value_heads: usize,
+    pub q_lora_rank: usize,
+    /// `R`
+    pub kv_lora_rank: usize,
+    pub qk_nope_head_dim: usize,
+    pub qk_rope_head_dim: usize,
+    pub v_head_dim: usize,
+    /// RMSNorm on the two latents.
+    #[serde(default)]
+    pub use_lora_layer_norm: bool,
+    pub rope: RopeConfig,
+}
+
+impl MlaConfig {
+    fn qk_head_dim(&self) -> usize {
+        self.qk_nope_head_dim + self.qk_rope_head_dim
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        validate_heads(self.num_attention_heads, self.num_key_value_heads)?;
+        for (name, value) in [
+            ("q_lora_rank", self.q_lora_rank),
+            ("kv_lora_rank", self.kv_lora_rank),
+            ("v_head_dim", self.v_head_dim),
+            ("qk_nope_head_dim + qk_rope_head_dim", self.qk_head_dim()),
+        ] {
+            if value == 0 {
+                return Err(Error::invalid(format!("{name} must not be 0")));
+            }
+        }
+        if self.qk_nope_head_dim % 2 != 0 {
+            return Err(Error::invalid(format!(
+                "qk_nope_head_dim {} must be even (rotary pairs start after it)",
+                self.qk_nope_head_dim
+            )));
+        }
+        self.rope.validate(self.qk_rope_head_dim)
+    }
+
+    pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
+        let (h, g) = (self.num_attention_heads, self.num_key_value_heads);
+        let kv = g * (self.qk_nope_head_dim + self.v_head_dim);
+        let mut params = vec![
+            ("q_a_proj.weight".into(), vec![self.q_lora_rank, hidden]),
+            (
+                "q_b_proj.weight".into(),
+                vec![h * self.qk_head_dim(), self.q_lora_rank],
+            ),
+            (
+                "kv_a_proj_with_mqa.weight".into(),
+                vec![self.kv_lora_rank + self.qk_rope_head_dim, hidden],
+            ),
+            ("kv_b_proj.weight".into(), vec![kv, self.kv_lora_rank]),
+            ("out_proj.weight".into(), vec![hidden, h * self.v_head_dim]),
+        ];
+        if self.use_lora_layer_norm {
+            params.push(("q_a_layernorm.weight".into(), vec![self.q_lora_rank]));
+            params.push(("kv_a_layernorm.weight".into(), vec![self.kv_lora_rank]));
+        }
+        params
+    }
+
+    pub(super) fn cost(&self, hidden: usize) -> Cost {
+        let (h, g) = (self.num_attention_heads, self.num_key_value_heads);
+        let (rq, r, rope) = (self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim);
+        let query = rq * (hidden + h * self.qk_head_dim());
+        let key_value = (r + rope) * hidden + g * (self.qk_nope_head_dim + self.v_head_dim) * r;
+        let norms = if self.use_lora_layer_norm { rq + r } else { 0 };
+        Cost {
+            params: query + key_value + h * self.v_head_dim * hidden + norms,
+            kv_per_token: r + rope,
+            state: 0,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Mla {
+    config: MlaConfig,
+    q_a_proj: Tensor,
+    q_b_proj: Tensor,
+    /// Rows of the latent, `[R, D]`.
+    latent_proj: Tensor,
+    /// Rows of the shared rotary key, `[rope, D]`.
+    rope_proj: Tensor,
+    /// Key rows of `kv_b_proj`, `[G, nope, R]`.
+    key_up: Tensor,
+    /// Value rows of `kv_b_proj`, `[G, V, R]`.
+    value_up: Tensor,
+    out_proj: Tensor,
+    norms: Option<(Tensor, Tensor)>,
+    /// Turns whole query heads: the first `nope` dims stand still.
+    query_rotary: Rotary,
+    key_rotary: Rotary,
+}
+
+impl Mla {
+    pub(super) fn new(c: &MlaConfig, weights: &Weights) -> Result<Self> {
+        let (g, r) = (c.num_key_value_heads, c.kv_lora_rank);
+        let (nope, rope, v) = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim);
+        let down = weights.get("kv_a_proj_with_mqa.weight")?;
+        let up = weights.get("kv_b_proj.weight")?.reshape((g, nope + v, r))?;
+        let norms = match c.use_lora_layer_norm {
+            true => Some((
+                weights.get("q_a_layernorm.weight")?,
+                weights.get("kv_a_layernorm.weight")?,
+            )),
+            false => None,
+        };
+        Ok(Self {
+            q_a_proj: weights.get("q_a_proj.weight")?,
+            q_b_proj: weights.get("q_b_proj.weight")?,
+            latent_proj: down.narrow(0, 0, r)?,
+            rope_proj: down.narrow(0, r, rope)?,
+            key_up: up.narrow(1, 0, nope)?,
+            value_up: up.narrow(1, nope, v)?,
+            out_proj: weights.get("out_proj.weight")?,
+            norms,
+            query_rotary: Rotary::new(&c.rope, rope, nope),
+            key_rotary: Rotary::new(&c.rope, rope, 0),
+            config: c.clone(),
+        })
+    }
+
+    fn scale(&self) -> f64 {
+        (self.config.qk_head_dim() as f64).powf(-0.5)
+    }
+
+    /// `[B, T, H, nope + rope]`, rotated for positions from `from` on.
+    fn queries(&self, x: &Tensor, from: usize) -> Result<Tensor> {
+        let (b, t, _) = x.dims3()?;
+        let mut low = linear(x, &self.q_a_proj)?;
+        if let Some((norm, _)) = &self.norms {
+            low = rms_norm(&low, norm, LORA_NORM_EPS)?;
+        }
+        let c = &self.config;
+        let q = linear(&low, &self.q_b_proj)?.reshape((
+            b,
+            t,
+            c.num_attention_heads,
+            c.qk_head_dim(),
+        ))?;
+        let (cos, sin) = self.query_rotary.tables(from, t, x.device())?;
+        Ok(rope(&q, &cos, &sin, RopeLayout::Interleaved)?)
+    }
+
+    /// The normed latent `[B, T, R]` and the rotated shared key `[B, T, 1, rope]`.
+    fn latent(&self, x: &Tensor, from: usize) -> Result<(Tensor, Tensor)> {
+        let (b, t, _) = x.dims3()?;
+        let mut latent = linear(x, &self.latent_proj)?;
+        if let Some((_, norm)) = &self.norms {
+            latent = rms_norm(&latent, norm, LORA_NORM_EPS)?;
+        }
+        let key = linear(x, &self.rope_proj)?.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
+        let (cos, sin) = self.key_rotary.tables(from, t, x.device())?;
+        Ok((latent, rope(&key, &cos, &sin, RopeLayout::Interleaved)?))
+    }
+
+    /// Keys and values expanded from `latent [B, S, R]` and `key [B, S, 1, rope]`, then attention.
+    fn attend(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        key: &Tensor,
+        documents: Option<&Documents>,
+    ) -> Result<Tensor> {
+        let c = &self.config;
+        let (b, s, r) = latent.dims3()?;
+        let (g, nope, rope, v) = (
+            c.num_key_value_heads,
+            c.qk_nope_head_dim,
+            c.qk_rope_head_dim,
+            c.v_head_dim,
+        );
+        let values = linear(latent, &self.value_up.reshape((g * v, r))?)?.reshape((b, s, g, v))?;
+        let shared = key.broadcast_as((b, s, g, rope))?;
+        let keys = match nope {
+            0 => shared.contiguous()?,
+            _ => {
+                let own = linear(latent, &self.key_up.reshape((g * nope, r))?)?;
+                Tensor::cat(&[&own.reshape((b, s, g, nope))?, &shared], 3)?
+            }
+        };
+        let y = causal_attention(q, &keys, &values, self.scale(), documents)?;
+        self.output(&y)
+    }
+
+    /// `y [B, T, H, V]` → `[B, T, D]`.
+    fn output(&self, y: &Tensor) -> Result<Tensor> {
+        let (b, t, h, v) = y.dims4()?;
+        Ok(linear(&y.reshape((b, t, h * v))?, &self.out_proj)?)
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        let (latent, key) = self.latent(x, 0)?;
+        self.attend(&self.queries(x, 0)?, &latent, &key, documents)
+    }
+
+    /// Adds the tokens' latents and keys to the cache; returns the whole cache `[B, S, 1, R + rope]`.
+    fn remember(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
+        let (latent, key) = self.latent(x, cache.len())?;
+        cache.append(&Tensor::cat(&[&latent.unsqueeze(2)?, &key], 3)?)
+    }
+
+    pub(super) fn prefill(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
+        let c = &self.config;
+        let q = self.queries(x, cache.len())?;
+        let all = self.remember(x, cache)?;
+        let latent = all.narrow(3, 0, c.kv_lora_rank)?.squeeze(2)?.contiguous()?;
+        let key = all.narrow(3, c.kv_lora_rank, c.qk_rope_head_dim)?;
+        self.attend(&q, &latent, &key, None)
+    }
+
+    /// Decoding with the up-projections absorbed: queries are taken to the latent space, attention is
+    /// multi-query over the cache itself, and values leave the latent space afterwards (spec 1.11).
+    pub(super) fn step(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
+        let c = &self.config;
+        let (h, g, r) = (c.num_attention_heads, c.num_key_value_heads, c.kv_lora_rank);
+        let q = self.queries(x, cache.len())?;
+        let all = self.remember(x, cache)?;
+        let own = q.narrow(3, 0, c.qk_nope_head_dim)?;
+        let turned = q.narrow(3, c.qk_nope_head_dim, c.qk_rope_head_dim)?;
+        let absorbed = Tensor::cat(&[&grouped(&own, &self.key_up, h / g)?, &turned], 3)?;
+        let latents = all.narrow(3, 0, r)?;
+        let context = causal_attention(&absorbed, &all, &latents, self.scale(), None)?;
+        self.output(&grouped(&context, &self.value_up.transpose(1, 2)?, h / g)?)
+    }
+}
+
+/// Multiplies every head by its group's matrix: `x [B, T, H, I]`, `w [G, I, O]` → `[B, T, H, O]`.
+fn grouped(x: &Tensor, w: &Tensor, heads_per_group: usize) -> Result<Tensor> {
+    let (b, t, h, i) = x.dims4()?;
+    let (g, _, o) = w.dims3()?;
+    let by_group = x
+        .reshape((b * t, g, heads_per_group, i))?
+        .transpose(0, 1)?
+        .reshape((g, b * t * heads_per_group, i))?;
+    let y = by_group.matmul(w)?;
+    Ok(y.reshape((g, b * t, heads_per_group, o))?
+        .transpose(0, 1)?
+        .reshape((b, t, h, o))?)
+}

@@ -1,0 +1,128 @@
+//! A model's sizes: zebroid's own `config.json`, which all other formats are read into.
+
+use serde::{Deserialize, Serialize};
+
+use crate::mixer::{AttentionConfig, Cost, MixerConfig};
+use crate::{Error, Result};
+
+/// Of our checkpoint format; a reader refuses what it does not know.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Everything that decides which tensors a model has and what it computes from them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// `"zebroid"`
+    pub model_type: String,
+    pub format_version: u32,
+    /// `D`
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    /// `V`
+    pub vocab_size: usize,
+    pub max_position_embeddings: usize,
+    pub rms_norm_eps: f64,
+    pub tie_word_embeddings: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bos_token_id: Option<u32>,
+    #[serde(default)]
+    pub eos_token_id: Vec<u32>,
+    /// One mixer a layer, first to last.
+    pub layers: Vec<MixerConfig>,
+}
+
+impl ModelConfig {
+    pub const MODEL_TYPE: &str = "zebroid";
+
+    /// # Errors
+    /// Names the field (and layer) whose value cannot work.
+    pub fn validate(&self) -> Result<()> {
+        for (name, value) in [
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("vocab_size", self.vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("number of layers", self.layers.len()),
+        ] {
+            if value == 0 {
+                return Err(Error::invalid(format!("{name} must not be 0")));
+            }
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
+            let eps = self.rms_norm_eps;
+            return Err(Error::invalid(format!(
+                "rms_norm_eps {eps} must be above 0"
+            )));
+        }
+        for (i, layer) in self.layers.iter().enumerate() {
+            layer
+                .validate()
+                .map_err(|e| Error::invalid(format!("layer {i} ({}): {e}", layer.name())))?;
+        }
+        Ok(())
+    }
+
+    /// Every tensor of the model and its shape, in reading order.
+    pub fn params(&self) -> Vec<(String, Vec<usize>)> {
+        let (d, ff, v) = (self.hidden_size, self.intermediate_size, self.vocab_size);
+        let mut params = vec![("model.embed_tokens.weight".to_owned(), vec![v, d])];
+        for (i, layer) in self.layers.iter().enumerate() {
+            let mut add = |name: &str, shape: Vec<usize>| {
+                params.push((format!("model.layers.{i}.{name}"), shape));
+            };
+            add("input_layernorm.weight", vec![d]);
+            for (name, shape) in layer.params(d) {
+                add(&format!("{}.{name}", layer.prefix()), shape);
+            }
+            add("post_attention_layernorm.weight", vec![d]);
+            add("mlp.gate_proj.weight", vec![ff, d]);
+            add("mlp.up_proj.weight", vec![ff, d]);
+            add("mlp.down_proj.weight", vec![d, ff]);
+        }
+        params.push(("model.norm.weight".to_owned(), vec![d]));
+        if !self.tie_word_embeddings {
+            params.push(("lm_head.weight".to_owned(), vec![v, d]));
+        }
+        params
+    }
+
+    /// A layer's cost, its MLP and norms included.
+    pub fn layer_cost(&self, index: usize) -> Cost {
+        let (d, ff) = (self.hidden_size, self.intermediate_size);
+        let rest = Cost {
+            params: 3 * d * ff + 2 * d,
+            ..Cost::default()
+        };
+        self.layers[index].cost(d) + rest
+    }
+
+    /// The whole model's cost (embedding, final norm and an untied head included).
+    pub fn cost(&self) -> Cost {
+        let (d, v) = (self.hidden_size, self.vocab_size);
+        let heads = if self.tie_word_embeddings { 1 } else { 2 };
+        let ends = Cost {
+            params: heads * v * d + d,
+            ..Cost::default()
+        };
+        (0..self.layers.len()).fold(ends, |sum, i| sum + self.layer_cost(i))
+    }
+
+    /// Cached scalars a token over the teacher's (spec 1.10: recurrent states are not counted).
+    pub fn kv_ratio(&self, teacher: &ModelConfig) -> f64 {
+        self.cost().kv_per_token as f64 / teacher.cost().kv_per_token as f64
+    }
+
+    /// The attention of layer `index`.
+    ///
+    /// # Errors
+    /// When that layer has another mixer: only attention can be converted.
+    pub fn attention(&self, index: usize) -> Result<&AttentionConfig> {
+        match &self.layers[index] {
+            MixerConfig::Attention(c) => Ok(c),
+            other => Err(Error::invalid(format!(
+                "layer {index} of the teacher is {}, not attention: compose from a Llama checkpoint",
+                other.name()
+            ))),
+        }
+    }
+}
