@@ -1,0 +1,38 @@
+//! The losses in plain tensor operations: any device and float type, differentiable.
+
+use candle_core::{D, Result, Tensor};
+
+/// `[M, V]` → `[M, V]`.
+fn log_softmax(logits: &Tensor) -> Result<Tensor> {
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+    let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    shifted.broadcast_sub(&log_sum)
+}
+
+pub(super) fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let target_column = targets.unsqueeze(1)?; // [M, 1]
+    log_softmax(logits)?
+        .gather(&target_column, 1)?
+        .squeeze(1)?
+        .neg()
+}
+
+pub(super) fn forward_kl(teacher: &Tensor, student: &Tensor, temperature: f64) -> Result<Tensor> {
+    let log_p = log_softmax(&(teacher.detach() / temperature)?)?;
+    let log_q = log_softmax(&(student / temperature)?)?;
+    (log_p.exp()? * (log_p - log_q)?)?.sum(D::Minus1)
+}
+
+pub(super) fn relative_mse(x: &Tensor, target: &Tensor) -> Result<Tensor> {
+    let target = target.detach();
+    let error = (x - &target)?.sqr()?.sum_all()?;
+    error / target.sqr()?.sum_all()?
+}
+
+pub(super) fn mean_l2(x: &Tensor, target: &Tensor) -> Result<Tensor> {
+    let squares = (x - target.detach())?.sqr()?.sum(D::Minus1)?; // [M]
+    // The root has no slope at zero: those rows pass through 1 and are masked, so they get zero.
+    let is_zero = squares.detach().eq(0.)?.to_dtype(squares.dtype())?;
+    let norms = ((squares + &is_zero)?.sqrt()? - is_zero)?;
+    norms.mean_all()
+}
