@@ -73,7 +73,7 @@ impl RopeConfig {
                 self.theta
             ));
         }
-        if dim % 2 != 0 {
+        if !dim.is_multiple_of(2) {
             return bad(format!(
                 "{dim} rotary dims cannot be paired: use an even number"
             ));
@@ -199,17 +199,18 @@ impl Rotary {
         }
     }
 
-    /// `cos, sin [T, still/2 + dim/2]` of positions `from .. from + len`.
-    pub fn tables(&self, from: usize, len: usize, device: &Device) -> Result<(Tensor, Tensor)> {
+    /// `cos, sin [T, still/2 + dim/2]` of positions `from .. from + len`, in the dtype and on the device
+    /// of `like`.
+    pub fn tables(&self, from: usize, len: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut tables = self.tables.lock().unwrap_or_else(|e| e.into_inner());
         let have = tables.as_ref().map_or(0, |(cos, _)| cos.dims()[POSITION]);
         if have < from + len {
-            *tables = Some(self.build((from + len).next_power_of_two().max(64), device)?);
+            *tables = Some(self.build((from + len).next_power_of_two().max(64), like.device())?);
         }
         let (cos, sin) = tables.as_ref().expect("just built");
         Ok((
-            cos.narrow(POSITION, from, len)?,
-            sin.narrow(POSITION, from, len)?,
+            cos.narrow(POSITION, from, len)?.to_dtype(like.dtype())?,
+            sin.narrow(POSITION, from, len)?.to_dtype(like.dtype())?,
         ))
     }
 
@@ -288,9 +289,10 @@ mod tests {
     #[test]
     fn tables_grow_without_changing() {
         let rotary = Rotary::new(&RopeConfig::new(10_000.0), 8, 0);
-        let short = rotary.tables(3, 5, &Device::Cpu).unwrap().0;
-        rotary.tables(0, 500, &Device::Cpu).unwrap();
-        let again = rotary.tables(3, 5, &Device::Cpu).unwrap().0;
+        let like = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let short = rotary.tables(3, 5, &like).unwrap().0;
+        rotary.tables(0, 500, &like).unwrap();
+        let again = rotary.tables(3, 5, &like).unwrap().0;
         assert_eq!(
             short.to_vec2::<f32>().unwrap(),
             again.to_vec2::<f32>().unwrap()

@@ -14,7 +14,7 @@ impl Documents {
     /// `starts` holds `B * len` entries, row by row, each at most its own position.
     pub fn new(starts: Vec<u32>, len: usize) -> Self {
         assert!(
-            len > 0 && starts.len() % len == 0,
+            len > 0 && starts.len().is_multiple_of(len),
             "{} starts do not fill rows of {len}",
             starts.len()
         );

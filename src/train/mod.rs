@@ -1,1 +1,279 @@
-//! train
+//! Training: one loop for every stage. `stage/<name>.rs` says what the loss is and what is trained;
+//! this file says how a run goes on: accumulate, clip, step, log, save, resume.
+//!
+//! A run works in `OUT.partial/` (`state.safetensors`, `metrics.jsonl`) and `OUT` appears, whole, at
+//! the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint;
+use crate::data::Corpus;
+use crate::{Error, Result};
+
+pub mod params;
+pub mod stage;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use params::ParamGroup;
+pub use stage::Stage;
+
+use crate::op::adamw::AdamW;
+use state::Run;
+
+/// How to train; everything here decides the result, so a resumed run must agree with it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Windows a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches a step.
+    pub accumulation: usize,
+    /// Tokens a window.
+    pub seq_len: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Share of the steps that warm up linearly.
+    pub warmup: f64,
+    /// Learning rate at the end of the cosine, as a share of the peak.
+    pub min_lr: f64,
+    pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// Global gradient norm is clipped to this; 0 never clips.
+    pub clip: f64,
+    /// Of the data order.
+    pub seed: u64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            steps: 1000,
+            batch_size: 16,
+            accumulation: 1,
+            seq_len: 256,
+            lr: 1e-3,
+            warmup: 0.01,
+            min_lr: 0.0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            clip: 1.0,
+            seed: 0,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// # Errors
+    /// Names the field that cannot work.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("steps", self.steps as usize),
+            ("batch_size", self.batch_size),
+            ("accumulation", self.accumulation),
+            ("seq_len", self.seq_len),
+        ];
+        for (name, value) in positive {
+            if value == 0 {
+                return Err(Error::invalid(format!("{name} must not be 0")));
+            }
+        }
+        let numbers = [
+            ("lr", self.lr, 0.0..=f64::MAX),
+            ("warmup", self.warmup, 0.0..=1.0),
+            ("min_lr", self.min_lr, 0.0..=1.0),
+            ("weight_decay", self.weight_decay, 0.0..=f64::MAX),
+            ("beta1", self.beta1, 0.0..=1.0 - f64::EPSILON),
+            ("beta2", self.beta2, 0.0..=1.0 - f64::EPSILON),
+            ("eps", self.eps, 0.0..=f64::MAX),
+            ("clip", self.clip, 0.0..=f64::MAX),
+        ];
+        for (name, value, range) in numbers {
+            if !range.contains(&value) {
+                let (low, high) = (range.start(), range.end());
+                return Err(Error::invalid(format!(
+                    "{name} {value} must lie between {low} and {high}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tokens a step.
+    pub fn tokens_per_step(&self) -> usize {
+        self.batch_size * self.accumulation * self.seq_len
+    }
+
+    /// Linear warm-up, then half a cosine, for step `step` (from 0).
+    pub fn lr_at(&self, step: u64) -> f64 {
+        let warmup = (self.warmup * self.steps as f64).ceil().max(1.0);
+        let rise = ((step + 1) as f64 / warmup).min(1.0);
+        let fall = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / self.steps as f64).cos());
+        self.lr * rise * (self.min_lr + (1.0 - self.min_lr) * fall)
+    }
+
+    fn adamw(&self, step: u64) -> AdamW {
+        AdamW {
+            lr: self.lr_at(step),
+            beta1: self.beta1,
+            beta2: self.beta2,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+        }
+    }
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// From 1.
+    pub step: u64,
+    /// Tokens seen since the run began.
+    pub tokens: u64,
+    pub loss: f64,
+    pub lr: f64,
+    /// Before clipping; one a parameter group.
+    pub grad_norm: Vec<f64>,
+    /// The stage's own figures, by name.
+    #[serde(flatten)]
+    pub terms: serde_json::Map<String, serde_json::Value>,
+    pub tokens_per_s: f64,
+}
+
+/// What the surroundings of a run decide; none of it changes the result.
+pub struct RunOptions<'a> {
+    /// Where the result goes.
+    pub out: PathBuf,
+    /// Folder whose tokenizer files the result gets.
+    pub tokenizer: PathBuf,
+    /// Replace an existing result, and drop a partial run with other settings.
+    pub force: bool,
+    /// Steps between saves.
+    pub save_every: u64,
+    /// Asked after every step: true saves and stops.
+    pub stop: &'a dyn Fn() -> bool,
+    /// Told of every step.
+    pub observe: &'a mut dyn FnMut(&StepMetrics),
+}
+
+/// Steps whose speed the reported rate averages over.
+const RATE_WINDOW: usize = 20;
+
+/// Trains `stage` on `corpus` and writes `OUT`. Returns the metrics of all steps, resumed ones included.
+///
+/// # Errors
+/// Before the first step: settings that cannot work, an existing output, a partial run with other
+/// settings. During it: a loss that is not a number (the last save stays), [`Error::Interrupted`] when
+/// `stop` says so (everything is saved).
+pub fn train(
+    stage: &mut Stage,
+    corpus: &Corpus,
+    config: &TrainConfig,
+    options: RunOptions,
+) -> Result<Vec<StepMetrics>> {
+    config.validate()?;
+    checkpoint::check_output(&options.out, options.force)?;
+    corpus.check(config.batch_size, config.seq_len)?;
+    let identity = serde_json::json!({
+        "stage": stage.identity()?,
+        "train": config,
+        "data": corpus.hash(),
+    });
+    let mut run = Run::open(&options.out, &identity, options.force, stage)?;
+    let mut recent: Vec<Duration> = Vec::new();
+    while run.step < config.steps {
+        let started = Instant::now();
+        let (loss, terms) = accumulate(stage, corpus, config, run.step)?;
+        if !loss.is_finite() {
+            return Err(Error::invalid(format!(
+                "the loss is {loss} at step {}: lower --lr (now {}) or --clip (now {}); the save of step {} is in {}",
+                run.step + 1,
+                config.lr,
+                config.clip,
+                run.saved,
+                run.folder.display()
+            )));
+        }
+        let step = run.step;
+        let hyper = config.adamw(step);
+        let mut grad_norm = Vec::new();
+        for group in stage.groups_mut() {
+            grad_norm.push(group.update(config.clip, step + 1, &hyper)?);
+        }
+        run.step += 1;
+        recent.push(started.elapsed());
+        let window = &recent[recent.len().saturating_sub(RATE_WINDOW)..];
+        let seconds = window.iter().sum::<Duration>().as_secs_f64() / window.len() as f64;
+        let metrics = StepMetrics {
+            step: run.step,
+            tokens: run.step * config.tokens_per_step() as u64,
+            loss,
+            lr: hyper.lr,
+            grad_norm,
+            terms,
+            tokens_per_s: config.tokens_per_step() as f64 / seconds,
+        };
+        (options.observe)(&metrics);
+        run.log(metrics)?;
+        let stopped = (options.stop)() && run.step < config.steps;
+        if stopped || run.step.is_multiple_of(options.save_every.max(1)) {
+            run.save(stage)?;
+        }
+        if stopped {
+            return Err(Error::Interrupted(format!(
+                "step {} of {} is saved in {}; run the same command again to go on",
+                run.step,
+                config.steps,
+                run.folder.display()
+            )));
+        }
+    }
+    run.finish(stage, &options)
+}
+
+/// Gradients of one step, averaged over its micro-batches, left in the stage's groups.
+fn accumulate(
+    stage: &mut Stage,
+    corpus: &Corpus,
+    config: &TrainConfig,
+    step: u64,
+) -> Result<(f64, serde_json::Map<String, serde_json::Value>)> {
+    let parts = config.accumulation as u64;
+    let mut loss = 0.0;
+    let mut sums: Vec<(String, f64)> = Vec::new();
+    for part in 0..parts {
+        let batch = corpus.batch(
+            config.seed,
+            step * parts + part,
+            config.batch_size,
+            config.seq_len,
+        )?;
+        let terms = stage.backward(&batch, 1.0 / parts as f64)?;
+        loss += terms.loss / parts as f64;
+        for (i, (name, value)) in terms.named.into_iter().enumerate() {
+            match sums.get_mut(i) {
+                Some(sum) => sum.1 += value / parts as f64,
+                None => sums.push((name, value / parts as f64)),
+            }
+        }
+    }
+    let named = sums.into_iter().map(|(name, value)| (name, value.into()));
+    Ok((loss, named.collect()))
+}
+
+/// Where a run that is not finished keeps its things.
+pub fn partial_folder(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    out.with_file_name(name)
+}

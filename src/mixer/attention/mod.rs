@@ -140,7 +140,7 @@ impl Attention {
         let Some(rotary) = &self.rotary else {
             return Ok([q, k, v]);
         };
-        let (cos, sin) = rotary.tables(from, t, x.device())?;
+        let (cos, sin) = rotary.tables(from, t, x)?;
         Ok([
             rope(&q, &cos, &sin, RopeLayout::Halves)?,
             rope(&k, &cos, &sin, RopeLayout::Halves)?,

@@ -5,8 +5,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Mamba2Config;
+use crate::Result;
 use crate::mixer::AttentionWeights;
-use crate::{Error, Result};
 
 /// The published initialisation (MambaInLlama's; spec 1.3): x ← V, B ← K, C ← Q, output ← O; gate, steps
 /// and convolution as torch initialises a linear layer and a convolution; `A ~ U[1, 16]`,
@@ -20,14 +20,8 @@ pub fn reference(
     seed: u64,
 ) -> Result<Vec<(String, Tensor)>> {
     let a = &attention.config;
-    let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
-    if (c.num_heads, c.num_kv_heads, c.head_dim, c.d_state) != (h, g, hd, hd) {
-        return Err(Error::invalid(format!(
-            "a mamba2 layer of {} heads ({} for x and B), head_dim {} and d_state {} cannot take the \
-             teacher's {h} heads ({g} for keys and values) of {hd}",
-            c.num_heads, c.num_kv_heads, c.head_dim, c.d_state
-        )));
-    }
+    let h = a.num_attention_heads;
+    c.fits(a)?;
     let (_, d) = attention.q.dims2()?;
     let mut random = Random(ChaCha8Rng::seed_from_u64(seed));
     let bound = 1.0 / (d as f64).sqrt();

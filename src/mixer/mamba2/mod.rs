@@ -5,7 +5,7 @@
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::attention::validate_heads;
+use super::attention::{AttentionConfig, validate_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
 use crate::op::causal_conv::{causal_conv, causal_conv_resume};
@@ -92,6 +92,26 @@ impl Mamba2Config {
             }
         }
         Ok(())
+    }
+
+    /// # Errors
+    /// When this mixer's heads are not those of the attention it should be born from.
+    pub fn fits(&self, a: &AttentionConfig) -> Result<()> {
+        let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
+        if (
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.d_state,
+        ) == (h, g, hd, hd)
+        {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "a mamba2 layer of {} heads ({} for x and B), head_dim {} and d_state {} cannot take the \
+             teacher's {h} heads ({g} for keys and values) of {hd}",
+            self.num_heads, self.num_kv_heads, self.head_dim, self.d_state
+        )))
     }
 
     pub(super) fn params(&self, hidden: usize) -> Vec<Param> {

@@ -4,9 +4,9 @@ use candle_core::Tensor;
 use faer::Mat;
 
 use super::MlaConfig;
+use crate::Result;
 use crate::mixer::AttentionWeights;
 use crate::mixer::linalg::{matrix, svd, tensor};
-use crate::{Error, Result};
 
 /// The published initialisation (X-EcoMLA's joint SVD; spec 1.2, steps 1-5): singular values in the
 /// down-projections, the first `nope` and last `rope` rows of each head, the shared rotary key as the
@@ -19,7 +19,8 @@ pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
     let a = &attention.config;
     let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
     let (nope, rope) = (c.qk_nope_head_dim, c.qk_rope_head_dim);
-    check(c, attention)?;
+    let (_, hidden) = attention.q.dims2()?;
+    c.fits(a, hidden)?;
 
     let q = svd(&matrix(&attention.q)?)?;
     let q_down = scaled_rows(&q.s, &q.v, c.q_lora_rank);
@@ -80,48 +81,6 @@ pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
         }
     }
     Ok(tensors)
-}
-
-fn check(c: &MlaConfig, attention: &AttentionWeights) -> Result<()> {
-    let a = &attention.config;
-    let (_, d) = attention.q.dims2()?;
-    let (nope, rope, hd) = (c.qk_nope_head_dim, c.qk_rope_head_dim, a.head_dim);
-    let q_max = d.min(a.num_attention_heads * hd);
-    let kv_max = d.min(2 * c.num_key_value_heads * hd);
-    let problem = if c.q_lora_rank > q_max {
-        format!(
-            "q_lora_rank {} is above {q_max}, the rank of the teacher's q_proj",
-            c.q_lora_rank
-        )
-    } else if c.kv_lora_rank > kv_max {
-        format!(
-            "kv_lora_rank {} is above {kv_max}, the rank of the teacher's keys and values",
-            c.kv_lora_rank
-        )
-    } else if nope + rope > hd {
-        format!(
-            "qk_nope_head_dim {nope} + qk_rope_head_dim {rope} is above the teacher's head_dim {hd}"
-        )
-    } else if c.v_head_dim != hd {
-        format!(
-            "v_head_dim {} must be the teacher's head_dim {hd}",
-            c.v_head_dim
-        )
-    } else if c.num_attention_heads != a.num_attention_heads
-        || (c.num_key_value_heads != a.num_key_value_heads
-            && c.num_key_value_heads != a.num_attention_heads)
-    {
-        format!(
-            "{} query and {} key/value heads do not fit the teacher's {} and {}",
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            a.num_attention_heads,
-            a.num_key_value_heads
-        )
-    } else {
-        return Ok(());
-    };
-    Err(Error::invalid(problem))
 }
 
 /// `diag(S[:rank]) · Vᵀ[:rank]`, `[rank, D]`.

@@ -7,7 +7,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::attention::validate_heads;
+use super::attention::{AttentionConfig, validate_heads};
 use super::cache::Cache;
 use super::rotary::{RopeConfig, Rotary};
 use super::{Cost, Param};
@@ -61,13 +61,51 @@ impl MlaConfig {
                 return Err(Error::invalid(format!("{name} must not be 0")));
             }
         }
-        if self.qk_nope_head_dim % 2 != 0 {
+        if !self.qk_nope_head_dim.is_multiple_of(2) {
             return Err(Error::invalid(format!(
                 "qk_nope_head_dim {} must be even (rotary pairs start after it)",
                 self.qk_nope_head_dim
             )));
         }
         self.rope.validate(self.qk_rope_head_dim)
+    }
+
+    /// # Errors
+    /// When an attention layer of a model with `hidden` channels cannot be turned into this MLA: ranks
+    /// above what its matrices have, head dims above its own.
+    pub fn fits(&self, a: &AttentionConfig, hidden: usize) -> Result<()> {
+        let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        let q_rank = hidden.min(h * hd);
+        let kv_rank = hidden.min(2 * kv_heads * hd);
+        let problem = if self.q_lora_rank > q_rank {
+            format!(
+                "q_lora_rank {} is above {q_rank}, the rank of the teacher's q_proj",
+                self.q_lora_rank
+            )
+        } else if self.kv_lora_rank > kv_rank {
+            format!(
+                "kv_lora_rank {} is above {kv_rank}, the rank of the teacher's keys and values",
+                self.kv_lora_rank
+            )
+        } else if self.qk_head_dim() > hd {
+            format!(
+                "qk_nope_head_dim {} + qk_rope_head_dim {} is above the teacher's head_dim {hd}",
+                self.qk_nope_head_dim, self.qk_rope_head_dim
+            )
+        } else if self.v_head_dim != hd {
+            format!(
+                "v_head_dim {} must be the teacher's head_dim {hd}",
+                self.v_head_dim
+            )
+        } else if heads != h || (kv_heads != g && kv_heads != h) {
+            format!(
+                "{heads} query and {kv_heads} key/value heads do not fit the teacher's {h} and {g}"
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Error::invalid(problem))
     }
 
     pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
@@ -114,8 +152,8 @@ pub struct Mla {
     q_b_proj: Tensor,
     /// Rows of the latent, `[R, D]`.
     latent_proj: Tensor,
-    /// Rows of the shared rotary key, `[rope, D]`.
-    rope_proj: Tensor,
+    /// Rows of the shared rotary key, `[rope, D]`, where there are rotary dims.
+    rope_proj: Option<Tensor>,
     /// Key rows of `kv_b_proj`, `[G, nope, R]`.
     key_up: Tensor,
     /// Value rows of `kv_b_proj`, `[G, V, R]`.
@@ -144,7 +182,7 @@ impl Mla {
             q_a_proj: weights.get("q_a_proj.weight")?,
             q_b_proj: weights.get("q_b_proj.weight")?,
             latent_proj: down.narrow(0, 0, r)?,
-            rope_proj: down.narrow(0, r, rope)?,
+            rope_proj: (rope > 0).then(|| down.narrow(0, r, rope)).transpose()?,
             key_up: up.narrow(1, 0, nope)?,
             value_up: up.narrow(1, nope, v)?,
             out_proj: weights.get("out_proj.weight")?,
@@ -167,26 +205,29 @@ impl Mla {
             low = rms_norm(&low, norm, LORA_NORM_EPS)?;
         }
         let c = &self.config;
-        let q = linear(&low, &self.q_b_proj)?.reshape((
-            b,
-            t,
-            c.num_attention_heads,
-            c.qk_head_dim(),
-        ))?;
-        let (cos, sin) = self.query_rotary.tables(from, t, x.device())?;
+        let q = linear(&low, &self.q_b_proj)?;
+        let q = q.reshape((b, t, c.num_attention_heads, c.qk_head_dim()))?;
+        if self.rope_proj.is_none() {
+            return Ok(q);
+        }
+        let (cos, sin) = self.query_rotary.tables(from, t, x)?;
         Ok(rope(&q, &cos, &sin, RopeLayout::Interleaved)?)
     }
 
-    /// The normed latent `[B, T, R]` and the rotated shared key `[B, T, 1, rope]`.
-    fn latent(&self, x: &Tensor, from: usize) -> Result<(Tensor, Tensor)> {
+    /// The normed latent `[B, T, R]` and the rotated shared key `[B, T, 1, rope]`, if there is one.
+    fn latent(&self, x: &Tensor, from: usize) -> Result<(Tensor, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
         let mut latent = linear(x, &self.latent_proj)?;
         if let Some((_, norm)) = &self.norms {
             latent = rms_norm(&latent, norm, LORA_NORM_EPS)?;
         }
-        let key = linear(x, &self.rope_proj)?.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
-        let (cos, sin) = self.key_rotary.tables(from, t, x.device())?;
-        Ok((latent, rope(&key, &cos, &sin, RopeLayout::Interleaved)?))
+        let Some(rope_proj) = &self.rope_proj else {
+            return Ok((latent, None));
+        };
+        let key = linear(x, rope_proj)?.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
+        let (cos, sin) = self.key_rotary.tables(from, t, x)?;
+        let key = rope(&key, &cos, &sin, RopeLayout::Interleaved)?;
+        Ok((latent, Some(key)))
     }
 
     /// Keys and values expanded from `latent [B, S, R]` and `key [B, S, 1, rope]`, then attention.
@@ -194,26 +235,23 @@ impl Mla {
         &self,
         q: &Tensor,
         latent: &Tensor,
-        key: &Tensor,
+        key: Option<&Tensor>,
         documents: Option<&Documents>,
     ) -> Result<Tensor> {
         let c = &self.config;
         let (b, s, r) = latent.dims3()?;
-        let (g, nope, rope, v) = (
-            c.num_key_value_heads,
-            c.qk_nope_head_dim,
-            c.qk_rope_head_dim,
-            c.v_head_dim,
-        );
-        let values = linear(latent, &self.value_up.reshape((g * v, r))?)?.reshape((b, s, g, v))?;
-        let shared = key.broadcast_as((b, s, g, rope))?;
-        let keys = match nope {
-            0 => shared.contiguous()?,
-            _ => {
-                let own = linear(latent, &self.key_up.reshape((g * nope, r))?)?;
-                Tensor::cat(&[&own.reshape((b, s, g, nope))?, &shared], 3)?
-            }
+        let (g, nope, v) = (c.num_key_value_heads, c.qk_nope_head_dim, c.v_head_dim);
+        let expand = |up: &Tensor, dim: usize| -> Result<Tensor> {
+            let flat = linear(latent, &up.reshape((g * dim, r))?)?;
+            Ok(flat.reshape((b, s, g, dim))?)
         };
+        let values = expand(&self.value_up, v)?;
+        let own = (nope > 0).then(|| expand(&self.key_up, nope)).transpose()?;
+        let shared = key
+            .map(|key| key.broadcast_as((b, s, g, c.qk_rope_head_dim)))
+            .transpose()?;
+        let parts: Vec<Tensor> = own.into_iter().chain(shared).collect();
+        let keys = Tensor::cat(&parts, HEAD_DIM)?;
         let y = causal_attention(q, &keys, &values, self.scale(), documents)?;
         self.output(&y)
     }
@@ -226,22 +264,25 @@ impl Mla {
 
     pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
         let (latent, key) = self.latent(x, 0)?;
-        self.attend(&self.queries(x, 0)?, &latent, &key, documents)
+        self.attend(&self.queries(x, 0)?, &latent, key.as_ref(), documents)
     }
 
     /// Adds the tokens' latents and keys to the cache; returns the whole cache `[B, S, 1, R + rope]`.
     fn remember(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
         let (latent, key) = self.latent(x, cache.len())?;
-        cache.append(&Tensor::cat(&[&latent.unsqueeze(2)?, &key], 3)?)
+        let parts: Vec<Tensor> = [latent.unsqueeze(2)?].into_iter().chain(key).collect();
+        cache.append(&Tensor::cat(&parts, HEAD_DIM)?)
     }
 
     pub(super) fn prefill(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
-        let c = &self.config;
+        let (r, rope) = (self.config.kv_lora_rank, self.config.qk_rope_head_dim);
         let q = self.queries(x, cache.len())?;
         let all = self.remember(x, cache)?;
-        let latent = all.narrow(3, 0, c.kv_lora_rank)?.squeeze(2)?.contiguous()?;
-        let key = all.narrow(3, c.kv_lora_rank, c.qk_rope_head_dim)?;
-        self.attend(&q, &latent, &key, None)
+        let latent = all.narrow(HEAD_DIM, 0, r)?.squeeze(2)?.contiguous()?;
+        let key = (rope > 0)
+            .then(|| all.narrow(HEAD_DIM, r, rope))
+            .transpose()?;
+        self.attend(&q, &latent, key.as_ref(), None)
     }
 
     /// Decoding with the up-projections absorbed: queries are taken to the latent space, attention is
@@ -251,14 +292,23 @@ impl Mla {
         let (h, g, r) = (c.num_attention_heads, c.num_key_value_heads, c.kv_lora_rank);
         let q = self.queries(x, cache.len())?;
         let all = self.remember(x, cache)?;
-        let own = q.narrow(3, 0, c.qk_nope_head_dim)?;
-        let turned = q.narrow(3, c.qk_nope_head_dim, c.qk_rope_head_dim)?;
-        let absorbed = Tensor::cat(&[&grouped(&own, &self.key_up, h / g)?, &turned], 3)?;
-        let latents = all.narrow(3, 0, r)?;
+        let (nope, rope) = (c.qk_nope_head_dim, c.qk_rope_head_dim);
+        let mut parts = vec![match nope {
+            0 => Tensor::zeros((q.dim(0)?, 1, h, r), q.dtype(), q.device())?,
+            _ => grouped(&q.narrow(HEAD_DIM, 0, nope)?, &self.key_up, h / g)?,
+        }];
+        if rope > 0 {
+            parts.push(q.narrow(HEAD_DIM, nope, rope)?);
+        }
+        let absorbed = Tensor::cat(&parts, HEAD_DIM)?;
+        let latents = all.narrow(HEAD_DIM, 0, r)?;
         let context = causal_attention(&absorbed, &all, &latents, self.scale(), None)?;
         self.output(&grouped(&context, &self.value_up.transpose(1, 2)?, h / g)?)
     }
 }
+
+/// The last axis of `[B, T, heads, dim]`.
+const HEAD_DIM: usize = 3;
 
 /// Multiplies every head by its group's matrix: `x [B, T, H, I]`, `w [G, I, O]` → `[B, T, H, O]`.
 fn grouped(x: &Tensor, w: &Tensor, heads_per_group: usize) -> Result<Tensor> {

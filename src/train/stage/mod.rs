@@ -1,0 +1,94 @@
+//! What is trained, and towards what. A stage is a file here and a variant of [`Stage`].
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+
+use super::params::ParamGroup;
+use crate::Result;
+use crate::data::Batch;
+
+pub mod ild;
+pub mod kd;
+pub mod pretrain;
+pub mod student;
+
+pub use ild::Ild;
+pub use kd::Kd;
+pub use pretrain::Pretrain;
+
+/// A loss and the figures it is made of, of one micro-batch.
+#[derive(Debug, Default)]
+pub struct Terms {
+    pub loss: f64,
+    pub named: Vec<(String, f64)>,
+}
+
+pub enum Stage {
+    Ild(Ild),
+    Kd(Kd),
+    Pretrain(Pretrain),
+}
+
+impl Stage {
+    /// Everything besides data and [`super::TrainConfig`] that decides the result.
+    pub fn identity(&self) -> Result<serde_json::Value> {
+        match self {
+            Stage::Ild(s) => s.identity(),
+            Stage::Kd(s) => s.identity(),
+            Stage::Pretrain(s) => s.identity(),
+        }
+    }
+
+    /// Adds the gradients of `scale` times the batch's loss to the groups.
+    pub fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+        match self {
+            Stage::Ild(s) => s.backward(batch, scale),
+            Stage::Kd(s) => s.backward(batch, scale),
+            Stage::Pretrain(s) => s.backward(batch, scale),
+        }
+    }
+
+    pub fn groups_mut(&mut self) -> Vec<&mut ParamGroup> {
+        match self {
+            Stage::Ild(s) => s.groups_mut(),
+            Stage::Kd(s) => vec![&mut s.student.params],
+            Stage::Pretrain(s) => vec![&mut s.student.params],
+        }
+    }
+
+    /// Writes the result as one or more checkpoint folders, tokenizer files included.
+    pub fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
+        match self {
+            Stage::Ild(s) => s.write(out, tokenizer),
+            Stage::Kd(s) => s.student.write(out, tokenizer),
+            Stage::Pretrain(s) => s.write(out, tokenizer),
+        }
+    }
+}
+
+/// `[B, T]` ids of a batch.
+pub fn ids(batch: &Batch, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_slice(
+        &batch.input_ids,
+        (batch.rows, batch.len),
+        device,
+    )?)
+}
+
+/// `[B, T, C]` → `[B·T, C]`.
+fn rows(x: &Tensor) -> Result<Tensor> {
+    let (b, t, c) = x.dims3()?;
+    Ok(x.reshape((b * t, c))?)
+}
+
+fn scalar(x: &Tensor) -> Result<f64> {
+    Ok(x.to_dtype(candle_core::DType::F64)?.to_scalar()?)
+}
+
+/// The mean of per-row losses `[M]` over the rows whose next token is in the same document.
+fn masked_mean(rows: &Tensor, batch: &Batch) -> Result<Tensor> {
+    let count = batch.mask.iter().sum::<f32>().max(1.0) as f64;
+    let mask = Tensor::from_slice(&batch.mask, batch.mask.len(), rows.device())?;
+    Ok(((rows * mask)?.sum_all()? / count)?)
+}

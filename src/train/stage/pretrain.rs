@@ -1,0 +1,83 @@
+//! A Llama from scratch: next-token cross-entropy inside each document.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::student::Student;
+use super::{Terms, ids, masked_mean, rows, scalar};
+use crate::Result;
+use crate::checkpoint::Format;
+use crate::data::Batch;
+use crate::model::ModelConfig;
+use crate::op::loss::cross_entropy;
+use crate::weights::Weights;
+
+pub struct Pretrain {
+    pub student: Student,
+}
+
+impl Pretrain {
+    /// A model of the config's sizes with fresh weights.
+    pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Result<Self> {
+        config.validate()?;
+        let weights = Weights::new(init(config, seed, device)?);
+        Ok(Self {
+            student: Student::new(config, &weights, |_| true)?,
+        })
+    }
+
+    pub(super) fn identity(&self) -> Result<serde_json::Value> {
+        Ok(serde_json::json!({ "stage": "pretrain", "student": self.student.hash()? }))
+    }
+
+    pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+        let ids = ids(batch, self.student.lm.device())?;
+        let logits = rows(&self.student.lm.forward(&ids, Some(&batch.documents))?)?;
+        let targets = Tensor::from_slice(&batch.targets, batch.targets.len(), logits.device())?;
+        let loss = masked_mean(&cross_entropy(&logits, &targets)?, batch)?;
+        let grads = (&loss * scale)?.backward()?;
+        self.student.params.add(&grads)?;
+        Ok(Terms {
+            loss: scalar(&loss)?,
+            named: Vec::new(),
+        })
+    }
+
+    pub(super) fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
+        self.student.write_as(Format::Llama, out, tokenizer)
+    }
+}
+
+/// Normal weights of deviation 0.02, the projections back into the residual stream divided by
+/// `√(2 L)` (GPT-2), norms 1.
+fn init(config: &ModelConfig, seed: u64, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let depth = (2.0 * config.layers.len() as f64).sqrt();
+    let mut tensors = BTreeMap::new();
+    for (name, shape) in config.params() {
+        let tensor = if name.ends_with("norm.weight") {
+            Tensor::ones(shape, candle_core::DType::F32, device)?
+        } else {
+            let back = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+            let deviation = if back { 0.02 / depth } else { 0.02 };
+            let n = shape.iter().product();
+            let data: Vec<f32> = (0..n)
+                .map(|_| (deviation * normal(&mut random)) as f32)
+                .collect();
+            Tensor::from_vec(data, shape, device)?
+        };
+        tensors.insert(name, tensor);
+    }
+    Ok(tensors)
+}
+
+/// A standard normal draw (Box & Muller).
+fn normal(random: &mut ChaCha8Rng) -> f64 {
+    use rand::RngExt;
+    let (u, v): (f64, f64) = (random.random(), random.random());
+    (-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+}

@@ -1,0 +1,159 @@
+//! A run on disk: what it is, how far it is, how it ends.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::stage::Stage;
+use super::{RunOptions, StepMetrics, partial_folder};
+use crate::checkpoint::{self, read_tensors_with_metadata, write_tensors};
+use crate::{Error, Result};
+
+const STATE: &str = "state.safetensors";
+const METRICS: &str = "metrics.jsonl";
+
+pub(super) struct Run {
+    pub folder: PathBuf,
+    /// Steps done.
+    pub step: u64,
+    /// Steps done at the last save.
+    pub saved: u64,
+    identity: String,
+    metrics: Vec<StepMetrics>,
+    log: fs::File,
+}
+
+impl Run {
+    /// A fresh run in `OUT.partial`, or the one that stands there, restored into `stage`.
+    ///
+    /// # Errors
+    /// A partial run with other settings, unless `force` drops it.
+    pub fn open(
+        out: &Path,
+        identity: &serde_json::Value,
+        force: bool,
+        stage: &mut Stage,
+    ) -> Result<Run> {
+        let folder = partial_folder(out);
+        let identity = identity.to_string();
+        fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
+        let path = folder.join(STATE);
+        let mut step = 0;
+        if path.exists() {
+            let (tensors, metadata) = read_tensors_with_metadata(&path)?;
+            let before = metadata.get("run").cloned().unwrap_or_default();
+            if before == identity {
+                step = metadata
+                    .get("step")
+                    .and_then(|s| s.parse().ok())
+                    .ok_or_else(|| Error::file(&path, "the saved run does not say its step"))?;
+                for (i, group) in stage.groups_mut().into_iter().enumerate() {
+                    group
+                        .restore(&format!("group{i}"), &tensors)
+                        .map_err(|e| Error::file(&path, e))?;
+                }
+            } else if !force {
+                return Err(Error::file(
+                    &folder,
+                    format!(
+                        "an unfinished run with other settings is here ({}); repeat its command to go on, \
+                         choose another output, or drop it with --force",
+                        difference(&before, &identity)
+                    ),
+                ));
+            }
+        }
+        let metrics = read_metrics(&folder.join(METRICS), step)?;
+        let log_path = folder.join(METRICS);
+        let mut log = fs::File::create(&log_path).map_err(Error::io("cannot write", &log_path))?;
+        for line in &metrics {
+            write_line(&mut log, line, &log_path)?;
+        }
+        Ok(Run {
+            folder,
+            step,
+            saved: step,
+            identity,
+            metrics,
+            log,
+        })
+    }
+
+    pub fn log(&mut self, metrics: StepMetrics) -> Result<()> {
+        write_line(&mut self.log, &metrics, &self.folder.join(METRICS))?;
+        self.metrics.push(metrics);
+        Ok(())
+    }
+
+    pub fn save(&mut self, stage: &mut Stage) -> Result<()> {
+        let mut tensors = Default::default();
+        for (i, group) in stage.groups_mut().into_iter().enumerate() {
+            group.save(&format!("group{i}"), &mut tensors)?;
+        }
+        let metadata = [
+            ("run".to_owned(), self.identity.clone()),
+            ("step".to_owned(), self.step.to_string()),
+        ];
+        write_tensors(
+            &self.folder.join(STATE),
+            &tensors,
+            metadata.into_iter().collect(),
+        )?;
+        self.saved = self.step;
+        Ok(())
+    }
+
+    /// Writes the result beside the run, moves it to `OUT` in one rename and removes the run.
+    pub fn finish(self, stage: &Stage, options: &RunOptions) -> Result<Vec<StepMetrics>> {
+        let result = self.folder.join("result");
+        if result.exists() {
+            fs::remove_dir_all(&result).map_err(Error::io("cannot remove", &result))?;
+        }
+        stage.write(&result, &options.tokenizer)?;
+        let metrics = result.join(METRICS);
+        fs::copy(self.folder.join(METRICS), &metrics)
+            .map_err(Error::io("cannot write", &metrics))?;
+        checkpoint::replace_folder(&result, &options.out, options.force)?;
+        fs::remove_dir_all(&self.folder).map_err(Error::io("cannot remove", &self.folder))?;
+        Ok(self.metrics)
+    }
+}
+
+fn write_line(log: &mut fs::File, metrics: &StepMetrics, path: &Path) -> Result<()> {
+    let line = serde_json::to_string(metrics).expect("numbers and names serialise");
+    writeln!(log, "{line}").map_err(Error::io("cannot write", path))
+}
+
+/// The lines up to `step`; a line that a crash cut off lies after the save and is dropped.
+fn read_metrics(path: &Path, step: u64) -> Result<Vec<StepMetrics>> {
+    if step == 0 || !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
+    Ok(text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<StepMetrics>(line).ok())
+        .filter(|m| m.step <= step)
+        .collect())
+}
+
+/// The first setting in which two runs differ.
+fn difference(before: &str, now: &str) -> String {
+    let parse = |s: &str| serde_json::from_str::<serde_json::Value>(s).unwrap_or_default();
+    fn walk(a: &serde_json::Value, b: &serde_json::Value, at: &str) -> Option<String> {
+        match (a.as_object(), b.as_object()) {
+            (Some(a), Some(b)) => b.iter().find_map(|(key, value)| {
+                let at = if at.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{at}.{key}")
+                };
+                walk(a.get(key).unwrap_or(&serde_json::Value::Null), value, &at)
+            }),
+            _ if a == b => None,
+            _ => Some(format!("{at} was {a}, now {b}")),
+        }
+    }
+    walk(&parse(before), &parse(now), "")
+        .unwrap_or_else(|| "the run was written by another version".into())
+}
