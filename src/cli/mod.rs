@@ -1,1 +1,81 @@
-//! cli
+//! The command line: one file per command.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub mod bench;
+pub mod compose;
+pub mod demo;
+pub mod device;
+pub mod eval;
+pub mod export;
+pub mod generate;
+pub mod interrupt;
+pub mod output;
+pub mod parity;
+pub mod plan;
+pub mod pretrain;
+pub mod train;
+
+/// Compose efficient hybrid (MLA + Mamba2) language models from pretrained Llama checkpoints.
+#[derive(Debug, Parser)]
+#[command(name = "zebroid", version, arg_required_else_help = true)]
+#[command(after_help = "Start with:  zebroid demo\n\
+    Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted (what was done is saved).")]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// More of what happens on standard error (RUST_LOG has the last word).
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The whole pipeline on the embedded teacher: plan, compose, ILD bank, KD, evaluation, report.
+    Demo(demo::Args),
+    /// What a hybrid would cost, per layer and in total, before any weight is touched.
+    Plan(plan::Args),
+    /// Make a hybrid from a Llama checkpoint (or from an ILD bank's layers).
+    Compose(compose::Args),
+    /// Train a hybrid by distillation (ILD bank or end-to-end KD).
+    Train(train::Args),
+    /// Train a small Llama from scratch.
+    Pretrain(pretrain::Args),
+    /// Measure a model.
+    #[command(subcommand)]
+    Eval(eval::Eval),
+    /// Compare a checkpoint with recorded outputs, layer by layer.
+    Parity(parity::Args),
+    /// Continue a prompt.
+    Generate(generate::Args),
+    /// Write a checkpoint in another format (zebroid, AMD's, Hugging Face Llama).
+    Export(export::Args),
+    /// Measure speed and memory.
+    #[command(subcommand)]
+    Bench(bench::Bench),
+}
+
+pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let level = if cli.verbose { "zebroid=debug" } else { "zebroid=warn" };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    // A second initialisation (tests) keeps the first.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
+    match cli.command {
+        Command::Demo(args) => demo::run(args)?,
+        Command::Plan(args) => plan::run(args)?,
+        Command::Compose(args) => compose::run(args)?,
+        Command::Train(args) => train::run(args)?,
+        Command::Pretrain(args) => pretrain::run(args)?,
+        Command::Eval(args) => eval::run(args)?,
+        Command::Parity(args) => return parity::run(args),
+        Command::Generate(args) => generate::run(args)?,
+        Command::Export(args) => export::run(args)?,
+        Command::Bench(args) => bench::run(args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,1 +1,6 @@
-//! eval
+//! How good a model is: against its teacher, against recorded outputs, on held-out text.
+
+pub mod kl;
+pub mod parity;
+pub mod recall;
+pub mod report;

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::student::Student;
-use super::{Terms, ids, masked_mean, rows, scalar};
+use super::{Laps, Terms, ids, masked_mean, rows, scalar};
 use crate::data::Batch;
 use crate::model::{Lm, ModelConfig};
 use crate::op::loss::{cross_entropy, forward_kl};
@@ -84,7 +84,10 @@ impl Kd {
     pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
         let ids = ids(batch, self.student.lm.device())?;
         let documents = Some(&batch.documents);
+        let mut laps = Laps::new();
+        let mut phases = Vec::new();
         let target = rows(&self.teacher.forward(&ids, documents)?)?;
+        phases.push(("teacher forward", laps.lap()));
         let logits = rows(&self.student.lm.forward(&ids, documents)?)?;
         let (tau, ce_weight) = (self.config.temperature, self.config.ce_weight);
         let kl = forward_kl(&target, &logits, tau)?.mean_all()?;
@@ -100,11 +103,14 @@ impl Kd {
             named.push(("ce".to_owned(), scalar(&ce)?));
             loss = (loss + (ce * ce_weight)?)?;
         }
+        phases.push(("student forward and loss", laps.lap()));
         let grads = (&loss * scale)?.backward()?;
         self.student.params.add(&grads)?;
+        phases.push(("backward", laps.lap()));
         Ok(Terms {
             loss: scalar(&loss)?,
             named,
+            phases,
         })
     }
 }

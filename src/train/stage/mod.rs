@@ -22,6 +22,23 @@ pub use pretrain::Pretrain;
 pub struct Terms {
     pub loss: f64,
     pub named: Vec<(String, f64)>,
+    /// Where the time went, in seconds, for `bench train`.
+    pub phases: Vec<(&'static str, f64)>,
+}
+
+/// Seconds since the last lap.
+struct Laps(std::time::Instant);
+
+impl Laps {
+    fn new() -> Self {
+        Self(std::time::Instant::now())
+    }
+
+    fn lap(&mut self) -> f64 {
+        std::mem::replace(&mut self.0, std::time::Instant::now())
+            .elapsed()
+            .as_secs_f64()
+    }
 }
 
 pub enum Stage {

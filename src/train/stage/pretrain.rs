@@ -43,7 +43,7 @@ impl Pretrain {
         self.student.params.add(&grads)?;
         Ok(Terms {
             loss: scalar(&loss)?,
-            named: Vec::new(),
+            ..Terms::default()
         })
     }
 

@@ -1,0 +1,166 @@
+//! `zebroid bench train`: tokens a second, peak memory, time per phase.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::DType;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use super::device::DeviceArg;
+use super::output::{bytes, progress, table, thousands};
+use super::plan::PlanArgs;
+use crate::checkpoint::Checkpoint;
+use crate::convert::{Init, compose};
+use crate::data::Batch;
+use crate::op::Documents;
+use crate::op::adamw::AdamW;
+use crate::train::Stage;
+use crate::train::stage::kd::{Kd, KdConfig};
+use crate::weights::Weights;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Bench {
+    /// KD steps on random tokens.
+    Train(TrainBench),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  \
+    zebroid bench train ./teacher --mla 2 --kv-rank 16 --rope-dim 8 --batch-size 16 --seq-len 256 --threads 2")]
+pub struct TrainBench {
+    /// Llama checkpoint folder.
+    teacher: PathBuf,
+    #[command(flatten)]
+    plan: PlanArgs,
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
+    #[arg(long, default_value_t = 256)]
+    seq_len: usize,
+    /// Counted steps.
+    #[arg(long, default_value_t = 8)]
+    steps: usize,
+    /// Steps before the counted ones.
+    #[arg(long, default_value_t = 2)]
+    warmup: usize,
+    /// CPU threads [default: all cores].
+    #[arg(long)]
+    threads: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArg,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    /// Median over the counted steps.
+    tokens_per_s: f64,
+    step_s: f64,
+    /// Median seconds by phase.
+    phases: Vec<(&'static str, f64)>,
+    /// Of the whole process; absent where the system does not tell.
+    peak_rss_bytes: Option<usize>,
+    parameters: usize,
+    threads: usize,
+}
+
+pub fn run(command: Bench) -> anyhow::Result<()> {
+    let Bench::Train(args) = command;
+    if let Some(threads) = args.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    let device = args.device.get()?;
+    let teacher = Checkpoint::open(&args.teacher)?;
+    let student = args.plan.student(&teacher.config)?;
+    let weights = teacher.weights(DType::F32, &candle_core::Device::Cpu)?;
+    let tensors = compose(&teacher.config, &weights, &student, Init::Reference, 0)?;
+    let weights = Weights::new(tensors).to_device(&device, DType::F32)?;
+    let lm = teacher.model(&device, DType::F32)?;
+    let mut stage = Stage::Kd(Kd::new(lm, String::new(), &student, &weights, KdConfig::default())?);
+    let hyper = AdamW {
+        lr: 1e-4,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.0,
+    };
+    let bar = progress("bench", (args.warmup + args.steps) as u64);
+    let mut seconds = Vec::new();
+    let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
+    for step in 0..args.warmup + args.steps {
+        let batch = random_batch(args.batch_size, args.seq_len, student.vocab_size, step as u64);
+        let started = Instant::now();
+        let mut terms = stage.backward(&batch, 1.0)?;
+        let optimizing = Instant::now();
+        for group in stage.groups_mut() {
+            group.update(1.0, step as u64 + 1, &hyper)?;
+        }
+        terms.phases.push(("clip and AdamW", optimizing.elapsed().as_secs_f64()));
+        bar.inc(1);
+        if step < args.warmup {
+            continue;
+        }
+        seconds.push(started.elapsed().as_secs_f64());
+        for (i, (name, time)) in terms.phases.into_iter().enumerate() {
+            match phases.get_mut(i) {
+                Some((_, times)) => times.push(time),
+                None => phases.push((name, vec![time])),
+            }
+        }
+    }
+    bar.finish_and_clear();
+    let step_s = median(seconds);
+    let report = Report {
+        tokens_per_s: (args.batch_size * args.seq_len) as f64 / step_s,
+        step_s,
+        phases: phases.into_iter().map(|(name, times)| (name, median(times))).collect(),
+        peak_rss_bytes: peak_rss(),
+        parameters: student.cost().params,
+        threads: rayon::current_num_threads(),
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    let mut rows = vec![
+        vec!["tokens/s".into(), thousands(report.tokens_per_s as usize)],
+        vec!["step".into(), format!("{:.1} ms", 1e3 * report.step_s)],
+    ];
+    for (name, time) in &report.phases {
+        rows.push(vec![format!("  {name}"), format!("{:.1} ms", 1e3 * time)]);
+    }
+    rows.push(vec!["peak memory".into(), report.peak_rss_bytes.map_or("unknown".into(), bytes)]);
+    rows.push(vec!["parameters".into(), thousands(report.parameters)]);
+    rows.push(vec!["threads".into(), report.threads.to_string()]);
+    print!("{}", table(&["KD step", "median"], &rows));
+    Ok(())
+}
+
+fn random_batch(rows: usize, len: usize, vocab: usize, seed: u64) -> Batch {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let ids: Vec<u32> = (0..rows * len).map(|_| random.random_range(0..vocab as u32)).collect();
+    Batch {
+        targets: ids.clone(),
+        mask: vec![1.0; ids.len()],
+        documents: Documents::new(vec![0; ids.len()], len),
+        input_ids: ids,
+        rows,
+        len,
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// The highest resident size so far, where `/proc` tells.
+pub fn peak_rss() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}

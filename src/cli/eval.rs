@@ -1,0 +1,79 @@
+//! `zebroid eval kl`.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+
+use super::device::DeviceArg;
+use super::output::{progress, table, thousands};
+use crate::checkpoint::Checkpoint;
+use crate::data::{Corpus, Packing, Tokenizer};
+use crate::eval::kl;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Eval {
+    /// A student against its teacher: KL, cross-entropies, top-1 agreement.
+    Kl(KlArgs),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  zebroid eval kl --teacher ./teacher --student ./hybrid --data validation.jsonl --json")]
+pub struct KlArgs {
+    #[arg(long)]
+    teacher: PathBuf,
+    #[arg(long)]
+    student: PathBuf,
+    /// JSON lines with a text field.
+    #[arg(long)]
+    data: PathBuf,
+    /// Tokens a window.
+    #[arg(long, default_value_t = 256)]
+    seq_len: usize,
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
+    /// documents: nothing crosses document borders; stream: one long text.
+    #[arg(long, value_enum, default_value = "documents")]
+    packing: Packing,
+    #[command(flatten)]
+    device: DeviceArg,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(command: Eval) -> anyhow::Result<()> {
+    match command {
+        Eval::Kl(args) => run_kl(args),
+    }
+}
+
+fn run_kl(args: KlArgs) -> anyhow::Result<()> {
+    let device = args.device.get()?;
+    let (teacher, student) = (Checkpoint::open(&args.teacher)?, Checkpoint::open(&args.student)?);
+    let tokenizer = Tokenizer::open(&args.teacher)?;
+    let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
+    let bar = progress("eval", corpus.windows(args.seq_len) as u64);
+    let report = kl::evaluate(
+        &teacher.model(&device, DType::F32)?,
+        &student.model(&device, DType::F32)?,
+        &corpus,
+        args.batch_size,
+        args.seq_len,
+        &mut |done, _| bar.set_position(done as u64),
+    )?;
+    bar.finish_and_clear();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    let rows = [
+        ("kl (nats/token)", format!("{:.4}", report.kl)),
+        ("ce_teacher (nats/token)", format!("{:.4}", report.ce_teacher)),
+        ("ce_student (nats/token)", format!("{:.4}", report.ce_student)),
+        ("agreement (top-1)", format!("{:.2} %", 100.0 * report.agreement)),
+        ("perplexity retention", format!("{:.2} %", 100.0 * report.perplexity_retention())),
+        ("tokens", thousands(report.tokens)),
+    ];
+    print!("{}", table(&["measure", "value"], &rows.map(|(name, value)| vec![name.into(), value])));
+    Ok(())
+}

@@ -1,0 +1,29 @@
+//! `zebroid export`: the same weights, bit for bit, in another checkpoint format.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::{self, Checkpoint, Format};
+
+/// Write a checkpoint in another format.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  zebroid export ./Zebra-Llama-1B-4MLA-12Mamba-SFT ./own --format zebroid")]
+pub struct Args {
+    /// Checkpoint folder of any format.
+    checkpoint: PathBuf,
+    /// Folder to write; must not exist.
+    out: PathBuf,
+    #[arg(long, value_enum)]
+    format: Format,
+    /// Replace OUT if it exists.
+    #[arg(long)]
+    force: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    checkpoint::check_output(&args.out, args.force)?;
+    let source = Checkpoint::open(&args.checkpoint)?;
+    let tensors = source.raw_tensors()?;
+    checkpoint::save(&args.out, args.format, &source.config, &tensors, Some(&args.checkpoint), args.force)?;
+    println!("written to {}", args.out.display());
+    Ok(())
+}

@@ -1,0 +1,26 @@
+//! Ctrl-C asks long work to stop at the next safe point; a second one stops at once.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+static INSTALLED: OnceLock<()> = OnceLock::new();
+
+/// From here on Ctrl-C (and SIGTERM) is noted instead of ending the process.
+pub fn install() {
+    INSTALLED.get_or_init(|| {
+        let installed = ctrlc::set_handler(|| {
+            if ASKED.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+            eprintln!("\nfinishing this step and saving; press Ctrl-C again to stop at once");
+        });
+        if let Err(error) = installed {
+            tracing::warn!("Ctrl-C will not be caught: {error}");
+        }
+    });
+}
+
+pub fn asked() -> bool {
+    ASKED.load(Ordering::SeqCst)
+}

@@ -1,0 +1,77 @@
+//! `zebroid pretrain`: a small Llama from scratch.
+
+use std::path::PathBuf;
+
+use super::train::TrainArgs;
+use crate::checkpoint;
+use crate::data::{Corpus, Tokenizer};
+use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
+use crate::model::{FORMAT_VERSION, ModelConfig};
+use crate::train::Stage;
+use crate::train::stage::pretrain::Pretrain;
+
+/// Train a small Llama from scratch on JSON lines of text.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  \
+    zebroid pretrain ./teacher --data stories.jsonl --tokenizer ./tokenizer --hidden-size 128 --num-layers 5 --tokens 20000000")]
+pub struct Args {
+    /// Folder of the result (a Hugging Face Llama checkpoint); must not exist.
+    out: PathBuf,
+    /// JSON lines with a text field.
+    #[arg(long)]
+    data: PathBuf,
+    /// Folder with tokenizer.json.
+    #[arg(long)]
+    tokenizer: PathBuf,
+    #[arg(long, default_value_t = 128)]
+    hidden_size: usize,
+    #[arg(long, default_value_t = 352)]
+    intermediate_size: usize,
+    #[arg(long, default_value_t = 5)]
+    num_layers: usize,
+    #[arg(long, default_value_t = 8)]
+    num_heads: usize,
+    #[arg(long, default_value_t = 4)]
+    num_kv_heads: usize,
+    /// [default: hidden size over heads]
+    #[arg(long)]
+    head_dim: Option<usize>,
+    #[arg(long, default_value_t = 10_000.0)]
+    rope_theta: f64,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let settings = args.train.config()?;
+    checkpoint::check_output(&args.out, args.train.force)?;
+    let tokenizer = Tokenizer::open(&args.tokenizer)?;
+    let attention = AttentionConfig {
+        num_attention_heads: args.num_heads,
+        num_key_value_heads: args.num_kv_heads,
+        head_dim: args.head_dim.unwrap_or(args.hidden_size / args.num_heads.max(1)),
+        rope: Some(RopeConfig::new(args.rope_theta)),
+    };
+    let config = ModelConfig {
+        model_type: ModelConfig::MODEL_TYPE.into(),
+        format_version: FORMAT_VERSION,
+        hidden_size: args.hidden_size,
+        intermediate_size: args.intermediate_size,
+        vocab_size: tokenizer.vocab_size(),
+        max_position_embeddings: settings.seq_len,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: true,
+        bos_token_id: tokenizer.bos(),
+        eos_token_id: tokenizer.eos().to_vec(),
+        layers: vec![MixerConfig::Attention(attention); args.num_layers],
+    };
+    let device = args.train.device.get()?;
+    let mut stage = Stage::Pretrain(Pretrain::new(&config, args.train.seed, &device)?);
+    let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
+    let metrics = args.train.run("pretrain", &mut stage, &corpus, &args.out, &args.tokenizer)?;
+    if let Some(last) = metrics.last() {
+        eprintln!("{} steps, {} tokens, last loss {:.4}", last.step, last.tokens, last.loss);
+    }
+    eprintln!("written to {}", args.out.display());
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! Modules use only what stands below them (the table in `src/lib.rs`).
+
+use std::fs;
+use std::path::Path;
+
+/// From the top; modules of one row may not use each other.
+const RANKS: &[&[&str]] = &[
+    &["cli"],
+    &["eval", "train", "convert"],
+    &["generate"],
+    &["checkpoint", "data"],
+    &["model"],
+    &["mixer"],
+    &["weights"],
+    &["op"],
+    &["error"],
+];
+
+fn rank(module: &str) -> Option<usize> {
+    RANKS.iter().position(|row| row.contains(&module))
+}
+
+fn check(file: &Path, own: &str, problems: &mut Vec<String>) {
+    let text = fs::read_to_string(file).unwrap();
+    for (number, line) in text.lines().enumerate() {
+        for (at, _) in line.match_indices("crate::") {
+            let rest = &line[at + "crate::".len()..];
+            let other: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let Some(below) = rank(&other).filter(|_| other != own) else {
+                continue;
+            };
+            if below <= rank(own).unwrap() {
+                problems.push(format!("{}:{}: {own} uses {other}", file.display(), number + 1));
+            }
+        }
+    }
+}
+
+fn walk(folder: &Path, own: &str, problems: &mut Vec<String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => walk(&path, own, problems),
+            false if path.extension().is_some_and(|e| e == "rs") => check(&path, own, problems),
+            false => {}
+        }
+    }
+}
+
+#[test]
+fn modules_use_only_what_stands_below_them() {
+    let mut problems = Vec::new();
+    for entry in fs::read_dir("src").unwrap() {
+        let path = entry.unwrap().path();
+        let own = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        if own == "lib" || own == "main" {
+            continue;
+        }
+        assert!(rank(&own).is_some(), "src/{own} has no rank: add it to tests/arrows.rs and src/lib.rs");
+        match path.is_dir() {
+            true => walk(&path, &own, &mut problems),
+            false => check(&path, &own, &mut problems),
+        }
+    }
+    assert!(problems.is_empty(), "arrows that point up:\n{}", problems.join("\n"));
+}
