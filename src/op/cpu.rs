@@ -63,3 +63,41 @@ pub fn host(storage: &Storage) -> Result<&CpuStorage> {
         _ => bail!("an operand on the CPU is wanted"),
     }
 }
+
+/// A view `[B, T, C]` with entries of a row side by side; rows may lie apart (a narrowed projection).
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    entries: &'a [f32],
+    strides: [usize; 2],
+    /// `[B, T, C]`
+    pub dims: [usize; 3],
+}
+
+impl<'a> Rows<'a> {
+    pub fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let (b, t, c) = layout.shape().dims3()?;
+        match layout.stride() {
+            &[batch, row, 1] => Ok(Self {
+                entries: &storage.as_slice::<f32>()?[layout.start_offset()..],
+                strides: [batch, row],
+                dims: [b, t, c],
+            }),
+            _ => bail!("an operand with a contiguous last axis is wanted, not {layout:?}"),
+        }
+    }
+
+    /// `[C]`
+    #[inline]
+    pub fn row(&self, b: usize, t: usize) -> &'a [f32] {
+        let [batch, row] = self.strides;
+        &self.entries[b * batch + t * row..][..self.dims[2]]
+    }
+}
+
+/// The tensor itself if its last axis is contiguous, else a copy.
+pub fn with_rows(x: &Tensor) -> Result<Tensor> {
+    match x.stride().last() {
+        Some(1) => Ok(x.clone()),
+        _ => x.force_contiguous(),
+    }
+}
