@@ -1,9 +1,13 @@
 //! Depthwise causal convolution with optional SiLU (the short convolution of Mamba, Gu & Dao 2023).
 
+mod cpu;
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use super::Documents;
-use candle_core::{Result, Tensor, bail};
+use crate::op::cpu::{Rows, host, slice, takes, with_rows};
+use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 
 /// `x [B, T, C]`, `weight [C, W]` (last tap = the present), `bias [C]` → `[B, T, C]`; a tap that would
 /// reach before the sequence or its document reads zero. `x` may be a view whose last axis is
@@ -35,7 +39,12 @@ pub fn causal_conv(
             x.shape()
         );
     }
-    reference::causal_conv(x, weight, bias, silu, documents)
+    if !takes(&[x, weight, bias]) {
+        return reference::causal_conv(x, weight, bias, silu, documents);
+    }
+    let taps = weight.t()?.contiguous()?;
+    let documents = documents.cloned();
+    with_rows(x)?.apply_op3(&taps, &bias.contiguous()?, CausalConv { silu, documents })
 }
 
 /// The same for the next `T` inputs of a sequence whose last `W - 1` inputs are `state [B, W-1, C]`
@@ -63,4 +72,74 @@ pub fn causal_conv_resume(
         y.narrow(1, w - 1, t)?,
         all.narrow(1, t, w - 1)?.contiguous()?,
     ))
+}
+
+struct CausalConv {
+    silu: bool,
+    documents: Option<Documents>,
+}
+
+impl CausalConv {
+    fn kernel<'a>(&'a self, x: Rows<'a>, taps: &'a [f32], bias: &'a [f32]) -> cpu::Conv<'a> {
+        cpu::Conv {
+            x,
+            taps,
+            bias,
+            silu: self.silu,
+            documents: self.documents.as_ref(),
+        }
+    }
+}
+
+/// Operands: x, taps `[W, C]` (the transposed weight: channels side by side) and bias.
+impl CustomOp3 for CausalConv {
+    fn name(&self) -> &'static str {
+        "causal_conv"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        taps: &CpuStorage,
+        taps_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (taps, bias) = (slice(taps, taps_layout)?, slice(bias, bias_layout)?);
+        let y = self.kernel(Rows::of(x, x_layout)?, taps, bias).forward();
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        taps: &Tensor,
+        bias: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (w, c) = taps.dims2()?;
+        let (want_x, want_taps) = (x.track_op(), taps.track_op() || bias.track_op());
+        let dy = dy.contiguous()?;
+        let (x_storage, x_layout) = x.storage_and_layout();
+        let (taps_storage, taps_layout) = taps.storage_and_layout();
+        let (bias_storage, bias_layout) = bias.storage_and_layout();
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let taps = slice(host(&taps_storage)?, taps_layout)?;
+        let bias = slice(host(&bias_storage)?, bias_layout)?;
+        let kernel = self.kernel(Rows::of(host(&x_storage)?, x_layout)?, taps, bias);
+        let dy = slice(host(&dy_storage)?, dy_layout)?;
+        let (dx, dtaps) = kernel.backward(dy, want_x, want_taps);
+        let dx = want_x.then(|| Tensor::from_vec(dx, x.shape(), &Device::Cpu));
+        if !want_taps {
+            return Ok((dx.transpose()?, None, None));
+        }
+        let dtaps = Tensor::from_vec(dtaps, (w + 1, c), &Device::Cpu)?;
+        Ok((
+            dx.transpose()?,
+            Some(dtaps.narrow(0, 0, w)?),
+            Some(dtaps.get(w)?),
+        ))
+    }
 }

@@ -1,9 +1,16 @@
 //! Losses over logits `[M, V]`, a value per row in nats, and distances between hidden states `[M, D]`.
 //! Teachers and targets get no gradient.
 
+mod cpu;
 mod reference;
+#[cfg(test)]
+mod tests;
 
-use candle_core::{DType, Result, Tensor, bail};
+use crate::op::cpu::{host, slice, takes};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail,
+};
+use std::sync::OnceLock;
 
 /// `logits [M, V]`, `targets [M]` (u32) → `−log softmax(logits)[target]`, `[M]`.
 ///
@@ -25,7 +32,13 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
             wanted[row]
         );
     }
-    reference::cross_entropy(logits, targets)
+    if !takes(&[logits]) {
+        return reference::cross_entropy(logits, targets);
+    }
+    logits.contiguous()?.apply_op1(CrossEntropy {
+        targets: wanted,
+        softmaxes: OnceLock::new(),
+    })
 }
 
 /// `KL(softmax(teacher / τ) ‖ softmax(student / τ))`, `[M]`; both `[M, V]` (Hinton et al. 2015, without
@@ -35,20 +48,36 @@ pub fn forward_kl(teacher: &Tensor, student: &Tensor, temperature: f64) -> Resul
     if !(temperature > 0. && temperature.is_finite()) {
         bail!("forward_kl: the temperature must be positive, not {temperature}");
     }
-    reference::forward_kl(teacher, student, temperature)
+    if !takes(&[teacher, student]) {
+        return reference::forward_kl(teacher, student, temperature);
+    }
+    let op = ForwardKl {
+        temperature: temperature as f32,
+        softmaxes: OnceLock::new(),
+    };
+    teacher
+        .detach()
+        .contiguous()?
+        .apply_op2(&student.contiguous()?, op)
 }
 
 /// `Σ(x − target)² / Σ target²` over all entries, a scalar; both `[M, D]`. Not finite where the whole
 /// target is zero.
 pub fn relative_mse(x: &Tensor, target: &Tensor) -> Result<Tensor> {
     same_rows("relative_mse", x, target)?;
-    reference::relative_mse(x, target)
+    if !takes(&[x, target]) {
+        return reference::relative_mse(x, target);
+    }
+    Distance::between(x, target, DistanceKind::RelativeSquare)
 }
 
 /// Mean over rows of `‖x − target‖₂`, a scalar; both `[M, D]`. A row at its target has gradient zero.
 pub fn mean_l2(x: &Tensor, target: &Tensor) -> Result<Tensor> {
     same_rows("mean_l2", x, target)?;
-    reference::mean_l2(x, target)
+    if !takes(&[x, target]) {
+        return reference::mean_l2(x, target);
+    }
+    Distance::between(x, target, DistanceKind::MeanNorm)
 }
 
 fn same_rows(op: &str, lhs: &Tensor, rhs: &Tensor) -> Result<()> {
@@ -60,4 +89,182 @@ fn same_rows(op: &str, lhs: &Tensor, rhs: &Tensor) -> Result<()> {
         );
     }
     Ok(())
+}
+
+struct CrossEntropy {
+    targets: Vec<u32>,
+    softmaxes: OnceLock<Vec<cpu::Softmax>>,
+}
+
+impl CustomOp1 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (m, v) = layout.shape().dims2()?;
+        let (loss, softmaxes) = cpu::cross_entropy(slice(logits, layout)?, v, &self.targets);
+        self.softmaxes.get_or_init(|| softmaxes);
+        Ok((CpuStorage::F32(loss), Shape::from(m)))
+    }
+
+    fn bwd(&self, logits: &Tensor, _loss: &Tensor, dloss: &Tensor) -> Result<Option<Tensor>> {
+        let (_, v) = logits.dims2()?;
+        let dloss = dloss.to_vec1::<f32>()?;
+        let softmaxes = saved(&self.softmaxes);
+        let (storage, layout) = logits.storage_and_layout();
+        let logits_slice = slice(host(&storage)?, layout)?;
+        let dlogits =
+            cpu::cross_entropy_backward(logits_slice, v, &self.targets, softmaxes, &dloss);
+        Tensor::from_vec(dlogits, logits.shape(), &Device::Cpu).map(Some)
+    }
+}
+
+struct ForwardKl {
+    temperature: f32,
+    softmaxes: OnceLock<Vec<[cpu::Softmax; 2]>>,
+}
+
+impl CustomOp2 for ForwardKl {
+    fn name(&self) -> &'static str {
+        "forward_kl"
+    }
+
+    fn cpu_fwd(
+        &self,
+        teacher: &CpuStorage,
+        teacher_layout: &Layout,
+        student: &CpuStorage,
+        student_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (m, v) = student_layout.shape().dims2()?;
+        let (teacher, student) = (
+            slice(teacher, teacher_layout)?,
+            slice(student, student_layout)?,
+        );
+        let (kl, softmaxes) = cpu::forward_kl(teacher, student, v, self.temperature);
+        self.softmaxes.get_or_init(|| softmaxes);
+        Ok((CpuStorage::F32(kl), Shape::from(m)))
+    }
+
+    fn bwd(
+        &self,
+        teacher: &Tensor,
+        student: &Tensor,
+        _kl: &Tensor,
+        dkl: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (_, v) = student.dims2()?;
+        let dkl = dkl.to_vec1::<f32>()?;
+        let softmaxes = saved(&self.softmaxes);
+        let (teacher, teacher_layout) = teacher.storage_and_layout();
+        let (storage, layout) = student.storage_and_layout();
+        let dstudent = cpu::forward_kl_backward(
+            slice(host(&teacher)?, teacher_layout)?,
+            slice(host(&storage)?, layout)?,
+            v,
+            softmaxes,
+            &dkl,
+        );
+        Ok((
+            None,
+            Some(Tensor::from_vec(dstudent, student.shape(), &Device::Cpu)?),
+        ))
+    }
+}
+
+/// What the forward pass left for the backward pass.
+fn saved<T>(cell: &OnceLock<T>) -> &T {
+    cell.get()
+        .expect("candle runs the forward pass when it records the operation")
+}
+
+/// A distance over rows `[M, D]`: a scalar whose gradient is `x − target` times a factor of the row.
+struct Distance {
+    kind: DistanceKind,
+    row_factors: OnceLock<Vec<f32>>,
+}
+
+enum DistanceKind {
+    RelativeSquare,
+    MeanNorm,
+}
+
+impl Distance {
+    fn between(x: &Tensor, target: &Tensor, kind: DistanceKind) -> Result<Tensor> {
+        let op = Self {
+            kind,
+            row_factors: OnceLock::new(),
+        };
+        x.contiguous()?
+            .apply_op2(&target.detach().contiguous()?, op)
+    }
+}
+
+impl CustomOp2 for Distance {
+    fn name(&self) -> &'static str {
+        match self.kind {
+            DistanceKind::RelativeSquare => "relative_mse",
+            DistanceKind::MeanNorm => "mean_l2",
+        }
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        target: &CpuStorage,
+        target_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (m, d) = x_layout.shape().dims2()?;
+        let rows = cpu::squared_errors(slice(x, x_layout)?, slice(target, target_layout)?, d);
+        let (value, row_factors) = match self.kind {
+            DistanceKind::RelativeSquare => {
+                let total = |i: usize| rows.iter().map(|row| row[i]).sum::<f64>();
+                let (error, scale) = (total(0), total(1));
+                (error / scale, vec![(2. / scale) as f32; m])
+            }
+            DistanceKind::MeanNorm => {
+                let norms = rows.iter().map(|row| row[0].sqrt());
+                // A norm has no slope at zero: its subgradient 0 is taken.
+                let slope = |norm: f64| {
+                    if norm > 0. {
+                        (1. / (norm * m as f64)) as f32
+                    } else {
+                        0.
+                    }
+                };
+                (
+                    norms.clone().sum::<f64>() / m as f64,
+                    norms.map(slope).collect(),
+                )
+            }
+        };
+        self.row_factors.get_or_init(|| row_factors);
+        Ok((CpuStorage::F32(vec![value as f32]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        target: &Tensor,
+        _distance: &Tensor,
+        ddistance: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (_, d) = x.dims2()?;
+        let upstream = ddistance.to_scalar::<f32>()?;
+        let factors: Vec<f32> = saved(&self.row_factors)
+            .iter()
+            .map(|f| f * upstream)
+            .collect();
+        let (storage, layout) = x.storage_and_layout();
+        let (target, target_layout) = target.storage_and_layout();
+        let dx = cpu::scaled_difference(
+            slice(host(&storage)?, layout)?,
+            slice(host(&target)?, target_layout)?,
+            d,
+            &factors,
+        );
+        Ok((Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?), None))
+    }
 }

@@ -1,0 +1,234 @@
+use super::*;
+use candle_core::{DType, Var};
+
+/// Deterministic entries in about ±1.
+fn noise(shape: impl Into<Shape>, seed: usize) -> Tensor {
+    let shape = shape.into();
+    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
+    let values: Vec<f64> = (0..shape.elem_count())
+        .map(|i| 2. * entry(i) - 1.)
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn f32(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::F32).unwrap()
+}
+
+/// The greatest difference, relative to the greatest entry of `b`.
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let flat = |x: &Tensor| {
+        x.to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+    };
+    let (a, b) = (flat(a).unwrap(), flat(b).unwrap());
+    let error = a
+        .iter()
+        .zip(&b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0., f64::max);
+    error / b.iter().map(|b| b.abs()).fold(1e-30, f64::max)
+}
+
+/// Documents of lengths 1, 2, 3, … in every row, row `b` beginning inside one.
+fn short_documents(b: usize, t: usize) -> Documents {
+    let mut starts = Vec::new();
+    for row in 0..b {
+        let (mut start, mut length) = (0, 1 + row);
+        for position in 0..t {
+            if position == start + length {
+                (start, length) = (position, length + 1);
+            }
+            starts.push(start as u32);
+        }
+    }
+    Documents::new(starts, t)
+}
+
+/// The output and the gradients of x, weight and bias under uneven weights of the outputs.
+fn run(
+    [x, weight, bias]: [&Tensor; 3],
+    silu: bool,
+    documents: Option<&Documents>,
+) -> (Tensor, [Tensor; 3]) {
+    let vars = [x, weight, bias].map(|x| Var::from_tensor(x).unwrap());
+    let y = causal_conv(&vars[0], &vars[1], &vars[2], silu, documents).unwrap();
+    let weights = noise(y.shape().clone(), 77).to_dtype(y.dtype()).unwrap();
+    let gradients = (&y * weights)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    (y, vars.map(|var| gradients.get(&var).unwrap().clone()))
+}
+
+#[test]
+fn kernel_equals_the_reference() {
+    // Odd sizes; shorter than the width; longer than a block of the backward pass.
+    for (b, t, c, w) in [
+        (2, 9, 5, 4),
+        (1, 2, 3, 4),
+        (3, 70, 33, 3),
+        (1, 1, 1, 1),
+        (2, 150, 16, 2),
+    ] {
+        let x = noise((b, t, c), 1);
+        let (weight, bias) = (noise((c, w), 2), noise(c, 3));
+        let documents = short_documents(b, t);
+        for (silu, documents) in [(false, None), (true, None), (true, Some(&documents))] {
+            let (truth, true_gradients) = run([&x, &weight, &bias], silu, documents);
+            let (y, gradients) = run([&f32(&x), &f32(&weight), &f32(&bias)], silu, documents);
+            assert!(distance(&y, &truth) < 1e-6);
+            for (gradient, truth) in gradients.iter().zip(&true_gradients) {
+                assert!(distance(gradient, truth) < 2e-6, "{b} {t} {c} {w} {silu}");
+            }
+        }
+    }
+}
+
+#[test]
+fn reference_gradients_equal_finite_differences() {
+    let (b, t, c, w) = (2, 5, 2, 4);
+    let inputs = [noise((b, t, c), 1), noise((c, w), 2), noise(c, 3)];
+    let documents = short_documents(b, t);
+    let (_, gradients) = run(inputs.each_ref(), true, Some(&documents));
+    let weights = noise((b, t, c), 77);
+    let total = |[x, weight, bias]: [&Tensor; 3]| {
+        let y = causal_conv(x, weight, bias, true, Some(&documents)).unwrap();
+        (y * &weights)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f64>()
+            .unwrap()
+    };
+    let step = 1e-5;
+    for (which, gradient) in gradients.iter().enumerate() {
+        let count = inputs[which].elem_count();
+        let slope = |i: usize| {
+            let mut nudge = vec![0f64; count];
+            nudge[i] = step;
+            let nudge = Tensor::from_vec(nudge, inputs[which].shape(), &Device::Cpu).unwrap();
+            let mut moved = inputs.clone();
+            moved[which] = (&inputs[which] + &nudge).unwrap();
+            let up = total(moved.each_ref());
+            moved[which] = (&inputs[which] - &nudge).unwrap();
+            (up - total(moved.each_ref())) / (2. * step)
+        };
+        let slopes: Vec<f64> = (0..count).map(slope).collect();
+        let slopes = Tensor::from_vec(slopes, inputs[which].shape(), &Device::Cpu).unwrap();
+        assert!(distance(gradient, &slopes) < 1e-7, "argument {which}");
+    }
+}
+
+#[test]
+fn packed_documents_equal_each_alone() {
+    let (t, c, w) = (11, 4, 4);
+    for dtype in [DType::F32, DType::F64] {
+        let [x, weight, bias] = [noise((1, t, c), 1), noise((c, w), 2), noise(c, 3)]
+            .map(|x| x.to_dtype(dtype).unwrap());
+        let starts = [0, 0, 0, 3, 4, 4, 6, 6, 6, 6, 6].to_vec();
+        let packed =
+            causal_conv(&x, &weight, &bias, true, Some(&Documents::new(starts, t))).unwrap();
+        for (start, length) in [(0, 3), (3, 1), (4, 2), (6, 5)] {
+            let part = x.narrow(1, start, length).unwrap();
+            let alone = causal_conv(&part, &weight, &bias, true, None).unwrap();
+            assert_eq!(
+                distance(&packed.narrow(1, start, length).unwrap(), &alone),
+                0.
+            );
+        }
+    }
+}
+
+#[test]
+fn any_split_resumes_to_the_whole() {
+    let (b, t, c, w) = (2, 10, 6, 4);
+    for dtype in [DType::F32, DType::F64] {
+        let [x, weight, bias] = [noise((b, t, c), 1), noise((c, w), 2), noise(c, 3)]
+            .map(|x| x.to_dtype(dtype).unwrap());
+        let whole = causal_conv(&x, &weight, &bias, true, None).unwrap();
+        for pieces in [vec![10], vec![1; 10], vec![3, 2, 5], vec![7, 3]] {
+            let mut state = Tensor::zeros((b, w - 1, c), dtype, &Device::Cpu).unwrap();
+            let (mut ys, mut from) = (vec![], 0);
+            for length in pieces {
+                let piece = x.narrow(1, from, length).unwrap();
+                let (y, next) = causal_conv_resume(&piece, &weight, &bias, true, &state).unwrap();
+                ys.push(y);
+                (state, from) = (next, from + length);
+            }
+            assert_eq!(distance(&Tensor::cat(&ys, 1).unwrap(), &whole), 0.);
+            assert_eq!(
+                distance(&state, &x.narrow(1, t - (w - 1), w - 1).unwrap()),
+                0.
+            );
+        }
+    }
+}
+
+#[test]
+fn views_are_read_right() {
+    let wide = f32(&noise((2, 9, 20), 1));
+    let (weight, bias) = (f32(&noise((4, 7), 2)).t().unwrap(), f32(&noise(7, 3)));
+    let narrowed = wide.narrow(2, 5, 7).unwrap().narrow(1, 2, 6).unwrap();
+    let transposed = f32(&noise((2, 7, 6), 4)).transpose(1, 2).unwrap();
+    for view in [narrowed, transposed] {
+        let copies = [
+            view.contiguous().unwrap(),
+            weight.contiguous().unwrap(),
+            bias.clone(),
+        ];
+        let truth = run(copies.each_ref(), true, None);
+        let y = causal_conv(&view, &weight, &bias, true, None).unwrap();
+        assert_eq!(distance(&y, &truth.0), 0.);
+        // The gradient through a view, to a variable.
+        let offset = Var::from_tensor(&Tensor::zeros_like(&view).unwrap()).unwrap();
+        let moved = Tensor::cat(&[&(&view + offset.as_tensor()).unwrap(), &view], 2).unwrap();
+        let moved = moved.narrow(2, 0, 7).unwrap();
+        let y = causal_conv(&moved, &weight, &bias, true, None).unwrap();
+        let weights = f32(&noise(y.shape().clone(), 77));
+        let gradients = (y * weights)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
+        assert_eq!(distance(gradients.get(&offset).unwrap(), &truth.1[0]), 0.);
+    }
+}
+
+#[test]
+fn only_wanted_gradients_are_computed() {
+    let [x, weight, bias] = [noise((1, 5, 3), 1), noise((3, 4), 2), noise(3, 3)].map(|x| f32(&x));
+    let (_, all) = run([&x, &weight, &bias], true, None);
+    let weights = f32(&noise((1, 5, 3), 77));
+    for wanted in 0..2 {
+        let mut inputs = [x.clone(), weight.clone(), bias.clone()];
+        let var = Var::from_tensor(&inputs[wanted]).unwrap();
+        inputs[wanted] = var.as_tensor().clone();
+        let y = causal_conv(&inputs[0], &inputs[1], &inputs[2], true, None).unwrap();
+        let gradients = (y * &weights)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
+        assert_eq!(distance(gradients.get(&var).unwrap(), &all[wanted]), 0.);
+    }
+}
+
+#[test]
+fn misfits_are_named() {
+    let x = f32(&noise((2, 5, 3), 1));
+    let (weight, bias) = (f32(&noise((3, 4), 2)), f32(&noise(3, 3)));
+    let error = causal_conv(&x, &weight.t().unwrap(), &bias, true, None).unwrap_err();
+    assert!(error.to_string().contains("[3, W]"), "{error}");
+    let documents = short_documents(1, 5);
+    assert!(causal_conv(&x, &weight, &bias, true, Some(&documents)).is_err());
+    assert!(causal_conv_resume(&x, &weight, &bias, true, &x).is_err());
+}

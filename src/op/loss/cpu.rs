@@ -1,0 +1,189 @@
+//! The losses over slices: rows in parallel, a row in lanes that the compiler turns into vectors.
+
+use crate::op::cpu::exp;
+use rayon::prelude::*;
+
+const LANES: usize = 16;
+/// Entries summed in f32 before the sum moves to f64: long rows lose nothing, short ones pay nothing.
+const BLOCK: usize = 1024;
+/// Entries a task should have for threads to pay.
+const TASK: usize = 1 << 14;
+
+/// A row's probabilities `exp(scale · x − log_sum)`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Softmax {
+    scale: f32,
+    log_sum: f32,
+}
+
+impl Softmax {
+    fn of(row: &[f32], scale: f32) -> Self {
+        let max = scale * max(row);
+        let [sum] = sums(row, row, |x, _| [exp(scale * x - max)]);
+        let log_sum = max + sum.ln() as f32;
+        Self { scale, log_sum }
+    }
+
+    #[inline(always)]
+    fn probability(self, logit: f32) -> f32 {
+        exp(self.scale * logit - self.log_sum)
+    }
+}
+
+/// The loss and the softmax of every row.
+pub(super) fn cross_entropy(logits: &[f32], v: usize, targets: &[u32]) -> (Vec<f32>, Vec<Softmax>) {
+    let rows = logits
+        .par_chunks_exact(v)
+        .zip(targets)
+        .with_min_len(TASK / v + 1);
+    rows.map(|(row, &target)| {
+        let softmax = Softmax::of(row, 1.);
+        (softmax.log_sum - row[target as usize], softmax)
+    })
+    .unzip()
+}
+
+/// `(softmax − onehot(target)) · dloss`, `[M, V]`.
+pub(super) fn cross_entropy_backward(
+    logits: &[f32],
+    v: usize,
+    targets: &[u32],
+    softmaxes: &[Softmax],
+    dloss: &[f32],
+) -> Vec<f32> {
+    let mut dlogits = vec![0f32; logits.len()];
+    dlogits
+        .par_chunks_exact_mut(v)
+        .zip(logits.par_chunks_exact(v))
+        .zip(targets.par_iter().zip(softmaxes).zip(dloss))
+        .with_min_len(TASK / v + 1)
+        .for_each(|((drow, row), ((&target, softmax), &dloss))| {
+            for (d, &x) in drow.iter_mut().zip(row) {
+                *d = softmax.probability(x) * dloss;
+            }
+            drow[target as usize] -= dloss;
+        });
+    dlogits
+}
+
+/// The divergence and both softmaxes (teacher, student) of every row.
+pub(super) fn forward_kl(
+    teacher: &[f32],
+    student: &[f32],
+    v: usize,
+    temperature: f32,
+) -> (Vec<f32>, Vec<[Softmax; 2]>) {
+    let scale = 1. / temperature;
+    let rows = teacher.par_chunks_exact(v).zip(student.par_chunks_exact(v));
+    rows.with_min_len(TASK / v + 1)
+        .map(|(teacher, student)| {
+            let (max_t, max_s) = (scale * max(teacher), scale * max(student));
+            // Σp(ln p − ln q), each logit relative to its row's greatest: small numbers stay exact.
+            let [sum_t, sum_s, difference] = sums(teacher, student, |t, s| {
+                let (t, s) = (scale * t - max_t, scale * s - max_s);
+                let p = exp(t);
+                [p, exp(s), p * (t - s)]
+            });
+            let kl = difference / sum_t - sum_t.ln() + sum_s.ln();
+            let softmax = |max: f32, sum: f64| Softmax {
+                scale,
+                log_sum: max + sum.ln() as f32,
+            };
+            (kl as f32, [softmax(max_t, sum_t), softmax(max_s, sum_s)])
+        })
+        .unzip()
+}
+
+/// `(softmax(student / τ) − softmax(teacher / τ)) / τ · dloss`, `[M, V]`.
+pub(super) fn forward_kl_backward(
+    teacher: &[f32],
+    student: &[f32],
+    v: usize,
+    softmaxes: &[[Softmax; 2]],
+    dloss: &[f32],
+) -> Vec<f32> {
+    let mut dstudent = vec![0f32; student.len()];
+    dstudent
+        .par_chunks_exact_mut(v)
+        .zip(teacher.par_chunks_exact(v).zip(student.par_chunks_exact(v)))
+        .zip(softmaxes.par_iter().zip(dloss))
+        .with_min_len(TASK / v + 1)
+        .for_each(|((drow, (teacher, student)), ([p, q], &dloss))| {
+            let factor = dloss * q.scale;
+            for ((d, &t), &s) in drow.iter_mut().zip(teacher).zip(student) {
+                *d = (q.probability(s) - p.probability(t)) * factor;
+            }
+        });
+    dstudent
+}
+
+/// `Σ(x − target)²` and `Σ target²` of every row.
+pub(super) fn squared_errors(x: &[f32], target: &[f32], d: usize) -> Vec<[f64; 2]> {
+    let rows = x.par_chunks_exact(d).zip(target.par_chunks_exact(d));
+    rows.with_min_len(TASK / d + 1)
+        .map(|(x, target)| sums(x, target, |x, t| [(x - t) * (x - t), t * t]))
+        .collect()
+}
+
+/// `(x − target)` times the factor of its row, `[M, D]`.
+pub(super) fn scaled_difference(x: &[f32], target: &[f32], d: usize, factors: &[f32]) -> Vec<f32> {
+    let mut out = vec![0f32; x.len()];
+    out.par_chunks_exact_mut(d)
+        .zip(x.par_chunks_exact(d).zip(target.par_chunks_exact(d)))
+        .zip(factors)
+        .with_min_len(TASK / d + 1)
+        .for_each(|((out, (x, target)), &factor)| {
+            for ((out, &x), &t) in out.iter_mut().zip(x).zip(target) {
+                *out = (x - t) * factor;
+            }
+        });
+    out
+}
+
+fn max(row: &[f32]) -> f32 {
+    let (blocks, rest) = row.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for block in blocks {
+        for (lane, &x) in lanes.iter_mut().zip(block) {
+            *lane = lane.max(x);
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |a, &b| a.max(b))
+}
+
+/// `K` sums over the entries of two equally long rows.
+fn sums<const K: usize>(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> [f32; K]) -> [f64; K] {
+    let mut totals = [0f64; K];
+    for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
+        let mut lanes = [[0f32; LANES]; K];
+        let mut add = |a: &[f32; LANES], b: &[f32; LANES], valid: usize| {
+            let mut terms = [[0f32; LANES]; K];
+            for l in 0..LANES {
+                for (k, value) in term(a[l], b[l]).into_iter().enumerate() {
+                    terms[k][l] = value;
+                }
+            }
+            for (lanes, terms) in lanes.iter_mut().zip(&terms) {
+                for l in 0..LANES {
+                    lanes[l] += if l < valid { terms[l] } else { 0. };
+                }
+            }
+        };
+        let (full_a, rest_a) = a.as_chunks::<LANES>();
+        let (full_b, rest_b) = b.as_chunks::<LANES>();
+        for (a, b) in full_a.iter().zip(full_b) {
+            add(a, b, LANES);
+        }
+        let (mut last_a, mut last_b) = ([0f32; LANES], [0f32; LANES]);
+        last_a[..rest_a.len()].copy_from_slice(rest_a);
+        last_b[..rest_b.len()].copy_from_slice(rest_b);
+        add(&last_a, &last_b, rest_a.len());
+        for (total, lanes) in totals.iter_mut().zip(&lanes) {
+            *total += lanes.iter().map(|&x| x as f64).sum::<f64>();
+        }
+    }
+    totals
+}

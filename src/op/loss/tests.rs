@@ -1,0 +1,222 @@
+use super::*;
+use candle_core::Var;
+
+/// Deterministic entries in about ±`range`.
+fn noise(shape: (usize, usize), range: f64, seed: usize) -> Tensor {
+    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
+    let values: Vec<f64> = (0..shape.0 * shape.1)
+        .map(|i| range * (2. * entry(i) - 1.))
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn f32(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::F32).unwrap()
+}
+
+/// The greatest difference, relative to the greatest entry of `b`.
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    let flat = |x: &Tensor| {
+        x.to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+    };
+    let (a, b) = (flat(a).unwrap(), flat(b).unwrap());
+    assert_eq!(a.len(), b.len());
+    let greatest = |values: &mut dyn Iterator<Item = f64>| values.fold(0f64, |m, x| m.max(x.abs()));
+    let error = greatest(&mut a.iter().zip(&b).map(|(a, b)| a - b));
+    error / greatest(&mut b.iter().copied()).max(1e-30)
+}
+
+/// Value and gradient by `x` of `Σ loss(x) · weights`, where rows weigh differently.
+fn value_and_gradient(x: &Tensor, loss: &dyn Fn(&Tensor) -> Result<Tensor>) -> (Tensor, Tensor) {
+    let x = Var::from_tensor(x).unwrap();
+    let value = loss(x.as_tensor()).unwrap();
+    let weights: Vec<f64> = (0..value.elem_count())
+        .map(|i| 0.5 + (i % 3) as f64)
+        .collect();
+    let weights = Tensor::from_vec(weights, value.shape(), &Device::Cpu).unwrap();
+    let total = (&value * weights.to_dtype(value.dtype()).unwrap())
+        .unwrap()
+        .sum_all()
+        .unwrap();
+    let gradient = total.backward().unwrap().get(&x).unwrap().clone();
+    (value, gradient)
+}
+
+type Loss = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
+/// Every loss as a function of `x [M, V]`, in the float type of `x`.
+fn losses((m, v): (usize, usize)) -> Vec<(&'static str, Loss)> {
+    let targets: Vec<u32> = (0..m).map(|i| ((i * 5 + 1) % v) as u32).collect();
+    let targets = Tensor::from_vec(targets, m, &Device::Cpu).unwrap();
+    let other = noise((m, v), 4., 9);
+    let (teacher, target, goal) = (other.clone(), other.clone(), other);
+    let like = |tensor: &Tensor, x: &Tensor| tensor.to_dtype(x.dtype());
+    vec![
+        (
+            "cross_entropy",
+            Box::new(move |x| cross_entropy(x, &targets)),
+        ),
+        (
+            "forward_kl",
+            Box::new(move |x| forward_kl(&like(&teacher, x)?, x, 1.7)),
+        ),
+        (
+            "relative_mse",
+            Box::new(move |x| relative_mse(x, &like(&target, x)?)),
+        ),
+        ("mean_l2", Box::new(move |x| mean_l2(x, &like(&goal, x)?))),
+    ]
+}
+
+#[test]
+fn kernels_equal_the_reference() {
+    for shape in [(1, 1), (3, 7), (5, 16), (9, 361), (2, 3000)] {
+        for (name, loss) in losses(shape) {
+            let x = noise(shape, 6., 1);
+            let (value, gradient) = value_and_gradient(&f32(&x), &loss);
+            let (true_value, true_gradient) = value_and_gradient(&x, &loss);
+            assert_eq!(value.dims(), true_value.dims(), "{name}");
+            assert!(
+                distance(&value, &true_value) < 1e-6,
+                "{name} {shape:?}: value"
+            );
+            assert!(
+                distance(&gradient, &true_gradient) < 2e-6,
+                "{name} {shape:?}: gradient"
+            );
+        }
+    }
+}
+
+#[test]
+fn reference_gradients_equal_finite_differences() {
+    let (m, v) = (3, 7);
+    for (name, loss) in losses((m, v)) {
+        let x = noise((m, v), 2., 4);
+        let total = |x: &Tensor| {
+            let value = loss(x).unwrap();
+            value.sum_all().unwrap().to_scalar::<f64>().unwrap()
+        };
+        let var = Var::from_tensor(&x).unwrap();
+        let sum = loss(var.as_tensor()).unwrap().sum_all().unwrap();
+        let gradient = sum.backward().unwrap().get(&var).unwrap().clone();
+        let step = 1e-5;
+        let slopes: Vec<f64> = (0..m * v)
+            .map(|i| {
+                let mut nudge = vec![0f64; m * v];
+                nudge[i] = step;
+                let nudge = Tensor::from_vec(nudge, (m, v), &Device::Cpu).unwrap();
+                (total(&(&x + &nudge).unwrap()) - total(&(&x - &nudge).unwrap())) / (2. * step)
+            })
+            .collect();
+        let slopes = Tensor::from_vec(slopes, (m, v), &Device::Cpu).unwrap();
+        assert!(distance(&gradient, &slopes) < 1e-7, "{name}");
+    }
+}
+
+#[test]
+fn divergence_of_close_distributions_is_exact() {
+    let teacher = noise((4, 361), 5., 2);
+    let student = (&teacher + noise((4, 361), 1e-2, 3)).unwrap();
+    let kl = forward_kl(&f32(&teacher), &f32(&student), 1.).unwrap();
+    let truth = forward_kl(&teacher, &student, 1.).unwrap();
+    let error = (kl.to_dtype(DType::F64).unwrap() - truth)
+        .unwrap()
+        .abs()
+        .unwrap();
+    let error = error.max(0).unwrap().to_scalar::<f64>().unwrap();
+    assert!(error < 1e-6, "{error}");
+    let itself = forward_kl(&f32(&teacher), &f32(&teacher), 1.).unwrap();
+    assert_eq!(itself.to_vec1::<f32>().unwrap(), [0.; 4]);
+}
+
+#[test]
+fn large_logits_stay_finite() {
+    let logits = Tensor::new(&[[-1e4f32, 0., 1e4]], &Device::Cpu).unwrap();
+    let targets = Tensor::new(&[0u32], &Device::Cpu).unwrap();
+    assert_eq!(
+        cross_entropy(&logits, &targets)
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap(),
+        [2e4]
+    );
+}
+
+#[test]
+fn views_are_read_right() {
+    let wide = f32(&noise((6, 40), 3., 5));
+    let view = wide.narrow(0, 1, 4).unwrap().narrow(1, 3, 20).unwrap();
+    let targets = Tensor::new(&[1u32, 0, 19, 7], &Device::Cpu).unwrap();
+    let loss = |x: &Tensor| cross_entropy(x, &targets);
+    let (value, gradient) = value_and_gradient(&view, &loss);
+    let (copy_value, copy_gradient) = value_and_gradient(&view.contiguous().unwrap(), &loss);
+    assert_eq!(distance(&value, &copy_value), 0.);
+    assert_eq!(distance(&gradient, &copy_gradient), 0.);
+}
+
+#[test]
+fn a_row_at_its_target_gets_no_gradient() {
+    for dtype in [DType::F32, DType::F64] {
+        let x = noise((2, 5), 1., 6).to_dtype(dtype).unwrap();
+        let far = (x.narrow(0, 1, 1).unwrap() + 1.).unwrap();
+        let target = Tensor::cat(&[&x.narrow(0, 0, 1).unwrap(), &far], 0).unwrap();
+        let (value, gradient) = value_and_gradient(&x, &|x| mean_l2(x, &target));
+        let root = 5f64.sqrt();
+        let value = value
+            .to_dtype(DType::F64)
+            .unwrap()
+            .to_scalar::<f64>()
+            .unwrap();
+        assert!((value - root / 2.).abs() < 1e-6);
+        let rows = gradient
+            .to_dtype(DType::F64)
+            .unwrap()
+            .to_vec2::<f64>()
+            .unwrap();
+        assert_eq!(rows[0], [0.; 5]);
+        // The weight of the scalar is 0.5, its mean over two rows halves again.
+        assert!(
+            rows[1].iter().all(|&g| (g + 0.25 / root).abs() < 1e-6),
+            "{rows:?}"
+        );
+    }
+}
+
+#[test]
+fn teachers_and_targets_get_no_gradient() {
+    for dtype in [DType::F32, DType::F64] {
+        let x = Var::from_tensor(&noise((2, 5), 1., 6).to_dtype(dtype).unwrap()).unwrap();
+        let other = Var::from_tensor(&noise((2, 5), 1., 7).to_dtype(dtype).unwrap()).unwrap();
+        let sum = (forward_kl(&other, &x, 1.).unwrap().sum_all().unwrap()
+            + relative_mse(&x, &other).unwrap())
+        .unwrap();
+        let gradients = (sum + mean_l2(&x, &other).unwrap())
+            .unwrap()
+            .backward()
+            .unwrap();
+        assert!(gradients.get(&x).is_some());
+        assert!(gradients.get(&other).is_none());
+    }
+}
+
+#[test]
+fn misfits_are_named() {
+    let logits = f32(&noise((2, 5), 1., 1));
+    let error = |targets: &[u32]| {
+        let targets = Tensor::new(targets, &Device::Cpu).unwrap();
+        cross_entropy(&logits, &targets).unwrap_err().to_string()
+    };
+    assert!(
+        error(&[1, 5]).contains("target 5 of row 1"),
+        "{}",
+        error(&[1, 5])
+    );
+    assert!(error(&[1]).contains("[2, 5]"), "{}", error(&[1]));
+    assert!(forward_kl(&logits, &logits, 0.).is_err());
+    assert!(mean_l2(&logits, &logits.narrow(1, 0, 4).unwrap()).is_err());
+}
