@@ -2,7 +2,7 @@
 
 use super::SsdShape;
 use super::cpu::{Columns, Head, Ssd, gather};
-use super::lanes::{LANES, Lanes, Panel, Tile, inner_product, sweep};
+use super::lanes::{self, Inputs, LANES, Lanes, Panel, Tile};
 use crate::op::cpu::{Rows, fma};
 use rayon::prelude::*;
 
@@ -12,17 +12,13 @@ pub(super) struct Gradients {
     pub params: Vec<f32>,
 }
 
-/// A head on its way through the sequence.
-struct Run {
+/// A head on its way back through the sequence.
+struct Run<'a> {
     h: usize,
     head: Head,
-    /// `[P, N]`
-    state: Vec<Tile>,
-    /// The state after every chunk.
-    ends: Vec<Vec<Tile>>,
-    /// `⟨dy, S C⟩`, `[T]`
-    readout: Vec<f32>,
-    /// The adjoint `[P, N]`, and again `[N, P]`: each runs its sums down its own rows.
+    /// The states before every chunk, in tiles of `[N, P]`.
+    chunk_starts: &'a [Tile],
+    /// The adjoint in tiles of `[P, N]`, and again of `[N, P]`: each sums down its own rows.
     adjoint: Vec<Tile>,
     adjoint_transposed: Vec<Tile>,
     /// A_log, dt_bias, D
@@ -30,8 +26,8 @@ struct Run {
 }
 
 impl Ssd<'_> {
-    /// Gradients of all operands from `dy [B, T, H·P]`.
-    pub(super) fn backward(&self, dy: Rows) -> Gradients {
+    /// Gradients of all operands from `dy [B, T, H·P]` and what the forward pass kept.
+    pub(super) fn backward(&self, dy: Rows, chunk_starts: &[Vec<Tile>]) -> Gradients {
         let SsdShape {
             heads: h,
             groups: g,
@@ -40,9 +36,10 @@ impl Ssd<'_> {
         let [b, t, channels] = self.xbc.dims;
         let (mut dxbc, mut ddt) = (vec![0f32; b * t * channels], vec![0f32; b * t * h]);
         let outputs = [Columns::of(&mut dxbc, channels), Columns::of(&mut ddt, h)];
-        let parts: Vec<Vec<[f64; 3]>> = (0..b * g)
-            .into_par_iter()
-            .map(|task| self.backward_group(task / g, task % g, dy, &outputs))
+        let parts: Vec<Vec<[f64; 3]>> = chunk_starts
+            .par_chunks_exact(h / g)
+            .enumerate()
+            .map(|(task, starts)| self.backward_group(task / g, task % g, dy, starts, &outputs))
             .collect();
         // Sums over sequences, always in their order.
         let mut dparams = vec![0f64; 3 * h];
@@ -61,16 +58,17 @@ impl Ssd<'_> {
 
     /// One group of heads, whose gradients of x and B sum. Returns those of `params` for each head.
     ///
-    /// The states run again for the gradient of C; then their adjoint runs backward,
-    /// `G_t = decay_{t+1} G_{t+1} + dy_t ⊗ C_t`, for those of x and B. The gradient of the logarithm of
-    /// `decay_t`, `r_t = decay_t ⟨G_t, S_{t−1}⟩`, takes a product of whole states at the ends of chunks
-    /// only; between them `r_t = r_{t+1} + ⟨dy_t, S_t C_t⟩ − ⟨G_t, Δ_t x_t ⊗ B_t⟩`.
+    /// Chunk by chunk from the last: the states run again, for the gradient of C; then their adjoint
+    /// runs backward, `G_t = decay_{t+1} G_{t+1} + dy_t ⊗ C_t`, for those of x, of B and of the logarithm
+    /// of the decay, `decay_t ⟨G_t, S_{t−1}⟩`. (The last also follows without a product of states from
+    /// those of x and C, but as a small difference of large sums: too inexact where decay is strong.)
     #[allow(unsafe_code)]
     fn backward_group(
         &self,
         b: usize,
         g: usize,
         dy_rows: Rows,
+        chunk_starts: &[Vec<Tile>],
         [dxbc, ddt]: &[Columns; 2],
     ) -> Vec<[f64; 3]> {
         let SsdShape {
@@ -84,46 +82,23 @@ impl Ssd<'_> {
         let chunk = self.shape.chunk.min(t);
         let [mut x, mut u, mut dy, mut du, mut dx] = [p; 5].map(|k| Panel::zeros(chunk, k));
         let [mut b_in, mut c_out, mut db, mut dc] = [n; 4].map(|k| Panel::zeros(chunk, k));
-        let mut runs: Vec<Run> = (0..heads / groups)
-            .map(|i| Run::new(self, b, g * (heads / groups) + i))
+        let [p_tiles, n_tiles] = [x.width, b_in.width];
+        let zero = [Lanes::ZERO; LANES];
+        let mut trace = vec![zero; chunk + 1];
+        let mut products = vec![Lanes::ZERO; chunk];
+        let mut runs: Vec<Run> = chunk_starts
+            .iter()
+            .zip(g * (heads / groups)..)
+            .map(|(chunk_starts, h)| Run {
+                h,
+                head: self.head(b, h),
+                chunk_starts,
+                adjoint: vec![zero; p_tiles * n_tiles],
+                adjoint_transposed: vec![zero; p_tiles * n_tiles],
+                dparams: [0.; 3],
+            })
             .collect();
         let [x_column, b_column, _] = runs[0].head.columns;
-
-        for first in (0..t).step_by(chunk) {
-            let positions = first..t.min(first + chunk);
-            let len = positions.len();
-            gather(&mut x, self.xbc, b, positions.clone(), x_column, p);
-            gather(&mut b_in, self.xbc, b, positions.clone(), b_column, n);
-            for Run {
-                h,
-                head,
-                state,
-                ends,
-                readout,
-                ..
-            } in &mut runs
-            {
-                let c_column = head.columns[2];
-                gather(&mut dy, dy_rows, b, positions.clone(), *h * p, p);
-                gather(&mut c_out, self.xbc, b, positions.clone(), c_column, n);
-                scale(&mut u, &x, &head.delta[positions.clone()]);
-                dc.clear();
-                sweep(
-                    state,
-                    0..len,
-                    &head.decay[first..],
-                    [&u, &dy],
-                    &b_in,
-                    &mut dc,
-                );
-                for i in 0..len {
-                    readout[first + i] = dc.dot(&c_out, i);
-                    // SAFETY: the columns of this head in this sequence are this task's alone.
-                    dc.store(i, unsafe { dxbc.slice(b * t + first + i, c_column, n) });
-                }
-                ends.push(state.clone());
-            }
-        }
 
         for first in (0..t).step_by(chunk).rev() {
             let positions = first..t.min(first + chunk);
@@ -132,74 +107,70 @@ impl Ssd<'_> {
             gather(&mut b_in, self.xbc, b, positions.clone(), b_column, n);
             dx.clear();
             db.clear();
-            for Run {
-                h,
-                head,
-                ends,
-                readout,
-                adjoint,
-                adjoint_transposed,
-                dparams,
-                ..
-            } in &mut runs
-            {
+            for run in &mut runs {
+                let Run { h, head, .. } = run;
+                let c_column = head.columns[2];
                 gather(&mut dy, dy_rows, b, positions.clone(), *h * p, p);
-                gather(
-                    &mut c_out,
-                    self.xbc,
-                    b,
-                    positions.clone(),
-                    head.columns[2],
-                    n,
-                );
+                gather(&mut c_out, self.xbc, b, positions.clone(), c_column, n);
                 scale(&mut u, &x, &head.delta[positions.clone()]);
-                let next_decay = &head.decay[first + 1..];
-                let end = ends.pop().expect("a state for every chunk");
-                let mut r = next_decay[len - 1] as f64 * inner_product(adjoint, &end);
-                let backward = (0..len).rev();
+                let decay = &head.decay[first..];
+                let states = Inputs {
+                    decay,
+                    outer: &u,
+                    spread: &b_in,
+                    read: &dy,
+                };
+                let by_row = Inputs {
+                    decay: &decay[1..],
+                    outer: &dy,
+                    spread: &c_out,
+                    read: &u,
+                };
+                let by_column = Inputs {
+                    decay: &decay[1..],
+                    outer: &c_out,
+                    spread: &dy,
+                    read: &b_in,
+                };
+                let starts = &run.chunk_starts[first / chunk * p_tiles * n_tiles..];
+                dc.clear();
                 du.clear();
-                sweep(
-                    adjoint_transposed,
-                    backward.clone(),
-                    next_decay,
-                    [&c_out, &b_in],
-                    &dy,
-                    &mut du,
-                );
-                sweep(
-                    adjoint,
-                    backward.clone(),
-                    next_decay,
-                    [&dy, &u],
-                    &c_out,
-                    &mut db,
-                );
-                for i in backward {
-                    let position = first + i;
-                    let delta = head.delta[position];
-                    let input = x.dot(&du, i);
-                    r += (readout[position] - delta * input) as f64;
-                    if head.decay[position] == 0. {
-                        r = 0.;
+                products.fill(Lanes::ZERO);
+                for i in 0..p_tiles {
+                    for j in 0..n_tiles {
+                        trace[0] = lanes::transposed(&starts[j * p_tiles + i]);
+                        lanes::forward_tracing(&mut trace[..len + 1], [i, j], states, &mut dc);
+                        let tile = &mut run.adjoint[i * n_tiles + j];
+                        let products = &mut products[..len];
+                        lanes::backward_against(&trace, products, tile, [i, j], by_row, &mut db);
+                        let tile = &mut run.adjoint_transposed[j * p_tiles + i];
+                        lanes::backward(tile, [j, i], len, by_column, &mut du);
                     }
-                    let ddelta = head.a as f64 * r + input as f64;
-                    let draw = ddelta * head.slope[position] as f64;
-                    dparams[0] += r * (head.a * delta) as f64;
-                    dparams[1] += draw;
-                    dparams[2] += dy.dot(&x, i) as f64;
-                    // SAFETY: as above.
-                    let ddt = unsafe { ddt.slice(b * t + position, *h, 1) };
-                    ddt[0] = draw as f32;
+                }
+                for (i, position) in positions.clone().enumerate() {
+                    let delta = head.delta[position];
+                    let dlog_decay = decay[i] * products[i].sum();
+                    let ddelta = head.a * dlog_decay + x.dot(&du, i);
+                    let draw = ddelta * head.slope[position];
+                    run.dparams[0] += (dlog_decay * head.a * delta) as f64;
+                    run.dparams[1] += draw as f64;
+                    run.dparams[2] += dy.dot(&x, i) as f64;
                     let inputs = du.row(i).iter().zip(dy.row(i));
                     for (dx, (du, dy)) in dx.row_mut(i).iter_mut().zip(inputs) {
                         for l in 0..LANES {
                             dx.0[l] += fma(delta, du.0[l], head.skip * dy.0[l]);
                         }
                     }
+                    let row = b * t + position;
+                    // SAFETY: the columns of this head in this sequence are this task's alone.
+                    let (ddt, dc_out) =
+                        unsafe { (ddt.slice(row, *h, 1), dxbc.slice(row, c_column, n)) };
+                    ddt[0] = draw;
+                    dc.store(i, dc_out);
                 }
             }
-            for i in 0..len {
-                let row = b * t + first + i;
+            for (i, position) in positions.enumerate() {
+                let row = b * t + position;
                 // SAFETY: the columns of this group in this sequence are this task's alone.
                 unsafe {
                     dx.store(i, dxbc.slice(row, x_column, p));
@@ -208,24 +179,6 @@ impl Ssd<'_> {
             }
         }
         runs.into_iter().map(|run| run.dparams).collect()
-    }
-}
-
-impl Run {
-    fn new(ssd: &Ssd, b: usize, h: usize) -> Self {
-        let tiles = ssd.shape.head_dim.div_ceil(LANES) * ssd.shape.d_state.div_ceil(LANES);
-        let zeros = vec![[Lanes::ZERO; LANES]; tiles];
-        let [_, t, _] = ssd.xbc.dims;
-        Self {
-            h,
-            head: ssd.head(b, h),
-            state: zeros.clone(),
-            ends: Vec::with_capacity(t.div_ceil(ssd.shape.chunk)),
-            readout: vec![0f32; t],
-            adjoint: zeros.clone(),
-            adjoint_transposed: zeros,
-            dparams: [0.; 3],
-        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! every 16 × 16 tile of the state sweeps over it in registers. On a processor this plain form does
 //! fewer operations than the products of the chunked form, at any size.
 
-use super::lanes::{LANES, Lanes, Panel, Tile, sweep};
+use super::lanes::{self, Inputs, LANES, Lanes, Panel, Tile};
 use super::{Documents, SsdShape};
 use crate::op::cpu::{Rows, exp, fma};
 use rayon::prelude::*;
@@ -17,6 +17,15 @@ pub(super) struct Ssd<'a> {
     pub params: &'a [f32],
     pub shape: SsdShape,
     pub documents: Option<&'a Documents>,
+}
+
+pub(super) struct Forward {
+    /// `[B, T, H·P]`
+    pub y: Vec<f32>,
+    /// After the last position, `[B, H, P, N]`.
+    pub state: Vec<f32>,
+    /// For each head of each sequence the states before every chunk, in tiles of `[N, P]`.
+    pub chunk_starts: Vec<Vec<Tile>>,
 }
 
 /// One head of one sequence: its coefficients, and what every position makes of its `dt`.
@@ -71,8 +80,8 @@ impl Ssd<'_> {
         }
     }
 
-    /// `y [B, T, H·P]` and the last `state [B, H, P, N]`; no `state` means zeros.
-    pub(super) fn forward(&self, state: Option<&[f32]>) -> (Vec<f32>, Vec<f32>) {
+    /// No `state` means zeros; `keep` the states that the backward pass starts from.
+    pub(super) fn forward(&self, state: Option<&[f32]>, keep: bool) -> Forward {
         let SsdShape {
             heads: h,
             head_dim: p,
@@ -86,16 +95,28 @@ impl Ssd<'_> {
             None => vec![0f32; b * h * p * n],
         };
         let columns = Columns::of(&mut y, h * p);
-        last.par_chunks_exact_mut(p * n)
+        let chunk_starts = last
+            .par_chunks_exact_mut(p * n)
             .enumerate()
-            .for_each(|(task, state)| {
-                self.forward_head(task / h, task % h, state, &columns);
-            });
-        (y, last)
+            .map(|(task, state)| self.forward_head(task / h, task % h, state, keep, &columns))
+            .collect();
+        Forward {
+            y,
+            state: last,
+            chunk_starts,
+        }
     }
 
+    /// Returns the states before every chunk if they are to be kept.
     #[allow(unsafe_code)]
-    fn forward_head(&self, b: usize, h: usize, state: &mut [f32], y_columns: &Columns) {
+    fn forward_head(
+        &self,
+        b: usize,
+        h: usize,
+        state: &mut [f32],
+        keep: bool,
+        y_columns: &Columns,
+    ) -> Vec<Tile> {
         let SsdShape {
             head_dim: p,
             d_state: n,
@@ -108,13 +129,17 @@ impl Ssd<'_> {
         let [mut x, mut y] = [p; 2].map(|k| Panel::zeros(chunk, k));
         let [mut b_in, mut c_out] = [n; 2].map(|k| Panel::zeros(chunk, k));
         let mut tiles = tiles_from(state, p, n); // [N, P]
+        let mut chunk_starts = Vec::new();
         for first in (0..t).step_by(chunk) {
-            let len = chunk.min(t - first);
-            gather(&mut x, self.xbc, b, first..first + len, x_column, p);
-            gather(&mut b_in, self.xbc, b, first..first + len, b_column, n);
-            gather(&mut c_out, self.xbc, b, first..first + len, c_column, n);
-            for i in 0..len {
-                let delta = head.delta[first + i];
+            if keep {
+                chunk_starts.extend_from_slice(&tiles);
+            }
+            let positions = first..t.min(first + chunk);
+            let len = positions.len();
+            gather(&mut x, self.xbc, b, positions.clone(), x_column, p);
+            gather(&mut b_in, self.xbc, b, positions.clone(), b_column, n);
+            gather(&mut c_out, self.xbc, b, positions.clone(), c_column, n);
+            for (i, &delta) in head.delta[positions].iter().enumerate() {
                 for (x, y) in x.row_mut(i).iter_mut().zip(y.row_mut(i)) {
                     for l in 0..LANES {
                         y.0[l] = head.skip * x.0[l];
@@ -122,14 +147,22 @@ impl Ssd<'_> {
                     }
                 }
             }
-            let decay = &head.decay[first..];
-            sweep(&mut tiles, 0..len, decay, [&b_in, &c_out], &x, &mut y);
+            let inputs = Inputs {
+                decay: &head.decay[first..],
+                outer: &b_in,
+                spread: &x,
+                read: &c_out,
+            };
+            for (k, tile) in tiles.iter_mut().enumerate() {
+                lanes::forward(tile, [k / x.width, k % x.width], len, inputs, &mut y);
+            }
             for i in 0..len {
                 // SAFETY: the columns of this head in the rows of this sequence are this task's alone.
                 y.store(i, unsafe { y_columns.slice(b * t + first + i, h * p, p) });
             }
         }
         tiles_into(&tiles, state, p, n);
+        chunk_starts
     }
 }
 

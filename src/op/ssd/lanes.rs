@@ -11,6 +11,19 @@ pub(super) struct Lanes(pub [f32; LANES]);
 impl Lanes {
     pub(super) const ZERO: Self = Lanes([0.; LANES]);
 
+    #[inline(always)]
+    fn with(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Lanes(std::array::from_fn(|l| f(self.0[l], other.0[l])))
+    }
+
+    /// `self · other + sum`
+    #[inline(always)]
+    fn times(self, other: Self, sum: Self) -> Self {
+        Lanes(std::array::from_fn(|l| {
+            fma(self.0[l], other.0[l], sum.0[l])
+        }))
+    }
+
     /// The sum of the entries, by halves.
     #[inline(always)]
     pub(super) fn sum(mut self) -> f32 {
@@ -83,64 +96,131 @@ impl Panel {
         }
     }
 
-    /// The product of two rows.
+    /// The product of row `t` of two panels.
     #[inline(always)]
     pub(super) fn dot(&self, other: &Self, t: usize) -> f32 {
-        let mut sum = Lanes::ZERO;
-        for (a, b) in self.row(t).iter().zip(other.row(t)) {
-            for l in 0..LANES {
-                sum.0[l] = fma(a.0[l], b.0[l], sum.0[l]);
-            }
-        }
-        sum.sum()
+        let pairs = self.row(t).iter().zip(other.row(t));
+        pairs
+            .fold(Lanes::ZERO, |sum, (&a, &b)| a.times(b, sum))
+            .sum()
+    }
+
+    #[inline(always)]
+    fn at(&self, t: usize, i: usize) -> Lanes {
+        self.lanes[t * self.width + i]
     }
 }
 
-/// Over `positions` in their order: `S ← decay S + outer ⊗ spread`, then `out += readᵀ S`.
+/// What a sweep reads: for every position the state's factor and three vectors.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub decay: &'a [f32],
+    pub outer: &'a Panel,
+    pub spread: &'a Panel,
+    pub read: &'a Panel,
+}
+
+/// Over the positions in their order: `S ← decay S + outer ⊗ spread`, then `out += readᵀ S`, for the
+/// tile of `S` at lanes `i` of `outer` and `read`, lanes `j` of `spread` and `out`. `visit` sees every
+/// new state.
 ///
-/// The state has a row of lanes per entry of `outer` and `read`; its lanes run along `spread` and
-/// `out`. So all products are down the rows and no sum runs across a vector: forward, the gradients of
-/// C, of x and of B are this loop with the roles exchanged.
+/// The rows of the tile belong to entries of `outer` and `read`, its lanes run along `spread` and `out`:
+/// no sum runs across a vector. The output and the gradients of C, of x and of B are all this loop with
+/// the roles exchanged.
 #[inline(always)]
-pub(super) fn sweep(
-    state: &mut [Tile],
-    positions: impl Iterator<Item = usize> + Clone,
-    decay: &[f32],
-    [outer, read]: [&Panel; 2],
-    spread: &Panel,
+fn sweep(
+    tile: &mut Tile,
+    [i, j]: [usize; 2],
+    positions: impl Iterator<Item = usize>,
+    Inputs {
+        decay,
+        outer,
+        spread,
+        read,
+    }: Inputs,
+    out: &mut Panel,
+    mut visit: impl FnMut(usize, &Tile),
+) {
+    let mut s = *tile;
+    for t in positions {
+        let decay = decay[t];
+        let (outer, read, spread) = (outer.at(t, i), read.at(t, i), spread.at(t, j));
+        let out = &mut out.row_mut(t)[j];
+        // Two sums, so that an addition need not wait for the one before.
+        let mut sums = [*out, Lanes::ZERO];
+        for row in 0..LANES {
+            let (outer, read) = (outer.0[row], read.0[row]);
+            s[row] = s[row].with(spread, |s, spread| fma(s, decay, outer * spread));
+            sums[row % 2] = s[row].with(sums[row % 2], |s, sum| fma(read, s, sum));
+        }
+        visit(t, &s);
+        *out = sums[0].with(sums[1], |a, b| a + b);
+    }
+    *tile = s;
+}
+
+// The sweeps in use, each compiled alone: inlined side by side they lose their registers.
+
+#[inline(never)]
+pub(super) fn forward(
+    tile: &mut Tile,
+    at: [usize; 2],
+    len: usize,
+    inputs: Inputs,
     out: &mut Panel,
 ) {
-    for (i, tiles) in state.chunks_exact_mut(spread.width).enumerate() {
-        for (j, tile) in tiles.iter_mut().enumerate() {
-            let mut s = *tile;
-            for t in positions.clone() {
-                let decay = decay[t];
-                let (outer, read) = (&outer.row(t)[i], &read.row(t)[i]);
-                let spread = &spread.row(t)[j];
-                // Two sums, so that an addition need not wait for the one before.
-                let mut sums = [Lanes::ZERO; 2];
-                for row in 0..LANES {
-                    let sum = &mut sums[row % 2];
-                    for l in 0..LANES {
-                        let next = fma(s[row].0[l], decay, outer.0[row] * spread.0[l]);
-                        s[row].0[l] = next;
-                        sum.0[l] = fma(read.0[row], next, sum.0[l]);
-                    }
-                }
-                let out = &mut out.row_mut(t)[j];
-                for l in 0..LANES {
-                    out.0[l] += sums[0].0[l] + sums[1].0[l];
-                }
-            }
-            *tile = s;
-        }
-    }
+    sweep(tile, at, 0..len, inputs, out, |_, _| {});
 }
 
-/// `Σ a · b` over all entries, in f64 across tiles.
-pub(super) fn inner_product(a: &[Tile], b: &[Tile]) -> f64 {
-    let products = a.as_flattened().iter().zip(b.as_flattened());
-    products
-        .map(|(a, b)| Lanes(std::array::from_fn(|l| a.0[l] * b.0[l])).sum() as f64)
-        .sum()
+/// Keeps the states: `trace[t + 1]` after position `t`, with the first `trace[0]` before it.
+#[inline(never)]
+pub(super) fn forward_tracing(trace: &mut [Tile], at: [usize; 2], inputs: Inputs, out: &mut Panel) {
+    let Some((first, trace)) = trace.split_first_mut() else {
+        return;
+    };
+    let mut state = *first;
+    sweep(&mut state, at, 0..trace.len(), inputs, out, |t, state| {
+        trace[t] = *state
+    });
+}
+
+#[inline(never)]
+pub(super) fn backward(
+    tile: &mut Tile,
+    at: [usize; 2],
+    len: usize,
+    inputs: Inputs,
+    out: &mut Panel,
+) {
+    sweep(tile, at, (0..len).rev(), inputs, out, |_, _| {});
+}
+
+/// Adds to `products[t]` the product of the tile with `trace[t]`, in lanes.
+#[inline(never)]
+pub(super) fn backward_against(
+    trace: &[Tile],
+    products: &mut [Lanes],
+    tile: &mut Tile,
+    at: [usize; 2],
+    inputs: Inputs,
+    out: &mut Panel,
+) {
+    sweep(
+        tile,
+        at,
+        (0..products.len()).rev(),
+        inputs,
+        out,
+        |t, state| {
+            let mut sums = [products[t], Lanes::ZERO];
+            for row in 0..LANES {
+                sums[row % 2] = state[row].times(trace[t][row], sums[row % 2]);
+            }
+            products[t] = sums[0].with(sums[1], |a, b| a + b);
+        },
+    );
+}
+
+pub(super) fn transposed(tile: &Tile) -> Tile {
+    std::array::from_fn(|i| Lanes(std::array::from_fn(|j| tile[j].0[i])))
 }

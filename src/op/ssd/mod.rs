@@ -10,6 +10,7 @@ mod tests;
 use super::Documents;
 use crate::op::cpu::{Rows, host, slice, takes, with_rows};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+use std::sync::OnceLock;
 
 /// Sizes of one SSD call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,12 +81,15 @@ pub fn ssd(
     if !takes(&[xbc, dt, params]) {
         return Ok(reference::ssd(xbc, dt, params, shape, documents, None)?.0);
     }
-    let documents = documents.cloned();
-    with_rows(xbc)?.apply_op3(
-        &with_rows(dt)?,
-        &params.contiguous()?,
-        Ssd { shape, documents },
-    )
+    let op = Ssd {
+        shape,
+        documents: documents.cloned(),
+        chunk_starts: [xbc, dt, params]
+            .iter()
+            .any(|x| x.track_op())
+            .then(OnceLock::new),
+    };
+    with_rows(xbc)?.apply_op3(&with_rows(dt)?, &params.contiguous()?, op)
 }
 
 /// The same from `state [B, H, P, N]`; returns `y` and the state after the last position. No gradient.
@@ -119,16 +123,21 @@ pub fn ssd_resume(
     let (params, state) = (params.contiguous()?, state.contiguous()?);
     let (state_storage, state_layout) = state.storage_and_layout();
     let state_entries = slice(host(&state_storage)?, state_layout)?;
-    let (y, last) = with_kernel(&xbc, &dt, &params, shape, None, |kernel| {
-        kernel.forward(Some(state_entries))
+    let forward = with_kernel(&xbc, &dt, &params, shape, None, |kernel| {
+        kernel.forward(Some(state_entries), false)
     })?;
-    let y = Tensor::from_vec(y, (b, t, h * p), &Device::Cpu)?;
-    Ok((y, Tensor::from_vec(last, (b, h, p, n), &Device::Cpu)?))
+    let y = Tensor::from_vec(forward.y, (b, t, h * p), &Device::Cpu)?;
+    Ok((
+        y,
+        Tensor::from_vec(forward.state, (b, h, p, n), &Device::Cpu)?,
+    ))
 }
 
 struct Ssd {
     shape: SsdShape,
     documents: Option<Documents>,
+    /// What the forward pass keeps for the backward pass, if there will be one.
+    chunk_starts: Option<OnceLock<Vec<Vec<lanes::Tile>>>>,
 }
 
 impl CustomOp3 for Ssd {
@@ -153,9 +162,12 @@ impl CustomOp3 for Ssd {
             shape: self.shape,
             documents: self.documents.as_ref(),
         };
-        let (y, _) = kernel.forward(None);
+        let forward = kernel.forward(None, self.chunk_starts.is_some());
+        if let Some(cell) = &self.chunk_starts {
+            cell.get_or_init(|| forward.chunk_starts);
+        }
         let y_shape = Shape::from((b, t, self.shape.heads * self.shape.head_dim));
-        Ok((CpuStorage::F32(y), y_shape))
+        Ok((CpuStorage::F32(forward.y), y_shape))
     }
 
     /// The gradients share all their work: each is computed, those not wanted are dropped.
@@ -171,8 +183,10 @@ impl CustomOp3 for Ssd {
         let (dy_storage, dy_layout) = dy.storage_and_layout();
         let dy_rows = Rows::of(host(&dy_storage)?, dy_layout)?;
         let documents = self.documents.as_ref();
+        let kept = self.chunk_starts.as_ref().and_then(OnceLock::get);
+        let chunk_starts = kept.expect("candle records the operation after its forward pass");
         let gradients = with_kernel(xbc, dt, params, self.shape, documents, |kernel| {
-            kernel.backward(dy_rows)
+            kernel.backward(dy_rows, chunk_starts)
         })?;
         let wanted = |operand: &Tensor, gradient: Vec<f32>| {
             let tensor = || Tensor::from_vec(gradient, operand.shape(), &Device::Cpu);
