@@ -1,8 +1,12 @@
 //! Decoupled weight decay Adam (Loshchilov & Hutter 2019), in place.
 
+mod cpu;
 mod reference;
+#[cfg(test)]
+mod tests;
 
-use candle_core::{Result, Tensor, bail};
+use crate::op::cpu::{host, slice, takes};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, bail};
 
 /// The hyperparameters of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,10 +50,81 @@ pub fn adamw_step(
     if step == 0 {
         bail!("adamw: steps count from 1");
     }
-    reference::adamw_step(param, grad, moments, grad_scale, step, hyper)
+    if !takes(&[param, grad, moments]) {
+        return reference::adamw_step(param, grad, moments, grad_scale, step, hyper);
+    }
+    let factors = cpu::Factors {
+        keep: (1. - hyper.lr * hyper.weight_decay) as f32,
+        rate: (hyper.lr / (1. - hyper.beta1.powf(step as f64))) as f32,
+        deviation: (1. / (1. - hyper.beta2.powf(step as f64)).sqrt()) as f32,
+        eps: hyper.eps as f32,
+    };
+    moments.inplace_op2(&grad.contiguous()?, &UpdateMoments { grad_scale, hyper })?;
+    param.inplace_op2(moments, &UpdateParam(factors))
 }
 
 /// Sum of squares of a tensor of any layout, accumulated in f64 (f32 on Metal) in a fixed order.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    reference::sum_of_squares(x)
+    if !takes(&[x]) {
+        return reference::sum_of_squares(x);
+    }
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    Ok(cpu::sum_of_squares(slice(host(&storage)?, layout)?))
+}
+
+/// In place on the moments, from the gradient.
+struct UpdateMoments<'a> {
+    grad_scale: f64,
+    hyper: &'a AdamW,
+}
+
+impl InplaceOp2 for UpdateMoments<'_> {
+    fn name(&self) -> &'static str {
+        "adamw moments"
+    }
+
+    fn cpu_fwd(
+        &self,
+        moments: &mut CpuStorage,
+        moments_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<()> {
+        let moments = slice_mut(moments, moments_layout)?;
+        let grad = slice(grad, grad_layout)?;
+        let betas = [self.hyper.beta1, self.hyper.beta2];
+        let rests = betas.map(|beta| (1. - beta) as f32);
+        let betas = betas.map(|beta| beta as f32);
+        cpu::update_moments(moments, grad, self.grad_scale as f32, betas, rests);
+        Ok(())
+    }
+}
+
+/// In place on the parameter, from the updated moments: candle lends one tensor for writing at a time.
+struct UpdateParam(cpu::Factors);
+
+impl InplaceOp2 for UpdateParam {
+    fn name(&self) -> &'static str {
+        "adamw parameter"
+    }
+
+    fn cpu_fwd(
+        &self,
+        param: &mut CpuStorage,
+        param_layout: &Layout,
+        moments: &CpuStorage,
+        moments_layout: &Layout,
+    ) -> Result<()> {
+        let param = slice_mut(param, param_layout)?;
+        cpu::update_param(param, slice(moments, moments_layout)?, &self.0);
+        Ok(())
+    }
+}
+
+fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(entries), Some((start, end))) => Ok(&mut entries[start..end]),
+        _ => bail!("adamw: a contiguous f32 tensor is wanted"),
+    }
 }

@@ -1,9 +1,16 @@
 //! The state-space dual of Mamba2 (Dao & Gu 2024).
 
+mod backward;
+mod cpu;
+mod lanes;
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use super::Documents;
-use candle_core::{Result, Tensor, bail};
+use crate::op::cpu::{Rows, host, slice, takes, with_rows};
+use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+use std::sync::OnceLock;
 
 /// Sizes of one SSD call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,7 +23,8 @@ pub struct SsdShape {
     pub head_dim: usize,
     /// `N`
     pub d_state: usize,
-    /// Positions a chunk; never changes the answer.
+    /// Positions that the kernel works on at a time, and between the states that its backward pass
+    /// keeps; never changes the answer.
     pub chunk: usize,
 }
 
@@ -70,7 +78,18 @@ pub fn ssd(
             xbc.shape()
         );
     }
-    Ok(reference::ssd(xbc, dt, params, shape, documents, None)?.0)
+    if !takes(&[xbc, dt, params]) {
+        return Ok(reference::ssd(xbc, dt, params, shape, documents, None)?.0);
+    }
+    let op = Ssd {
+        shape,
+        documents: documents.cloned(),
+        chunk_starts: [xbc, dt, params]
+            .iter()
+            .any(|x| x.track_op())
+            .then(OnceLock::new),
+    };
+    with_rows(xbc)?.apply_op3(&with_rows(dt)?, &params.contiguous()?, op)
 }
 
 /// The same from `state [B, H, P, N]`; returns `y` and the state after the last position. No gradient.
@@ -88,7 +107,7 @@ pub fn ssd_resume(
         d_state: n,
         ..
     } = shape;
-    let (b, _, _) = xbc.dims3()?;
+    let (b, t, _) = xbc.dims3()?;
     if state.dims() != [b, h, p, n] {
         bail!(
             "ssd: {shape:?} wants a state [{b}, {h}, {p}, {n}], not {:?}",
@@ -96,5 +115,108 @@ pub fn ssd_resume(
         );
     }
     let (xbc, dt, params) = (&xbc.detach(), &dt.detach(), &params.detach());
-    reference::ssd(xbc, dt, params, shape, None, Some(&state.detach()))
+    let state = state.detach();
+    if !takes(&[xbc, dt, params, &state]) {
+        return reference::ssd(xbc, dt, params, shape, None, Some(&state));
+    }
+    let (xbc, dt) = (with_rows(xbc)?, with_rows(dt)?);
+    let (params, state) = (params.contiguous()?, state.contiguous()?);
+    let (state_storage, state_layout) = state.storage_and_layout();
+    let state_entries = slice(host(&state_storage)?, state_layout)?;
+    let forward = with_kernel(&xbc, &dt, &params, shape, None, |kernel| {
+        kernel.forward(Some(state_entries), false)
+    })?;
+    let y = Tensor::from_vec(forward.y, (b, t, h * p), &Device::Cpu)?;
+    Ok((
+        y,
+        Tensor::from_vec(forward.state, (b, h, p, n), &Device::Cpu)?,
+    ))
+}
+
+struct Ssd {
+    shape: SsdShape,
+    documents: Option<Documents>,
+    /// What the forward pass keeps for the backward pass, if there will be one.
+    chunk_starts: Option<OnceLock<Vec<Vec<lanes::Tile>>>>,
+}
+
+impl CustomOp3 for Ssd {
+    fn name(&self) -> &'static str {
+        "ssd"
+    }
+
+    fn cpu_fwd(
+        &self,
+        xbc: &CpuStorage,
+        xbc_layout: &Layout,
+        dt: &CpuStorage,
+        dt_layout: &Layout,
+        params: &CpuStorage,
+        params_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (b, t, _) = xbc_layout.shape().dims3()?;
+        let kernel = cpu::Ssd {
+            xbc: Rows::of(xbc, xbc_layout)?,
+            dt: Rows::of(dt, dt_layout)?,
+            params: slice(params, params_layout)?,
+            shape: self.shape,
+            documents: self.documents.as_ref(),
+        };
+        let forward = kernel.forward(None, self.chunk_starts.is_some());
+        if let Some(cell) = &self.chunk_starts {
+            cell.get_or_init(|| forward.chunk_starts);
+        }
+        let y_shape = Shape::from((b, t, self.shape.heads * self.shape.head_dim));
+        Ok((CpuStorage::F32(forward.y), y_shape))
+    }
+
+    /// The gradients share all their work: each is computed, those not wanted are dropped.
+    fn bwd(
+        &self,
+        xbc: &Tensor,
+        dt: &Tensor,
+        params: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = with_rows(dy)?;
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let dy_rows = Rows::of(host(&dy_storage)?, dy_layout)?;
+        let documents = self.documents.as_ref();
+        let kept = self.chunk_starts.as_ref().and_then(OnceLock::get);
+        let chunk_starts = kept.expect("candle records the operation after its forward pass");
+        let gradients = with_kernel(xbc, dt, params, self.shape, documents, |kernel| {
+            kernel.backward(dy_rows, chunk_starts)
+        })?;
+        let wanted = |operand: &Tensor, gradient: Vec<f32>| {
+            let tensor = || Tensor::from_vec(gradient, operand.shape(), &Device::Cpu);
+            operand.track_op().then(tensor).transpose()
+        };
+        Ok((
+            wanted(xbc, gradients.xbc)?,
+            wanted(dt, gradients.dt)?,
+            wanted(params, gradients.params)?,
+        ))
+    }
+}
+
+/// Calls `work` with the kernel over the storage of the operands.
+fn with_kernel<R>(
+    xbc: &Tensor,
+    dt: &Tensor,
+    params: &Tensor,
+    shape: SsdShape,
+    documents: Option<&Documents>,
+    work: impl FnOnce(cpu::Ssd) -> R,
+) -> Result<R> {
+    let (xbc_storage, xbc_layout) = xbc.storage_and_layout();
+    let (dt_storage, dt_layout) = dt.storage_and_layout();
+    let (params_storage, params_layout) = params.storage_and_layout();
+    Ok(work(cpu::Ssd {
+        xbc: Rows::of(host(&xbc_storage)?, xbc_layout)?,
+        dt: Rows::of(host(&dt_storage)?, dt_layout)?,
+        params: slice(host(&params_storage)?, params_layout)?,
+        shape,
+        documents,
+    }))
 }

@@ -1,0 +1,284 @@
+use super::*;
+use candle_core::{DType, Var};
+
+/// Deterministic entries in about ±`range`.
+fn noise(shape: impl Into<Shape>, range: f64, seed: usize) -> Tensor {
+    let shape = shape.into();
+    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
+    let values: Vec<f64> = (0..shape.elem_count())
+        .map(|i| range * (2. * entry(i) - 1.))
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn f32(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::F32).unwrap()
+}
+
+/// The greatest difference, relative to the greatest entry of `b`.
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let flat = |x: &Tensor| {
+        x.to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+    };
+    let (a, b) = (flat(a).unwrap(), flat(b).unwrap());
+    let error = a
+        .iter()
+        .zip(&b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0., f64::max);
+    error / b.iter().map(|b| b.abs()).fold(1e-30, f64::max)
+}
+
+fn shape([heads, groups, head_dim, d_state, chunk]: [usize; 5]) -> SsdShape {
+    SsdShape {
+        heads,
+        groups,
+        head_dim,
+        d_state,
+        chunk,
+    }
+}
+
+/// xbc, dt and params; steps from about 0.05 to 2, decays a step from almost 0 to almost 1.
+fn inputs(shape: SsdShape, b: usize, t: usize) -> [Tensor; 3] {
+    let h = shape.heads;
+    let params = noise((3, h), 1.5, 3);
+    [
+        noise((b, t, shape.channels()), 1., 1),
+        noise((b, t, h), 2., 2),
+        params,
+    ]
+}
+
+/// Documents of lengths 1, 2, 3, … in every row, row `b` beginning with length `b + 1`.
+fn short_documents(b: usize, t: usize) -> Documents {
+    let mut starts = Vec::new();
+    for row in 0..b {
+        let (mut start, mut length) = (0, 1 + row);
+        for position in 0..t {
+            if position == start + length {
+                (start, length) = (position, length + 1);
+            }
+            starts.push(start as u32);
+        }
+    }
+    Documents::new(starts, t)
+}
+
+/// The output and the gradients of xbc, dt and params under uneven weights of the outputs.
+fn run(
+    inputs: &[Tensor; 3],
+    shape: SsdShape,
+    documents: Option<&Documents>,
+) -> (Tensor, [Tensor; 3]) {
+    let vars = inputs.each_ref().map(|x| Var::from_tensor(x).unwrap());
+    let y = ssd(&vars[0], &vars[1], &vars[2], shape, documents).unwrap();
+    let weights = noise(y.shape().clone(), 1., 77)
+        .to_dtype(y.dtype())
+        .unwrap();
+    let gradients = (&y * weights)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    (y, vars.map(|var| gradients.get(&var).unwrap().clone()))
+}
+
+#[test]
+fn kernel_equals_the_recurrence() {
+    for (sizes, b, t) in [
+        ([4, 2, 16, 16, 8], 2, 21),
+        ([2, 2, 5, 3, 4], 2, 9),
+        ([3, 1, 20, 33, 64], 1, 50),
+        ([1, 1, 1, 1, 1], 1, 1),
+        ([4, 1, 32, 16, 7], 1, 130),
+    ] {
+        let shape = shape(sizes);
+        let exact = inputs(shape, b, t);
+        let documents = short_documents(b, t);
+        for documents in [None, Some(&documents)] {
+            let (truth, true_gradients) = run(&exact, shape, documents);
+            let (y, gradients) = run(&exact.each_ref().map(|x| f32(x)), shape, documents);
+            assert!(
+                distance(&y, &truth) < 1e-6,
+                "{shape:?}: {}",
+                distance(&y, &truth)
+            );
+            for (gradient, truth) in gradients.iter().zip(&true_gradients) {
+                let error = distance(gradient, truth);
+                assert!(error < 3e-6, "{shape:?} {:?}: {error}", gradient.shape());
+            }
+        }
+    }
+}
+
+#[test]
+fn reference_gradients_equal_finite_differences() {
+    let (shape, b, t) = (shape([4, 2, 2, 3, 2]), 2, 5);
+    let exact = inputs(shape, b, t);
+    let documents = short_documents(b, t);
+    let (y, gradients) = run(&exact, shape, Some(&documents));
+    let weights = noise(y.shape().clone(), 1., 77);
+    let total = |[xbc, dt, params]: &[Tensor; 3]| {
+        let y = ssd(xbc, dt, params, shape, Some(&documents)).unwrap();
+        (y * &weights)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f64>()
+            .unwrap()
+    };
+    let step = 1e-5;
+    for (which, gradient) in gradients.iter().enumerate() {
+        let count = exact[which].elem_count();
+        let slope = |i: usize| {
+            let mut nudge = vec![0f64; count];
+            nudge[i] = step;
+            let nudge = Tensor::from_vec(nudge, exact[which].shape(), &Device::Cpu).unwrap();
+            let mut moved = exact.clone();
+            moved[which] = (&exact[which] + &nudge).unwrap();
+            let up = total(&moved);
+            moved[which] = (&exact[which] - &nudge).unwrap();
+            (up - total(&moved)) / (2. * step)
+        };
+        let slopes: Vec<f64> = (0..count).map(slope).collect();
+        let slopes = Tensor::from_vec(slopes, exact[which].shape(), &Device::Cpu).unwrap();
+        assert!(distance(gradient, &slopes) < 1e-7, "argument {which}");
+    }
+}
+
+#[test]
+fn chunk_size_never_changes_the_answer() {
+    let (b, t) = (2, 37);
+    let sized = |chunk| shape([4, 2, 16, 20, chunk]);
+    let inputs = inputs(sized(1), b, t).map(|x| f32(&x));
+    let (y, gradients) = run(&inputs, sized(t), None);
+    for chunk in [1, 2, 8, 36, 1000] {
+        let (other_y, other_gradients) = run(&inputs, sized(chunk), None);
+        assert_eq!(distance(&other_y, &y), 0.);
+        for (other, gradient) in other_gradients.iter().zip(&gradients) {
+            assert!(distance(other, gradient) < 1e-6, "chunk {chunk}");
+        }
+    }
+}
+
+#[test]
+fn packed_documents_equal_each_alone() {
+    let t = 11;
+    let shape = shape([4, 2, 3, 5, 4]);
+    for dtype in [DType::F32, DType::F64] {
+        let inputs = inputs(shape, 1, t).map(|x| x.to_dtype(dtype).unwrap());
+        let starts = [0, 0, 0, 3, 4, 4, 6, 6, 6, 6, 6].to_vec();
+        let documents = Documents::new(starts, t);
+        let [xbc, dt, params] = &inputs;
+        let packed = ssd(xbc, dt, params, shape, Some(&documents)).unwrap();
+        for (start, length) in [(0, 3), (3, 1), (4, 2), (6, 5)] {
+            let part = |x: &Tensor| x.narrow(1, start, length).unwrap();
+            let alone = ssd(&part(xbc), &part(dt), params, shape, None).unwrap();
+            assert_eq!(distance(&part(&packed), &alone), 0.);
+        }
+    }
+}
+
+#[test]
+fn any_split_resumes_to_the_whole() {
+    let (b, t) = (2, 10);
+    let shape = shape([4, 2, 18, 5, 3]);
+    for dtype in [DType::F32, DType::F64] {
+        let [xbc, dt, params] = inputs(shape, b, t).map(|x| x.to_dtype(dtype).unwrap());
+        let whole = ssd(&xbc, &dt, &params, shape, None).unwrap();
+        let zeros = Tensor::zeros((b, 4, 18, 5), dtype, &Device::Cpu).unwrap();
+        let (_, last) = ssd_resume(&xbc, &dt, &params, shape, &zeros).unwrap();
+        for pieces in [vec![10], vec![1; 10], vec![3, 2, 5], vec![7, 3]] {
+            let (mut state, mut ys, mut from) = (zeros.clone(), vec![], 0);
+            for length in pieces {
+                let piece = |x: &Tensor| x.narrow(1, from, length).unwrap();
+                let (y, next) =
+                    ssd_resume(&piece(&xbc), &piece(&dt), &params, shape, &state).unwrap();
+                ys.push(y);
+                (state, from) = (next, from + length);
+            }
+            assert_eq!(distance(&Tensor::cat(&ys, 1).unwrap(), &whole), 0.);
+            assert_eq!(distance(&state, &last), 0.);
+        }
+    }
+    let exact = inputs(shape, b, t);
+    let [xbc, dt, params] = &exact;
+    let state = noise((b, 4, 18, 5), 1., 8);
+    let (_, truth) = ssd_resume(xbc, dt, params, shape, &state).unwrap();
+    let [xbc, dt, params] = exact.each_ref().map(|x| f32(x));
+    let (_, last) = ssd_resume(&xbc, &dt, &params, shape, &f32(&state)).unwrap();
+    assert!(distance(&last, &truth) < 1e-6);
+}
+
+#[test]
+fn views_are_read_right() {
+    let shape = shape([2, 1, 4, 3, 4]);
+    let (b, t, channels) = (2, 6, shape.channels());
+    let wide = f32(&noise((b, t, channels + 9), 1., 1));
+    let xbc = wide.narrow(2, 3, channels).unwrap();
+    let dt = wide.narrow(2, channels + 5, 2).unwrap();
+    let params = f32(&noise((2, 3), 1., 3)).t().unwrap();
+    let copies = [&xbc, &dt, &params].map(|x| x.contiguous().unwrap());
+    let truth = run(&copies, shape, None);
+    let y = ssd(&xbc, &dt, &params, shape, None).unwrap();
+    assert_eq!(distance(&y, &truth.0), 0.);
+    // Gradients through views, with an upstream gradient that is a view too.
+    let var = Var::from_tensor(&wide).unwrap();
+    let views = [var.narrow(2, 3, channels), var.narrow(2, channels + 5, 2)].map(Result::unwrap);
+    let y = ssd(&views[0], &views[1], &params, shape, None).unwrap();
+    let weights = f32(&noise(y.shape().clone(), 1., 77));
+    let turned = (y.transpose(1, 2).unwrap() * weights.transpose(1, 2).unwrap()).unwrap();
+    let gradients = turned.sum_all().unwrap().backward().unwrap();
+    let gradient = gradients.get(&var).unwrap();
+    assert!(distance(&gradient.narrow(2, 3, channels).unwrap(), &truth.1[0]) < 1e-6);
+    assert!(distance(&gradient.narrow(2, channels + 5, 2).unwrap(), &truth.1[1]) < 1e-6);
+}
+
+#[test]
+fn tiny_and_huge_steps_are_exact() {
+    let shape = shape([1, 1, 1, 1, 4]);
+    let raw = [-80f64, -15., -7., -1e-3, 0., 3., 19.9, 20.1, 60.];
+    let dt = Tensor::from_slice(&raw, (raw.len(), 1, 1), &Device::Cpu).unwrap();
+    let xbc = Tensor::ones((raw.len(), 1, 3), DType::F64, &Device::Cpu).unwrap();
+    let params = Tensor::zeros((3, 1), DType::F64, &Device::Cpu).unwrap();
+    let truth = raw.map(|x| x.max(0.) + (-x.abs()).exp().ln_1p());
+    for dtype in [DType::F64, DType::F32] {
+        let [xbc, dt, params] = [&xbc, &dt, &params].map(|x| x.to_dtype(dtype).unwrap());
+        // One step from zero with x = B = C = 1 and D = 0 shows Δ itself.
+        let y = ssd(&xbc, &dt, &params, shape, None).unwrap();
+        let y = y
+            .to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap();
+        for (y, truth) in y.iter().zip(truth) {
+            assert!((y / truth - 1.).abs() < 1e-6, "{dtype:?}: {y} {truth}");
+        }
+    }
+}
+
+#[test]
+fn misfits_are_named() {
+    let good = shape([4, 2, 3, 5, 4]);
+    let [xbc, dt, params] = inputs(good, 2, 6).map(|x| f32(&x));
+    let error = |sizes, dt: &Tensor| {
+        ssd(&xbc, dt, &params, shape(sizes), None)
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(error([4, 3, 3, 5, 4], &dt).contains("4 heads do not share 3 groups"));
+    assert!(error([4, 2, 3, 5, 0], &dt).contains("chunk"));
+    assert!(error([4, 2, 4, 5, 4], &dt).contains("[B, T, 38]"));
+    assert!(error([4, 2, 3, 5, 4], &params).contains("dt [B, T, 4]"));
+    assert!(ssd(&xbc, &dt, &params, good, Some(&short_documents(2, 5))).is_err());
+    assert!(ssd_resume(&xbc, &dt, &params, good, &xbc).is_err());
+}
