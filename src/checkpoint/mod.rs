@@ -1,1 +1,220 @@
-//! checkpoint
+//! Checkpoint folders: what is in them is checked as a whole before a tensor is loaded, and they are
+//! written as a whole or not at all.
+//!
+//! Three formats, one set of tensor names: Hugging Face's Llama ([`llama`]), AMD's released hybrids
+//! ([`amd`]) and our own, whose `config.json` is [`ModelConfig`].
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::hash::{DefaultHasher, Hasher};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+mod amd;
+mod files;
+mod llama;
+mod save;
+#[cfg(test)]
+mod tests;
+
+pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
+pub use save::{check_output, replace_folder, save, write_atomic};
+
+use files::TensorFiles;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// Our own: one tagged mixer a layer.
+    Zebroid,
+    /// AMD's Zebra-Llama release: `config.json` of the base beside `hybrid_config.json`.
+    Amd,
+    /// Hugging Face Llama.
+    Llama,
+}
+
+/// An opened folder: config parsed, every tensor's name, shape and dtype checked, no data read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    pub folder: PathBuf,
+    pub format: Format,
+    pub config: ModelConfig,
+    files: TensorFiles,
+}
+
+impl Checkpoint {
+    /// # Errors
+    /// A config that cannot be read or cannot work (file and field named), or tensors that do not fit it
+    /// (all of them listed, each with its file).
+    pub fn open(folder: &Path) -> Result<Self> {
+        if !folder.is_dir() {
+            return Err(Error::file(folder, "no such folder; give the folder of a checkpoint"));
+        }
+        let (mut config, format) = Self::config_only(folder)?;
+        let files = TensorFiles::open(folder)?;
+        resolve_head(&mut config, &files)?;
+        files.check(folder, &config.params())?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            format,
+            config,
+            files,
+        })
+    }
+
+    /// The config alone, of a folder or a `config.json`.
+    pub fn config_only(path: &Path) -> Result<(ModelConfig, Format)> {
+        let file = match path.is_dir() {
+            true => path.join("config.json"),
+            false => path.to_owned(),
+        };
+        let config = read_json(&file)?;
+        let hybrid = file.with_file_name("hybrid_config.json");
+        if hybrid.exists() {
+            let model = amd::read(&file, &config, &hybrid, &read_json(&hybrid)?)?;
+            return Ok((model, Format::Amd));
+        }
+        match config["model_type"].as_str() {
+            Some(ModelConfig::MODEL_TYPE) => Ok((own(&file, config)?, Format::Zebroid)),
+            Some("llama") => Ok((llama::read(&file, &config)?, Format::Llama)),
+            other => Err(Error::file(
+                &file,
+                format!(
+                    "model_type {} is not supported: llama, zebroid, or llama with hybrid_config.json",
+                    other.unwrap_or("(none)")
+                ),
+            )),
+        }
+    }
+
+    /// All tensors the model needs, as `dtype` on `device`.
+    ///
+    /// # Errors
+    /// Names the tensor (and file) that holds a value which is not a finite number.
+    pub fn weights(&self, dtype: DType, device: &Device) -> Result<Weights> {
+        let mut tensors = BTreeMap::new();
+        for (name, _) in self.config.params() {
+            let tensor = self.files.load(&name)?.to_dtype(dtype)?.to_device(device)?;
+            tensors.insert(name, tensor);
+        }
+        Ok(Weights::new(tensors))
+    }
+
+    /// All stored tensors in their stored dtypes, a stored copy of a tied head included.
+    pub fn raw_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = BTreeMap::new();
+        for name in self.files.names() {
+            tensors.insert(name.to_owned(), self.files.load(name)?);
+        }
+        Ok(tensors)
+    }
+
+    /// The model, ready to run.
+    pub fn model(&self, device: &Device, dtype: DType) -> Result<Lm> {
+        Lm::new(&self.config, &self.weights(dtype, device)?)
+    }
+}
+
+/// A head stored beside `tie_word_embeddings` is a copy of the embedding, or else the model is untied
+/// whatever its config says: Hugging Face's and AMD's savers both write such files.
+fn resolve_head(config: &mut ModelConfig, files: &TensorFiles) -> Result<()> {
+    const HEAD: &str = "lm_head.weight";
+    if config.tie_word_embeddings && files.contains(HEAD) {
+        config.tie_word_embeddings = files.same_bytes(HEAD, "model.embed_tokens.weight");
+    }
+    Ok(())
+}
+
+/// Our own `config.json`.
+fn own(path: &Path, value: serde_json::Value) -> Result<ModelConfig> {
+    let version = value["format_version"].as_u64();
+    if version.is_none_or(|v| v > FORMAT_VERSION as u64) {
+        return Err(Error::file(
+            path,
+            format!("format_version {} is newer than {FORMAT_VERSION}: update zebroid", value["format_version"]),
+        ));
+    }
+    let config: ModelConfig = serde_json::from_value(value).map_err(|e| Error::file(path, e))?;
+    config.validate().map_err(|e| Error::file(path, e))?;
+    Ok(config)
+}
+
+fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let text = fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
+    serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not JSON: {e}")))
+}
+
+/// Fields of a JSON object, with errors that name them.
+struct Fields<'a> {
+    path: &'a Path,
+    object: &'a serde_json::Value,
+}
+
+impl<'a> Fields<'a> {
+    fn wrong(&self, field: &str, wanted: &str) -> Error {
+        let found = &self.object[field];
+        Error::file(self.path, format!("{field} must be {wanted}, not {found}"))
+    }
+
+    fn given(&self, field: &str) -> Option<&'a serde_json::Value> {
+        self.object.get(field).filter(|v| !v.is_null())
+    }
+
+    fn maybe_size(&self, field: &str) -> Result<Option<usize>> {
+        let Some(value) = self.given(field) else {
+            return Ok(None);
+        };
+        let size = value.as_u64().and_then(|n| u32::try_from(n).ok());
+        size.map(|n| Some(n as usize))
+            .ok_or_else(|| self.wrong(field, "a whole number"))
+    }
+
+    fn size(&self, field: &str) -> Result<usize> {
+        self.maybe_size(field)?
+            .ok_or_else(|| Error::file(self.path, format!("{field} is missing")))
+    }
+
+    fn number(&self, field: &str, default: f64) -> Result<f64> {
+        match self.given(field) {
+            None => Ok(default),
+            Some(value) => value.as_f64().ok_or_else(|| self.wrong(field, "a number")),
+        }
+    }
+
+    fn flag(&self, field: &str) -> Result<bool> {
+        match self.given(field) {
+            None => Ok(false),
+            Some(value) => value.as_bool().ok_or_else(|| self.wrong(field, "true or false")),
+        }
+    }
+
+    /// One id or a list of them.
+    fn ids(&self, field: &str) -> Result<Vec<u32>> {
+        let Some(value) = self.given(field) else {
+            return Ok(Vec::new());
+        };
+        let list = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
+        let id = |v: &serde_json::Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        list.iter()
+            .map(|v| id(v).ok_or_else(|| self.wrong(field, "a token id or a list of them")))
+            .collect()
+    }
+}
+
+/// A fingerprint of sizes and weights, for resume checks.
+pub fn fingerprint(config: &ModelConfig, weights: &Weights) -> Result<String> {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(serde_json::to_string(config).expect("configs serialise").as_bytes());
+    for (name, tensor) in weights.iter() {
+        hasher.write(name.as_bytes());
+        let values = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        for value in values.flatten_all()?.to_vec1::<f32>()? {
+            hasher.write_u32(value.to_bits());
+        }
+    }
+    Ok(format!("{:016x}", hasher.finish()))
+}

@@ -1,1 +1,9 @@
-//! data
+//! From files to batches: tokens, documents, packing.
+
+mod jsonl;
+mod packing;
+mod tokenizer;
+
+pub use jsonl::read_texts;
+pub use packing::{Batch, Corpus, Packing};
+pub use tokenizer::{DecodeStream, Tokenizer};

@@ -1,7 +1,5 @@
-//! `y = x Wᵀ`.
 use candle_core::{Result, Tensor};
-
-/// `x [.., in]`, `w [out, in]` → `[.., out]`.
 pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    x.broadcast_matmul(&w.t()?)
+    let mut d=x.dims().to_vec(); let i=d.pop().unwrap(); let n: usize=d.iter().product(); d.push(w.dim(0)?);
+    x.contiguous()?.reshape((n,i))?.matmul(&w.t()?)?.reshape(d)
 }

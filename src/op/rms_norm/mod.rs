@@ -1,19 +1,12 @@
-//! RMSNorm (Zhang & Sennrich 2019) and its gated form of Mamba2.
-use candle_core::{Result, Tensor};
-
-/// `x / sqrt(mean(x²) + eps) · weight`; `x [.., D]`, `weight [D]` → `[.., D]`.
-pub fn rms_norm(_x: &Tensor, _weight: &Tensor, _eps: f64) -> Result<Tensor> {
-    unimplemented!()
+use candle_core::{Result, Tensor, D};
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let r = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+    x.broadcast_div(&r)?.broadcast_mul(weight)
 }
-
-/// `RMSNorm_per_group(y · silu(z)) · weight`, groups of `group` neighbouring channels.
-/// `y, z [.., D]`, `weight [D]` → `[.., D]`.
-pub fn gated_rms_norm(
-    _y: &Tensor,
-    _z: &Tensor,
-    _weight: &Tensor,
-    _group: usize,
-    _eps: f64,
-) -> Result<Tensor> {
-    unimplemented!()
+pub fn gated_rms_norm(y: &Tensor, z: &Tensor, weight: &Tensor, group: usize, eps: f64) -> Result<Tensor> {
+    let x = (y * z.silu()?)?;
+    let mut d = x.dims().to_vec(); let n = d.pop().unwrap(); d.push(n/group); d.push(group);
+    let g = x.contiguous()?.reshape(d)?;
+    let r = (g.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+    g.broadcast_div(&r)?.reshape(x.shape())?.broadcast_mul(weight)
 }

@@ -1,0 +1,289 @@
+//! safetensors files, distrusted: headers are checked against the file before a tensor is made.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensors};
+
+use super::save::write_atomic;
+use crate::{Error, Result};
+
+/// A mapped file and its parsed header.
+#[derive(Debug)]
+struct TensorFile {
+    path: PathBuf,
+    map: Mmap,
+    /// Bytes before the tensors' data.
+    data_start: usize,
+    header: Metadata,
+}
+
+impl TensorFile {
+    fn open(path: &Path) -> Result<Self> {
+        let file = fs::File::open(path).map_err(Error::io("cannot open", path))?;
+        // SAFETY: the map is read-only; a file that another process cuts while it is mapped is the one
+        // way to fault, as with every reader of safetensors.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("cannot map", path))?;
+        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| {
+            Error::file(path, format!("not a whole safetensors file ({e}); download or write it again"))
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            data_start: header_len + size_of::<u64>(),
+            map,
+            header,
+        })
+    }
+
+    fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        // The offsets were checked against the file when the header was read.
+        let (from, to) = info.data_offsets;
+        &self.map[self.data_start + from..self.data_start + to]
+    }
+
+    fn load(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
+        let Some(dtype) = dtype(info.dtype) else {
+            return Err(Error::file(&self.path, format!("{name} has dtype {:?}, which is not supported", info.dtype)));
+        };
+        Ok(Tensor::from_raw_buffer(self.bytes(info), dtype, &info.shape, &Device::Cpu)?)
+    }
+}
+
+fn dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::F64 => DType::F64,
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::I64 => DType::I64,
+        Dtype::U32 => DType::U32,
+        Dtype::U8 => DType::U8,
+        _ => return None,
+    })
+}
+
+/// The weights of a checkpoint folder, in one or more files.
+#[derive(Debug)]
+pub(super) struct TensorFiles {
+    files: Vec<TensorFile>,
+    /// Which file holds a tensor.
+    place: BTreeMap<String, usize>,
+}
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+impl TensorFiles {
+    /// `model.safetensors`, or the shards of its index, or every `.safetensors` file (as AMD's loader).
+    pub fn open(folder: &Path) -> Result<Self> {
+        let index = folder.join(INDEX);
+        let single = folder.join(SINGLE);
+        let mut promised = BTreeMap::new();
+        let paths: Vec<PathBuf> = if single.exists() {
+            vec![single]
+        } else if index.exists() {
+            promised = read_index(&index)?;
+            let mut names: Vec<&String> = promised.values().collect();
+            names.sort();
+            names.dedup();
+            names.into_iter().map(|name| folder.join(name)).collect()
+        } else {
+            all_safetensors(folder)?
+        };
+        if paths.is_empty() {
+            return Err(Error::file(
+                folder,
+                "no .safetensors file here; convert .bin or .pt weights to safetensors first",
+            ));
+        }
+        let mut files = Vec::new();
+        let mut place: BTreeMap<String, usize> = BTreeMap::new();
+        let mut problems = Vec::new();
+        for path in paths {
+            if !path.exists() {
+                return Err(Error::file(&path, format!("this shard is named in {INDEX} but is not there")));
+            }
+            let file = TensorFile::open(&path)?;
+            for name in file.header.tensors().keys() {
+                if let Some(first) = place.insert(name.clone(), files.len()) {
+                    let first: &TensorFile = &files[first];
+                    problems.push(format!("{name} is stored twice: {} and {}", first.path.display(), path.display()));
+                }
+            }
+            files.push(file);
+        }
+        for (name, shard) in &promised {
+            let found = place.get(name).map(|i| files[*i].path.file_name().unwrap_or_default());
+            if found != Some(std::ffi::OsStr::new(shard)) {
+                problems.push(format!("{name} should be in {shard} according to {INDEX}, but is not"));
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(Self { files, place }),
+            false => Err(Error::Tensors {
+                path: folder.to_owned(),
+                problems,
+            }),
+        }
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.place
+            .keys()
+            .map(String::as_str)
+            .filter(|name| !ignored(name))
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.place.contains_key(name)
+    }
+
+    fn find(&self, name: &str) -> Option<(&TensorFile, &TensorInfo)> {
+        let file = &self.files[*self.place.get(name)?];
+        file.header.info(name).map(|info| (file, info))
+    }
+
+    pub fn same_bytes(&self, a: &str, b: &str) -> bool {
+        match (self.find(a), self.find(b)) {
+            (Some((fa, a)), Some((fb, b))) => {
+                (a.dtype, &a.shape, fa.bytes(a)) == (b.dtype, &b.shape, fb.bytes(b))
+            }
+            _ => false,
+        }
+    }
+
+    /// # Errors
+    /// Lists every tensor that is missing, unexpected, mis-shaped or of a wrong dtype.
+    pub fn check(&self, folder: &Path, expected: &[(String, Vec<usize>)]) -> Result<()> {
+        let mut problems = Vec::new();
+        for (name, shape) in expected {
+            let Some((file, info)) = self.find(name) else {
+                problems.push(format!("missing {name} {shape:?}"));
+                continue;
+            };
+            let place = file.path.display();
+            // torch keeps a depthwise convolution's middle axis; some exporters drop it.
+            if &info.shape != shape {
+                problems.push(format!("{name} has shape {:?}, the config needs {shape:?} ({place})", info.shape));
+            }
+            if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                problems.push(format!("{name} has dtype {:?}; F32, F16 and BF16 are supported ({place})", info.dtype));
+            }
+        }
+        let expected: std::collections::BTreeSet<&str> = expected.iter().map(|(n, _)| n.as_str()).collect();
+        for name in self.names() {
+            let tied_head = name == "lm_head.weight";
+            if !expected.contains(name) && !tied_head {
+                let (file, _) = self.find(name).expect("a name of the map");
+                problems.push(format!("unexpected {name} ({})", file.path.display()));
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Tensors {
+                path: folder.to_owned(),
+                problems,
+            }),
+        }
+    }
+
+    /// The tensor in its stored dtype.
+    ///
+    /// # Errors
+    /// When it holds a value that is not a finite number.
+    pub fn load(&self, name: &str) -> Result<Tensor> {
+        let Some((file, info)) = self.find(name) else {
+            return Err(Error::invalid(format!("tensor {name} is missing")));
+        };
+        if !finite(file.bytes(info), info.dtype) {
+            return Err(Error::file(
+                &file.path,
+                format!("{name} holds NaN or infinite values: the checkpoint is damaged"),
+            ));
+        }
+        file.load(name, info)
+    }
+}
+
+/// Buffers that older savers wrote; they follow from the config.
+fn ignored(name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq")
+}
+
+fn finite(bytes: &[u8], dtype: Dtype) -> bool {
+    // All exponent bits set: infinite or NaN.
+    let halves = |exponent: u16| {
+        bytes
+            .chunks_exact(2)
+            .all(|b| u16::from_le_bytes([b[0], b[1]]) & exponent != exponent)
+    };
+    match dtype {
+        Dtype::F16 => halves(0x7c00),
+        Dtype::BF16 => halves(0x7f80),
+        Dtype::F32 => bytes
+            .chunks_exact(4)
+            .all(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 != 0x7f80_0000),
+        _ => true,
+    }
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let value = super::read_json(path)?;
+    let Some(map) = value["weight_map"].as_object() else {
+        return Err(Error::file(path, "weight_map is missing"));
+    };
+    map.iter()
+        .map(|(name, file)| {
+            let plain = file.as_str().filter(|f| Path::new(f).components().count() == 1);
+            let file = plain.ok_or_else(|| {
+                Error::file(path, format!("weight_map: {name} names {file}, not a file beside the index"))
+            })?;
+            Ok((name.clone(), file.to_owned()))
+        })
+        .collect()
+}
+
+fn all_safetensors(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
+        let path = entry.map_err(Error::io("cannot list", folder))?.path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// All tensors of one file, in their stored dtypes.
+pub fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    Ok(read_tensors_with_metadata(path)?.0)
+}
+
+/// All tensors of one file and its metadata.
+pub fn read_tensors_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
+    let file = TensorFile::open(path)?;
+    let mut tensors = BTreeMap::new();
+    for (name, info) in file.header.tensors() {
+        tensors.insert(name.clone(), file.load(&name, info)?);
+    }
+    Ok((tensors, file.header.metadata().clone().unwrap_or_default()))
+}
+
+/// Writes one file, whole or not at all.
+pub fn write_tensors(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: HashMap<String, String>,
+) -> Result<()> {
+    // The format hint that `transformers` asks for.
+    let mut metadata = metadata;
+    metadata.insert("format".into(), "pt".into());
+    let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::file(path, e))?;
+    write_atomic(path, &bytes)
+}

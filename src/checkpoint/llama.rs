@@ -1,0 +1,164 @@
+//! Hugging Face's Llama `config.json`.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::Fields;
+use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
+use crate::model::{FORMAT_VERSION, ModelConfig};
+use crate::{Error, Result};
+
+/// # Errors
+/// Names the field that is missing, of a wrong type, or asks for what is not supported.
+pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
+    let f = Fields {
+        path,
+        object: value,
+    };
+    for field in ["attention_bias", "mlp_bias"] {
+        if f.flag(field)? {
+            return Err(Error::file(path, format!("{field}: true is not supported")));
+        }
+    }
+    match f.given("hidden_act").and_then(Value::as_str) {
+        None | Some("silu") => {}
+        Some(other) => {
+            return Err(Error::file(path, format!("hidden_act {other} is not supported, only silu")));
+        }
+    }
+    let hidden = f.size("hidden_size")?;
+    let heads = f.size("num_attention_heads")?;
+    let head_dim = match f.maybe_size("head_dim")? {
+        Some(dim) => dim,
+        None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            return Err(Error::file(
+                path,
+                format!("hidden_size {hidden} does not divide into {heads} heads, and head_dim is missing"),
+            ));
+        }
+    };
+    let attention = AttentionConfig {
+        num_attention_heads: heads,
+        num_key_value_heads: f.maybe_size("num_key_value_heads")?.unwrap_or(heads),
+        head_dim,
+        rope: Some(rope(path, value)?),
+    };
+    let config = ModelConfig {
+        model_type: ModelConfig::MODEL_TYPE.into(),
+        format_version: FORMAT_VERSION,
+        hidden_size: hidden,
+        intermediate_size: f.size("intermediate_size")?,
+        vocab_size: f.size("vocab_size")?,
+        max_position_embeddings: f.maybe_size("max_position_embeddings")?.unwrap_or(2048),
+        rms_norm_eps: f.number("rms_norm_eps", 1e-6)?,
+        tie_word_embeddings: f.flag("tie_word_embeddings")?,
+        bos_token_id: f.ids("bos_token_id")?.first().copied(),
+        eos_token_id: f.ids("eos_token_id")?,
+        layers: vec![MixerConfig::Attention(attention); f.size("num_hidden_layers")?],
+    };
+    config.validate().map_err(|e| Error::file(path, e))?;
+    Ok(config)
+}
+
+/// `rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both.
+fn rope(path: &Path, value: &Value) -> Result<RopeConfig> {
+    let parameters = value.get("rope_parameters").filter(|v| v.is_object());
+    let scaling = parameters.or_else(|| value.get("rope_scaling").filter(|v| v.is_object()));
+    let theta = Fields {
+        path,
+        object: parameters.unwrap_or(value),
+    };
+    Ok(RopeConfig {
+        theta: theta.number("rope_theta", 10_000.0)?,
+        scaling: scaling.map(|s| read_scaling(path, s)).transpose()?.flatten(),
+        inv_freq: None,
+    })
+}
+
+pub(super) fn read_scaling(path: &Path, value: &Value) -> Result<Option<RopeScaling>> {
+    let f = Fields {
+        path,
+        object: value,
+    };
+    let kind = f.given("rope_type").or_else(|| f.given("type"));
+    let factor = || match f.given("factor") {
+        Some(_) => f.number("factor", 1.0),
+        None => Err(Error::file(path, "rope_scaling: factor is missing")),
+    };
+    Ok(match kind.and_then(Value::as_str) {
+        None | Some("default") => None,
+        Some("linear") => Some(RopeScaling::Linear { factor: factor()? }),
+        Some("llama3") => Some(RopeScaling::Llama3 {
+            factor: factor()?,
+            low_freq_factor: f.number("low_freq_factor", 1.0)?,
+            high_freq_factor: f.number("high_freq_factor", 4.0)?,
+            original_max_position_embeddings: f.size("original_max_position_embeddings")?,
+        }),
+        Some("yarn") => Some(RopeScaling::Yarn {
+            factor: factor()?,
+            original_max_position_embeddings: f.size("original_max_position_embeddings")?,
+            beta_fast: f.number("beta_fast", 32.0)?,
+            beta_slow: f.number("beta_slow", 1.0)?,
+            attention_factor: match f.given("attention_factor") {
+                Some(_) => Some(f.number("attention_factor", 1.0)?),
+                None => None,
+            },
+        }),
+        Some(other) => {
+            return Err(Error::file(
+                path,
+                format!("rope_scaling type {other} is not supported: none, linear, llama3 or yarn"),
+            ));
+        }
+    })
+}
+
+/// # Errors
+/// When a layer is not attention, or layers differ: a Llama has one kind.
+pub(super) fn write(config: &ModelConfig) -> Result<Value> {
+    let attention = config.attention(0)?;
+    for (i, layer) in config.layers.iter().enumerate() {
+        if layer != &config.layers[0] {
+            return Err(Error::invalid(format!(
+                "layer {i} ({}) differs from layer 0: the llama format has attention of one size in all layers",
+                layer.name()
+            )));
+        }
+    }
+    let Some(rope) = attention.rope.as_ref().filter(|r| r.inv_freq.is_none()) else {
+        return Err(Error::invalid("the llama format needs RoPE with the standard frequencies"));
+    };
+    Ok(base(config, attention, rope.theta, json!(rope.scaling)))
+}
+
+/// The fields that AMD's `config.json` has too.
+pub(super) fn base(config: &ModelConfig, a: &AttentionConfig, theta: f64, scaling: Value) -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers.len(),
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_key_value_heads,
+        "head_dim": a.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "vocab_size": config.vocab_size,
+        "attention_bias": false,
+        "attention_dropout": 0.0,
+        "mlp_bias": false,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": match config.eos_token_id.as_slice() {
+            [one] => json!(one),
+            list => json!(list),
+        },
+        "use_cache": true,
+    })
+}

@@ -1,0 +1,166 @@
+//! Writing: into a temporary sibling first, then one rename.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use serde_json::json;
+
+use super::{Format, amd, llama, write_tensors};
+use crate::model::ModelConfig;
+use crate::{Error, Result};
+
+/// Files of the source that go along with the weights.
+const COMPANIONS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
+/// Largest file of weights, in bytes; above it they are sharded, as Hugging Face does.
+const SHARD: usize = 5_000_000_000;
+
+/// # Errors
+/// When `out` exists and `force` does not allow to replace it, or its parent cannot hold it. To be asked
+/// before long work begins.
+pub fn check_output(out: &Path, force: bool) -> Result<()> {
+    if out.file_name().is_none() {
+        return Err(Error::file(out, "not a name for an output folder"));
+    }
+    if out.exists() && !force {
+        return Err(Error::file(out, "already exists; choose another output, or replace it with --force"));
+    }
+    let parent = parent(out);
+    fs::create_dir_all(&parent).map_err(Error::io("cannot create", &parent))?;
+    tempfile::Builder::new()
+        .prefix(".zebroid-")
+        .tempfile_in(&parent)
+        .map(drop)
+        .map_err(Error::io("cannot write into", &parent))
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// Writes a checkpoint folder: config, weights, and the tokenizer files of `source`. A failure leaves
+/// what stood at `out` before.
+///
+/// # Errors
+/// A config that the format cannot say, an existing `out` without `force`, a disk that does not take it.
+pub fn save(
+    out: &Path,
+    format: Format,
+    config: &ModelConfig,
+    tensors: &BTreeMap<String, Tensor>,
+    source: Option<&Path>,
+    force: bool,
+) -> Result<()> {
+    check_output(out, force)?;
+    let configs = match format {
+        Format::Zebroid => vec![("config.json", json!(config))],
+        Format::Llama => vec![("config.json", llama::write(config)?)],
+        Format::Amd => {
+            let (base, hybrid) = amd::write(config)?;
+            vec![("config.json", base), ("hybrid_config.json", hybrid)]
+        }
+    };
+    // Dropped, and so removed, when anything below fails.
+    let parent = parent(out);
+    let partial = tempfile::Builder::new()
+        .prefix(".zebroid-")
+        .tempdir_in(&parent)
+        .map_err(Error::io("cannot write into", &parent))?;
+    let folder = partial.path();
+    write_weights(folder, tensors, SHARD)?;
+    for (name, value) in configs {
+        let text = serde_json::to_string_pretty(&value).expect("configs serialise") + "\n";
+        write_atomic(&folder.join(name), text.as_bytes())?;
+    }
+    for name in COMPANIONS {
+        if let Some(from) = source.map(|s| s.join(name)).filter(|f| f.exists()) {
+            fs::copy(&from, folder.join(name)).map_err(Error::io("cannot copy", &from))?;
+        }
+    }
+    replace_folder(folder, out, force)?;
+    // The folder has moved; there is nothing left to remove.
+    let _ = partial.keep();
+    Ok(())
+}
+
+fn write_weights(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize) -> Result<()> {
+    let mut shards: Vec<(usize, BTreeMap<String, Tensor>)> = vec![(0, BTreeMap::new())];
+    for (name, tensor) in tensors {
+        let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let (filled, shard) = shards.last_mut().expect("starts with one");
+        if *filled > 0 && *filled + bytes > limit {
+            shards.push((bytes, [(name.clone(), tensor.clone())].into()));
+        } else {
+            *filled += bytes;
+            shard.insert(name.clone(), tensor.clone());
+        }
+    }
+    let count = shards.len();
+    if count == 1 {
+        return write_tensors(&folder.join("model.safetensors"), &shards[0].1, Default::default());
+    }
+    let mut map = serde_json::Map::new();
+    for (i, (_, shard)) in shards.iter().enumerate() {
+        let name = format!("model-{:05}-of-{count:05}.safetensors", i + 1);
+        write_tensors(&folder.join(&name), shard, Default::default())?;
+        map.extend(shard.keys().map(|tensor| (tensor.clone(), json!(name))));
+    }
+    let total: usize = shards.iter().map(|(bytes, _)| bytes).sum();
+    let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
+    write_atomic(
+        &folder.join("model.safetensors.index.json"),
+        index.to_string().as_bytes(),
+    )
+}
+
+/// Moves `folder` to `out` in one rename; what stood there (only with `force`) goes last.
+pub fn replace_folder(folder: &Path, out: &Path, force: bool) -> Result<()> {
+    let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(Error::io("cannot rename", from));
+    if !out.exists() {
+        return rename(folder, out);
+    }
+    if !force {
+        return Err(Error::file(out, "already exists; choose another output, or replace it with --force"));
+    }
+    let aside = tempfile::Builder::new()
+        .prefix(".zebroid-old-")
+        .tempdir_in(parent(out))
+        .map_err(Error::io("cannot write beside", out))?;
+    let old = aside.path().join("old");
+    rename(out, &old)?;
+    if let Err(error) = rename(folder, out) {
+        rename(&old, out)?;
+        return Err(error);
+    }
+    Ok(())
+}
+
+/// Writes a file, whole or not at all.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let parent = parent(path);
+    let write = || -> std::io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".zebroid-").tempfile_in(&parent)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(Error::io("cannot write", path))
+}
+
+#[cfg(test)]
+pub(super) fn write_sharded(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize) -> Result<()> {
+    write_weights(folder, tensors, limit)
+}

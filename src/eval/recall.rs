@@ -1,0 +1,1 @@
+//! Recall (stub until stories land).
