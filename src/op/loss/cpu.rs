@@ -19,7 +19,11 @@ pub(super) struct Softmax {
 impl Softmax {
     fn of(row: &[f32], scale: f32) -> Self {
         let max = scale * max(row);
-        let [sum] = sums(row, row, |x, _| [exp(scale * x - max)]);
+        let [sum] = sums(row, row, |[sum], x, _| {
+            for l in 0..LANES {
+                sum[l] += exp(scale * x[l] - max);
+            }
+        });
         let log_sum = max + sum.ln() as f32;
         Self { scale, log_sum }
     }
@@ -79,11 +83,16 @@ pub(super) fn forward_kl(
         .map(|(teacher, student)| {
             let (max_t, max_s) = (scale * max(teacher), scale * max(student));
             // Σp(ln p − ln q), each logit relative to its row's greatest: small numbers stay exact.
-            let [sum_t, sum_s, difference] = sums(teacher, student, |t, s| {
-                let (t, s) = (scale * t - max_t, scale * s - max_s);
-                let p = exp(t);
-                [p, exp(s), p * (t - s)]
-            });
+            let [sum_t, sum_s, difference] =
+                sums(teacher, student, |[sum_t, sum_s, difference], t, s| {
+                    for l in 0..LANES {
+                        let (t, s) = (scale * t[l] - max_t, scale * s[l] - max_s);
+                        let p = exp(t);
+                        sum_t[l] += p;
+                        sum_s[l] += exp(s);
+                        difference[l] += p * (t - s);
+                    }
+                });
             let kl = difference / sum_t - sum_t.ln() + sum_s.ln();
             let softmax = |max: f32, sum: f64| Softmax {
                 scale,
@@ -121,7 +130,14 @@ pub(super) fn forward_kl_backward(
 pub(super) fn squared_errors(x: &[f32], target: &[f32], d: usize) -> Vec<[f64; 2]> {
     let rows = x.par_chunks_exact(d).zip(target.par_chunks_exact(d));
     rows.with_min_len(TASK / d + 1)
-        .map(|(x, target)| sums(x, target, |x, t| [(x - t) * (x - t), t * t]))
+        .map(|(x, target)| {
+            sums(x, target, |[error, size], x, t| {
+                for l in 0..LANES {
+                    error[l] += (x[l] - t[l]) * (x[l] - t[l]);
+                    size[l] += t[l] * t[l];
+                }
+            })
+        })
         .collect()
 }
 
@@ -154,35 +170,29 @@ fn max(row: &[f32]) -> f32 {
         .fold(f32::NEG_INFINITY, |a, &b| a.max(b))
 }
 
-/// `K` sums over the entries of two equally long rows.
-fn sums<const K: usize>(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> [f32; K]) -> [f64; K] {
+/// `K` sums over the entries of two equally long rows; `add` adds the terms of lanes of both.
+#[inline(always)]
+fn sums<const K: usize>(
+    a: &[f32],
+    b: &[f32],
+    add: impl Fn(&mut [[f32; LANES]; K], [f32; LANES], [f32; LANES]),
+) -> [f64; K] {
     let mut totals = [0f64; K];
     for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
-        let mut lanes = [[0f32; LANES]; K];
-        let mut add = |a: &[f32; LANES], b: &[f32; LANES], valid: usize| {
-            let mut terms = [[0f32; LANES]; K];
-            for l in 0..LANES {
-                for (k, value) in term(a[l], b[l]).into_iter().enumerate() {
-                    terms[k][l] = value;
-                }
-            }
-            for (lanes, terms) in lanes.iter_mut().zip(&terms) {
-                for l in 0..LANES {
-                    lanes[l] += if l < valid { terms[l] } else { 0. };
-                }
-            }
-        };
         let (full_a, rest_a) = a.as_chunks::<LANES>();
         let (full_b, rest_b) = b.as_chunks::<LANES>();
-        for (a, b) in full_a.iter().zip(full_b) {
-            add(a, b, LANES);
+        let mut lanes = [[0f32; LANES]; K];
+        for (&a, &b) in full_a.iter().zip(full_b) {
+            add(&mut lanes, a, b);
         }
         let (mut last_a, mut last_b) = ([0f32; LANES], [0f32; LANES]);
         last_a[..rest_a.len()].copy_from_slice(rest_a);
         last_b[..rest_b.len()].copy_from_slice(rest_b);
-        add(&last_a, &last_b, rest_a.len());
-        for (total, lanes) in totals.iter_mut().zip(&lanes) {
-            *total += lanes.iter().map(|&x| x as f64).sum::<f64>();
+        let mut last = [[0f32; LANES]; K];
+        add(&mut last, last_a, last_b);
+        for ((total, lanes), last) in totals.iter_mut().zip(lanes).zip(last) {
+            let entries = lanes.iter().chain(&last[..rest_a.len()]);
+            *total += entries.map(|&x| x as f64).sum::<f64>();
         }
     }
     totals

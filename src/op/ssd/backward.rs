@@ -157,9 +157,8 @@ impl Ssd<'_> {
                     run.dparams[2] += dy.dot(&x, i) as f64;
                     let inputs = du.row(i).iter().zip(dy.row(i));
                     for (dx, (du, dy)) in dx.row_mut(i).iter_mut().zip(inputs) {
-                        for l in 0..LANES {
-                            dx.0[l] += fma(delta, du.0[l], head.skip * dy.0[l]);
-                        }
+                        let passed = dx.with(*dy, |dx, dy| fma(head.skip, dy, dx));
+                        *dx = passed.with(*du, |dx, du| fma(delta, du, dx));
                     }
                     let row = b * t + position;
                     // SAFETY: the columns of this head in this sequence are this task's alone.
@@ -186,9 +185,7 @@ impl Ssd<'_> {
 fn scale(u: &mut Panel, x: &Panel, delta: &[f32]) {
     for (i, &delta) in delta.iter().enumerate() {
         for (u, x) in u.row_mut(i).iter_mut().zip(x.row(i)) {
-            for l in 0..LANES {
-                u.0[l] = delta * x.0[l];
-            }
+            *u = x.scaled(delta);
         }
     }
 }

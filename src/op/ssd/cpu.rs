@@ -22,8 +22,6 @@ pub(super) struct Ssd<'a> {
 pub(super) struct Forward {
     /// `[B, T, H·P]`
     pub y: Vec<f32>,
-    /// After the last position, `[B, H, P, N]`.
-    pub state: Vec<f32>,
     /// For each head of each sequence the states before every chunk, in tiles of `[N, P]`.
     pub chunk_starts: Vec<Vec<Tile>>,
 }
@@ -80,8 +78,9 @@ impl Ssd<'_> {
         }
     }
 
-    /// No `state` means zeros; `keep` the states that the backward pass starts from.
-    pub(super) fn forward(&self, state: Option<&[f32]>, keep: bool) -> Forward {
+    /// Moves `state [B, H, P, N]` from before the first position to after the last; without one the
+    /// sequence begins at zeros. `keep` keeps what the backward pass starts from.
+    pub(super) fn forward(&self, state: Option<&mut [f32]>, keep: bool) -> Forward {
         let SsdShape {
             heads: h,
             head_dim: p,
@@ -90,21 +89,17 @@ impl Ssd<'_> {
         } = self.shape;
         let [b, t, _] = self.xbc.dims;
         let mut y = vec![0f32; b * t * h * p];
-        let mut last = match state {
-            Some(state) => state.to_vec(),
-            None => vec![0f32; b * h * p * n],
-        };
         let columns = Columns::of(&mut y, h * p);
-        let chunk_starts = last
-            .par_chunks_exact_mut(p * n)
+        let states: Vec<Option<&mut [f32]>> = match state {
+            Some(state) => state.chunks_exact_mut(p * n).map(Some).collect(),
+            None => (0..b * h).map(|_| None).collect(),
+        };
+        let chunk_starts = states
+            .into_par_iter()
             .enumerate()
             .map(|(task, state)| self.forward_head(task / h, task % h, state, keep, &columns))
             .collect();
-        Forward {
-            y,
-            state: last,
-            chunk_starts,
-        }
+        Forward { y, chunk_starts }
     }
 
     /// Returns the states before every chunk if they are to be kept.
@@ -113,7 +108,7 @@ impl Ssd<'_> {
         &self,
         b: usize,
         h: usize,
-        state: &mut [f32],
+        state: Option<&mut [f32]>,
         keep: bool,
         y_columns: &Columns,
     ) -> Vec<Tile> {
@@ -128,7 +123,10 @@ impl Ssd<'_> {
         let [x_column, b_column, c_column] = head.columns;
         let [mut x, mut y] = [p; 2].map(|k| Panel::zeros(chunk, k));
         let [mut b_in, mut c_out] = [n; 2].map(|k| Panel::zeros(chunk, k));
-        let mut tiles = tiles_from(state, p, n); // [N, P]
+        let mut tiles = vec![[Lanes::ZERO; LANES]; b_in.width * x.width]; // of [N, P]
+        if let Some(state) = &state {
+            load_state(&mut tiles, state, p, n);
+        }
         let mut chunk_starts = Vec::new();
         for first in (0..t).step_by(chunk) {
             if keep {
@@ -141,10 +139,8 @@ impl Ssd<'_> {
             gather(&mut c_out, self.xbc, b, positions.clone(), c_column, n);
             for (i, &delta) in head.delta[positions].iter().enumerate() {
                 for (x, y) in x.row_mut(i).iter_mut().zip(y.row_mut(i)) {
-                    for l in 0..LANES {
-                        y.0[l] = head.skip * x.0[l];
-                        x.0[l] *= delta;
-                    }
+                    *y = x.scaled(head.skip);
+                    *x = x.scaled(delta);
                 }
             }
             let inputs = Inputs {
@@ -161,7 +157,9 @@ impl Ssd<'_> {
                 y.store(i, unsafe { y_columns.slice(b * t + first + i, h * p, p) });
             }
         }
-        tiles_into(&tiles, state, p, n);
+        if let Some(state) = state {
+            store_state(&tiles, state, p, n);
+        }
         chunk_starts
     }
 }
@@ -180,19 +178,17 @@ pub(super) fn gather(
     }
 }
 
-/// `[P, N]` → tiles of `[N, P]`.
-fn tiles_from(state: &[f32], p: usize, n: usize) -> Vec<Tile> {
+/// Tiles of `[N, P]` ← `state [P, N]`.
+fn load_state(tiles: &mut [Tile], state: &[f32], p: usize, n: usize) {
     let width = p.div_ceil(LANES);
-    let mut tiles = vec![[Lanes::ZERO; LANES]; n.div_ceil(LANES) * width];
     for (i, row) in state.chunks_exact(n).enumerate() {
         for (j, &value) in row.iter().enumerate() {
             tiles[j / LANES * width + i / LANES][j % LANES].0[i % LANES] = value;
         }
     }
-    tiles
 }
 
-fn tiles_into(tiles: &[Tile], state: &mut [f32], p: usize, n: usize) {
+fn store_state(tiles: &[Tile], state: &mut [f32], p: usize, n: usize) {
     let width = p.div_ceil(LANES);
     for (i, row) in state.chunks_exact_mut(n).enumerate() {
         for (j, value) in row.iter_mut().enumerate() {

@@ -12,7 +12,7 @@ impl Lanes {
     pub(super) const ZERO: Self = Lanes([0.; LANES]);
 
     #[inline(always)]
-    fn with(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+    pub(super) fn with(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         Lanes(std::array::from_fn(|l| f(self.0[l], other.0[l])))
     }
 
@@ -24,15 +24,17 @@ impl Lanes {
         }))
     }
 
+    #[inline(always)]
+    pub(super) fn scaled(self, factor: f32) -> Self {
+        Lanes(self.0.map(|x| factor * x))
+    }
+
     /// The sum of the entries, by halves.
     #[inline(always)]
-    pub(super) fn sum(mut self) -> f32 {
-        for half in [8, 4, 2, 1] {
-            for l in 0..half {
-                self.0[l] += self.0[l + half];
-            }
-        }
-        self.0[0]
+    pub(super) fn sum(self) -> f32 {
+        let eight: [f32; 8] = std::array::from_fn(|l| self.0[l] + self.0[l + 8]);
+        let four: [f32; 4] = std::array::from_fn(|l| eight[l] + eight[l + 4]);
+        (four[0] + four[2]) + (four[1] + four[3])
     }
 }
 

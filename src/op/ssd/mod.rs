@@ -120,17 +120,13 @@ pub fn ssd_resume(
         return reference::ssd(xbc, dt, params, shape, None, Some(&state));
     }
     let (xbc, dt) = (with_rows(xbc)?, with_rows(dt)?);
-    let (params, state) = (params.contiguous()?, state.contiguous()?);
-    let (state_storage, state_layout) = state.storage_and_layout();
-    let state_entries = slice(host(&state_storage)?, state_layout)?;
+    let params = params.contiguous()?;
+    let mut entries = state.flatten_all()?.to_vec1::<f32>()?;
     let forward = with_kernel(&xbc, &dt, &params, shape, None, |kernel| {
-        kernel.forward(Some(state_entries), false)
+        kernel.forward(Some(&mut entries), false)
     })?;
     let y = Tensor::from_vec(forward.y, (b, t, h * p), &Device::Cpu)?;
-    Ok((
-        y,
-        Tensor::from_vec(forward.state, (b, h, p, n), &Device::Cpu)?,
-    ))
+    Ok((y, Tensor::from_vec(entries, (b, h, p, n), &Device::Cpu)?))
 }
 
 struct Ssd {

@@ -104,7 +104,7 @@ fn kernel_equals_the_recurrence() {
         let documents = short_documents(b, t);
         for documents in [None, Some(&documents)] {
             let (truth, true_gradients) = run(&exact, shape, documents);
-            let (y, gradients) = run(&exact.each_ref().map(|x| f32(x)), shape, documents);
+            let (y, gradients) = run(&exact.each_ref().map(f32), shape, documents);
             assert!(
                 distance(&y, &truth) < 1e-6,
                 "{shape:?}: {}",
@@ -212,7 +212,7 @@ fn any_split_resumes_to_the_whole() {
     let [xbc, dt, params] = &exact;
     let state = noise((b, 4, 18, 5), 1., 8);
     let (_, truth) = ssd_resume(xbc, dt, params, shape, &state).unwrap();
-    let [xbc, dt, params] = exact.each_ref().map(|x| f32(x));
+    let [xbc, dt, params] = exact.each_ref().map(f32);
     let (_, last) = ssd_resume(&xbc, &dt, &params, shape, &f32(&state)).unwrap();
     assert!(distance(&last, &truth) < 1e-6);
 }
