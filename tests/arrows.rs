@@ -25,12 +25,19 @@ fn check(file: &Path, own: &str, problems: &mut Vec<String>) {
     for (number, line) in text.lines().enumerate() {
         for (at, _) in line.match_indices("crate::") {
             let rest = &line[at + "crate::".len()..];
-            let other: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let other: String = rest
+                .chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect();
             let Some(below) = rank(&other).filter(|_| other != own) else {
                 continue;
             };
             if below <= rank(own).unwrap() {
-                problems.push(format!("{}:{}: {own} uses {other}", file.display(), number + 1));
+                problems.push(format!(
+                    "{}:{}: {own} uses {other}",
+                    file.display(),
+                    number + 1
+                ));
             }
         }
     }
@@ -56,11 +63,18 @@ fn modules_use_only_what_stands_below_them() {
         if own == "lib" || own == "main" {
             continue;
         }
-        assert!(rank(&own).is_some(), "src/{own} has no rank: add it to tests/arrows.rs and src/lib.rs");
+        assert!(
+            rank(&own).is_some(),
+            "src/{own} has no rank: add it to tests/arrows.rs and src/lib.rs"
+        );
         match path.is_dir() {
             true => walk(&path, &own, &mut problems),
             false => check(&path, &own, &mut problems),
         }
     }
-    assert!(problems.is_empty(), "arrows that point up:\n{}", problems.join("\n"));
+    assert!(
+        problems.is_empty(),
+        "arrows that point up:\n{}",
+        problems.join("\n")
+    );
 }

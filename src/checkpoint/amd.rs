@@ -16,7 +16,12 @@ const CHUNK: usize = 256;
 
 /// # Errors
 /// Names the field that is missing, wrong, or at odds with `config.json`.
-pub(super) fn read(base_path: &Path, base: &Value, path: &Path, value: &Value) -> Result<ModelConfig> {
+pub(super) fn read(
+    base_path: &Path,
+    base: &Value,
+    path: &Path,
+    value: &Value,
+) -> Result<ModelConfig> {
     let mut config = llama::read(base_path, base)?;
     let f = Fields {
         path,
@@ -34,7 +39,10 @@ pub(super) fn read(base_path: &Path, base: &Value, path: &Path, value: &Value) -
     for (field, wanted) in agrees {
         let found = f.size(field)?;
         if found != wanted {
-            return Err(Error::file(path, format!("{field} is {found}, config.json says {wanted}")));
+            return Err(Error::file(
+                path,
+                format!("{field} is {found}, config.json says {wanted}"),
+            ));
         }
     }
     let mla = mla(path, &f, &attention)?;
@@ -46,7 +54,10 @@ pub(super) fn read(base_path: &Path, base: &Value, path: &Path, value: &Value) -
     for layer in mla_layers {
         let index = layer.as_u64().map(|i| i as usize);
         let Some(slot) = index.and_then(|i| config.layers.get_mut(i)) else {
-            return Err(Error::file(path, format!("mla_layers names layer {layer}, which does not exist")));
+            return Err(Error::file(
+                path,
+                format!("mla_layers names layer {layer}, which does not exist"),
+            ));
         };
         *slot = MixerConfig::Mla(mla.clone());
     }
@@ -86,10 +97,13 @@ fn mamba2(path: &Path, f: &Fields) -> Result<Mamba2Config> {
     let ssm = Fields { path, object: ssm };
     let (d_inner, d_xb) = (f.size("d_inner")?, f.size("d_xb")?);
     let (heads, d_state) = (ssm.size("ngroups")?, ssm.size("d_state")?);
-    if heads == 0 || d_state == 0 || !d_inner.is_multiple_of(heads) || !d_xb.is_multiple_of(d_state) {
+    if heads == 0 || d_state == 0 || !d_inner.is_multiple_of(heads) || !d_xb.is_multiple_of(d_state)
+    {
         return Err(Error::file(
             path,
-            format!("d_inner {d_inner} and d_xb {d_xb} do not divide into {heads} heads with d_state {d_state}"),
+            format!(
+                "d_inner {d_inner} and d_xb {d_xb} do not divide into {heads} heads with d_state {d_state}"
+            ),
         ));
     }
     Ok(Mamba2Config {
@@ -126,9 +140,13 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
     for (i, layer) in config.layers.iter().enumerate() {
         let odd = match layer {
             MixerConfig::Attention(_) => return refuse(i, "is neither mla nor mamba2"),
-            MixerConfig::Mla(c) if c.rope.inv_freq.is_some() => return refuse(i, "has frequencies of its own"),
+            MixerConfig::Mla(c) if c.rope.inv_freq.is_some() => {
+                return refuse(i, "has frequencies of its own");
+            }
             MixerConfig::Mla(c) => mla != Some(c),
-            MixerConfig::Mamba2(c) if c.d_conv != D_CONV => return refuse(i, "has another d_conv than 4"),
+            MixerConfig::Mamba2(c) if c.d_conv != D_CONV => {
+                return refuse(i, "has another d_conv than 4");
+            }
             MixerConfig::Mamba2(c) => mamba2 != Some(c),
         };
         if odd {

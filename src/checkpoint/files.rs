@@ -30,7 +30,10 @@ impl TensorFile {
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("cannot map", path))?;
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| {
-            Error::file(path, format!("not a whole safetensors file ({e}); download or write it again"))
+            Error::file(
+                path,
+                format!("not a whole safetensors file ({e}); download or write it again"),
+            )
         })?;
         Ok(Self {
             path: path.to_owned(),
@@ -48,9 +51,17 @@ impl TensorFile {
 
     fn load(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
         let Some(dtype) = dtype(info.dtype) else {
-            return Err(Error::file(&self.path, format!("{name} has dtype {:?}, which is not supported", info.dtype)));
+            return Err(Error::file(
+                &self.path,
+                format!("{name} has dtype {:?}, which is not supported", info.dtype),
+            ));
         };
-        Ok(Tensor::from_raw_buffer(self.bytes(info), dtype, &info.shape, &Device::Cpu)?)
+        Ok(Tensor::from_raw_buffer(
+            self.bytes(info),
+            dtype,
+            &info.shape,
+            &Device::Cpu,
+        )?)
     }
 }
 
@@ -106,21 +117,32 @@ impl TensorFiles {
         let mut problems = Vec::new();
         for path in paths {
             if !path.exists() {
-                return Err(Error::file(&path, format!("this shard is named in {INDEX} but is not there")));
+                return Err(Error::file(
+                    &path,
+                    format!("this shard is named in {INDEX} but is not there"),
+                ));
             }
             let file = TensorFile::open(&path)?;
             for name in file.header.tensors().keys() {
                 if let Some(first) = place.insert(name.clone(), files.len()) {
                     let first: &TensorFile = &files[first];
-                    problems.push(format!("{name} is stored twice: {} and {}", first.path.display(), path.display()));
+                    problems.push(format!(
+                        "{name} is stored twice: {} and {}",
+                        first.path.display(),
+                        path.display()
+                    ));
                 }
             }
             files.push(file);
         }
         for (name, shard) in &promised {
-            let found = place.get(name).map(|i| files[*i].path.file_name().unwrap_or_default());
+            let found = place
+                .get(name)
+                .map(|i| files[*i].path.file_name().unwrap_or_default());
             if found != Some(std::ffi::OsStr::new(shard)) {
-                problems.push(format!("{name} should be in {shard} according to {INDEX}, but is not"));
+                problems.push(format!(
+                    "{name} should be in {shard} according to {INDEX}, but is not"
+                ));
             }
         }
         match problems.is_empty() {
@@ -169,13 +191,20 @@ impl TensorFiles {
             let place = file.path.display();
             // torch keeps a depthwise convolution's middle axis; some exporters drop it.
             if &info.shape != shape {
-                problems.push(format!("{name} has shape {:?}, the config needs {shape:?} ({place})", info.shape));
+                problems.push(format!(
+                    "{name} has shape {:?}, the config needs {shape:?} ({place})",
+                    info.shape
+                ));
             }
             if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                problems.push(format!("{name} has dtype {:?}; F32, F16 and BF16 are supported ({place})", info.dtype));
+                problems.push(format!(
+                    "{name} has dtype {:?}; F32, F16 and BF16 are supported ({place})",
+                    info.dtype
+                ));
             }
         }
-        let expected: std::collections::BTreeSet<&str> = expected.iter().map(|(n, _)| n.as_str()).collect();
+        let expected: std::collections::BTreeSet<&str> =
+            expected.iter().map(|(n, _)| n.as_str()).collect();
         for name in self.names() {
             let tied_head = name == "lm_head.weight";
             if !expected.contains(name) && !tied_head {
@@ -239,9 +268,14 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     };
     map.iter()
         .map(|(name, file)| {
-            let plain = file.as_str().filter(|f| Path::new(f).components().count() == 1);
+            let plain = file
+                .as_str()
+                .filter(|f| Path::new(f).components().count() == 1);
             let file = plain.ok_or_else(|| {
-                Error::file(path, format!("weight_map: {name} names {file}, not a file beside the index"))
+                Error::file(
+                    path,
+                    format!("weight_map: {name} names {file}, not a file beside the index"),
+                )
             })?;
             Ok((name.clone(), file.to_owned()))
         })
@@ -266,7 +300,9 @@ pub fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 }
 
 /// All tensors of one file and its metadata.
-pub fn read_tensors_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
+pub fn read_tensors_with_metadata(
+    path: &Path,
+) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
     let file = TensorFile::open(path)?;
     let mut tensors = BTreeMap::new();
     for (name, info) in file.header.tensors() {
@@ -284,6 +320,7 @@ pub fn write_tensors(
     // The format hint that `transformers` asks for.
     let mut metadata = metadata;
     metadata.insert("format".into(), "pt".into());
-    let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::file(path, e))?;
+    let bytes =
+        safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::file(path, e))?;
     write_atomic(path, &bytes)
 }

@@ -24,7 +24,10 @@ pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
     match f.given("hidden_act").and_then(Value::as_str) {
         None | Some("silu") => {}
         Some(other) => {
-            return Err(Error::file(path, format!("hidden_act {other} is not supported, only silu")));
+            return Err(Error::file(
+                path,
+                format!("hidden_act {other} is not supported, only silu"),
+            ));
         }
     }
     let hidden = f.size("hidden_size")?;
@@ -35,7 +38,9 @@ pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
         None => {
             return Err(Error::file(
                 path,
-                format!("hidden_size {hidden} does not divide into {heads} heads, and head_dim is missing"),
+                format!(
+                    "hidden_size {hidden} does not divide into {heads} heads, and head_dim is missing"
+                ),
             ));
         }
     };
@@ -72,7 +77,10 @@ fn rope(path: &Path, value: &Value) -> Result<RopeConfig> {
     };
     Ok(RopeConfig {
         theta: theta.number("rope_theta", 10_000.0)?,
-        scaling: scaling.map(|s| read_scaling(path, s)).transpose()?.flatten(),
+        scaling: scaling
+            .map(|s| read_scaling(path, s))
+            .transpose()?
+            .flatten(),
         inv_freq: None,
     })
 }
@@ -128,7 +136,9 @@ pub(super) fn write(config: &ModelConfig) -> Result<Value> {
         }
     }
     let Some(rope) = attention.rope.as_ref().filter(|r| r.inv_freq.is_none()) else {
-        return Err(Error::invalid("the llama format needs RoPE with the standard frequencies"));
+        return Err(Error::invalid(
+            "the llama format needs RoPE with the standard frequencies",
+        ));
     };
     Ok(base(config, attention, rope.theta, json!(rope.scaling)))
 }

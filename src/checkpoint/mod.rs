@@ -52,7 +52,10 @@ impl Checkpoint {
     /// (all of them listed, each with its file).
     pub fn open(folder: &Path) -> Result<Self> {
         if !folder.is_dir() {
-            return Err(Error::file(folder, "no such folder; give the folder of a checkpoint"));
+            return Err(Error::file(
+                folder,
+                "no such folder; give the folder of a checkpoint",
+            ));
         }
         let (mut config, format) = Self::config_only(folder)?;
         let files = TensorFiles::open(folder)?;
@@ -135,7 +138,10 @@ fn own(path: &Path, value: serde_json::Value) -> Result<ModelConfig> {
     if version.is_none_or(|v| v > FORMAT_VERSION as u64) {
         return Err(Error::file(
             path,
-            format!("format_version {} is newer than {FORMAT_VERSION}: update zebroid", value["format_version"]),
+            format!(
+                "format_version {} is newer than {FORMAT_VERSION}: update zebroid",
+                value["format_version"]
+            ),
         ));
     }
     let config: ModelConfig = serde_json::from_value(value).map_err(|e| Error::file(path, e))?;
@@ -188,7 +194,9 @@ impl<'a> Fields<'a> {
     fn flag(&self, field: &str) -> Result<bool> {
         match self.given(field) {
             None => Ok(false),
-            Some(value) => value.as_bool().ok_or_else(|| self.wrong(field, "true or false")),
+            Some(value) => value
+                .as_bool()
+                .ok_or_else(|| self.wrong(field, "true or false")),
         }
     }
 
@@ -197,7 +205,10 @@ impl<'a> Fields<'a> {
         let Some(value) = self.given(field) else {
             return Ok(Vec::new());
         };
-        let list = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
+        let list = value
+            .as_array()
+            .cloned()
+            .unwrap_or_else(|| vec![value.clone()]);
         let id = |v: &serde_json::Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         list.iter()
             .map(|v| id(v).ok_or_else(|| self.wrong(field, "a token id or a list of them")))
@@ -208,7 +219,11 @@ impl<'a> Fields<'a> {
 /// A fingerprint of sizes and weights, for resume checks.
 pub fn fingerprint(config: &ModelConfig, weights: &Weights) -> Result<String> {
     let mut hasher = DefaultHasher::new();
-    hasher.write(serde_json::to_string(config).expect("configs serialise").as_bytes());
+    hasher.write(
+        serde_json::to_string(config)
+            .expect("configs serialise")
+            .as_bytes(),
+    );
     for (name, tensor) in weights.iter() {
         hasher.write(name.as_bytes());
         let values = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;

@@ -32,7 +32,10 @@ pub fn check_output(out: &Path, force: bool) -> Result<()> {
         return Err(Error::file(out, "not a name for an output folder"));
     }
     if out.exists() && !force {
-        return Err(Error::file(out, "already exists; choose another output, or replace it with --force"));
+        return Err(Error::file(
+            out,
+            "already exists; choose another output, or replace it with --force",
+        ));
     }
     let parent = parent(out);
     fs::create_dir_all(&parent).map_err(Error::io("cannot create", &parent))?;
@@ -109,7 +112,11 @@ fn write_weights(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize
     }
     let count = shards.len();
     if count == 1 {
-        return write_tensors(&folder.join("model.safetensors"), &shards[0].1, Default::default());
+        return write_tensors(
+            &folder.join("model.safetensors"),
+            &shards[0].1,
+            Default::default(),
+        );
     }
     let mut map = serde_json::Map::new();
     for (i, (_, shard)) in shards.iter().enumerate() {
@@ -127,12 +134,16 @@ fn write_weights(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize
 
 /// Moves `folder` to `out` in one rename; what stood there (only with `force`) goes last.
 pub fn replace_folder(folder: &Path, out: &Path, force: bool) -> Result<()> {
-    let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(Error::io("cannot rename", from));
+    let rename =
+        |from: &Path, to: &Path| fs::rename(from, to).map_err(Error::io("cannot rename", from));
     if !out.exists() {
         return rename(folder, out);
     }
     if !force {
-        return Err(Error::file(out, "already exists; choose another output, or replace it with --force"));
+        return Err(Error::file(
+            out,
+            "already exists; choose another output, or replace it with --force",
+        ));
     }
     let aside = tempfile::Builder::new()
         .prefix(".zebroid-old-")
@@ -151,7 +162,9 @@ pub fn replace_folder(folder: &Path, out: &Path, force: bool) -> Result<()> {
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let parent = parent(path);
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".zebroid-").tempfile_in(&parent)?;
+        let mut file = tempfile::Builder::new()
+            .prefix(".zebroid-")
+            .tempfile_in(&parent)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -161,6 +174,10 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 #[cfg(test)]
-pub(super) fn write_sharded(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize) -> Result<()> {
+pub(super) fn write_sharded(
+    folder: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    limit: usize,
+) -> Result<()> {
     write_weights(folder, tensors, limit)
 }

@@ -70,7 +70,9 @@ struct Report {
 pub fn run(command: Bench) -> anyhow::Result<()> {
     let Bench::Train(args) = command;
     if let Some(threads) = args.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()?;
     }
     let device = args.device.get()?;
     let teacher = Checkpoint::open(&args.teacher)?;
@@ -79,7 +81,13 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     let tensors = compose(&teacher.config, &weights, &student, Init::Reference, 0)?;
     let weights = Weights::new(tensors).to_device(&device, DType::F32)?;
     let lm = teacher.model(&device, DType::F32)?;
-    let mut stage = Stage::Kd(Kd::new(lm, String::new(), &student, &weights, KdConfig::default())?);
+    let mut stage = Stage::Kd(Kd::new(
+        lm,
+        String::new(),
+        &student,
+        &weights,
+        KdConfig::default(),
+    )?);
     let hyper = AdamW {
         lr: 1e-4,
         beta1: 0.9,
@@ -91,14 +99,21 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     let mut seconds = Vec::new();
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
     for step in 0..args.warmup + args.steps {
-        let batch = random_batch(args.batch_size, args.seq_len, student.vocab_size, step as u64);
+        let batch = random_batch(
+            args.batch_size,
+            args.seq_len,
+            student.vocab_size,
+            step as u64,
+        );
         let started = Instant::now();
         let mut terms = stage.backward(&batch, 1.0)?;
         let optimizing = Instant::now();
         for group in stage.groups_mut() {
             group.update(1.0, step as u64 + 1, &hyper)?;
         }
-        terms.phases.push(("clip and AdamW", optimizing.elapsed().as_secs_f64()));
+        terms
+            .phases
+            .push(("clip and AdamW", optimizing.elapsed().as_secs_f64()));
         bar.inc(1);
         if step < args.warmup {
             continue;
@@ -116,7 +131,10 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     let report = Report {
         tokens_per_s: (args.batch_size * args.seq_len) as f64 / step_s,
         step_s,
-        phases: phases.into_iter().map(|(name, times)| (name, median(times))).collect(),
+        phases: phases
+            .into_iter()
+            .map(|(name, times)| (name, median(times)))
+            .collect(),
         peak_rss_bytes: peak_rss(),
         parameters: student.cost().params,
         threads: rayon::current_num_threads(),
@@ -132,7 +150,10 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     for (name, time) in &report.phases {
         rows.push(vec![format!("  {name}"), format!("{:.1} ms", 1e3 * time)]);
     }
-    rows.push(vec!["peak memory".into(), report.peak_rss_bytes.map_or("unknown".into(), bytes)]);
+    rows.push(vec![
+        "peak memory".into(),
+        report.peak_rss_bytes.map_or("unknown".into(), bytes),
+    ]);
     rows.push(vec!["parameters".into(), thousands(report.parameters)]);
     rows.push(vec!["threads".into(), report.threads.to_string()]);
     print!("{}", table(&["KD step", "median"], &rows));
@@ -141,7 +162,9 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
 
 fn random_batch(rows: usize, len: usize, vocab: usize, seed: u64) -> Batch {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let ids: Vec<u32> = (0..rows * len).map(|_| random.random_range(0..vocab as u32)).collect();
+    let ids: Vec<u32> = (0..rows * len)
+        .map(|_| random.random_range(0..vocab as u32))
+        .collect();
     Batch {
         targets: ids.clone(),
         mask: vec![1.0; ids.len()],

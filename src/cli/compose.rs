@@ -46,14 +46,23 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         None => compose(&teacher.config, &weights, &student, args.init, args.seed)?,
         Some(bank) => compose_from_bank(&weights, &student, &open_bank(bank)?)?,
     };
-    checkpoint::save(&args.out, args.format, &student, &tensors, Some(&args.teacher), args.force)?;
+    checkpoint::save(
+        &args.out,
+        args.format,
+        &student,
+        &tensors,
+        Some(&args.teacher),
+        args.force,
+    )?;
     print!("{}", as_table(&teacher.config, &student));
     println!("written to {}", args.out.display());
     Ok(())
 }
 
 /// The models of an ILD bank: every checkpoint folder inside it.
-pub fn open_bank(folder: &std::path::Path) -> crate::Result<Vec<(crate::model::ModelConfig, crate::weights::Weights)>> {
+pub fn open_bank(
+    folder: &std::path::Path,
+) -> crate::Result<Vec<(crate::model::ModelConfig, crate::weights::Weights)>> {
     let mut models = Vec::new();
     for name in ["mla", "mamba2"] {
         let path = folder.join(name);
@@ -64,7 +73,10 @@ pub fn open_bank(folder: &std::path::Path) -> crate::Result<Vec<(crate::model::M
         }
     }
     match models.is_empty() {
-        true => Err(crate::Error::file(folder, "no mla/ or mamba2/ checkpoint inside: not an ILD bank")),
+        true => Err(crate::Error::file(
+            folder,
+            "no mla/ or mamba2/ checkpoint inside: not an ILD bank",
+        )),
         false => Ok(models),
     }
 }

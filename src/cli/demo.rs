@@ -1,1 +1,5 @@
-#[derive(Debug, clap::Args)] pub struct Args {} pub fn run(_: Args) -> anyhow::Result<()> { Ok(()) }
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+pub fn run(_: Args) -> anyhow::Result<()> {
+    Ok(())
+}

@@ -36,7 +36,8 @@ impl DeviceArg {
                 if !cfg!(feature = "cuda") {
                     return Err(not_built("cuda"));
                 }
-                Device::new_cuda(index).map_err(|e| Error::invalid(format!("--device {other}: {e}")))
+                Device::new_cuda(index)
+                    .map_err(|e| Error::invalid(format!("--device {other}: {e}")))
             }
         }
     }

@@ -17,7 +17,9 @@ pub enum Eval {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  zebroid eval kl --teacher ./teacher --student ./hybrid --data validation.jsonl --json")]
+#[command(
+    after_help = "Example:\n  zebroid eval kl --teacher ./teacher --student ./hybrid --data validation.jsonl --json"
+)]
 pub struct KlArgs {
     #[arg(long)]
     teacher: PathBuf,
@@ -49,7 +51,10 @@ pub fn run(command: Eval) -> anyhow::Result<()> {
 
 fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     let device = args.device.get()?;
-    let (teacher, student) = (Checkpoint::open(&args.teacher)?, Checkpoint::open(&args.student)?);
+    let (teacher, student) = (
+        Checkpoint::open(&args.teacher)?,
+        Checkpoint::open(&args.student)?,
+    );
     let tokenizer = Tokenizer::open(&args.teacher)?;
     let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
     let bar = progress("eval", corpus.windows(args.seq_len) as u64);
@@ -68,12 +73,30 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     }
     let rows = [
         ("kl (nats/token)", format!("{:.4}", report.kl)),
-        ("ce_teacher (nats/token)", format!("{:.4}", report.ce_teacher)),
-        ("ce_student (nats/token)", format!("{:.4}", report.ce_student)),
-        ("agreement (top-1)", format!("{:.2} %", 100.0 * report.agreement)),
-        ("perplexity retention", format!("{:.2} %", 100.0 * report.perplexity_retention())),
+        (
+            "ce_teacher (nats/token)",
+            format!("{:.4}", report.ce_teacher),
+        ),
+        (
+            "ce_student (nats/token)",
+            format!("{:.4}", report.ce_student),
+        ),
+        (
+            "agreement (top-1)",
+            format!("{:.2} %", 100.0 * report.agreement),
+        ),
+        (
+            "perplexity retention",
+            format!("{:.2} %", 100.0 * report.perplexity_retention()),
+        ),
         ("tokens", thousands(report.tokens)),
     ];
-    print!("{}", table(&["measure", "value"], &rows.map(|(name, value)| vec![name.into(), value])));
+    print!(
+        "{}",
+        table(
+            &["measure", "value"],
+            &rows.map(|(name, value)| vec![name.into(), value])
+        )
+    );
     Ok(())
 }

@@ -6,7 +6,9 @@ use crate::checkpoint::{self, Checkpoint, Format};
 
 /// Write a checkpoint in another format.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  zebroid export ./Zebra-Llama-1B-4MLA-12Mamba-SFT ./own --format zebroid")]
+#[command(
+    after_help = "Example:\n  zebroid export ./Zebra-Llama-1B-4MLA-12Mamba-SFT ./own --format zebroid"
+)]
 pub struct Args {
     /// Checkpoint folder of any format.
     checkpoint: PathBuf,
@@ -23,7 +25,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     checkpoint::check_output(&args.out, args.force)?;
     let source = Checkpoint::open(&args.checkpoint)?;
     let tensors = source.raw_tensors()?;
-    checkpoint::save(&args.out, args.format, &source.config, &tensors, Some(&args.checkpoint), args.force)?;
+    checkpoint::save(
+        &args.out,
+        args.format,
+        &source.config,
+        &tensors,
+        Some(&args.checkpoint),
+        args.force,
+    )?;
     println!("written to {}", args.out.display());
     Ok(())
 }

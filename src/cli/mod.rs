@@ -58,8 +58,13 @@ pub enum Command {
 }
 
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    let level = if cli.verbose { "zebroid=debug" } else { "zebroid=warn" };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    let level = if cli.verbose {
+        "zebroid=debug"
+    } else {
+        "zebroid=warn"
+    };
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     // A second initialisation (tests) keeps the first.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -13,14 +13,23 @@ pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
         }
     }
     let line = |cells: Vec<&str>| {
-        let padded = cells.iter().zip(&widths).enumerate().map(|(i, (cell, width))| match i {
-            0 => format!("{cell:<width$}"),
-            _ => format!("{cell:>width$}"),
-        });
+        let padded = cells
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(|(i, (cell, width))| match i {
+                0 => format!("{cell:<width$}"),
+                _ => format!("{cell:>width$}"),
+            });
         padded.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
     };
     let mut text = line(headers.to_vec());
-    text += &line(widths.iter().map(|w| &RULE[..3 * w.min(&(RULE.len() / 3))]).collect());
+    text += &line(
+        widths
+            .iter()
+            .map(|w| &RULE[..3 * w.min(&(RULE.len() / 3))])
+            .collect(),
+    );
     for row in rows {
         text += &line(row.iter().map(String::as_str).collect());
     }
@@ -55,7 +64,8 @@ pub fn bytes(n: usize) -> String {
 /// A bar on standard error (hidden where that is no terminal) with time left.
 pub fn progress(what: &str, total: u64) -> ProgressBar {
     let bar = ProgressBar::new(total);
-    let style = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
+    let style =
+        ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
     bar.set_style(style.expect("a fixed template"));
     bar.set_prefix(what.to_owned());
     bar
@@ -64,7 +74,10 @@ pub fn progress(what: &str, total: u64) -> ProgressBar {
 /// Shows a training step on its bar.
 pub fn show_step(bar: &ProgressBar, metrics: &StepMetrics) {
     bar.set_position(metrics.step);
-    bar.set_message(format!("loss {:.4} {:.0} tokens/s", metrics.loss, metrics.tokens_per_s));
+    bar.set_message(format!(
+        "loss {:.4} {:.0} tokens/s",
+        metrics.loss, metrics.tokens_per_s
+    ));
 }
 
 #[cfg(test)]
@@ -73,8 +86,17 @@ mod tests {
 
     #[test]
     fn tables_align() {
-        let text = table(&["name", "n"], &[vec!["a".into(), "100".into()], vec!["long name".into(), "2".into()]]);
-        assert_eq!(text, "name         n\n─────────  ───\na          100\nlong name    2\n");
+        let text = table(
+            &["name", "n"],
+            &[
+                vec!["a".into(), "100".into()],
+                vec!["long name".into(), "2".into()],
+            ],
+        );
+        assert_eq!(
+            text,
+            "name         n\n─────────  ───\na          100\nlong name    2\n"
+        );
         assert_eq!(thousands(1_234_567), "1,234,567");
     }
 }

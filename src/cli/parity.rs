@@ -12,7 +12,9 @@ use crate::eval::parity::parity;
 
 /// Maximum differences per layer; exits with 1 past the tolerance and names the first layer that departs.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  zebroid parity ./hybrid ./hybrid/expected.safetensors --tolerance 1e-4")]
+#[command(
+    after_help = "Example:\n  zebroid parity ./hybrid ./hybrid/expected.safetensors --tolerance 1e-4"
+)]
 pub struct Args {
     /// Checkpoint folder of any format.
     checkpoint: PathBuf,
@@ -44,14 +46,21 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             .enumerate()
             .map(|(i, l)| vec![i.to_string(), show(l.input), show(l.mixer_out)])
             .collect();
-        rows.push(vec!["final norm".into(), show(report.final_hidden), String::new()]);
+        rows.push(vec![
+            "final norm".into(),
+            show(report.final_hidden),
+            String::new(),
+        ]);
         rows.push(vec!["logits".into(), show(report.logits), String::new()]);
         print!("{}", table(&["layer", "input", "mixer output"], &rows));
     }
     Ok(match departure {
         None => ExitCode::SUCCESS,
         Some((name, gap)) => {
-            eprintln!("departs at {name}: {gap:.2e} is above the tolerance {:.0e}", args.tolerance);
+            eprintln!(
+                "departs at {name}: {gap:.2e} is above the tolerance {:.0e}",
+                args.tolerance
+            );
             ExitCode::from(1)
         }
     })

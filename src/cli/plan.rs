@@ -68,9 +68,17 @@ pub struct PlanArgs {
 }
 
 fn yarn(text: &str) -> std::result::Result<(f64, usize), String> {
-    let parts = text.split_once(',').ok_or("give FACTOR,WINDOW, e.g. 32,8192")?;
-    let factor = parts.0.parse().map_err(|_| format!("{} is no number", parts.0))?;
-    let window = parts.1.parse().map_err(|_| format!("{} is no number of positions", parts.1))?;
+    let parts = text
+        .split_once(',')
+        .ok_or("give FACTOR,WINDOW, e.g. 32,8192")?;
+    let factor = parts
+        .0
+        .parse()
+        .map_err(|_| format!("{} is no number", parts.0))?;
+    let window = parts
+        .1
+        .parse()
+        .map_err(|_| format!("{} is no number of positions", parts.1))?;
     Ok((factor, window))
 }
 
@@ -103,7 +111,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let (teacher, _) = Checkpoint::config_only(&args.teacher)?;
     let student = args.plan.student(&teacher)?;
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&as_json(&teacher, &student))?),
+        true => println!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(&teacher, &student))?
+        ),
         false => print!("{}", as_table(&teacher, &student)),
     }
     Ok(())
@@ -115,12 +126,17 @@ const STATE_BYTES: usize = 4;
 
 fn sizes(mixer: &MixerConfig) -> String {
     match mixer {
-        MixerConfig::Attention(c) => format!("{}/{} heads x {}", c.num_attention_heads, c.num_key_value_heads, c.head_dim),
+        MixerConfig::Attention(c) => format!(
+            "{}/{} heads x {}",
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        ),
         MixerConfig::Mla(c) => format!(
             "q {} kv {} rope {} nope {}",
             c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim
         ),
-        MixerConfig::Mamba2(c) => format!("{} heads x {} state {}", c.num_heads, c.head_dim, c.d_state),
+        MixerConfig::Mamba2(c) => {
+            format!("{} heads x {} state {}", c.num_heads, c.head_dim, c.d_state)
+        }
     }
 }
 
@@ -138,12 +154,34 @@ pub fn as_table(teacher: &ModelConfig, student: &ModelConfig) -> String {
     let mut rows: Vec<_> = (0..student.layers.len())
         .map(|i| {
             let mixer = &student.layers[i];
-            row(i.to_string(), mixer.name().into(), sizes(mixer), student.layer_cost(i))
+            row(
+                i.to_string(),
+                mixer.name().into(),
+                sizes(mixer),
+                student.layer_cost(i),
+            )
         })
         .collect();
-    rows.push(row("total".into(), String::new(), String::new(), student.cost()));
-    rows.push(row("teacher".into(), String::new(), String::new(), teacher.cost()));
-    let headers = ["layer", "mixer", "sizes", "parameters", "KV bytes/token (bf16)", "state bytes (f32)"];
+    rows.push(row(
+        "total".into(),
+        String::new(),
+        String::new(),
+        student.cost(),
+    ));
+    rows.push(row(
+        "teacher".into(),
+        String::new(),
+        String::new(),
+        teacher.cost(),
+    ));
+    let headers = [
+        "layer",
+        "mixer",
+        "sizes",
+        "parameters",
+        "KV bytes/token (bf16)",
+        "state bytes (f32)",
+    ];
     format!(
         "{}\nKV ratio {:.2} % of the teacher's cache\n",
         table(&headers, &rows),

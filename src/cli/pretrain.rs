@@ -49,7 +49,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let attention = AttentionConfig {
         num_attention_heads: args.num_heads,
         num_key_value_heads: args.num_kv_heads,
-        head_dim: args.head_dim.unwrap_or(args.hidden_size / args.num_heads.max(1)),
+        head_dim: args
+            .head_dim
+            .unwrap_or(args.hidden_size / args.num_heads.max(1)),
         rope: Some(RopeConfig::new(args.rope_theta)),
     };
     let config = ModelConfig {
@@ -68,9 +70,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let device = args.train.device.get()?;
     let mut stage = Stage::Pretrain(Pretrain::new(&config, args.train.seed, &device)?);
     let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
-    let metrics = args.train.run("pretrain", &mut stage, &corpus, &args.out, &args.tokenizer)?;
+    let metrics = args
+        .train
+        .run("pretrain", &mut stage, &corpus, &args.out, &args.tokenizer)?;
     if let Some(last) = metrics.last() {
-        eprintln!("{} steps, {} tokens, last loss {:.4}", last.step, last.tokens, last.loss);
+        eprintln!(
+            "{} steps, {} tokens, last loss {:.4}",
+            last.step, last.tokens, last.loss
+        );
     }
     eprintln!("written to {}", args.out.display());
     Ok(())

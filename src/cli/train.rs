@@ -157,7 +157,10 @@ impl TrainArgs {
         let mut observe = |metrics: &StepMetrics| {
             show_step(&bar, metrics);
             if self.json {
-                println!("{}", serde_json::to_string(metrics).expect("numbers and names serialise"));
+                println!(
+                    "{}",
+                    serde_json::to_string(metrics).expect("numbers and names serialise")
+                );
             }
         };
         let metrics = train(
@@ -189,9 +192,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         StageName::Ild => ("ild", ild(&args, &teacher, &device)?),
         StageName::Kd => ("kd", kd(&args, &teacher, &device)?),
     };
-    let metrics = args.train.run(name, &mut stage, &corpus, &args.out, &args.teacher)?;
+    let metrics = args
+        .train
+        .run(name, &mut stage, &corpus, &args.out, &args.teacher)?;
     if let Some(last) = metrics.last() {
-        eprintln!("{} steps, {} tokens, last loss {:.4}", last.step, last.tokens, last.loss);
+        eprintln!(
+            "{} steps, {} tokens, last loss {:.4}",
+            last.step, last.tokens, last.loss
+        );
     }
     eprintln!("written to {}", args.out.display());
     Ok(())
@@ -206,7 +214,13 @@ fn ild(args: &Args, teacher: &Checkpoint, device: &Device) -> Result<Stage> {
         let mut plan = args.plan.clone();
         plan.layers = Some(vec![kind; layers]);
         let config = plan.student(&teacher.config)?;
-        let tensors = compose(&teacher.config, &weights, &config, args.init, args.train.seed)?;
+        let tensors = compose(
+            &teacher.config,
+            &weights,
+            &config,
+            args.init,
+            args.train.seed,
+        )?;
         let weights = crate::weights::Weights::new(tensors).to_device(device, DType::F32)?;
         candidates.push((name.to_owned(), config, weights));
     }
@@ -224,7 +238,8 @@ fn kd(args: &Args, teacher: &Checkpoint, device: &Device) -> Result<Stage> {
         temperature: args.temperature,
         ce_weight: args.ce_weight,
     };
-    let hash = checkpoint::fingerprint(&teacher.config, &teacher.weights(DType::F32, &Device::Cpu)?)?;
+    let hash =
+        checkpoint::fingerprint(&teacher.config, &teacher.weights(DType::F32, &Device::Cpu)?)?;
     Ok(Stage::Kd(Kd::new(
         teacher.model(device, DType::F32)?,
         hash,

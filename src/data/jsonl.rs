@@ -28,10 +28,17 @@ pub fn read_texts(path: &Path) -> Result<Vec<String>> {
     for (i, line) in end.split(|b| *b == b'\n').enumerate() {
         let line = std::str::from_utf8(line).map_err(|e| at(i + 1, format!("not UTF-8: {e}")))?;
         if line.trim().is_empty() {
-            return Err(at(i + 1, "an empty line; give one JSON object a line".into()));
+            return Err(at(
+                i + 1,
+                "an empty line; give one JSON object a line".into(),
+            ));
         }
-        let parsed: Line = serde_json::from_str(line)
-            .map_err(|e| at(i + 1, format!("not a JSON object with a \"text\" string: {e}")))?;
+        let parsed: Line = serde_json::from_str(line).map_err(|e| {
+            at(
+                i + 1,
+                format!("not a JSON object with a \"text\" string: {e}"),
+            )
+        })?;
         texts.push(parsed.text);
     }
     Ok(texts)
@@ -64,7 +71,10 @@ mod tests {
             (b"", 1, "empty"),
         ] {
             let message = read(content).unwrap_err().to_string();
-            assert!(message.contains(&format!("line {line}:")) && message.contains(word), "{message}");
+            assert!(
+                message.contains(&format!("line {line}:")) && message.contains(word),
+                "{message}"
+            );
         }
     }
 }

@@ -148,7 +148,9 @@ impl Corpus {
                 let next = at + 1;
                 let follows = next < from + len && self.starts[next] == self.starts[at];
                 batch.input_ids.push(self.tokens[at]);
-                batch.targets.push(if follows { self.tokens[next] } else { 0 });
+                batch
+                    .targets
+                    .push(if follows { self.tokens[next] } else { 0 });
                 batch.mask.push(if follows { 1.0 } else { 0.0 });
                 starts.push((self.starts[at] as usize).saturating_sub(from) as u32);
             }
@@ -168,13 +170,17 @@ mod tests {
 
     #[test]
     fn borders_mask_targets_and_restart_documents() {
-        let batch = Corpus::new(&documents(), Packing::Documents).ordered(0, 2, 6).unwrap();
+        let batch = Corpus::new(&documents(), Packing::Documents)
+            .ordered(0, 2, 6)
+            .unwrap();
         assert_eq!(batch.input_ids, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
         assert_eq!(batch.targets, [2, 3, 0, 5, 0, 0, 8, 9, 10, 11, 12, 0]);
         assert_eq!(batch.mask, [1., 1., 0., 1., 0., 0., 1., 1., 1., 1., 1., 0.]);
         assert_eq!(batch.documents.row(0), [0, 0, 0, 3, 3, 5]);
         assert_eq!(batch.documents.row(1), [0; 6]);
-        let stream = Corpus::new(&documents(), Packing::Stream).ordered(0, 1, 6).unwrap();
+        let stream = Corpus::new(&documents(), Packing::Stream)
+            .ordered(0, 1, 6)
+            .unwrap();
         assert_eq!(stream.documents.row(0), [0; 6]);
         assert_eq!(stream.mask, [1., 1., 1., 1., 1., 0.]);
     }
@@ -202,6 +208,9 @@ mod tests {
     fn too_little_data_is_said() {
         let corpus = Corpus::new(&documents(), Packing::Documents);
         let message = corpus.batch(0, 0, 4, 6).unwrap_err().to_string();
-        assert!(message.contains("12 tokens: 2 windows of 6, a batch needs 4"), "{message}");
+        assert!(
+            message.contains("12 tokens: 2 windows of 6, a batch needs 4"),
+            "{message}"
+        );
     }
 }

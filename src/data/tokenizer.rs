@@ -31,7 +31,11 @@ impl Tokenizer {
         }
         let bytes = fs::read(&path).map_err(Error::io("cannot read", &path))?;
         let mut tokenizer = Self::from_bytes(&bytes).map_err(|e| Error::file(&path, e))?;
-        for name in ["generation_config.json", "config.json", "tokenizer_config.json"] {
+        for name in [
+            "generation_config.json",
+            "config.json",
+            "tokenizer_config.json",
+        ] {
             let path = folder.join(name);
             if !path.exists() {
                 continue;
@@ -77,7 +81,9 @@ impl Tokenizer {
         }
         let token = &config[format!("{which}_token")];
         let text = token.as_str().or_else(|| token["content"].as_str());
-        text.and_then(|t| self.inner.token_to_id(t)).into_iter().collect()
+        text.and_then(|t| self.inner.token_to_id(t))
+            .into_iter()
+            .collect()
     }
 
     /// Tokens of a text, with what the tokenizer's post-processor adds (usually BOS).
@@ -201,7 +207,10 @@ mod tests {
         let mut stream = tokenizer.decode_stream(&[1]);
         let pieces: Vec<_> = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
         assert_eq!(pieces[3], None, "half a character is not shown");
-        assert_eq!(pieces.into_iter().flatten().collect::<String>(), "the catsé the cat");
+        assert_eq!(
+            pieces.into_iter().flatten().collect::<String>(),
+            "the catsé the cat"
+        );
         assert_eq!(tokenizer.decode(&ids).unwrap(), "the catsé the cat");
     }
 
@@ -209,9 +218,15 @@ mod tests {
     fn a_missing_or_garbled_tokenizer_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let message = Tokenizer::open(folder.path()).unwrap_err().to_string();
-        assert!(message.contains("tokenizer.json") && message.contains("copy"), "{message}");
+        assert!(
+            message.contains("tokenizer.json") && message.contains("copy"),
+            "{message}"
+        );
         fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
         let message = Tokenizer::open(folder.path()).unwrap_err().to_string();
-        assert!(message.contains("tokenizer.json") && message.contains("not a tokenizer"), "{message}");
+        assert!(
+            message.contains("tokenizer.json") && message.contains("not a tokenizer"),
+            "{message}"
+        );
     }
 }

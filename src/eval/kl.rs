@@ -43,7 +43,9 @@ pub fn evaluate(
 ) -> Result<KlReport> {
     let (t, s) = (teacher.config.vocab_size, student.config.vocab_size);
     if t != s {
-        return Err(Error::invalid(format!("the teacher has {t} tokens, the student {s}: nothing to compare")));
+        return Err(Error::invalid(format!(
+            "the teacher has {t} tokens, the student {s}: nothing to compare"
+        )));
     }
     let windows = corpus.windows(seq_len);
     let (mut kl, mut ce_teacher, mut ce_student, mut agreed) = (0.0, 0.0, 0.0, 0.0);
@@ -55,7 +57,9 @@ pub fn evaluate(
         let rows = batch.rows * batch.len;
         let logits = |lm: &Lm| -> Result<Tensor> {
             let logits = lm.forward(&ids, Some(&batch.documents))?;
-            Ok(logits.reshape((rows, lm.config.vocab_size))?.to_dtype(DType::F32)?)
+            Ok(logits
+                .reshape((rows, lm.config.vocab_size))?
+                .to_dtype(DType::F32)?)
         };
         let (teacher, student) = (logits(teacher)?, logits(student)?);
         let targets = Tensor::from_slice(&batch.targets, rows, student.device())?;
@@ -72,7 +76,9 @@ pub fn evaluate(
         observe(done, windows);
     }
     if scored == 0.0 {
-        return Err(Error::invalid("the data has no token with a next one: nothing to evaluate"));
+        return Err(Error::invalid(
+            "the data has no token with a next one: nothing to evaluate",
+        ));
     }
     Ok(KlReport {
         kl: kl / tokens as f64,

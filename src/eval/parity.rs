@@ -104,7 +104,11 @@ impl Recorded<'_> {
         if t.dims() != ours.dims() {
             return Err(Error::file(
                 self.path,
-                format!("{name} is {:?}, the model gives {:?}", t.dims(), ours.dims()),
+                format!(
+                    "{name} is {:?}, the model gives {:?}",
+                    t.dims(),
+                    ours.dims()
+                ),
             ));
         }
         Ok(Some(t.to_device(ours.device())?))
@@ -129,5 +133,8 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     let f64s = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
     let (a, b) = (f64s(a)?, f64s(b)?);
     let gaps = a.iter().zip(&b).map(|(a, b)| (a - b).abs());
-    Ok(gaps.fold(0.0, |max: f64, gap| if gap.is_nan() || gap > max { gap } else { max }))
+    Ok(gaps.fold(
+        0.0,
+        |max: f64, gap| if gap.is_nan() || gap > max { gap } else { max },
+    ))
 }

@@ -60,7 +60,9 @@ impl Engine {
             ids.insert(0, bos);
         }
         match ids.is_empty() {
-            true => Err(Error::invalid("an empty prompt needs a BOS token, and this model names none")),
+            true => Err(Error::invalid(
+                "an empty prompt needs a BOS token, and this model names none",
+            )),
             false => Ok(ids),
         }
     }

@@ -141,7 +141,10 @@ mod tests {
         let total: f32 = LOGITS.iter().map(|l| l.exp()).sum();
         for (count, logit) in counts.iter().zip(LOGITS) {
             let expected = 4000.0 * logit.exp() / total;
-            assert!((*count as f32 - expected).abs() < 4.0 * expected.sqrt() + 4.0, "{counts:?}");
+            assert!(
+                (*count as f32 - expected).abs() < 4.0 * expected.sqrt() + 4.0,
+                "{counts:?}"
+            );
         }
     }
 

@@ -12,8 +12,11 @@ pub mod adamw;
 pub mod attention;
 pub mod causal_conv;
 pub mod cpu;
+#[cfg(test)]
+mod laws;
 pub mod linear;
 pub mod loss;
+pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
 pub mod ssd;

@@ -1,16 +1,152 @@
+//! Causal grouped-query attention with document boundaries, block by block: no `T × S` matrix of all
+//! heads ever exists (after FlashAttention, arXiv 2205.14135).
+
+mod cpu;
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Mutex;
+
 use super::Documents;
-use candle_core::{Result, Tensor, D};
-pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, documents: Option<&Documents>) -> Result<Tensor> {
-    let (b,t,h,kd)=q.dims4()?; let (_,s,g,vd)=v.dims4()?;
-    let q=q.transpose(1,2)?.contiguous()?;
-    let rep=|x:&Tensor,d:usize| -> Result<Tensor> { x.reshape((b,s,g,1,d))?.broadcast_as((b,s,g,h/g,d))?.reshape((b,s,h,d))?.transpose(1,2)?.contiguous() };
-    let k=rep(&k.contiguous()?,kd)?; let v=rep(&v.contiguous()?,vd)?;
-    let mut m=vec![0f32;b*t*s];
-    for bi in 0..b { for ti in 0..t { let lo=documents.map_or(0,|d| d.row(bi)[ti] as usize); for si in 0..s { if si>s-t+ti || si<lo { m[(bi*t+ti)*s+si]=-1e30; } } } }
-    let m=Tensor::from_vec(m,(b,1,t,s),q.device())?.to_dtype(q.dtype())?;
-    let a=(q.matmul(&k.transpose(2,3)?.contiguous()?)?*scale)?.broadcast_add(&m)?;
-    let mx=a.max_keepdim(D::Minus1)?.detach();
-    let e=a.broadcast_sub(&mx)?.exp()?;
-    let p=e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
-    p.matmul(&v)?.transpose(1,2)?.contiguous()
+use crate::op::cpu::{host, slice, takes};
+use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+use cpu::{Heads, Problem};
+
+/// `q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` → `[B, T, H, V]`, `H` a multiple of `G`.
+/// Query `t` stands at key position `S − T + t` and sees keys up to itself, from its document's start
+/// (`documents` needs `S = T`). Views with contiguous heads are read where they stand.
+pub fn causal_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    documents: Option<&Documents>,
+) -> Result<Tensor> {
+    let (b, t, h, dim) = q.dims4()?;
+    let (_, s, g, _) = k.dims4()?;
+    let (_, _, _, v_dim) = v.dims4()?;
+    if k.dims() != [b, s, g, dim] || v.dims() != [b, s, g, v_dim] || g == 0 || h % g != 0 || t > s {
+        bail!(
+            "attention: q {:?}, k {:?} and v {:?} do not fit",
+            q.shape(),
+            k.shape(),
+            v.shape()
+        );
+    }
+    if let Some(d) = documents
+        && ((d.batch(), d.len()) != (b, t) || s != t)
+    {
+        bail!(
+            "attention: documents [{}, {}] do not fit q {:?} and {s} keys",
+            d.batch(),
+            d.len(),
+            q.shape()
+        );
+    }
+    if !takes(&[q, k, v]) {
+        return reference::causal_attention(q, k, v, scale, documents);
+    }
+    let op = CausalAttention {
+        scale: scale as f32,
+        documents: documents.cloned(),
+        log_sums: Mutex::new(Vec::new()),
+    };
+    q.contiguous()?
+        .apply_op3(&with_heads(k)?, &with_heads(v)?, op)
+}
+
+/// The tensor itself if its last axis is contiguous, else a copy.
+fn with_heads(x: &Tensor) -> Result<Tensor> {
+    match x.stride().last() {
+        Some(1) => Ok(x.clone()),
+        _ => x.force_contiguous(),
+    }
+}
+
+struct CausalAttention {
+    scale: f32,
+    documents: Option<Documents>,
+    /// Of every query's scores, `[B, T, H]`: kept by the forward pass for the backward pass.
+    log_sums: Mutex<Vec<f32>>,
+}
+
+impl CausalAttention {
+    fn problem<'a>(
+        &'a self,
+        q: &'a [f32],
+        q_dims: &[usize],
+        k: Heads<'a>,
+        v: Heads<'a>,
+    ) -> Problem<'a> {
+        Problem {
+            q,
+            q_dims: [q_dims[0], q_dims[1], q_dims[2], q_dims[3]],
+            k,
+            v,
+            scale: self.scale,
+            documents: self.documents.as_ref(),
+        }
+    }
+}
+
+impl CustomOp3 for CausalAttention {
+    fn name(&self) -> &'static str {
+        "causal_attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (b, t, h, _) = q_layout.shape().dims4()?;
+        let (_, _, _, v_dim) = v_layout.shape().dims4()?;
+        let (k, v) = (Heads::of(k, k_layout)?, Heads::of(v, v_layout)?);
+        let (y, log_sums) = self
+            .problem(slice(q, q_layout)?, q_layout.dims(), k, v)
+            .forward();
+        *self.log_sums.lock().unwrap_or_else(|e| e.into_inner()) = log_sums;
+        Ok((CpuStorage::F32(y), (b, t, h, v_dim).into()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (q_storage, q_layout) = q.storage_and_layout();
+        let (k_storage, k_layout) = k.storage_and_layout();
+        let (v_storage, v_layout) = v.storage_and_layout();
+        let (y_storage, y_layout) = y.storage_and_layout();
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let heads = (
+            Heads::of(host(&k_storage)?, k_layout)?,
+            Heads::of(host(&v_storage)?, v_layout)?,
+        );
+        let problem = self.problem(
+            slice(host(&q_storage)?, q_layout)?,
+            q.dims(),
+            heads.0,
+            heads.1,
+        );
+        let [dq, dk, dv] = problem.backward(
+            slice(host(&y_storage)?, y_layout)?,
+            slice(host(&dy_storage)?, dy_layout)?,
+            &self.log_sums.lock().unwrap_or_else(|e| e.into_inner()),
+        );
+        Ok((
+            Some(Tensor::from_vec(dq, q.shape(), &Device::Cpu)?),
+            Some(Tensor::from_vec(dk, k.shape(), &Device::Cpu)?),
+            Some(Tensor::from_vec(dv, v.shape(), &Device::Cpu)?),
+        ))
+    }
 }

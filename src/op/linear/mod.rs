@@ -1,5 +1,92 @@
-use candle_core::{Result, Tensor};
+//! `y = x Wᵀ`.
+
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::op::cpu::{host, slice, takes};
+use crate::op::matmul::{View, matmul};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+
+/// `x [.., in]`, `w [out, in]` → `[.., out]`.
 pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let mut d=x.dims().to_vec(); let i=d.pop().unwrap(); let n: usize=d.iter().product(); d.push(w.dim(0)?);
-    x.contiguous()?.reshape((n,i))?.matmul(&w.t()?)?.reshape(d)
+    let (_, width) = w.dims2()?;
+    if x.dims().last() != Some(&width) {
+        bail!(
+            "linear: x {:?} does not end with the {width} inputs of w {:?}",
+            x.shape(),
+            w.shape()
+        );
+    }
+    if !takes(&[x, w]) {
+        return reference::linear(x, w);
+    }
+    x.contiguous()?.apply_op2(&w.contiguous()?, Linear)
+}
+
+struct Linear;
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        w: &CpuStorage,
+        w_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (outs, ins) = w_layout.shape().dims2()?;
+        let (x, w) = (slice(x, x_layout)?, slice(w, w_layout)?);
+        let m = x_layout.shape().elem_count() / ins;
+        let mut y = vec![0.; m * outs];
+        matmul(
+            &mut y,
+            View::rows(x, m, ins),
+            View::rows(w, outs, ins).transposed(),
+            false,
+            true,
+        );
+        let mut dims = x_layout.dims().to_vec();
+        *dims.last_mut().expect("checked to end with the inputs") = outs;
+        Ok((CpuStorage::F32(y), dims.into()))
+    }
+
+    /// `dx = dy W`, `dW = dyᵀ x`.
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (outs, ins) = w.dims2()?;
+        let m = x.elem_count() / ins;
+        let dy = dy.contiguous()?;
+        let (x_storage, x_layout) = x.storage_and_layout();
+        let (w_storage, w_layout) = w.storage_and_layout();
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let dy = View::rows(slice(host(&dy_storage)?, dy_layout)?, m, outs);
+        let dx = match x.track_op() {
+            true => {
+                let mut dx = vec![0.; m * ins];
+                let w = View::rows(slice(host(&w_storage)?, w_layout)?, outs, ins);
+                matmul(&mut dx, dy, w, false, true);
+                Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)
+            }
+            false => None,
+        };
+        let dw = match w.track_op() {
+            true => {
+                let mut dw = vec![0.; outs * ins];
+                let x = View::rows(slice(host(&x_storage)?, x_layout)?, m, ins);
+                matmul(&mut dw, dy.transposed(), x, false, true);
+                Some(Tensor::from_vec(dw, w.shape(), &Device::Cpu)?)
+            }
+            false => None,
+        };
+        Ok((dx, dw))
+    }
 }

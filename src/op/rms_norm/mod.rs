@@ -1,12 +1,155 @@
-use candle_core::{Result, Tensor, D};
+//! RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) and the gated, grouped form of Mamba2.
+
+mod cpu;
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::op::cpu::{host, slice, takes};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+
+/// `x / sqrt(mean(x²) + eps) · weight`; `x [.., D]`, `weight [D]` → `[.., D]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let r = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    x.broadcast_div(&r)?.broadcast_mul(weight)
+    let d = weight.dims1()?;
+    if x.dims().last() != Some(&d) {
+        bail!(
+            "rms_norm: x {:?} does not end with the {d} channels of its weight",
+            x.shape()
+        );
+    }
+    if !takes(&[x, weight]) {
+        return reference::rms_norm(x, weight, eps);
+    }
+    let op = RmsNorm { eps: eps as f32 };
+    x.contiguous()?.apply_op2(&weight.contiguous()?, op)
 }
-pub fn gated_rms_norm(y: &Tensor, z: &Tensor, weight: &Tensor, group: usize, eps: f64) -> Result<Tensor> {
-    let x = (y * z.silu()?)?;
-    let mut d = x.dims().to_vec(); let n = d.pop().unwrap(); d.push(n/group); d.push(group);
-    let g = x.contiguous()?.reshape(d)?;
-    let r = (g.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    g.broadcast_div(&r)?.reshape(x.shape())?.broadcast_mul(weight)
+
+/// `v / sqrt(mean_group(v²) + eps) · weight` with `v = y · silu(z)`, groups of `group` neighbouring
+/// channels (spec 1.3). `y, z [.., D]`, `weight [D]` → `[.., D]`.
+pub fn gated_rms_norm(
+    y: &Tensor,
+    z: &Tensor,
+    weight: &Tensor,
+    group: usize,
+    eps: f64,
+) -> Result<Tensor> {
+    let d = weight.dims1()?;
+    if y.dims() != z.dims() || y.dims().last() != Some(&d) || group == 0 || d % group != 0 {
+        bail!(
+            "gated_rms_norm: y {:?} and z {:?} want one shape that ends with {d} channels in groups of {group}",
+            y.shape(),
+            z.shape()
+        );
+    }
+    if !takes(&[y, z, weight]) {
+        return reference::gated_rms_norm(y, z, weight, group, eps);
+    }
+    let op = GatedRmsNorm {
+        group,
+        eps: eps as f32,
+    };
+    y.contiguous()?
+        .apply_op3(&z.contiguous()?, &weight.contiguous()?, op)
+}
+
+struct RmsNorm {
+    eps: f32,
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms_norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = cpu::forward(slice(x, x_layout)?, slice(weight, weight_layout)?, self.eps);
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (x_storage, x_layout) = x.storage_and_layout();
+        let (w_storage, w_layout) = weight.storage_and_layout();
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let (dx, dw) = cpu::backward(
+            slice(host(&x_storage)?, x_layout)?,
+            slice(host(&w_storage)?, w_layout)?,
+            slice(host(&dy_storage)?, dy_layout)?,
+            self.eps,
+        );
+        Ok((
+            Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?),
+            Some(Tensor::from_vec(dw, weight.shape(), &Device::Cpu)?),
+        ))
+    }
+}
+
+struct GatedRmsNorm {
+    group: usize,
+    eps: f32,
+}
+
+impl CustomOp3 for GatedRmsNorm {
+    fn name(&self) -> &'static str {
+        "gated_rms_norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &CpuStorage,
+        y_layout: &Layout,
+        z: &CpuStorage,
+        z_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let out = cpu::gated_forward(
+            slice(y, y_layout)?,
+            slice(z, z_layout)?,
+            slice(weight, weight_layout)?,
+            self.group,
+            self.eps,
+        );
+        Ok((CpuStorage::F32(out), y_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        y: &Tensor,
+        z: &Tensor,
+        weight: &Tensor,
+        _out: &Tensor,
+        dout: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dout = dout.contiguous()?;
+        let (y_storage, y_layout) = y.storage_and_layout();
+        let (z_storage, z_layout) = z.storage_and_layout();
+        let (w_storage, w_layout) = weight.storage_and_layout();
+        let (d_storage, d_layout) = dout.storage_and_layout();
+        let [dy, dz, dw] = cpu::gated_backward(
+            slice(host(&y_storage)?, y_layout)?,
+            slice(host(&z_storage)?, z_layout)?,
+            slice(host(&w_storage)?, w_layout)?,
+            slice(host(&d_storage)?, d_layout)?,
+            self.group,
+            self.eps,
+        );
+        Ok((
+            Some(Tensor::from_vec(dy, y.shape(), &Device::Cpu)?),
+            Some(Tensor::from_vec(dz, z.shape(), &Device::Cpu)?),
+            Some(Tensor::from_vec(dw, weight.shape(), &Device::Cpu)?),
+        ))
+    }
 }

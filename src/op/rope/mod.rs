@@ -1,29 +1,82 @@
-//! Rotary position embedding (Su et al. 2021).
-use candle_core::{Result, Tensor};
+//! Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
+
+mod cpu;
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::op::cpu::{host, slice, takes};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 /// Which dims of a head turn together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeLayout {
-    /// Dim `i` with `i + D/2` (Hugging Face Llama).
+    /// Dim `i` with `i + K/2` (Hugging Face Llama).
     Halves,
     /// Dim `2i` with `2i + 1` (DeepSeek, the reference MLA).
     Interleaved,
 }
 
-/// `x [B, T, H, D]`, `cos, sin [T, D/2]` → `[B, T, H, D]`, every dim staying where it was.
+/// `x [B, T, H, K]`, `cos, sin [T, K/2]` → `[B, T, H, K]`, every dim staying where it was: each pair
+/// `(a, b)` becomes `(a cos − b sin, b cos + a sin)`. The tables get no gradient.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
-    let (b,t,h,d)=x.dims4()?;
-    let (c,s)=(cos.reshape((1,t,1,d/2))?, sin.reshape((1,t,1,d/2))?);
-    match layout {
-      RopeLayout::Halves => {
-        let (a,bb)=(x.narrow(3,0,d/2)?, x.narrow(3,d/2,d/2)?);
-        Tensor::cat(&[(a.broadcast_mul(&c)? - bb.broadcast_mul(&s)?)?, (bb.broadcast_mul(&c)?+a.broadcast_mul(&s)?)?],3)
-      }
-      RopeLayout::Interleaved => {
-        let p=x.contiguous()?.reshape((b,t,h,d/2,2))?;
-        let (a,bb)=(p.narrow(4,0,1)?.squeeze(4)?, p.narrow(4,1,1)?.squeeze(4)?);
-        Tensor::stack(&[(a.broadcast_mul(&c)? - bb.broadcast_mul(&s)?)?, (bb.broadcast_mul(&c)?+a.broadcast_mul(&s)?)?],4)?.reshape((b,t,h,d))
-      }
+    let (_, t, _, k) = x.dims4()?;
+    if k % 2 != 0 || cos.dims() != [t, k / 2] || sin.dims() != [t, k / 2] {
+        bail!(
+            "rope: x {:?} wants tables [{t}, {}], not {:?} and {:?}",
+            x.shape(),
+            k / 2,
+            cos.shape(),
+            sin.shape()
+        );
+    }
+    if !takes(&[x, cos, sin]) {
+        return reference::rope(x, cos, sin, layout);
+    }
+    let op = Rope {
+        cos: cos.contiguous()?,
+        sin: sin.contiguous()?,
+        layout,
+        back: false,
+    };
+    x.contiguous()?.apply_op1(op)
+}
+
+struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+    layout: RopeLayout,
+    /// Turn by the negative angles (times the same magnitude): the transposed map.
+    back: bool,
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (cos_storage, cos_layout) = self.cos.storage_and_layout();
+        let (sin_storage, sin_layout) = self.sin.storage_and_layout();
+        let (_, t, h, k) = x_layout.shape().dims4()?;
+        let y = cpu::rope(
+            slice(x, x_layout)?,
+            slice(host(&cos_storage)?, cos_layout)?,
+            slice(host(&sin_storage)?, sin_layout)?,
+            [t, h, k],
+            self.layout,
+            if self.back { -1. } else { 1. },
+        );
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let op = Rope {
+            cos: self.cos.clone(),
+            sin: self.sin.clone(),
+            layout: self.layout,
+            back: !self.back,
+        };
+        Ok(Some(dy.contiguous()?.apply_op1_no_bwd(&op)?))
     }
 }

@@ -1,2 +1,90 @@
-use candle_core::{Result, Tensor};
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> { gate.silu()? * up }
+//! SwiGLU (Shazeer 2020, arXiv 2002.05202).
+
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::op::cpu::{exp, host, slice, takes};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+/// `silu(gate) · up`; same shapes.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if gate.dims() != up.dims() {
+        bail!(
+            "swiglu: gate {:?} and up {:?} differ",
+            gate.shape(),
+            up.shape()
+        );
+    }
+    if !takes(&[gate, up]) {
+        return reference::swiglu(gate, up);
+    }
+    gate.contiguous()?.apply_op2(&up.contiguous()?, Swiglu)
+}
+
+/// Entries a task.
+const BLOCK: usize = 1 << 14;
+
+struct Swiglu;
+
+impl CustomOp2 for Swiglu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+        up: &CpuStorage,
+        up_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (gate, up) = (slice(gate, gate_layout)?, slice(up, up_layout)?);
+        let mut y = vec![0.; gate.len()];
+        y.par_chunks_mut(BLOCK)
+            .zip(gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)))
+            .for_each(|(y, (gate, up))| {
+                for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+                    *y = g / (1. + exp(-g)) * u;
+                }
+            });
+        Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (gate_storage, gate_layout) = gate.storage_and_layout();
+        let (up_storage, up_layout) = up.storage_and_layout();
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let g = slice(host(&gate_storage)?, gate_layout)?;
+        let u = slice(host(&up_storage)?, up_layout)?;
+        let dy = slice(host(&dy_storage)?, dy_layout)?;
+        let (mut dg, mut du) = (vec![0.; g.len()], vec![0.; g.len()]);
+        dg.par_chunks_mut(BLOCK)
+            .zip(du.par_chunks_mut(BLOCK))
+            .zip(
+                g.par_chunks(BLOCK)
+                    .zip(u.par_chunks(BLOCK))
+                    .zip(dy.par_chunks(BLOCK)),
+            )
+            .for_each(|((dg, du), ((g, u), dy))| {
+                for i in 0..g.len() {
+                    let sigmoid = 1. / (1. + exp(-g[i]));
+                    let silu = g[i] * sigmoid;
+                    du[i] = dy[i] * silu;
+                    dg[i] = dy[i] * u[i] * (sigmoid + silu * (1. - sigmoid));
+                }
+            });
+        Ok((
+            Some(Tensor::from_vec(dg, gate.shape(), &Device::Cpu)?),
+            Some(Tensor::from_vec(du, up.shape(), &Device::Cpu)?),
+        ))
+    }
+}
