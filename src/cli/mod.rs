@@ -16,6 +16,7 @@ pub mod output;
 pub mod parity;
 pub mod plan;
 pub mod pretrain;
+pub mod stories;
 pub mod train;
 
 /// Compose efficient hybrid (MLA + Mamba2) language models from pretrained Llama checkpoints.
@@ -43,6 +44,8 @@ pub enum Command {
     Train(train::Args),
     /// Train a small Llama from scratch.
     Pretrain(pretrain::Args),
+    /// Write generated stories and their tokenizer.
+    Stories(stories::Args),
     /// Measure a model.
     #[command(subcommand)]
     Eval(eval::Eval),
@@ -76,6 +79,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Compose(args) => compose::run(args)?,
         Command::Train(args) => train::run(args)?,
         Command::Pretrain(args) => pretrain::run(args)?,
+        Command::Stories(args) => stories::run(args)?,
         Command::Eval(args) => eval::run(args)?,
         Command::Parity(args) => return parity::run(args),
         Command::Generate(args) => generate::run(args)?,

@@ -2,6 +2,7 @@
 
 mod jsonl;
 mod packing;
+pub mod stories;
 mod tokenizer;
 
 pub use jsonl::read_texts;

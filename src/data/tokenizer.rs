@@ -91,6 +91,16 @@ impl Tokenizer {
         self.encode_with(text, true)
     }
 
+    /// As [`Tokenizer::encode`], each token with the bytes of the text it stands for (none for BOS).
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, std::ops::Range<usize>)>> {
+        let encoding = self
+            .inner
+            .encode(text, true)
+            .map_err(|e| Error::invalid(format!("cannot tokenise: {e}")))?;
+        let offsets = encoding.get_offsets().iter().map(|(from, to)| *from..*to);
+        Ok(encoding.get_ids().iter().copied().zip(offsets).collect())
+    }
+
     /// Tokens of a text and nothing else.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, false)

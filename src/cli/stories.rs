@@ -1,0 +1,33 @@
+//! `zebroid stories`: the text that the embedded teacher was trained on.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::check_output;
+use crate::data::stories;
+use crate::{Error, Result};
+
+/// Write generated stories (JSON lines) and their tokenizer.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  zebroid stories ./stories --count 40000 --seed 1")]
+pub struct Args {
+    /// Folder for stories.jsonl, tokenizer.json and tokenizer_config.json; must not exist.
+    out: PathBuf,
+    #[arg(long, default_value_t = 40_000)]
+    count: usize,
+    /// Different seeds give unrelated stories.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    check_output(&args.out, false)?;
+    write(&args)?;
+    println!("written to {}", args.out.display());
+    Ok(())
+}
+
+fn write(args: &Args) -> Result<()> {
+    std::fs::create_dir_all(&args.out).map_err(Error::io("cannot create", &args.out))?;
+    stories::write_tokenizer(&args.out)?;
+    stories::write_jsonl(&args.out.join("stories.jsonl"), args.seed, args.count)
+}

@@ -1,0 +1,106 @@
+//! Simple English stories that can only be continued by remembering how they began: who has which toy
+//! of which colour, and where. Made by the program itself, so that a small teacher can be pretrained,
+//! distilled and examined for recall without any download.
+//!
+//! Associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927) in the clothes of TinyStories
+//! (Eldan & Li 2023, arXiv 2305.07759).
+
+mod generator;
+mod vocabulary;
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::Tokenizer;
+use crate::{Error, Result};
+
+pub use generator::StoryGenerator;
+pub use vocabulary::{tokenizer, write_tokenizer};
+
+/// A text with the places where an earlier fact decides the next word.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Story {
+    pub text: String,
+    /// Byte spans `(start, end)` of the answers, each with the space before its word.
+    pub recall: Vec<(usize, usize)>,
+}
+
+impl Story {
+    /// The story's tokens, and the index of the token that is each answer.
+    pub fn encode(&self, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<usize>)> {
+        let tokens = tokenizer.encode_with_offsets(&self.text)?;
+        let index = |start: usize| tokens.iter().position(|(_, range)| range.start == start && range.end > start);
+        let answers = self.recall.iter().map(|(start, end)| {
+            index(*start).ok_or_else(|| {
+                Error::invalid(format!("no token begins with {:?} at byte {start}", &self.text[*start..*end]))
+            })
+        });
+        let answers = answers.collect::<Result<_>>()?;
+        Ok((tokens.into_iter().map(|(id, _)| id).collect(), answers))
+    }
+}
+
+/// Stories of `seed` as JSON lines with `text` and `recall`.
+pub fn to_jsonl(seed: u64, count: usize) -> String {
+    let stories = StoryGenerator::new(seed).take(count);
+    let lines = stories.map(|story| serde_json::to_string(&story).expect("texts and numbers serialise") + "\n");
+    lines.collect()
+}
+
+/// Writes [`to_jsonl`] to a file.
+pub fn write_jsonl(path: &Path, seed: u64, count: usize) -> Result<()> {
+    std::fs::write(path, to_jsonl(seed, count)).map_err(Error::io("cannot write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stories(seed: u64, count: usize) -> Vec<Story> {
+        StoryGenerator::new(seed).take(count).collect()
+    }
+
+    /// The embedded teacher and published numbers depend on these texts.
+    #[test]
+    fn a_seed_gives_one_text() {
+        assert_eq!(stories(1, 20), stories(1, 20));
+        assert_ne!(stories(1, 3), stories(2, 3));
+        let tells = |c: char| stories(1, 200).iter().any(|s| s.text.contains(c));
+        assert!(!tells('{') && !tells('[') && !tells('}') && !tells(']'));
+    }
+
+    #[test]
+    fn every_answer_was_told_before() {
+        let mut answers = 0;
+        for story in stories(3, 500) {
+            for (start, end) in &story.recall {
+                let answer = &story.text[*start..*end];
+                assert!(story.text[..*start].contains(answer), "{answer:?} in {}", story.text);
+                answers += 1;
+            }
+        }
+        assert!(answers > 6 * 500, "{answers}");
+    }
+
+    #[test]
+    fn answers_are_single_tokens_and_texts_decode_exactly() {
+        let tokenizer = tokenizer().unwrap();
+        for story in stories(5, 300) {
+            let (ids, answers) = story.encode(&tokenizer).unwrap();
+            assert_eq!(ids, tokenizer.encode(&story.text).unwrap());
+            assert_eq!(tokenizer.decode(&ids).unwrap(), story.text);
+            for (index, (start, end)) in answers.iter().zip(&story.recall) {
+                assert_eq!(tokenizer.decode(&ids[*index..index + 1]).unwrap(), story.text[*start..*end]);
+            }
+        }
+    }
+
+    #[test]
+    fn foreign_text_goes_through_bytes() {
+        let tokenizer = tokenizer().unwrap();
+        let text = "Zoë saw 3 zebras 🦓.\n\tHello  world";
+        let ids = tokenizer.encode(text).unwrap();
+        assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+    }
+}
