@@ -16,7 +16,7 @@
 //! | 5 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
 //! | 6 | [`weights`] | named tensors, taken strictly |
 //! | 7 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
-//! | 8 | [`error`] | the error type |
+//! | 8 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
 //! # Shape letters
 //! `B` batch, `T` query positions, `S` key positions, `D` hidden size, `H` query heads, `G` key/value
@@ -31,6 +31,7 @@ pub mod data;
 pub mod error;
 pub mod eval;
 pub mod generate;
+pub mod hash;
 pub mod mixer;
 pub mod model;
 pub mod op;

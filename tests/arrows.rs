@@ -13,7 +13,7 @@ const RANKS: &[&[&str]] = &[
     &["mixer"],
     &["weights"],
     &["op"],
-    &["error"],
+    &["error", "hash"],
 ];
 
 fn rank(module: &str) -> Option<usize> {

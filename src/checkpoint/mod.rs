@@ -6,11 +6,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::hash::Hash;
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -116,6 +116,18 @@ impl Checkpoint {
         Ok(tensors)
     }
 
+    /// A model of tensors that were just composed.
+    pub fn lm(
+        config: &ModelConfig,
+        tensors: BTreeMap<String, Tensor>,
+        device: &Device,
+    ) -> Result<Lm> {
+        Lm::new(
+            config,
+            &Weights::new(tensors).to_device(device, DType::F32)?,
+        )
+    }
+
     /// The model, ready to run.
     pub fn model(&self, device: &Device, dtype: DType) -> Result<Lm> {
         Lm::new(&self.config, &self.weights(dtype, device)?)
@@ -218,18 +230,14 @@ impl<'a> Fields<'a> {
 
 /// A fingerprint of sizes and weights, for resume checks.
 pub fn fingerprint(config: &ModelConfig, weights: &Weights) -> Result<String> {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(
-        serde_json::to_string(config)
-            .expect("configs serialise")
-            .as_bytes(),
-    );
+    let sizes = serde_json::to_string(config).expect("configs serialise");
+    let mut hash = Hash::of(sizes.as_bytes());
     for (name, tensor) in weights.iter() {
-        hasher.write(name.as_bytes());
+        hash = hash.with(name.as_bytes());
         let values = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         for value in values.flatten_all()?.to_vec1::<f32>()? {
-            hasher.write_u32(value.to_bits());
+            hash = hash.with(&value.to_le_bytes());
         }
     }
-    Ok(format!("{:016x}", hasher.finish()))
+    Ok(hash.to_string())
 }

@@ -39,8 +39,7 @@ pub fn check_output(out: &Path, force: bool) -> Result<()> {
     }
     let parent = parent(out);
     fs::create_dir_all(&parent).map_err(Error::io("cannot create", &parent))?;
-    tempfile::Builder::new()
-        .prefix(".zebroid-")
+    private(".zebroid-")
         .tempfile_in(&parent)
         .map(drop)
         .map_err(Error::io("cannot write into", &parent))
@@ -77,11 +76,12 @@ pub fn save(
     };
     // Dropped, and so removed, when anything below fails.
     let parent = parent(out);
-    let partial = tempfile::Builder::new()
-        .prefix(".zebroid-")
+    let partial = private(".zebroid-")
         .tempdir_in(&parent)
         .map_err(Error::io("cannot write into", &parent))?;
     let folder = partial.path();
+    #[cfg(unix)]
+    fs::set_permissions(folder, usual(0o755)).map_err(Error::io("cannot write into", folder))?;
     write_weights(folder, tensors, SHARD)?;
     for (name, value) in configs {
         let text = serde_json::to_string_pretty(&value).expect("configs serialise") + "\n";
@@ -145,8 +145,7 @@ pub fn replace_folder(folder: &Path, out: &Path, force: bool) -> Result<()> {
             "already exists; choose another output, or replace it with --force",
         ));
     }
-    let aside = tempfile::Builder::new()
-        .prefix(".zebroid-old-")
+    let aside = private(".zebroid-old-")
         .tempdir_in(parent(out))
         .map_err(Error::io("cannot write beside", out))?;
     let old = aside.path().join("old");
@@ -158,13 +157,25 @@ pub fn replace_folder(folder: &Path, out: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
+fn private(prefix: &str) -> tempfile::Builder<'_, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(prefix);
+    builder
+}
+
+/// Temporary entries are made for their owner alone; what is kept gets the usual mode.
+#[cfg(unix)]
+fn usual(mode: u32) -> fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(mode)
+}
+
 /// Writes a file, whole or not at all.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let parent = parent(path);
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::Builder::new()
-            .prefix(".zebroid-")
-            .tempfile_in(&parent)?;
+        let mut file = private(".zebroid-").tempfile_in(&parent)?;
+        #[cfg(unix)]
+        file.as_file().set_permissions(usual(0o644))?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path)?;

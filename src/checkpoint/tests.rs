@@ -1,1 +1,481 @@
+//! Every way a folder can be wrong gets a message that names what is wrong; no file makes a panic.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::save::write_sharded;
+use super::*;
+use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
+
+fn config(tied: bool) -> ModelConfig {
+    let attention = AttentionConfig {
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 4,
+        rope: Some(RopeConfig::new(10_000.0)),
+    };
+    ModelConfig {
+        model_type: ModelConfig::MODEL_TYPE.into(),
+        format_version: FORMAT_VERSION,
+        hidden_size: 8,
+        intermediate_size: 6,
+        vocab_size: 10,
+        max_position_embeddings: 32,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: tied,
+        bos_token_id: Some(1),
+        eos_token_id: vec![2, 3],
+        layers: vec![MixerConfig::Attention(attention); 2],
+    }
+}
+
+fn tensors(config: &ModelConfig) -> BTreeMap<String, Tensor> {
+    let make = |(i, (name, shape)): (usize, (String, Vec<usize>))| {
+        let n: usize = shape.iter().product();
+        let data: Vec<f32> = (0..n).map(|j| ((i * 31 + j) as f32).sin()).collect();
+        (name, Tensor::from_vec(data, shape, &Device::Cpu).unwrap())
+    };
+    config.params().into_iter().enumerate().map(make).collect()
+}
+
+struct Folder {
+    _root: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Folder {
+    fn new(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("model");
+        save(&path, Format::Llama, config, tensors, None, false).unwrap();
+        Self { _root: root, path }
+    }
+
+    fn whole() -> Self {
+        Self::new(&config(true), &tensors(&config(true)))
+    }
+
+    fn weights(&self) -> PathBuf {
+        self.path.join("model.safetensors")
+    }
+
+    /// Rewrites the weights without any check.
+    fn store(&self, tensors: &BTreeMap<String, Tensor>) {
+        write_tensors(&self.weights(), tensors, Default::default()).unwrap();
+    }
+
+    /// Changes a field of config.json.
+    fn set(&self, field: &str, value: serde_json::Value) {
+        let path = self.path.join("config.json");
+        let mut json = read_json(&path).unwrap();
+        json[field] = value;
+        fs::write(path, json.to_string()).unwrap();
+    }
+
+    /// What opening and loading says.
+    fn error(&self) -> String {
+        let loaded = Checkpoint::open(&self.path).and_then(|c| c.weights(DType::F32, &Device::Cpu));
+        loaded.expect_err("this folder is wrong").to_string()
+    }
+}
+
+fn bits(t: &Tensor) -> Vec<u32> {
+    let values = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+    values
+        .to_vec1::<f32>()
+        .unwrap()
+        .into_iter()
+        .map(f32::to_bits)
+        .collect()
+}
+
+#[test]
+fn formats_round_trip() {
+    for tied in [true, false] {
+        let (config, tensors) = (config(tied), tensors(&config(tied)));
+        for format in [Format::Llama, Format::Zebroid] {
+            let root = tempfile::tempdir().unwrap();
+            let path = root.path().join("m");
+            save(&path, format, &config, &tensors, None, false).unwrap();
+            let read = Checkpoint::open(&path).unwrap();
+            assert_eq!((read.config.clone(), read.format), (config.clone(), format));
+            let raw = read.raw_tensors().unwrap();
+            assert!(tensors.iter().all(|(name, t)| bits(t) == bits(&raw[name])));
+        }
+    }
+}
+
+#[test]
+fn scalings_and_newer_spellings_are_read() {
+    let folder = Folder::whole();
+    let scaling = || match &Checkpoint::open(&folder.path).unwrap().config.layers[0] {
+        MixerConfig::Attention(a) => a.rope.clone().unwrap(),
+        _ => unreachable!(),
+    };
+    folder.set("rope_scaling", json_scaling("linear"));
+    assert_eq!(scaling().scaling, Some(RopeScaling::Linear { factor: 4.0 }));
+    folder.set(
+        "rope_scaling",
+        serde_json::json!({ "type": "linear", "factor": 4.0 }),
+    );
+    assert_eq!(scaling().scaling, Some(RopeScaling::Linear { factor: 4.0 }));
+    folder.set("rope_scaling", json_scaling("dynamic"));
+    assert!(folder.error().contains("dynamic"));
+    folder.set("rope_scaling", serde_json::Value::Null);
+    folder.set(
+        "rope_parameters",
+        serde_json::json!({ "rope_type": "default", "rope_theta": 77.0 }),
+    );
+    assert_eq!(scaling(), RopeConfig::new(77.0));
+}
+
+fn json_scaling(kind: &str) -> serde_json::Value {
+    serde_json::json!({ "rope_type": kind, "factor": 4.0 })
+}
+
+#[test]
+fn shards_equal_one_file() {
+    let folder = Folder::whole();
+    let all = tensors(&config(true));
+    fs::remove_file(folder.weights()).unwrap();
+    write_sharded(&folder.path, &all, 600).unwrap();
+    let index = folder.path.join("model.safetensors.index.json");
+    assert!(index.exists());
+    let read = Checkpoint::open(&folder.path)
+        .unwrap()
+        .raw_tensors()
+        .unwrap();
+    assert!(all.iter().all(|(name, t)| bits(t) == bits(&read[name])));
+    // AMD's loader takes every file where no index is.
+    fs::rename(&index, folder.path.join("aside")).unwrap();
+    assert!(Checkpoint::open(&folder.path).is_ok());
+    fs::rename(folder.path.join("aside"), &index).unwrap();
+    let shard = fs::read_dir(&folder.path)
+        .unwrap()
+        .map(|e| e.unwrap().path());
+    let shard = shard
+        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+        .max()
+        .unwrap();
+    fs::remove_file(&shard).unwrap();
+    let name = shard.file_name().unwrap().to_str().unwrap();
+    assert!(folder.error().contains(name), "{}", folder.error());
+}
+
+#[test]
+fn half_precision_is_read() {
+    for dtype in [DType::F16, DType::BF16] {
+        let half = |t: &Tensor| t.to_dtype(dtype).unwrap();
+        let halves: BTreeMap<_, _> = tensors(&config(true))
+            .iter()
+            .map(|(n, t)| (n.clone(), half(t)))
+            .collect();
+        let folder = Folder::new(&config(true), &halves);
+        let read = Checkpoint::open(&folder.path).unwrap();
+        let weights = read.weights(DType::F32, &Device::Cpu).unwrap();
+        assert!(
+            weights
+                .iter()
+                .all(|(name, t)| bits(t) == bits(&halves[name]))
+        );
+        assert!(
+            read.raw_tensors()
+                .unwrap()
+                .values()
+                .all(|t| t.dtype() == dtype)
+        );
+    }
+}
+
+/// A stored head beside tied embeddings: the same bytes are a copy, others untie the model.
+#[test]
+fn a_stored_head_is_a_copy_or_unties() {
+    let mut all = tensors(&config(true));
+    all.insert(
+        "lm_head.weight".into(),
+        all["model.embed_tokens.weight"].copy().unwrap(),
+    );
+    let folder = Folder::new(&config(true), &all);
+    let read = Checkpoint::open(&folder.path).unwrap();
+    assert!(
+        read.config.tie_word_embeddings
+            && read.raw_tensors().unwrap().contains_key("lm_head.weight")
+    );
+    all.insert(
+        "lm_head.weight".into(),
+        (&all["model.embed_tokens.weight"] * 2.0).unwrap(),
+    );
+    folder.store(&all);
+    assert!(
+        !Checkpoint::open(&folder.path)
+            .unwrap()
+            .config
+            .tie_word_embeddings
+    );
+}
+
+#[test]
+fn wrong_tensors_are_all_named() {
+    let folder = Folder::whole();
+    let mut all = tensors(&config(true));
+    all.remove("model.norm.weight");
+    all.insert(
+        "model.layers.0.self_attn.q_proj.bias".into(),
+        Tensor::zeros(8, DType::F32, &Device::Cpu).unwrap(),
+    );
+    let up = "model.layers.1.mlp.up_proj.weight";
+    all.insert(up.into(), all[up].t().unwrap().contiguous().unwrap());
+    let gate = "model.layers.1.mlp.gate_proj.weight";
+    all.insert(gate.into(), all[gate].to_dtype(DType::F64).unwrap());
+    folder.store(&all);
+    let message = folder.error();
+    for part in [
+        "4 tensor problem(s)",
+        "missing model.norm.weight [8]",
+        "unexpected model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.mlp.up_proj.weight has shape [8, 6], the config needs [6, 8]",
+        "model.layers.1.mlp.gate_proj.weight has dtype F64",
+        "model.safetensors",
+    ] {
+        assert!(message.contains(part), "{part} is not in: {message}");
+    }
+}
+
+#[test]
+fn values_that_are_no_numbers_are_named() {
+    for (bad, dtype) in [
+        (f32::NAN, DType::F32),
+        (f32::INFINITY, DType::BF16),
+        (f32::NAN, DType::F16),
+    ] {
+        let folder = Folder::whole();
+        let mut all = tensors(&config(true));
+        let name = "model.layers.0.mlp.down_proj.weight";
+        let mut data: Vec<f32> = all[name].flatten_all().unwrap().to_vec1().unwrap();
+        data[17] = bad;
+        let t = Tensor::from_vec(data, (8, 6), &Device::Cpu)
+            .unwrap()
+            .to_dtype(dtype)
+            .unwrap();
+        all.insert(name.into(), t);
+        folder.store(&all);
+        assert!(
+            folder.error().contains(name) && folder.error().contains("NaN"),
+            "{}",
+            folder.error()
+        );
+    }
+}
+
+#[test]
+fn damaged_files_are_named() {
+    let folder = Folder::whole();
+    let whole = fs::read(folder.weights()).unwrap();
+    let mut oversized = whole.clone();
+    oversized[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    for bytes in [
+        &whole[..whole.len() - 5],
+        &whole[..4],
+        &whole[..200],
+        &oversized,
+        b"",
+    ] {
+        fs::write(folder.weights(), bytes).unwrap();
+        assert!(
+            folder.error().contains("model.safetensors"),
+            "{}",
+            folder.error()
+        );
+    }
+    fs::remove_file(folder.weights()).unwrap();
+    assert!(
+        folder.error().contains("no .safetensors file"),
+        "{}",
+        folder.error()
+    );
+}
+
+/// Any byte changed, any tail lost: an error or a checkpoint, never a panic.
+#[test]
+fn damage_anywhere_never_panics() {
+    use rand::{RngExt, SeedableRng};
+    let folder = Folder::whole();
+    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(4);
+    for name in ["model.safetensors", "config.json"] {
+        let path = folder.path.join(name);
+        let whole = fs::read(&path).unwrap();
+        for _ in 0..200 {
+            let mut bytes = whole.clone();
+            match random.random_bool(0.3) {
+                true => bytes.truncate(random.random_range(0..bytes.len())),
+                false => {
+                    // Mostly the header, where damage is most telling.
+                    let at = random.random_range(0..bytes.len().min(1500));
+                    bytes[at] = random.random();
+                }
+            }
+            fs::write(&path, bytes).unwrap();
+            let _ = Checkpoint::open(&folder.path).and_then(|c| c.model(&Device::Cpu, DType::F32));
+        }
+        fs::write(&path, &whole).unwrap();
+    }
+}
+
+#[test]
+fn configs_that_cannot_work_are_named() {
+    for (field, value, part) in [
+        (
+            "model_type",
+            serde_json::json!("gpt2"),
+            "gpt2 is not supported",
+        ),
+        (
+            "hidden_size",
+            serde_json::json!("8"),
+            "hidden_size must be a whole number",
+        ),
+        (
+            "vocab_size",
+            serde_json::Value::Null,
+            "vocab_size is missing",
+        ),
+        (
+            "num_attention_heads",
+            serde_json::json!(3),
+            "multiple of num_key_value_heads",
+        ),
+        (
+            "num_key_value_heads",
+            serde_json::json!(0),
+            "num_key_value_heads 0",
+        ),
+        ("attention_bias", serde_json::json!(true), "attention_bias"),
+        ("hidden_act", serde_json::json!("gelu"), "gelu"),
+        ("num_hidden_layers", serde_json::json!(0), "layers"),
+        ("rms_norm_eps", serde_json::json!(-1.0), "rms_norm_eps -1"),
+    ] {
+        let folder = Folder::whole();
+        folder.set(
+            field,
+            if field == "num_key_value_heads" {
+                value.clone()
+            } else {
+                value
+            },
+        );
+        if field == "num_attention_heads" {
+            folder.set("num_key_value_heads", serde_json::json!(2));
+        }
+        let message = folder.error();
+        assert!(
+            message.contains(part) && message.contains("config.json"),
+            "{field}: {message}"
+        );
+    }
+}
+
+#[test]
+fn newer_versions_and_unknown_fields_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("m");
+    save(
+        &path,
+        Format::Zebroid,
+        &config(true),
+        &tensors(&config(true)),
+        None,
+        false,
+    )
+    .unwrap();
+    let file = path.join("config.json");
+    let whole = read_json(&file).unwrap();
+    for (field, part) in [("format_version", "newer"), ("hiden_size", "hiden_size")] {
+        let mut json = whole.clone();
+        json[field] = 99.into();
+        fs::write(&file, json.to_string()).unwrap();
+        let message = Checkpoint::open(&path).unwrap_err().to_string();
+        assert!(
+            message.contains(part) && message.contains("config.json"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn an_existing_output_is_kept_unless_forced() {
+    let folder = Folder::whole();
+    let (config, all) = (config(true), tensors(&config(true)));
+    let kept = folder.path.join("precious.txt");
+    fs::write(&kept, "mine").unwrap();
+    let message = save(&folder.path, Format::Llama, &config, &all, None, false)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains("already exists") && message.contains("--force"),
+        "{message}"
+    );
+    assert!(kept.exists());
+    save(&folder.path, Format::Llama, &config, &all, None, true).unwrap();
+    assert!(!kept.exists() && Checkpoint::open(&folder.path).is_ok());
+    leaves_nothing_behind(folder.path.parent().unwrap(), 1);
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_named() {
+    let root = tempfile::tempdir().unwrap();
+    let file = root.path().join("file");
+    fs::write(&file, "").unwrap();
+    let (config, all) = (config(true), tensors(&config(true)));
+    let message = save(&file.join("m"), Format::Llama, &config, &all, None, false)
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("file"), "{message}");
+    // A config that the format cannot say leaves nothing either.
+    let mut odd = config.clone();
+    odd.layers[1] = match &odd.layers[1] {
+        MixerConfig::Attention(a) => MixerConfig::Attention(AttentionConfig {
+            head_dim: 6,
+            ..a.clone()
+        }),
+        _ => unreachable!(),
+    };
+    let message = save(
+        &root.path().join("m"),
+        Format::Llama,
+        &odd,
+        &all,
+        None,
+        false,
+    )
+    .unwrap_err()
+    .to_string();
+    assert!(message.contains("layer 1"), "{message}");
+    leaves_nothing_behind(root.path(), 1);
+}
+
+/// A full disk, as far as a test can make one: `/dev/full` takes no byte.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_is_said() {
+    let target = Path::new("/dev/full");
+    let error = fs::write(target, "x")
+        .map_err(Error::io("cannot write", target))
+        .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("cannot write /dev/full: No space left"),
+        "{error}"
+    );
+}
+
+fn leaves_nothing_behind(folder: &Path, entries: usize) {
+    assert_eq!(
+        fs::read_dir(folder).unwrap().count(),
+        entries,
+        "temporary files are left"
+    );
+}

@@ -8,6 +8,7 @@ pub mod bench;
 pub mod compose;
 pub mod demo;
 pub mod device;
+pub mod embedded;
 pub mod eval;
 pub mod export;
 pub mod generate;

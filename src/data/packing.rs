@@ -1,6 +1,5 @@
 //! Documents packed into windows of equal length.
 
-use std::hash::{DefaultHasher, Hasher};
 use std::path::Path;
 
 use rand::SeedableRng;
@@ -9,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::{Tokenizer, read_texts};
+use crate::hash::Hash;
 use crate::op::Documents;
 use crate::{Error, Result};
 
@@ -85,7 +85,7 @@ impl Corpus {
     /// When there is not one batch of windows.
     pub fn check(&self, rows: usize, len: usize) -> Result<()> {
         let windows = self.windows(len);
-        if windows < rows {
+        if windows < rows.max(1) {
             return Err(Error::invalid(format!(
                 "the data has {} tokens: {windows} windows of {len}, a batch needs {rows}; \
                  give more data, or lower --batch-size or --seq-len",
@@ -97,11 +97,10 @@ impl Corpus {
 
     /// A fingerprint of tokens and borders, the same on every machine.
     pub fn hash(&self) -> String {
-        let mut hasher = DefaultHasher::new();
-        for value in self.tokens.iter().chain(&self.starts) {
-            hasher.write(&value.to_le_bytes());
-        }
-        format!("{:016x}", hasher.finish())
+        let values = self.tokens.iter().chain(&self.starts);
+        values
+            .fold(Hash::new(), |hash, v| hash.with(&v.to_le_bytes()))
+            .to_string()
     }
 
     /// Batch `index` of an endless shuffled order: every epoch is a fresh permutation of the windows, less

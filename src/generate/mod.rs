@@ -100,13 +100,17 @@ impl Engine {
                 finish_reason = "stop";
                 break;
             }
-            if let Some(piece) = stream.push(token)? {
-                text.push_str(&piece);
-                if !emit(&piece) {
-                    break;
-                }
+            let piece = stream.push(token)?;
+            text.push_str(&piece);
+            if !piece.is_empty() && !emit(&piece) {
+                break;
             }
             next = vec![token];
+        }
+        let rest = stream.finish()?;
+        if !rest.is_empty() {
+            text.push_str(&rest);
+            emit(&rest);
         }
         let decoding = (started.elapsed() - first).as_secs_f64();
         Ok(Generation {

@@ -7,15 +7,15 @@ use rand_chacha::ChaCha8Rng;
 use super::Story;
 
 const NAMES: [&str; 16] = [
-    "Lily", "Mia", "Anna", "Lucy", "Sue", "Emma", "Amy", "Kate", "Tom", "Ben", "Sam", "Tim", "Max", "Jack",
-    "Leo", "Bob",
+    "Lily", "Mia", "Anna", "Lucy", "Sue", "Emma", "Amy", "Kate", "Tom", "Ben", "Sam", "Tim", "Max",
+    "Jack", "Leo", "Bob",
 ];
 const COLOURS: [&str; 10] = [
     "red", "blue", "green", "yellow", "pink", "brown", "white", "black", "purple", "golden",
 ];
 const TOYS: [&str; 16] = [
-    "ball", "kite", "doll", "boat", "drum", "hat", "book", "cup", "car", "bell", "scarf", "train", "lamp",
-    "ring", "bag", "coat",
+    "ball", "kite", "doll", "boat", "drum", "hat", "book", "cup", "car", "bell", "scarf", "train",
+    "lamp", "ring", "bag", "coat",
 ];
 const PLACES: [&str; 10] = [
     "park", "river", "forest", "lake", "school", "beach", "market", "farm", "bridge", "hill",
@@ -104,7 +104,9 @@ impl Iterator for StoryGenerator {
         for pair in [characters, [characters[1], characters[0]]] {
             told.tell(pick(&FACTS, random), pair);
         }
-        let mut middle: Vec<&str> = (0..random.random_range(3..=5)).map(|_| pick(&RECALLS, random)).collect();
+        let mut middle: Vec<&str> = (0..random.random_range(3..=5))
+            .map(|_| pick(&RECALLS, random))
+            .collect();
         middle.extend((0..random.random_range(1..=2)).map(|_| pick(&FILLERS, random)));
         middle.shuffle(random);
         for template in middle {

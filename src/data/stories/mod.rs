@@ -30,10 +30,17 @@ impl Story {
     /// The story's tokens, and the index of the token that is each answer.
     pub fn encode(&self, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<usize>)> {
         let tokens = tokenizer.encode_with_offsets(&self.text)?;
-        let index = |start: usize| tokens.iter().position(|(_, range)| range.start == start && range.end > start);
+        let index = |start: usize| {
+            tokens
+                .iter()
+                .position(|(_, range)| range.start == start && range.end > start)
+        };
         let answers = self.recall.iter().map(|(start, end)| {
             index(*start).ok_or_else(|| {
-                Error::invalid(format!("no token begins with {:?} at byte {start}", &self.text[*start..*end]))
+                Error::invalid(format!(
+                    "no token begins with {:?} at byte {start}",
+                    &self.text[*start..*end]
+                ))
             })
         });
         let answers = answers.collect::<Result<_>>()?;
@@ -44,7 +51,8 @@ impl Story {
 /// Stories of `seed` as JSON lines with `text` and `recall`.
 pub fn to_jsonl(seed: u64, count: usize) -> String {
     let stories = StoryGenerator::new(seed).take(count);
-    let lines = stories.map(|story| serde_json::to_string(&story).expect("texts and numbers serialise") + "\n");
+    let lines = stories
+        .map(|story| serde_json::to_string(&story).expect("texts and numbers serialise") + "\n");
     lines.collect()
 }
 
@@ -76,7 +84,11 @@ mod tests {
         for story in stories(3, 500) {
             for (start, end) in &story.recall {
                 let answer = &story.text[*start..*end];
-                assert!(story.text[..*start].contains(answer), "{answer:?} in {}", story.text);
+                assert!(
+                    story.text[..*start].contains(answer),
+                    "{answer:?} in {}",
+                    story.text
+                );
                 answers += 1;
             }
         }
@@ -91,7 +103,10 @@ mod tests {
             assert_eq!(ids, tokenizer.encode(&story.text).unwrap());
             assert_eq!(tokenizer.decode(&ids).unwrap(), story.text);
             for (index, (start, end)) in answers.iter().zip(&story.recall) {
-                assert_eq!(tokenizer.decode(&ids[*index..index + 1]).unwrap(), story.text[*start..*end]);
+                assert_eq!(
+                    tokenizer.decode(&ids[*index..index + 1]).unwrap(),
+                    story.text[*start..*end]
+                );
             }
         }
     }

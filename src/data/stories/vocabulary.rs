@@ -28,7 +28,8 @@ const SAMPLE: usize = 5_000;
 
 /// The tokenizer of the stories, with `<s>` and `</s>`.
 pub fn tokenizer() -> Result<Tokenizer> {
-    let folder = tempfile::tempdir().map_err(Error::io("cannot create", Path::new("temporary folder")))?;
+    let folder =
+        tempfile::tempdir().map_err(Error::io("cannot create", Path::new("temporary folder")))?;
     write_tokenizer(folder.path())?;
     Tokenizer::open(folder.path())
 }

@@ -85,6 +85,11 @@ impl Ild {
         })
     }
 
+    #[cfg(test)]
+    pub(in crate::train) fn set_loss(&mut self, loss: IldLoss) {
+        self.loss = loss;
+    }
+
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         let mut candidates = serde_json::Map::new();
         for c in &self.candidates {

@@ -1,0 +1,278 @@
+//! The program as a person meets it: exit codes and messages for bad input.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const TEACHER: &str = "assets/teacher";
+
+pub fn zebroid(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_zebroid"));
+    command.args(args).env_remove("RUST_LOG").output().unwrap()
+}
+
+/// Runs and expects exit code `code`; returns what was said on standard error.
+fn fails(code: i32, args: &[&str]) -> String {
+    let output = zebroid(args);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+    assert!(!said.contains("panicked"), "{args:?}: {said}");
+    said
+}
+
+pub fn succeeds(args: &[&str]) -> String {
+    let output = zebroid(args);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A copy of the embedded teacher, to be damaged.
+fn copy(folder: &Path) -> PathBuf {
+    let to = folder.join("teacher");
+    std::fs::create_dir_all(&to).unwrap();
+    for entry in std::fs::read_dir(TEACHER).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+    to
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn help_has_examples_for_every_command() {
+    for command in [
+        &["demo"][..],
+        &["plan"],
+        &["compose"],
+        &["train"],
+        &["pretrain"],
+        &["eval", "kl"],
+        &["parity"],
+        &["generate"],
+        &["export"],
+        &["stories"],
+        &["bench", "train"],
+    ] {
+        let help = succeeds(&[command, &["--help"]].concat());
+        assert!(help.contains("Example"), "{command:?} has no example");
+        assert!(
+            help.contains(&format!("zebroid {}", command.join(" "))),
+            "{command:?}"
+        );
+    }
+}
+
+#[test]
+fn plans_from_a_config_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.json");
+    std::fs::copy(Path::new(TEACHER).join("config.json"), &config).unwrap();
+    let json = succeeds(&[
+        "plan",
+        text(&config),
+        "--mla",
+        "1",
+        "--kv-rank",
+        "32",
+        "--rope-dim",
+        "8",
+        "--json",
+    ]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["kv_ratio"], 40.0 / 1024.0);
+    assert_eq!(json["layers"].as_array().unwrap().len(), 4);
+    let table = succeeds(&[
+        "plan",
+        text(&config),
+        "--mla",
+        "1",
+        "--kv-rank",
+        "32",
+        "--rope-dim",
+        "8",
+    ]);
+    assert!(table.contains("KV ratio 3.91 %"), "{table}");
+}
+
+#[test]
+fn impossible_plans_are_refused_before_anything_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    for (flags, part) in [
+        (
+            &["--mla", "9"][..],
+            "layer 9 does not exist: the teacher has layers 0 to 3",
+        ),
+        (&["--mla", "1", "--kv-rank", "5000"], "kv_lora_rank 5000"),
+        (&["--mla", "1", "--rope-dim", "7"], "even"),
+        (&["--mla", "1", "--rope-dim", "64"], "head_dim 32"),
+        (&["--mla", "1", "--chunk-size", "0"], "chunk_size"),
+        (
+            &["--layers", "mla,mamba2"],
+            "names 2 layers, the teacher has 4",
+        ),
+    ] {
+        let said = fails(2, &[&["compose", TEACHER, text(&out)], flags].concat());
+        assert!(said.contains(part), "{said}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
+fn damaged_checkpoints_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = copy(folder.path());
+    let weights = teacher.join("model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &whole[..whole.len() / 2]).unwrap();
+    let said = fails(2, &["generate", text(&teacher)]);
+    assert!(
+        said.contains("model.safetensors") && said.contains("safetensors file"),
+        "{said}"
+    );
+    std::fs::write(&weights, &whole).unwrap();
+    std::fs::remove_file(teacher.join("tokenizer.json")).unwrap();
+    let said = fails(2, &["generate", text(&teacher)]);
+    assert!(said.contains("tokenizer.json"), "{said}");
+    let said = fails(2, &["generate", text(&folder.path().join("nowhere"))]);
+    assert!(said.contains("nowhere"), "{said}");
+}
+
+#[test]
+fn bad_data_lines_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data.jsonl");
+    let out = folder.path().join("out");
+    let train = [
+        "train",
+        "--stage",
+        "ild",
+        "--teacher",
+        TEACHER,
+        "--data",
+        text(&data),
+        text(&out),
+    ];
+    let said = fails(1, &train);
+    assert!(
+        said.contains("data.jsonl") && said.contains("No such file"),
+        "{said}"
+    );
+    for (content, part) in [
+        (
+            "{\"text\":\"a\"}\n\n{\"text\":\"b\"}\n",
+            "line 2: an empty line",
+        ),
+        ("{\"text\":\"a\"}\n{\"text\":", "line 2: not a JSON object"),
+        ("{\"body\":\"a\"}\n", "line 1"),
+        ("{\"text\":\"too little\"}\n", "a batch needs 16"),
+    ] {
+        std::fs::write(&data, content).unwrap();
+        let said = fails(2, &train);
+        assert!(said.contains(part), "{said}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
+fn flags_out_of_range_are_named() {
+    for (args, part) in [
+        (
+            &["generate", TEACHER, "--temperature", "-1"][..],
+            "temperature -1",
+        ),
+        (&["generate", TEACHER, "--top-p", "0"], "top_p 0"),
+        (&["generate", TEACHER, "--device", "tpu"], "--device tpu"),
+        (&["generate", TEACHER, "--device", "cuda:x"], "cuda:x"),
+    ] {
+        let said = fails(2, args);
+        assert!(said.contains(part), "{said}");
+    }
+    if !cfg!(feature = "cuda") {
+        let said = fails(2, &["generate", TEACHER, "--device", "cuda"]);
+        assert!(said.contains("built without cuda"), "{said}");
+    }
+}
+
+#[test]
+fn existing_outputs_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("mine"), "").unwrap();
+    let said = fails(2, &["compose", TEACHER, text(&out), "--mla", "1"]);
+    assert!(
+        said.contains("already exists") && said.contains("--force"),
+        "{said}"
+    );
+    assert!(out.join("mine").exists());
+    succeeds(&["compose", TEACHER, text(&out), "--mla", "1", "--force"]);
+    assert!(out.join("config.json").exists() && !out.join("mine").exists());
+}
+
+#[test]
+fn an_unwritable_output_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let said = fails(
+        1,
+        &["compose", TEACHER, text(&file.join("out")), "--mla", "1"],
+    );
+    assert!(said.contains("file"), "{said}");
+}
+
+#[test]
+fn parity_names_the_first_layer_that_departs() {
+    let folder = tempfile::tempdir().unwrap();
+    let golden = "tests/golden/llama/plain";
+    let expected = format!("{golden}/expected.safetensors");
+    let said = succeeds(&["parity", golden, &expected, "--json"]);
+    assert_eq!(
+        serde_json::from_str::<serde_json::Value>(&said).unwrap()["departs_at"],
+        serde_json::Value::Null
+    );
+    let said = fails(1, &["parity", golden, &expected, "--tolerance", "1e-12"]);
+    assert!(said.contains("departs at logits"), "{said}");
+    let other = folder.path().join("empty.safetensors");
+    std::fs::write(&other, b"\x02\0\0\0\0\0\0\0{}").unwrap();
+    assert!(fails(2, &["parity", golden, text(&other)]).contains("input_ids"));
+}
+
+#[test]
+fn generation_is_seeded_and_stops_at_max_tokens() {
+    let tell = |seed: &str| {
+        let json = succeeds(&[
+            "generate",
+            TEACHER,
+            "--temperature",
+            "1",
+            "--max-tokens",
+            "12",
+            "--seed",
+            seed,
+            "--json",
+        ]);
+        serde_json::from_str::<serde_json::Value>(&json).unwrap()
+    };
+    let (one, again) = (tell("1"), tell("1"));
+    assert_eq!(one["text"], again["text"]);
+    assert!(one["completion_tokens"].as_u64().unwrap() <= 12);
+    let streamed = succeeds(&[
+        "generate",
+        TEACHER,
+        "--temperature",
+        "1",
+        "--max-tokens",
+        "12",
+        "--seed",
+        "1",
+    ]);
+    assert_eq!(
+        streamed.trim_end(),
+        one["text"].as_str().unwrap().trim_end()
+    );
+}

@@ -1,0 +1,354 @@
+//! Outputs of other implementations: Hugging Face transformers (`llama/`, shipped with its script) and
+//! the reference implementation of the method (shared material).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use zebroid::checkpoint::{Checkpoint, Format, read_tensors, save};
+use zebroid::convert::{Init, PlanOptions, compose, plan};
+use zebroid::eval::parity::{max_difference, parity};
+use zebroid::mixer::MixerConfig;
+use zebroid::model::{Lm, Trace};
+use zebroid::op::loss::forward_kl;
+use zebroid::train::stage::ild::{IldLoss, layer_terms};
+use zebroid::weights::Weights;
+
+use crate::shared;
+
+const GOLDENS: [&str; 2] = ["zebra-2mla3m2", "zebra-1mla4m2-repeat"];
+
+fn model(folder: &Path) -> Lm {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    checkpoint.model(&Device::Cpu, DType::F32).unwrap()
+}
+
+/// RoPE plain, linear, llama3 (with its own head_dim) and YaRN; heads tied and untied.
+#[test]
+fn llama_logits_equal_transformers() {
+    for name in ["plain", "linear", "llama3", "yarn"] {
+        let folder = Path::new("tests/golden/llama").join(name);
+        let report = parity(&model(&folder), &folder.join("expected.safetensors")).unwrap();
+        assert!(report.logits.unwrap() < 1e-4, "{name}: {report:?}");
+    }
+}
+
+#[test]
+fn hybrids_equal_the_reference_implementation() {
+    let Some(shared) = shared("hybrid parity") else {
+        return;
+    };
+    for name in GOLDENS {
+        let folder = shared.join("golden").join(name);
+        let report = parity(&model(&folder), &folder.join("expected.safetensors")).unwrap();
+        assert_eq!(report.first_departure(1e-4), None, "{name}: {report:?}");
+        assert!(
+            report
+                .layers
+                .iter()
+                .all(|l| l.input.is_some() && l.mixer_out.is_some())
+        );
+    }
+}
+
+#[test]
+fn amd_to_ours_to_amd_is_bit_exact() {
+    let Some(shared) = shared("AMD round trip") else {
+        return;
+    };
+    for name in GOLDENS {
+        let folder = shared.join("golden").join(name);
+        let out = tempfile::tempdir().unwrap();
+        let step = |from: &Path, format: Format, to: &str| -> PathBuf {
+            let source = Checkpoint::open(from).unwrap();
+            let to = out.path().join(to);
+            save(
+                &to,
+                format,
+                &source.config,
+                &source.raw_tensors().unwrap(),
+                Some(from),
+                false,
+            )
+            .unwrap();
+            to
+        };
+        let ours = step(&folder, Format::Zebroid, "ours");
+        let back = step(&ours, Format::Amd, "amd");
+        assert_eq!(
+            Checkpoint::open(&ours).unwrap().config,
+            Checkpoint::open(&folder).unwrap().config
+        );
+        let json = |folder: &Path| -> serde_json::Value {
+            serde_json::from_slice(&std::fs::read(folder.join("hybrid_config.json")).unwrap())
+                .unwrap()
+        };
+        assert_eq!(json(&back), json(&folder), "{name}");
+        let tensors = |folder: &Path| read_tensors(&folder.join("model.safetensors")).unwrap();
+        let (before, after) = (tensors(&folder), tensors(&back));
+        assert!(before.keys().eq(after.keys()));
+        for (name, tensor) in &before {
+            let bits = |t: &Tensor| {
+                t.flatten_all()
+                    .unwrap()
+                    .to_vec1::<f32>()
+                    .unwrap()
+                    .into_iter()
+                    .map(f32::to_bits)
+            };
+            assert!(bits(tensor).eq(bits(&after[name])), "{name}");
+        }
+    }
+}
+
+/// The reference read its teacher in bf16 (its `init.*` tensors are the bf16-rounded weights, its
+/// teacher's logits carry bf16's steps), so initialisation starts from rounded weights here too.
+struct Initialised {
+    expected: BTreeMap<String, Tensor>,
+    teacher: Checkpoint,
+    rounded: Weights,
+    student: zebroid::model::ModelConfig,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+fn initialise(shared: &Path, name: &str) -> Initialised {
+    let folder = shared.join("golden").join(name);
+    let teacher = Checkpoint::open(&shared.join("teachers/stories260K")).unwrap();
+    let rounded = teacher.weights(DType::BF16, &Device::Cpu).unwrap();
+    let rounded = rounded.to_device(&Device::Cpu, DType::F32).unwrap();
+    let golden = Checkpoint::open(&folder).unwrap().config;
+    let mla: Vec<usize> = (0..5)
+        .filter(|i| golden.layers[*i].name() == "mla")
+        .collect();
+    let (yarn, repeat) = match name {
+        "zebra-2mla3m2" => ((4.0, 128), false),
+        _ => ((32.0, 512), true),
+    };
+    let student = plan(
+        &teacher.config,
+        &PlanOptions {
+            kv_lora_rank: Some(16),
+            q_lora_rank: Some(48),
+            yarn: Some(yarn),
+            repeat_kv_before_conv: repeat,
+            ..PlanOptions::new(PlanOptions::place(5, &mla, &[]).unwrap())
+        },
+    )
+    .unwrap();
+    assert_eq!(student.layers, golden.layers, "the plan is the golden's");
+    Initialised {
+        expected: read_tensors(&folder.join("init_expected.safetensors")).unwrap(),
+        tensors: compose(&teacher.config, &rounded, &student, Init::Reference, 0).unwrap(),
+        teacher,
+        rounded,
+        student,
+    }
+}
+
+#[test]
+fn reference_initialisation_equals_the_reference() {
+    let Some(shared) = shared("initialisation") else {
+        return;
+    };
+    for name in GOLDENS {
+        let init = initialise(&shared, name);
+        let theirs = |name: &str| &init.expected[&format!("init.{name}")];
+        let close = |a: &Tensor, b: &Tensor, what: &str| {
+            let gap = max_difference(a, b).unwrap();
+            assert!(gap < 1e-4, "{what}: {gap}");
+        };
+        for (i, layer) in init.student.layers.iter().enumerate() {
+            let at = format!("model.layers.{i}.{}.", layer.prefix());
+            let ours = |name: &str| &init.tensors[&format!("{at}{name}")];
+            let theirs = |name: &str| theirs(&format!("{at}{name}"));
+            match layer {
+                MixerConfig::Mla(c) => {
+                    let (r, rope) = (c.kv_lora_rank, c.qk_rope_head_dim);
+                    let product =
+                        |of: &dyn Fn(&str) -> Tensor, up: &str, down: &str, rank: usize| {
+                            of(up)
+                                .matmul(&of(down).narrow(0, 0, rank).unwrap())
+                                .unwrap()
+                        };
+                    for (up, down, rank) in [
+                        ("q_b_proj.weight", "q_a_proj.weight", c.q_lora_rank),
+                        ("kv_b_proj.weight", "kv_a_proj_with_mqa.weight", r),
+                    ] {
+                        let a = product(&|n| ours(n).clone(), up, down, rank);
+                        let b = product(&|n| theirs(n).clone(), up, down, rank);
+                        close(&a, &b, &format!("{at}{up} times {down}"));
+                    }
+                    // Their mean over heads was rounded to bf16.
+                    let key = |t: &Tensor| t.narrow(0, r, rope).unwrap();
+                    let down = "kv_a_proj_with_mqa.weight";
+                    let mean = key(ours(down)).to_dtype(DType::BF16).unwrap();
+                    close(&mean, &key(theirs(down)), &format!("{at}rotary key"));
+                    close(
+                        ours("out_proj.weight"),
+                        theirs("out_proj.weight"),
+                        &format!("{at}out_proj"),
+                    );
+                }
+                MixerConfig::Mamba2(c) => {
+                    let copied = 2 * c.num_kv_heads * c.head_dim + c.num_heads * c.d_state;
+                    let rows = |t: &Tensor| t.narrow(0, c.d_inner(), copied).unwrap();
+                    let name = "in_proj.weight";
+                    close(
+                        &rows(ours(name)),
+                        &rows(theirs(name)),
+                        &format!("{at}x, B and C"),
+                    );
+                    close(
+                        ours("out_proj.weight"),
+                        theirs("out_proj.weight"),
+                        &format!("{at}out_proj"),
+                    );
+                    // What is drawn at random lies in the reference's ranges.
+                    let range = |name: &str, low: f32, high: f32| {
+                        for t in [ours(name), theirs(name)] {
+                            let values = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                            assert!(
+                                values.iter().all(|v| (low..=high).contains(v)),
+                                "{at}{name}: {values:?}"
+                            );
+                        }
+                    };
+                    range("A_log", 0.0, 16f32.ln());
+                    range("dt_bias", -9.3, -2.2);
+                    range("conv1d.weight", -0.5, 0.5);
+                    range("D", 1.0, 1.0);
+                }
+                MixerConfig::Attention(_) => unreachable!("goldens have none"),
+            }
+        }
+        for copied in [
+            "model.embed_tokens.weight",
+            "model.norm.weight",
+            "model.layers.1.mlp.up_proj.weight",
+        ] {
+            close(&init.tensors[copied], theirs(copied), copied);
+        }
+    }
+}
+
+/// Their initialised hybrid, on the teacher's recorded states: both ILD terms of every layer, and the KL.
+#[test]
+fn ild_terms_and_kl_equal_the_reference() {
+    let Some(shared) = shared("ILD terms") else {
+        return;
+    };
+    for name in GOLDENS {
+        let init = initialise(&shared, name);
+        let get = |name: &str| init.expected[name].to_dtype(DType::F32).unwrap();
+        let weights = init
+            .expected
+            .iter()
+            .filter_map(|(name, t)| Some((name.strip_prefix("init.")?.to_owned(), t.clone())));
+        let student = Lm::new(&init.student, &Weights::new(weights.collect())).unwrap();
+        let teacher = Lm::new(&init.teacher.config, &init.rounded).unwrap();
+        let each = |t: Tensor| {
+            (0..t.dim(0).unwrap())
+                .map(|i| t.get(i).unwrap())
+                .collect::<Vec<_>>()
+        };
+        let trace = Trace {
+            hidden: each(get("teacher_hidden_states")),
+            mixer_out: each(get("teacher_mixer_out")),
+        };
+        let relative = |ours: f32, theirs: f32| (ours - theirs).abs() / theirs.abs();
+        let (hidden_terms, mixer_terms) = (get("ild_hidden_term"), get("ild_mixer_term"));
+        let mixed_on_teacher = get("init_mixer_out_on_teacher_input");
+        for (i, layer) in student.layers.iter().enumerate() {
+            let (out, mixed) = layer.forward(&trace.hidden[i], None).unwrap();
+            let gap = max_difference(&mixed, &mixed_on_teacher.get(i).unwrap()).unwrap();
+            assert!(
+                gap < 1e-4,
+                "{name}, mixer {i} on the teacher's input: {gap}"
+            );
+            let (hidden, mixer) =
+                layer_terms(&teacher, IldLoss::L2Norm, &trace, i, &out, &mixed).unwrap();
+            for (ours, theirs) in [(hidden, &hidden_terms), (mixer, &mixer_terms)] {
+                let (ours, theirs) = (
+                    ours.to_scalar().unwrap(),
+                    theirs.get(i).unwrap().to_scalar().unwrap(),
+                );
+                assert!(
+                    relative(ours, theirs) < 1e-3,
+                    "{name}, layer {i}: {ours} for {theirs}"
+                );
+            }
+        }
+        let ids = init.expected["input_ids"].to_dtype(DType::U32).unwrap();
+        let logits = student.forward(&ids, None).unwrap();
+        let gap = max_difference(&logits, &get("init_logits")).unwrap();
+        assert!(
+            gap < 1e-3,
+            "{name}: logits at initialisation differ by {gap}"
+        );
+        let rows = |t: &Tensor| t.squeeze(0).unwrap();
+        let kl = forward_kl(&rows(&get("teacher_logits")), &rows(&logits), 1.0).unwrap();
+        let kl = kl.mean_all().unwrap().to_scalar::<f32>().unwrap();
+        let theirs = get("kl_per_token")
+            .get(0)
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap();
+        assert!(relative(kl, theirs) < 1e-3, "{name}: KL {kl} for {theirs}");
+    }
+}
+
+/// The recorded teacher ran in bf16: ours, in f32, agrees as far as bf16 can say.
+#[test]
+fn teacher_logits_agree_with_the_bf16_recording() {
+    let Some(shared) = shared("teacher logits") else {
+        return;
+    };
+    for name in GOLDENS {
+        let init = initialise(&shared, name);
+        let recorded = init.expected["teacher_logits"]
+            .to_dtype(DType::F32)
+            .unwrap();
+        let steps = recorded
+            .to_dtype(DType::BF16)
+            .unwrap()
+            .to_dtype(DType::F32)
+            .unwrap();
+        assert_eq!(
+            max_difference(&recorded, &steps).unwrap(),
+            0.0,
+            "the recording is bf16"
+        );
+        let ids = init.expected["input_ids"].to_dtype(DType::U32).unwrap();
+        let teacher = Lm::new(&init.teacher.config, &init.rounded).unwrap();
+        let logits = teacher.forward(&ids, None).unwrap();
+        let rows = |t: &Tensor| t.squeeze(0).unwrap();
+        let kl = forward_kl(&rows(&logits), &rows(&recorded), 1.0)
+            .unwrap()
+            .mean_all()
+            .unwrap();
+        assert!(kl.to_scalar::<f32>().unwrap() < 2e-3, "{name}: {kl}");
+    }
+}
+
+#[test]
+fn stories260k_tells_its_story() {
+    let Some(shared) = shared("stories260K text") else {
+        return;
+    };
+    let folder = shared.join("teachers/stories260K");
+    let tokenizer = zebroid::data::Tokenizer::open(&folder).unwrap();
+    let engine = zebroid::generate::Engine::new(model(&folder), tokenizer).unwrap();
+    let params = zebroid::generate::SamplingParams {
+        max_tokens: 60,
+        ..Default::default()
+    };
+    let mut streamed = String::new();
+    let generation = engine.generate("", &params, &mut |piece| {
+        streamed += piece;
+        true
+    });
+    assert_eq!(generation.unwrap().text, streamed);
+    let beginning = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. \
+                     One day, she saw a big, red ball.";
+    assert!(streamed.starts_with(beginning), "{streamed}");
+}

@@ -1,0 +1,146 @@
+//! The main job, end to end, with the program itself: small enough for every test run.
+
+use std::path::Path;
+
+use crate::cli::{succeeds, zebroid};
+
+const TEACHER: &str = "assets/teacher";
+
+fn json(text: &str) -> serde_json::Value {
+    serde_json::from_str(text).unwrap()
+}
+
+#[test]
+fn stories_to_bank_to_hybrid_to_distilled() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+    succeeds(&["stories", &at("stories"), "--count", "400", "--seed", "7"]);
+    let data = at("stories/stories.jsonl");
+    let sizes = ["--kv-rank", "32", "--rope-dim", "8", "--q-rank", "96"];
+    let small = ["--seq-len", "128", "--batch-size", "4", "--tokens", "16384"];
+    let bank = at("bank");
+    let ild = [
+        "train",
+        "--stage",
+        "ild",
+        "--teacher",
+        TEACHER,
+        "--data",
+        &data,
+        &bank,
+        "--lr",
+        "5e-3",
+    ];
+    succeeds(&[&ild[..], &sizes, &small].concat());
+    let (untrained, hybrid, distilled) = (at("untrained"), at("hybrid"), at("distilled"));
+    succeeds(
+        &[
+            &["compose", TEACHER, &untrained, "--mla", "1,2"],
+            &sizes[..],
+        ]
+        .concat(),
+    );
+    succeeds(
+        &[
+            &["compose", TEACHER, &hybrid, "--mla", "1,2", "--bank", &bank],
+            &sizes[..],
+        ]
+        .concat(),
+    );
+    let kd = [
+        "train",
+        "--stage",
+        "kd",
+        "--teacher",
+        TEACHER,
+        "--student",
+        &hybrid,
+        "--data",
+        &data,
+        &distilled,
+    ];
+    let steps = succeeds(&[&kd[..], &["--lr", "2e-3", "--json"], &small].concat());
+    let last = json(steps.lines().last().unwrap());
+    assert_eq!(last["tokens"], 16384);
+    let kl = |student: &str| {
+        let eval = [
+            "eval",
+            "kl",
+            "--teacher",
+            TEACHER,
+            "--student",
+            student,
+            "--data",
+            &data,
+        ];
+        json(&succeeds(
+            &[&eval[..], &["--seq-len", "128", "--json"]].concat(),
+        ))
+    };
+    let [first, second, third] = [kl(&untrained), kl(&hybrid), kl(&distilled)];
+    let of = |report: &serde_json::Value| report["kl"].as_f64().unwrap();
+    assert!(
+        of(&second) < 0.8 * of(&first),
+        "ILD helps: {first} {second}"
+    );
+    assert!(of(&third) < of(&second), "KD helps: {second} {third}");
+    for name in ["kl", "ce_teacher", "ce_student", "agreement", "tokens"] {
+        assert!(third[name].is_number(), "{name}");
+    }
+    let text = succeeds(&[
+        "generate",
+        &distilled,
+        "--prompt",
+        "One day Tom and Mia",
+        "--max-tokens",
+        "10",
+    ]);
+    assert!(text.starts_with("One day Tom and Mia"), "{text}");
+    // AMD's format and back.
+    let (amd, ours) = (at("amd"), at("ours"));
+    succeeds(&["export", &distilled, &amd, "--format", "amd"]);
+    succeeds(&["export", &amd, &ours, "--format", "zebroid"]);
+    let weights =
+        |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();
+    assert_eq!(weights(&ours), weights(&distilled));
+}
+
+#[test]
+fn the_demo_runs_resumes_and_reports() {
+    let root = tempfile::tempdir().unwrap();
+    let out = root.path().join("demo");
+    let folder = out.to_str().unwrap();
+    let demo = [
+        "demo",
+        "--out",
+        folder,
+        "--ild-tokens",
+        "16384",
+        "--kd-tokens",
+        "16384",
+    ];
+    let said = succeeds(&demo);
+    for part in [
+        "KV ratio",
+        "perplexity retention",
+        "recall accuracy",
+        "tokens/s",
+        "teacher:",
+        "hybrid:",
+    ] {
+        assert!(said.contains(part), "{part} is missing: {said}");
+    }
+    let report = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(report.contains("<svg") && report.contains("Distillation") && !report.contains("http"));
+    // A finished demo is kept; one that lost its end goes on without training again.
+    assert_eq!(zebroid(&demo).status.code(), Some(2));
+    std::fs::remove_file(out.join("report.html")).unwrap();
+    let again = succeeds(&demo);
+    let figures = |said: &str| {
+        said.lines()
+            .filter(|l| l.contains('%'))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(figures(&said), figures(&again));
+}
