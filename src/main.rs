@@ -9,6 +9,7 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    zebroid::op::runtime::prepare();
     let cli = zebroid::cli::Cli::parse();
     match zebroid::cli::run(cli) {
         Ok(code) => code,

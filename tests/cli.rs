@@ -50,6 +50,7 @@ fn help_has_examples_for_every_command() {
         &["train"],
         &["pretrain"],
         &["eval", "kl"],
+        &["eval", "recall"],
         &["parity"],
         &["generate"],
         &["export"],

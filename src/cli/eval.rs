@@ -1,4 +1,4 @@
-//! `zebroid eval kl`.
+//! `zebroid eval kl` and `zebroid eval recall`.
 
 use std::path::PathBuf;
 
@@ -7,13 +7,17 @@ use candle_core::DType;
 use super::device::DeviceArg;
 use super::output::{progress, table, thousands};
 use crate::checkpoint::Checkpoint;
+use crate::data::stories::StoryGenerator;
 use crate::data::{Corpus, Packing, Tokenizer};
 use crate::eval::kl;
+use crate::eval::recall::recall;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Eval {
     /// A student against its teacher: KL, cross-entropies, top-1 agreement.
     Kl(KlArgs),
+    /// Whether a model of the generated stories remembers what they told.
+    Recall(RecallArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -46,7 +50,46 @@ pub struct KlArgs {
 pub fn run(command: Eval) -> anyhow::Result<()> {
     match command {
         Eval::Kl(args) => run_kl(args),
+        Eval::Recall(args) => run_recall(args),
     }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  zebroid eval recall ./runs/demo/distilled --count 400")]
+pub struct RecallArgs {
+    /// Checkpoint folder with the stories' tokenizer.
+    checkpoint: PathBuf,
+    /// Stories read.
+    #[arg(long, default_value_t = 400)]
+    count: usize,
+    /// Of the stories; 1 and 2 are what the embedded teacher and the demo learn from.
+    #[arg(long, default_value_t = 3)]
+    seed: u64,
+    #[command(flatten)]
+    device: DeviceArg,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
+    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
+    let report = recall(&lm, &tokenizer, &stories)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    let rows = [
+        vec![
+            "recall accuracy".into(),
+            format!("{:.2} %", 100.0 * report.accuracy),
+        ],
+        vec!["answers".into(), thousands(report.answers)],
+    ];
+    print!("{}", table(&["measure", "value"], &rows));
+    Ok(())
 }
 
 fn run_kl(args: KlArgs) -> anyhow::Result<()> {

@@ -23,7 +23,7 @@ pub struct Args {
     #[arg(long, default_value = "")]
     prompt: String,
     /// 0 takes the likeliest token.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f64,
     /// Only the K likeliest tokens; 0: all.
     #[arg(long, default_value_t = 0)]

@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "reference")]
     init: Init,
     /// What a layer is measured by (ild).
-    #[arg(long, value_enum, default_value = "relative_mse")]
+    #[arg(long, value_enum, default_value = "relative-mse")]
     loss: IldLoss,
     /// Softens both distributions (kd).
     #[arg(long, default_value_t = 1.0)]

@@ -67,7 +67,7 @@ impl Layer {
     }
 
     /// What follows the mixer: both residual additions and the MLP.
-    fn finish(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
+    pub fn finish(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
         let x = (x + mixed)?;
         let y = self
             .mlp

@@ -19,5 +19,6 @@ pub mod loss;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
+pub mod runtime;
 pub mod ssd;
 pub mod swiglu;
