@@ -30,9 +30,16 @@ fn random(shape: &[usize]) -> Tensor {
 }
 
 /// Times `op` on tensors of `shapes`, without and with gradients of all of them.
-fn bench(c: &mut Criterion, name: &str, shapes: &[&[usize]], op: &dyn Fn(&[Tensor]) -> Result<Tensor>) {
+fn bench(
+    c: &mut Criterion,
+    name: &str,
+    shapes: &[&[usize]],
+    op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+) {
     let plain: Vec<Tensor> = shapes.iter().map(|s| random(s)).collect();
-    c.bench_function(&format!("{name}/forward"), |b| b.iter(|| op(&plain).unwrap()));
+    c.bench_function(&format!("{name}/forward"), |b| {
+        b.iter(|| op(&plain).unwrap())
+    });
     let vars: Vec<Var> = plain.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let tracked: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     c.bench_function(&format!("{name}/forward+backward"), |b| {
@@ -41,20 +48,35 @@ fn bench(c: &mut Criterion, name: &str, shapes: &[&[usize]], op: &dyn Fn(&[Tenso
 }
 
 fn ops(c: &mut Criterion) {
-    let documents = Documents::new((0..B).flat_map(|_| (0..T as u32).map(|t| t / 100 * 100)).collect(), T);
+    let documents = Documents::new(
+        (0..B)
+            .flat_map(|_| (0..T as u32).map(|t| t / 100 * 100))
+            .collect(),
+        T,
+    );
     let documents = &documents;
-    bench(c, "linear", &[&[B, T, D], &[352, D]], &|i| linear(&i[0], &i[1]));
-    bench(c, "rms_norm", &[&[B, T, D], &[D]], &|i| rms_norm(&i[0], &i[1], 1e-5));
+    bench(c, "linear", &[&[B, T, D], &[352, D]], &|i| {
+        linear(&i[0], &i[1])
+    });
+    bench(c, "rms_norm", &[&[B, T, D], &[D]], &|i| {
+        rms_norm(&i[0], &i[1], 1e-5)
+    });
     bench(c, "gated_rms_norm", &[&[B, T, D], &[B, T, D], &[D]], &|i| {
         gated_rms_norm(&i[0], &i[1], &i[2], HEAD, 1e-5)
     });
-    bench(c, "swiglu", &[&[B, T, 352], &[B, T, 352]], &|i| swiglu(&i[0], &i[1]));
+    bench(c, "swiglu", &[&[B, T, 352], &[B, T, 352]], &|i| {
+        swiglu(&i[0], &i[1])
+    });
     let (cos, sin) = (random(&[T, HEAD / 2]), random(&[T, HEAD / 2]));
     for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
-        bench(c, &format!("rope {layout:?}"), &[&[B, T, H, HEAD]], &|i| rope(&i[0], &cos, &sin, layout));
+        bench(c, &format!("rope {layout:?}"), &[&[B, T, H, HEAD]], &|i| {
+            rope(&i[0], &cos, &sin, layout)
+        });
     }
     let heads: [&[usize]; 3] = [&[B, T, H, HEAD], &[B, T, G, HEAD], &[B, T, G, HEAD]];
-    bench(c, "attention", &heads, &|i| causal_attention(&i[0], &i[1], &i[2], 0.25, None));
+    bench(c, "attention", &heads, &|i| {
+        causal_attention(&i[0], &i[1], &i[2], 0.25, None)
+    });
     bench(c, "attention documents", &heads, &|i| {
         causal_attention(&i[0], &i[1], &i[2], 0.25, Some(documents))
     });
@@ -64,9 +86,12 @@ fn ops(c: &mut Criterion) {
         b.iter(|| causal_attention(&cache[0], &cache[1], &cache[2], 0.1, None).unwrap())
     });
     let channels = 2 * G * HEAD + H * HEAD;
-    bench(c, "causal_conv", &[&[B, T, channels], &[channels, 4], &[channels]], &|i| {
-        causal_conv(&i[0], &i[1], &i[2], true, Some(documents))
-    });
+    bench(
+        c,
+        "causal_conv",
+        &[&[B, T, channels], &[channels, 4], &[channels]],
+        &|i| causal_conv(&i[0], &i[1], &i[2], true, Some(documents)),
+    );
     let shape = SsdShape {
         heads: H,
         groups: G,
@@ -78,12 +103,24 @@ fn ops(c: &mut Criterion) {
         ssd(&i[0], &i[1], &i[2], shape, Some(documents))
     });
     let logits: [&[usize]; 2] = [&[B * T, VOCAB], &[B * T, VOCAB]];
-    bench(c, "forward_kl", &logits, &|i| forward_kl(&i[0].detach(), &i[1], 1.0));
+    bench(c, "forward_kl", &logits, &|i| {
+        forward_kl(&i[0].detach(), &i[1], 1.0)
+    });
     let targets = Tensor::zeros(B * T, DType::U32, &Device::Cpu).unwrap();
-    bench(c, "cross_entropy", &[&[B * T, VOCAB]], &|i| cross_entropy(&i[0], &targets));
-    bench(c, "relative_mse", &[&[B * T, D], &[B * T, D]], &|i| relative_mse(&i[0], &i[1].detach()));
-    bench(c, "mean_l2", &[&[B * T, D], &[B * T, D]], &|i| mean_l2(&i[0], &i[1].detach()));
-    let (param, grad, moments) = (random(&[1_000_000]), random(&[1_000_000]), random(&[2, 1_000_000]));
+    bench(c, "cross_entropy", &[&[B * T, VOCAB]], &|i| {
+        cross_entropy(&i[0], &targets)
+    });
+    bench(c, "relative_mse", &[&[B * T, D], &[B * T, D]], &|i| {
+        relative_mse(&i[0], &i[1].detach())
+    });
+    bench(c, "mean_l2", &[&[B * T, D], &[B * T, D]], &|i| {
+        mean_l2(&i[0], &i[1].detach())
+    });
+    let (param, grad, moments) = (
+        random(&[1_000_000]),
+        random(&[1_000_000]),
+        random(&[2, 1_000_000]),
+    );
     let moments = moments.abs().unwrap();
     let hyper = AdamW {
         lr: 1e-6,

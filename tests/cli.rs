@@ -226,6 +226,31 @@ fn an_unwritable_output_is_named() {
     assert!(said.contains("file"), "{said}");
 }
 
+/// A disk that takes no more, as far as a shell can make one: files may not pass 256 KiB.
+#[test]
+#[cfg(unix)]
+fn a_full_disk_is_said_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let program = env!("CARGO_BIN_EXE_zebroid");
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 256; exec {program} compose {TEACHER} {} --mla 1",
+        text(&out)
+    );
+    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("cannot write") && said.contains("model.safetensors"),
+        "{said}"
+    );
+    assert_eq!(
+        std::fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "something is left"
+    );
+}
+
 #[test]
 fn parity_names_the_first_layer_that_departs() {
     let folder = tempfile::tempdir().unwrap();

@@ -144,3 +144,50 @@ fn the_demo_runs_resumes_and_reports() {
     };
     assert_eq!(figures(&said), figures(&again));
 }
+
+/// Ctrl-C in the middle: the step is finished and saved, and the same command goes on from there.
+#[test]
+#[cfg(unix)]
+fn an_interrupted_training_goes_on() {
+    use std::process::{Command, Stdio};
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+    succeeds(&["stories", &at("stories"), "--count", "300"]);
+    let (data, stories) = (at("stories/stories.jsonl"), at("stories"));
+    let train = |out: &str| -> Vec<String> {
+        let line = format!(
+            "pretrain {out} --data {data} --tokenizer {stories} --num-layers 2 --hidden-size 32 \
+             --intermediate-size 64 --num-heads 2 --num-kv-heads 1 --seq-len 64 --batch-size 4 --tokens 76800"
+        );
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    let (straight, broken) = (at("straight"), at("broken"));
+    let strs = |args: &[String]| succeeds(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    strs(&train(&straight));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_zebroid"))
+        .args(train(&broken))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let metrics = root.path().join("broken.partial/metrics.jsonl");
+    while std::fs::read_to_string(&metrics).map_or(0, |t| t.lines().count()) < 5 {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it could be interrupted"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.contains("is saved in"), "{said}");
+    assert!(!Path::new(&broken).exists());
+    strs(&train(&broken));
+    let weights =
+        |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();
+    assert_eq!(weights(&straight), weights(&broken));
+}

@@ -456,22 +456,6 @@ fn a_place_that_cannot_be_written_is_named() {
     leaves_nothing_behind(root.path(), 1);
 }
 
-/// A full disk, as far as a test can make one: `/dev/full` takes no byte.
-#[test]
-#[cfg(target_os = "linux")]
-fn a_full_disk_is_said() {
-    let target = Path::new("/dev/full");
-    let error = fs::write(target, "x")
-        .map_err(Error::io("cannot write", target))
-        .unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .starts_with("cannot write /dev/full: No space left"),
-        "{error}"
-    );
-}
-
 fn leaves_nothing_behind(folder: &Path, entries: usize) {
     assert_eq!(
         fs::read_dir(folder).unwrap().count(),
