@@ -168,26 +168,20 @@ class Mamba2(nn.Module):
         return self.out_proj(y.flatten(2) * self.norm_weight)
 
 
-class SwiGlu(nn.Module):
-    def __init__(self, hidden, inner):
-        super().__init__()
-        self.gate_proj, self.up_proj = linear(hidden, inner), linear(hidden, inner)
-        self.down_proj = linear(inner, hidden)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
     def __init__(self, config, mixer):
         super().__init__()
-        self.self_attn, self.mlp = mixer, SwiGlu(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.self_attn = mixer
+        self.mlp = nn.ModuleDict({"gate_proj": linear(hidden, inner), "up_proj": linear(hidden, inner),
+                                  "down_proj": linear(inner, hidden)})
+        self.input_layernorm = nn.RMSNorm(hidden, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, config.rms_norm_eps)
 
     def forward(self, x):
         x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        h = self.post_attention_layernorm(x)
+        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
 
 
 class LanguageModel(nn.Module):
@@ -263,8 +257,8 @@ def main():
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
     def clock():
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        if args.device != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     steps = []

@@ -81,13 +81,13 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     let tensors = compose(&teacher.config, &weights, &student, Init::Reference, 0)?;
     let weights = Weights::new(tensors).to_device(&device, DType::F32)?;
     let lm = teacher.model(&device, DType::F32)?;
-    let mut stage = Stage::Kd(Kd::new(
+    let mut stage = Stage::Kd(Box::new(Kd::new(
         lm,
         String::new(),
         &student,
         &weights,
         KdConfig::default(),
-    )?);
+    )?));
     let hyper = AdamW {
         lr: 1e-4,
         beta1: 0.9,

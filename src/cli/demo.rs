@@ -273,13 +273,13 @@ impl Demo {
         self.stage("distilled", &config, || {
             let student = Checkpoint::open(&self.path("hybrid"))?;
             let hash = checkpoint::fingerprint(&self.teacher.config, weights)?;
-            Ok(Stage::Kd(Kd::new(
+            Ok(Stage::Kd(Box::new(Kd::new(
                 self.teacher.model(&self.device, DType::F32)?,
                 hash,
                 &student.config,
                 &student.weights(DType::F32, &self.device)?,
                 KdConfig::default(),
-            )?))
+            )?)))
         })
     }
 

@@ -240,11 +240,11 @@ fn kd(args: &Args, teacher: &Checkpoint, device: &Device) -> Result<Stage> {
     };
     let hash =
         checkpoint::fingerprint(&teacher.config, &teacher.weights(DType::F32, &Device::Cpu)?)?;
-    Ok(Stage::Kd(Kd::new(
+    Ok(Stage::Kd(Box::new(Kd::new(
         teacher.model(device, DType::F32)?,
         hash,
         &student.config,
         &student.weights(DType::F32, device)?,
         config,
-    )?))
+    )?)))
 }

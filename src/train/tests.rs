@@ -135,7 +135,9 @@ fn stages() -> Vec<(&'static str, Stage)> {
         ),
         (
             "kd",
-            Stage::Kd(Kd::new(teacher().0, "t".into(), &config, &weights, kd).unwrap()),
+            Stage::Kd(Box::new(
+                Kd::new(teacher().0, "t".into(), &config, &weights, kd).unwrap(),
+            )),
         ),
     ]
 }

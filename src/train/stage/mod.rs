@@ -43,7 +43,7 @@ impl Laps {
 
 pub enum Stage {
     Ild(Ild),
-    Kd(Kd),
+    Kd(Box<Kd>),
     Pretrain(Pretrain),
 }
 
