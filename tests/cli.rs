@@ -210,7 +210,16 @@ fn existing_outputs_are_kept() {
         "{said}"
     );
     assert!(out.join("mine").exists());
-    succeeds(&["compose", TEACHER, text(&out), "--mla", "1", "--force"]);
+    succeeds(&[
+        "compose",
+        TEACHER,
+        text(&out),
+        "--mla",
+        "1",
+        "--init",
+        "reference",
+        "--force",
+    ]);
     assert!(out.join("config.json").exists() && !out.join("mine").exists());
 }
 
@@ -234,7 +243,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     let out = folder.path().join("out");
     let program = env!("CARGO_BIN_EXE_zebroid");
     let script = format!(
-        "trap '' XFSZ; ulimit -f 256; exec {program} compose {TEACHER} {} --mla 1",
+        "trap '' XFSZ; ulimit -f 256; exec {program} compose {TEACHER} {} --mla 1 --init reference",
         text(&out)
     );
     let output = Command::new("bash").args(["-c", &script]).output().unwrap();

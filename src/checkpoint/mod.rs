@@ -116,18 +116,6 @@ impl Checkpoint {
         Ok(tensors)
     }
 
-    /// A model of tensors that were just composed.
-    pub fn lm(
-        config: &ModelConfig,
-        tensors: BTreeMap<String, Tensor>,
-        device: &Device,
-    ) -> Result<Lm> {
-        Lm::new(
-            config,
-            &Weights::new(tensors).to_device(device, DType::F32)?,
-        )
-    }
-
     /// The model, ready to run.
     pub fn model(&self, device: &Device, dtype: DType) -> Result<Lm> {
         Lm::new(&self.config, &self.weights(dtype, device)?)

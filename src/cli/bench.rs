@@ -78,8 +78,13 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     let teacher = Checkpoint::open(&args.teacher)?;
     let student = args.plan.student(&teacher.config)?;
     let weights = teacher.weights(DType::F32, &candle_core::Device::Cpu)?;
-    let tensors = compose(&teacher.config, &weights, &student, Init::Reference, 0)?;
-    let weights = Weights::new(tensors).to_device(&device, DType::F32)?;
+    let composed = compose(
+        &teacher.config,
+        &weights,
+        &student,
+        &Init::Reference { seed: 0 },
+    )?;
+    let weights = Weights::new(composed.tensors).to_device(&device, DType::F32)?;
     let lm = teacher.model(&device, DType::F32)?;
     let mut stage = Stage::Kd(Box::new(Kd::new(
         lm,

@@ -4,13 +4,16 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device};
 
+use super::init::{InitArgs, init};
+use super::output::table;
 use super::plan::{PlanArgs, as_table};
 use crate::checkpoint::{self, Checkpoint, Format};
-use crate::convert::{Init, compose, compose_from_bank};
+use crate::convert::{compose, compose_from_bank};
 
 /// Make a hybrid at initialisation, or from the trained layers of an ILD bank.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
+    zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --calibration train.jsonl\n  \
     zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --init reference\n  \
     zebroid compose ./teacher ./hybrid --mla 2 --bank ./bank")]
 pub struct Args {
@@ -20,9 +23,8 @@ pub struct Args {
     out: PathBuf,
     #[command(flatten)]
     plan: PlanArgs,
-    /// How mixers are born from attention weights.
-    #[arg(long, value_enum, default_value = "reference")]
-    init: Init,
+    #[command(flatten)]
+    init: InitArgs,
     /// Take whole layers from this ILD bank (a result of train --stage ild).
     #[arg(long)]
     bank: Option<PathBuf>,
@@ -42,19 +44,34 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let teacher = Checkpoint::open(&args.teacher)?;
     let student = args.plan.student(&teacher.config)?;
     let weights = teacher.weights(DType::F32, &Device::Cpu)?;
-    let tensors = match &args.bank {
-        None => compose(&teacher.config, &weights, &student, args.init, args.seed)?,
+    let composed = match &args.bank {
+        None => {
+            let text = args.init.text(&args.teacher, None)?;
+            compose(&teacher.config, &weights, &student, &init(&text, args.seed))?
+        }
         Some(bank) => compose_from_bank(&weights, &student, &open_bank(bank)?)?,
     };
     checkpoint::save(
         &args.out,
         args.format,
-        &student,
-        &tensors,
+        &composed.config,
+        &composed.tensors,
         Some(&args.teacher),
         args.force,
     )?;
-    print!("{}", as_table(&teacher.config, &student));
+    print!("{}", as_table(&teacher.config, &composed.config));
+    let rows: Vec<_> = composed
+        .errors
+        .iter()
+        .enumerate()
+        .filter_map(|(i, error)| error.map(|e| vec![i.to_string(), format!("{e:.4}")]))
+        .collect();
+    if !rows.is_empty() {
+        print!(
+            "\n{}",
+            table(&["layer", "relative error of the mixer's output"], &rows)
+        );
+    }
     println!("written to {}", args.out.display());
     Ok(())
 }

@@ -8,13 +8,14 @@ use candle_core::{DType, Device};
 
 use super::compose::open_bank;
 use super::device::DeviceArg;
+use super::init::calibration_batch;
 use super::output::{progress, show_step, table, thousands};
 use super::plan::as_table;
 use super::{embedded, interrupt};
 use crate::checkpoint::{self, Checkpoint, Format};
-use crate::convert::{Init, LayerKind, PlanOptions, compose, compose_from_bank, plan};
+use crate::convert::{Composed, Init, LayerKind, PlanOptions, compose, compose_from_bank, plan};
 use crate::data::stories::{self, Story, StoryGenerator};
-use crate::data::{Corpus, Packing, Tokenizer};
+use crate::data::{Batch, Corpus, Packing, Tokenizer};
 use crate::eval::kl::{self, KlReport};
 use crate::eval::recall::{RecallReport, recall};
 use crate::eval::report::{Report, Series};
@@ -56,6 +57,7 @@ pub struct Args {
 
 const SEQ_LEN: usize = 256;
 const BATCH: usize = 16;
+const CALIBRATION_TOKENS: usize = 16_384;
 /// The teacher learned from seed 1.
 const TRAIN_SEED: u64 = 2;
 const HELD_OUT_SEED: u64 = 3;
@@ -70,32 +72,28 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     print!("{}", as_table(&demo.teacher.config, &demo.student));
 
     let weights = demo.teacher.weights(DType::F32, &Device::Cpu)?;
-    let untrained = compose(
-        &demo.teacher.config,
+    let reference = demo.compose(
         &weights,
         &demo.student,
-        Init::Reference,
-        args.seed,
+        &Init::Reference { seed: args.seed },
     )?;
-    let untrained = demo.evaluate(&Checkpoint::lm(&demo.student, untrained, &demo.device)?)?;
+    let reference = demo.evaluate(&demo.lm(reference)?)?;
+    let refined = demo.compose(&weights, &demo.student, &demo.refined())?;
+    let untrained = demo.evaluate(&demo.lm(refined)?)?;
     let ild = demo.ild(&args, &weights)?;
     let hybrid = compose_from_bank(&weights, &demo.student, &open_bank(&demo.path("bank"))?)?;
-    let after_ild = demo.evaluate(&Checkpoint::lm(
-        &demo.student,
-        hybrid.clone(),
-        &demo.device,
-    )?)?;
-    if !demo.path("hybrid").exists() {
-        let source = Some(demo.teacher.folder.as_path());
+    let (out, source) = (demo.path("hybrid"), Some(demo.teacher.folder.as_path()));
+    if !out.exists() {
         checkpoint::save(
-            &demo.path("hybrid"),
+            &out,
             Format::Zebroid,
-            &demo.student,
-            &hybrid,
+            &hybrid.config,
+            &hybrid.tensors,
             source,
             false,
         )?;
     }
+    let after_ild = demo.evaluate(&demo.lm(hybrid)?)?;
     let kd = demo.kd(&args, &weights)?;
     let distilled = Checkpoint::open(&demo.path("distilled"))?.model(&demo.device, DType::F32)?;
     let after_kd = demo.evaluate(&distilled)?;
@@ -108,7 +106,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let results = Results {
         kv_ratio: demo.student.kv_ratio(&demo.teacher.config),
         stages: [
-            ("untrained", untrained),
+            ("untrained, as published", reference),
+            ("untrained, refined", untrained),
             ("after ILD", after_ild),
             ("after KD", after_kd),
         ],
@@ -133,6 +132,8 @@ struct Demo {
     train: Corpus,
     validation: Corpus,
     held_out: Vec<Story>,
+    /// What the initialisation is fitted to.
+    calibration: Batch,
 }
 
 impl Demo {
@@ -162,9 +163,9 @@ impl Demo {
             HELD_OUT_SEED,
             HELD_OUT_STORIES,
         )?;
+        let train = Corpus::load(&out.join("train.jsonl"), &tokenizer, Packing::Documents)?;
         Ok(Self {
             device: args.device.get()?,
-            train: Corpus::load(&out.join("train.jsonl"), &tokenizer, Packing::Documents)?,
             validation: Corpus::load(
                 &out.join("validation.jsonl"),
                 &tokenizer,
@@ -173,6 +174,8 @@ impl Demo {
             held_out: StoryGenerator::new(HELD_OUT_SEED)
                 .take(HELD_OUT_STORIES)
                 .collect(),
+            calibration: calibration_batch(&train, CALIBRATION_TOKENS)?,
+            train,
             teacher,
             student,
             tokenizer,
@@ -182,6 +185,21 @@ impl Demo {
 
     fn path(&self, name: &str) -> PathBuf {
         self.out.join(name)
+    }
+
+    fn refined(&self) -> Init<'_> {
+        Init::Refined {
+            text: &self.calibration,
+        }
+    }
+
+    fn compose(&self, weights: &Weights, student: &ModelConfig, init: &Init) -> Result<Composed> {
+        compose(&self.teacher.config, weights, student, init)
+    }
+
+    fn lm(&self, composed: Composed) -> Result<crate::model::Lm> {
+        let weights = Weights::new(composed.tensors).to_device(&self.device, DType::F32)?;
+        crate::model::Lm::new(&composed.config, &weights)
     }
 
     fn evaluate(&self, student: &crate::model::Lm) -> Result<KlReport> {
@@ -247,15 +265,9 @@ impl Demo {
                     &self.teacher.config,
                     &embedded::plan_options(vec![kind; layers]),
                 )?;
-                let born = compose(
-                    &self.teacher.config,
-                    weights,
-                    &config,
-                    Init::Reference,
-                    args.seed,
-                )?;
-                let born = Weights::new(born).to_device(&self.device, DType::F32)?;
-                candidates.push((name.to_owned(), config, born));
+                let born = self.compose(weights, &config, &self.refined())?;
+                let weights = Weights::new(born.tensors).to_device(&self.device, DType::F32)?;
+                candidates.push((name.to_owned(), born.config, weights));
             }
             let hash = checkpoint::fingerprint(&self.teacher.config, weights)?;
             let teacher = self.teacher.model(&self.device, DType::F32)?;
@@ -308,7 +320,7 @@ fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
 
 struct Results {
     kv_ratio: f64,
-    stages: [(&'static str, KlReport); 3],
+    stages: [(&'static str, KlReport); 4],
     /// Teacher, hybrid.
     recalls: [RecallReport; 2],
     /// Teacher, hybrid.
@@ -320,7 +332,7 @@ struct Results {
 
 impl Results {
     fn rows(&self) -> Vec<Vec<String>> {
-        let [_, _, (_, last)] = &self.stages;
+        let [(_, reference), (_, untrained), _, (_, last)] = &self.stages;
         let [teacher, hybrid] = &self.recalls;
         let speed = |m: &[StepMetrics]| {
             m.last()
@@ -335,6 +347,11 @@ impl Results {
                 "KL to the teacher (nats/token)",
                 "0".into(),
                 format!("{:.4}", last.kl),
+            ),
+            row(
+                "  untrained: as published, refined",
+                String::new(),
+                format!("{:.3}, {:.3}", reference.kl, untrained.kl),
             ),
             row("top-1 agreement", percent(1.0), percent(last.agreement)),
             row(

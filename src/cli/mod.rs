@@ -12,6 +12,7 @@ pub mod embedded;
 pub mod eval;
 pub mod export;
 pub mod generate;
+pub mod init;
 pub mod interrupt;
 pub mod output;
 pub mod parity;

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 
 use super::device::DeviceArg;
+use super::init::{InitArgs, init};
 use super::interrupt;
 use super::output::{progress, show_step};
 use super::plan::PlanArgs;
 use crate::checkpoint::{self, Checkpoint};
-use crate::convert::{Init, LayerKind, compose};
+use crate::convert::{LayerKind, compose};
 use crate::data::{Corpus, Packing, Tokenizer};
 use crate::train::stage::ild::{Ild, IldLoss};
 use crate::train::stage::kd::{Kd, KdConfig};
@@ -39,9 +40,8 @@ pub struct Args {
     /// Sizes of the bank's candidates (ild).
     #[command(flatten)]
     plan: PlanArgs,
-    /// How the bank's mixers are born (ild).
-    #[arg(long, value_enum, default_value = "reference")]
-    init: Init,
+    #[command(flatten)]
+    init: InitArgs,
     /// What a layer is measured by (ild).
     #[arg(long, value_enum, default_value = "relative-mse")]
     loss: IldLoss,
@@ -210,19 +210,20 @@ fn ild(args: &Args, teacher: &Checkpoint, device: &Device) -> Result<Stage> {
     let layers = teacher.config.layers.len();
     let mut candidates = Vec::new();
     let weights = teacher.weights(DType::F32, &Device::Cpu)?;
+    let text = args.init.text(&args.teacher, Some(&args.data))?;
     for (name, kind) in [("mla", LayerKind::Mla), ("mamba2", LayerKind::Mamba2)] {
         let mut plan = args.plan.clone();
         plan.layers = Some(vec![kind; layers]);
         let config = plan.student(&teacher.config)?;
-        let tensors = compose(
+        let composed = compose(
             &teacher.config,
             &weights,
             &config,
-            args.init,
-            args.train.seed,
+            &init(&text, args.train.seed),
         )?;
-        let weights = crate::weights::Weights::new(tensors).to_device(device, DType::F32)?;
-        candidates.push((name.to_owned(), config, weights));
+        let weights =
+            crate::weights::Weights::new(composed.tensors).to_device(device, DType::F32)?;
+        candidates.push((name.to_owned(), composed.config, weights));
     }
     let lm = teacher.model(device, DType::F32)?;
     let hash = checkpoint::fingerprint(&teacher.config, &weights)?;

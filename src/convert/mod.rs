@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+use crate::data::Batch;
+use crate::mixer::calibration::{Fitted, Sample};
 use crate::mixer::{self, AttentionWeights, MixerConfig};
-use crate::model::ModelConfig;
+use crate::model::{Lm, ModelConfig};
+use crate::op::Documents;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -14,17 +17,24 @@ mod plan;
 pub use plan::{LayerKind, PlanOptions, plan};
 
 /// How mixers are born from attention weights.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
-)]
-#[serde(rename_all = "snake_case")]
-pub enum Init {
-    /// As published (spec 1.2, 1.3).
-    Reference,
+pub enum Init<'a> {
+    /// As published (spec 1.2, 1.3); what it draws follows from the seed.
+    Reference { seed: u64 },
+    /// Fitted to the teacher's mixers on a batch of text.
+    Refined { text: &'a Batch },
 }
 
-/// All tensors of `student` from the teacher's: MLPs, norms, embedding and head copied, mixers converted.
-/// The same seed gives the same weights.
+/// What composing gives.
+pub struct Composed {
+    /// The plan; where a mixer turned by frequencies of its own, its config says so.
+    pub config: ModelConfig,
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Relative squared error of each fitted mixer's output on the text; `None` where nothing was fitted.
+    pub errors: Vec<Option<f64>>,
+}
+
+/// All tensors of `student` from the teacher's: MLPs, norms, embedding and head copied, mixers converted
+/// in f32 on the CPU, layer by layer.
 ///
 /// # Errors
 /// When a layer of the plan cannot be born from the teacher's layer.
@@ -32,47 +42,97 @@ pub fn compose(
     teacher: &ModelConfig,
     weights: &Weights,
     student: &ModelConfig,
-    init: Init,
-    seed: u64,
-) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors = BTreeMap::new();
+    init: &Init,
+) -> Result<Composed> {
+    let mut composed = Composed {
+        config: student.clone(),
+        tensors: BTreeMap::new(),
+        errors: Vec::new(),
+    };
     for (name, _) in student.params() {
         if weights.contains(&name) {
-            tensors.insert(name.clone(), weights.get(&name)?);
+            composed.tensors.insert(name.clone(), weights.get(&name)?);
         }
     }
+    let mut teaching = match init {
+        Init::Reference { .. } => None,
+        Init::Refined { text } => Some(Teaching::new(teacher, weights, text)?),
+    };
     for (i, config) in student.layers.iter().enumerate() {
         let prefix = format!("model.layers.{i}");
         let source = weights.at(&prefix).at(teacher.layers[i].prefix());
-        let born = match config {
+        let sample = teaching.as_mut().map(|t| t.layer(i)).transpose()?;
+        let attention = || AttentionWeights::new(teacher.attention(i)?, &source);
+        let fitted = |f: Fitted| (f.tensors, Some(f.error));
+        let (born, error) = match (config, init, &sample) {
             // Copied above, under the same names.
-            MixerConfig::Attention(_) => continue,
-            MixerConfig::Mla(c) => {
-                let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
-                match init {
-                    Init::Reference => mixer::mla::reference(c, &attention)?,
-                }
+            (MixerConfig::Attention(_), ..) => (Vec::new(), None),
+            (MixerConfig::Mla(c), Init::Reference { .. }, _) => {
+                (mixer::mla::reference(c, &attention()?)?, None)
             }
-            MixerConfig::Mamba2(c) => {
-                let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
+            (MixerConfig::Mamba2(c), Init::Reference { seed }, _) => {
                 // Each layer draws from a stream of its own.
                 let seed = seed
                     .wrapping_mul(0x9E37_79B9_7F4A_7C15)
                     .wrapping_add(i as u64);
-                match init {
-                    Init::Reference => mixer::mamba2::reference(c, &attention, seed)?,
-                }
+                (mixer::mamba2::reference(c, &attention()?, seed)?, None)
+            }
+            (MixerConfig::Mla(c), Init::Refined { .. }, Some(sample)) => {
+                let (config, fit) = mixer::mla::refined(c, &attention()?, sample)?;
+                composed.config.layers[i] = MixerConfig::Mla(config);
+                fitted(fit)
+            }
+            (MixerConfig::Mamba2(c), Init::Refined { .. }, Some(sample)) => {
+                fitted(mixer::mamba2::refined(c, &attention()?, sample)?)
+            }
+            (_, Init::Refined { .. }, None) => {
+                unreachable!("a refined initialisation has a sample of each layer")
             }
         };
+        composed.errors.push(error);
         for (name, tensor) in born {
-            tensors.insert(format!("{prefix}.{}.{name}", config.prefix()), tensor);
+            composed
+                .tensors
+                .insert(format!("{prefix}.{}.{name}", config.prefix()), tensor);
         }
     }
-    Ok(tensors)
+    Ok(composed)
 }
 
-/// All tensors of `student`, every layer taken whole (mixer, MLP and norms) from the bank's model of that
-/// mixer; embedding, final norm and head from the teacher (spec 1.1).
+/// The teacher on its way through the text, one layer at a time.
+struct Teaching {
+    lm: Lm,
+    hidden: Tensor,
+    documents: Documents,
+}
+
+impl Teaching {
+    fn new(teacher: &ModelConfig, weights: &Weights, text: &Batch) -> Result<Self> {
+        let lm = Lm::new(teacher, weights)?;
+        let ids = Tensor::from_slice(&text.input_ids, (text.rows, text.len), lm.device())?;
+        Ok(Self {
+            hidden: lm.embed(&ids)?,
+            documents: text.documents.clone(),
+            lm,
+        })
+    }
+
+    /// The next layer's mixer, read and written; to be called for each layer in turn.
+    fn layer(&mut self, index: usize) -> Result<Sample> {
+        let layer = &self.lm.layers[index];
+        let input = layer.mixer_input(&self.hidden)?;
+        let output = layer.mixer.forward(&input, Some(&self.documents))?;
+        self.hidden = layer.finish(&self.hidden, &output)?;
+        Ok(Sample {
+            input,
+            output,
+            documents: self.documents.clone(),
+        })
+    }
+}
+
+/// Every layer of `student` taken whole (mixer, MLP and norms) from the bank's model of that mixer;
+/// embedding, final norm and head from the teacher (spec 1.1).
 ///
 /// # Errors
 /// When the bank has no model with that mixer, or one of other sizes.
@@ -80,27 +140,37 @@ pub fn compose_from_bank(
     teacher: &Weights,
     student: &ModelConfig,
     bank: &[(ModelConfig, Weights)],
-) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors = BTreeMap::new();
+) -> Result<Composed> {
+    let mut composed = Composed {
+        config: student.clone(),
+        tensors: BTreeMap::new(),
+        errors: vec![None; student.layers.len()],
+    };
     for (i, config) in student.layers.iter().enumerate() {
         let prefix = format!("model.layers.{i}.");
-        let Some((_, weights)) = bank
-            .iter()
-            .find(|(model, _)| model.layers.get(i) == Some(config))
-        else {
+        // The bank's frequencies were chosen when it was born; the sizes must be the plan's.
+        let fits = |found: &MixerConfig| {
+            found.params(student.hidden_size) == config.params(student.hidden_size)
+        };
+        let found = bank.iter().find(|(model, _)| {
+            let layer = model.layers.get(i);
+            layer.is_some_and(|l| l.name() == config.name() && fits(l))
+        });
+        let Some((model, weights)) = found else {
             return Err(Error::invalid(format!(
                 "the bank has no {} layer {i} with the sizes of the plan: train the bank with the same ranks",
                 config.name()
             )));
         };
+        composed.config.layers[i] = model.layers[i].clone();
         for (name, tensor) in weights.iter().filter(|(name, _)| name.starts_with(&prefix)) {
-            tensors.insert(name.to_owned(), tensor.clone());
+            composed.tensors.insert(name.to_owned(), tensor.clone());
         }
     }
     for (name, _) in student.params() {
         if !name.starts_with("model.layers.") {
-            tensors.insert(name.clone(), teacher.get(&name)?);
+            composed.tensors.insert(name.clone(), teacher.get(&name)?);
         }
     }
-    Ok(tensors)
+    Ok(composed)
 }

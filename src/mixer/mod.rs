@@ -13,6 +13,7 @@ use crate::weights::Weights;
 
 pub mod attention;
 pub mod cache;
+pub mod calibration;
 pub mod linalg;
 pub mod mamba2;
 pub mod mla;

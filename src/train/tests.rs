@@ -107,8 +107,14 @@ fn teacher() -> (Lm, Weights) {
 fn student(kinds: [LayerKind; 2]) -> (ModelConfig, Weights) {
     let (_, weights) = teacher();
     let student = plan(&teacher_config(), &PlanOptions::new(kinds.to_vec())).unwrap();
-    let tensors = compose(&teacher_config(), &weights, &student, Init::Reference, 1).unwrap();
-    (student, Weights::new(tensors))
+    let composed = compose(
+        &teacher_config(),
+        &weights,
+        &student,
+        &Init::Reference { seed: 1 },
+    )
+    .unwrap();
+    (student, Weights::new(composed.tensors))
 }
 
 fn stages() -> Vec<(&'static str, Stage)> {

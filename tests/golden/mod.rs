@@ -139,7 +139,14 @@ fn initialise(shared: &Path, name: &str) -> Initialised {
     assert_eq!(student.layers, golden.layers, "the plan is the golden's");
     Initialised {
         expected: read_tensors(&folder.join("init_expected.safetensors")).unwrap(),
-        tensors: compose(&teacher.config, &rounded, &student, Init::Reference, 0).unwrap(),
+        tensors: compose(
+            &teacher.config,
+            &rounded,
+            &student,
+            &Init::Reference { seed: 0 },
+        )
+        .unwrap()
+        .tensors,
         teacher,
         rounded,
         student,

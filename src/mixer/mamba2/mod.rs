@@ -16,7 +16,9 @@ use crate::weights::Weights;
 use crate::{Error, Result};
 
 mod init;
+mod refined;
 pub use init::reference;
+pub use refined::refined;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,6 +1,6 @@
 //! MLA from attention weights.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use faer::Mat;
 
 use super::MlaConfig;
@@ -71,16 +71,22 @@ pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
         ("kv_b_proj.weight".to_owned(), tensor(&kv_up)?),
         ("out_proj.weight".to_owned(), attention.o.clone()),
     ];
-    if c.use_lora_layer_norm {
-        for (name, rank) in [
-            ("q_a_layernorm", c.q_lora_rank),
-            ("kv_a_layernorm", c.kv_lora_rank),
-        ] {
-            let ones = Tensor::ones(rank, candle_core::DType::F32, attention.o.device())?;
-            tensors.push((format!("{name}.weight"), ones));
-        }
-    }
+    tensors.extend(unit_norms(c)?);
     Ok(tensors)
+}
+
+/// The latents' norms, if the config has them, at 1.
+pub(super) fn unit_norms(c: &MlaConfig) -> Result<Vec<(String, Tensor)>> {
+    if !c.use_lora_layer_norm {
+        return Ok(Vec::new());
+    }
+    let ranks = [
+        ("q_a_layernorm", c.q_lora_rank),
+        ("kv_a_layernorm", c.kv_lora_rank),
+    ];
+    let ones = |rank: usize| Tensor::ones(rank, DType::F32, &Device::Cpu);
+    let each = ranks.map(|(name, rank)| Ok((format!("{name}.weight"), ones(rank)?)));
+    each.into_iter().collect()
 }
 
 /// `diag(S[:rank]) · Vᵀ[:rank]`, `[rank, D]`.

@@ -20,7 +20,9 @@ use crate::weights::Weights;
 use crate::{Error, Result};
 
 mod init;
+mod refined;
 pub use init::reference;
+pub use refined::refined;
 
 /// Of the norms on the latents (the reference's default).
 const LORA_NORM_EPS: f64 = 1e-6;

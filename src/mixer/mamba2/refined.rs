@@ -1,0 +1,249 @@
+//! Mamba2 fitted to the teacher's attention on real text. Against [`super::reference`]: the convolution
+//! is the identity, scaled to where SiLU is useful (nearly linear for x, positive for B and C); the gate
+//! is as constant as a projection of the input can make it; each head's decay, and how sharply it
+//! compares, are those whose features explain the teacher's head best; the output projection is fitted
+//! in closed form.
+
+use candle_core::{DType, Device, Tensor};
+use faer::Mat;
+use faer::linalg::solvers::Solve;
+
+use super::Mamba2Config;
+use crate::Result;
+use crate::mixer::calibration::{Fitted, Sample, fit_output};
+use crate::mixer::linalg::{matrix, tensor};
+use crate::mixer::{AttentionWeights, Mixer, MixerConfig};
+use crate::weights::Weights;
+
+/// Positions after which a head has forgotten half.
+const HALF_LIVES: [f64; 8] = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 48.0, 256.0];
+/// Root mean squares of B and C before SiLU: the larger, the sharper the comparison.
+const SHARPNESS: [f64; 3] = [0.5, 1.5, 4.0];
+/// Root mean square of x before SiLU: small enough to be nearly linear; the norm undoes the size.
+const X_SIZE: f64 = 0.5;
+/// The step: large against the norm's epsilon, small enough to move both ways.
+const STEP: f64 = 0.5;
+/// What the gate aims at before SiLU.
+const GATE: f64 = 2.0;
+
+/// What a head is made with.
+#[derive(Debug, Clone, Copy)]
+struct Head {
+    half_life: f64,
+    sharpness: f64,
+}
+
+/// # Errors
+/// When the attention's heads are not this mixer's.
+pub fn refined(c: &Mamba2Config, attention: &AttentionWeights, sample: &Sample) -> Result<Fitted> {
+    c.fits(&attention.config)?;
+    let teacher = Teacher::new(attention, sample)?;
+    let heads = attention.config.num_attention_heads;
+    let mut best = vec![
+        (
+            f64::INFINITY,
+            Head {
+                half_life: 1.0,
+                sharpness: 1.0
+            }
+        );
+        heads
+    ];
+    for half_life in HALF_LIVES {
+        for sharpness in SHARPNESS {
+            let all = Head {
+                half_life,
+                sharpness,
+            };
+            let tensors = teacher.tensors(c, &vec![all; heads])?;
+            let errors = teacher.unexplained(c, tensors)?;
+            for (best, error) in best.iter_mut().zip(errors) {
+                if error < best.0 {
+                    *best = (error, all);
+                }
+            }
+        }
+    }
+    let heads: Vec<Head> = best.into_iter().map(|(_, head)| head).collect();
+    fit_output(
+        &MixerConfig::Mamba2(c.clone()),
+        teacher.tensors(c, &heads)?,
+        sample,
+    )
+}
+
+struct Teacher<'a> {
+    attention: &'a AttentionWeights,
+    sample: &'a Sample,
+    /// What every head reads from the past, `[B·T, H·hd]`.
+    heads: Tensor,
+    /// Root mean squares of queries, keys and values, one a head.
+    sizes: [Vec<f64>; 3],
+    gate: Vec<f64>,
+}
+
+impl<'a> Teacher<'a> {
+    fn new(attention: &'a AttentionWeights, sample: &'a Sample) -> Result<Self> {
+        let a = &attention.config;
+        let width = a.num_attention_heads * a.head_dim;
+        let tensors = [
+            ("q_proj.weight", attention.q.clone()),
+            ("k_proj.weight", attention.k.clone()),
+            ("v_proj.weight", attention.v.clone()),
+            (
+                "o_proj.weight",
+                Tensor::eye(width, DType::F32, &Device::Cpu)?,
+            ),
+        ];
+        let weights = Weights::new(tensors.map(|(n, t)| (n.to_owned(), t)).into());
+        let mixer = Mixer::new(&MixerConfig::Attention(a.clone()), &weights)?;
+        let (b, t, d) = sample.input.dims3()?;
+        let heads = mixer
+            .forward(&sample.input, Some(&sample.documents))?
+            .reshape((b * t, width))?;
+        let moment = sample.second_moment()?;
+        let size = |w: &Tensor| -> Result<Vec<f64>> {
+            let w = matrix(w)?;
+            let spread = &w * &moment;
+            let square = |row: usize| (0..d).map(|n| spread[(row, n)] * w[(row, n)]).sum::<f64>();
+            let hd = a.head_dim;
+            let of = |head: usize| {
+                ((head * hd..(head + 1) * hd).map(square).sum::<f64>() / hd as f64).sqrt()
+            };
+            Ok((0..w.nrows() / hd).map(|head| of(head).max(1e-6)).collect())
+        };
+        // The projection of the input that is nearest to a constant: E[x xᵀ]⁻¹ E[x].
+        let mean = sample.input.reshape((b * t, d))?.mean_keepdim(0)?;
+        let mean = matrix(&mean)?;
+        let floor = 1e-3 * (0..d).map(|i| moment[(i, i)]).sum::<f64>() / d as f64;
+        let left = Mat::from_fn(d, d, |i, j| {
+            moment[(i, j)] + if i == j { floor } else { 0.0 }
+        });
+        let gate = match left.llt(faer::Side::Lower) {
+            Ok(llt) => llt.solve(&mean.transpose().to_owned()),
+            Err(_) => Mat::zeros(d, 1),
+        };
+        Ok(Self {
+            attention,
+            sample,
+            heads,
+            sizes: [
+                size(&attention.q)?,
+                size(&attention.k)?,
+                size(&attention.v)?,
+            ],
+            gate: (0..d).map(|i| GATE * gate[(i, 0)]).collect(),
+        })
+    }
+
+    fn tensors(&self, c: &Mamba2Config, heads: &[Head]) -> Result<Vec<(String, Tensor)>> {
+        let a = &self.attention.config;
+        let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
+        let d = self.gate.len();
+        let gate = tensor(&Mat::from_fn(c.d_inner(), d, |_, n| self.gate[n]))?;
+        let steps = Tensor::zeros((h, d), DType::F32, &Device::Cpu)?;
+        let parts = [
+            &gate,
+            &self.attention.v,
+            &self.attention.k,
+            &self.attention.q,
+            &steps,
+        ];
+        let in_proj = Tensor::cat(&parts, 0)?;
+
+        let frequencies = a.rope.as_ref().map(|r| r.frequencies(hd).0);
+        let groups = c.groups();
+        let [queries, keys, values] = &self.sizes;
+        let group = |head: usize| head * g / groups;
+        // Heads of one key head share its scale: that of the first.
+        let sharp = |head: usize| heads[head * h / groups].sharpness;
+        let mut scales = Vec::with_capacity(c.conv_channels());
+        for head in 0..groups {
+            scales.extend(std::iter::repeat_n(X_SIZE / values[group(head)], hd));
+        }
+        for head in 0..groups {
+            scales.extend(std::iter::repeat_n(sharp(head) / keys[group(head)], hd));
+        }
+        for head in 0..h {
+            for dim in 0..hd {
+                // A pair that would have turned far within the head's memory compares nothing.
+                let turned = frequencies
+                    .as_ref()
+                    .map_or(0.0, |f| f[dim % (hd / 2).max(1)] * heads[head].half_life);
+                scales.push(heads[head].sharpness / queries[head] / (1.0 + turned * turned));
+            }
+        }
+        let channels = scales.len();
+        let taps = Mat::from_fn(channels, c.d_conv, |i, tap| {
+            if tap + 1 == c.d_conv { scales[i] } else { 0.0 }
+        });
+        let each = |f: &dyn Fn(&Head) -> f64| {
+            let data: Vec<f32> = heads.iter().map(|head| f(head) as f32).collect();
+            Tensor::from_vec(data, h, &Device::Cpu)
+        };
+        // exp(A_log) · step · half_life = ln 2.
+        let a_log = each(&|head| (std::f64::consts::LN_2 / head.half_life / STEP).ln())?;
+        let dt_bias = each(&|_| STEP.exp_m1().ln())?;
+        Ok(vec![
+            ("in_proj.weight".to_owned(), in_proj),
+            (
+                "conv1d.weight".to_owned(),
+                tensor(&taps)?.reshape((channels, 1, c.d_conv))?,
+            ),
+            (
+                "conv1d.bias".to_owned(),
+                Tensor::zeros(channels, DType::F32, &Device::Cpu)?,
+            ),
+            ("dt_bias".to_owned(), dt_bias),
+            ("A_log".to_owned(), a_log),
+            ("D".to_owned(), each(&|_| 0.0)?),
+            (
+                "norm.weight".to_owned(),
+                Tensor::ones(c.d_inner(), DType::F32, &Device::Cpu)?,
+            ),
+            ("out_proj.weight".to_owned(), self.attention.o.clone()),
+        ])
+    }
+
+    /// For each head, the share of the teacher's head that no linear map of ours explains.
+    fn unexplained(
+        &self,
+        c: &Mamba2Config,
+        mut tensors: Vec<(String, Tensor)>,
+    ) -> Result<Vec<f64>> {
+        let width = c.d_inner();
+        let out = tensors.last_mut().expect("the output projection is last");
+        out.1 = Tensor::eye(width, DType::F32, &Device::Cpu)?;
+        let mixer = Mixer::new(
+            &MixerConfig::Mamba2(c.clone()),
+            &Weights::new(tensors.into_iter().collect()),
+        )?;
+        let features = mixer.forward(&self.sample.input, Some(&self.sample.documents))?;
+        let features = features.reshape(self.heads.shape())?;
+        let p = c.head_dim;
+        (0..c.num_heads)
+            .map(|head| {
+                let ours = features.narrow(1, head * p, p)?.contiguous()?;
+                let theirs = self.heads.narrow(1, head * p, p)?.contiguous()?;
+                let turned = ours.t()?.contiguous()?;
+                let (gram, cross) = (
+                    matrix(&turned.matmul(&ours)?)?,
+                    matrix(&turned.matmul(&theirs)?)?,
+                );
+                let floor =
+                    1e-3 * (0..p).map(|i| gram[(i, i)]).sum::<f64>() / p as f64 + f64::MIN_POSITIVE;
+                let left =
+                    Mat::from_fn(p, p, |i, j| gram[(i, j)] + if i == j { floor } else { 0.0 });
+                let Ok(llt) = left.llt(faer::Side::Lower) else {
+                    return Ok(f64::INFINITY);
+                };
+                let solved = llt.solve(&cross);
+                let explained: f64 = (0..p)
+                    .map(|i| (0..p).map(|j| solved[(i, j)] * cross[(i, j)]).sum::<f64>())
+                    .sum();
+                let all: f64 = theirs.sqr()?.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
+                Ok(1.0 - explained / all.max(f64::MIN_POSITIVE))
+            })
+            .collect()
+    }
+}
