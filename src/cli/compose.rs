@@ -47,7 +47,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let composed = match &args.bank {
         None => {
             let text = args.init.text(&args.teacher, None)?;
-            compose(&teacher.config, &weights, &student, &init(&text, args.seed))?
+            compose(
+                &teacher.config,
+                &weights,
+                &student,
+                &init(&text, true, args.seed),
+            )?
         }
         Some(bank) => compose_from_bank(&weights, &student, &open_bank(bank)?)?,
     };

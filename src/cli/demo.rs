@@ -78,7 +78,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         &Init::Reference { seed: args.seed },
     )?;
     let reference = demo.evaluate(&demo.lm(reference)?)?;
-    let refined = demo.compose(&weights, &demo.student, &demo.refined())?;
+    let refined = demo.compose(&weights, &demo.student, &demo.refined(true))?;
     let untrained = demo.evaluate(&demo.lm(refined)?)?;
     let ild = demo.ild(&args, &weights)?;
     let hybrid = compose_from_bank(&weights, &demo.student, &open_bank(&demo.path("bank"))?)?;
@@ -187,9 +187,10 @@ impl Demo {
         self.out.join(name)
     }
 
-    fn refined(&self) -> Init<'_> {
+    fn refined(&self, own_inputs: bool) -> Init<'_> {
         Init::Refined {
             text: &self.calibration,
+            own_inputs,
         }
     }
 
@@ -265,7 +266,7 @@ impl Demo {
                     &self.teacher.config,
                     &embedded::plan_options(vec![kind; layers]),
                 )?;
-                let born = self.compose(weights, &config, &self.refined())?;
+                let born = self.compose(weights, &config, &self.refined(false))?;
                 let weights = Weights::new(born.tensors).to_device(&self.device, DType::F32)?;
                 candidates.push((name.to_owned(), born.config, weights));
             }

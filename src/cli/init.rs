@@ -54,10 +54,10 @@ pub fn calibration_batch(corpus: &Corpus, tokens: usize) -> Result<Batch> {
     corpus.ordered(0, (tokens / WINDOW).max(1), WINDOW)
 }
 
-/// The initialisation with its text or seed.
-pub fn init(text: &Option<Batch>, seed: u64) -> Init<'_> {
+/// The initialisation with its text or seed; `own_inputs` as in [`Init::Refined`].
+pub fn init(text: &Option<Batch>, own_inputs: bool, seed: u64) -> Init<'_> {
     match text {
-        Some(text) => Init::Refined { text },
+        Some(text) => Init::Refined { text, own_inputs },
         None => Init::Reference { seed },
     }
 }

@@ -188,6 +188,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let teacher = Checkpoint::open(&args.teacher)?;
     let tokenizer = Tokenizer::open(&args.teacher)?;
     let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
+    // Before the initialisation, which takes its text from the same data.
+    corpus.check(args.train.batch_size, args.train.seq_len)?;
     let (name, mut stage) = match args.stage {
         StageName::Ild => ("ild", ild(&args, &teacher, &device)?),
         StageName::Kd => ("kd", kd(&args, &teacher, &device)?),
@@ -219,7 +221,7 @@ fn ild(args: &Args, teacher: &Checkpoint, device: &Device) -> Result<Stage> {
             &teacher.config,
             &weights,
             &config,
-            &init(&text, args.train.seed),
+            &init(&text, false, args.train.seed),
         )?;
         let weights =
             crate::weights::Weights::new(composed.tensors).to_device(device, DType::F32)?;

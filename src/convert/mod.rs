@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use crate::data::Batch;
-use crate::mixer::calibration::{Fitted, Sample};
-use crate::mixer::{self, AttentionWeights, MixerConfig};
+use crate::mixer::calibration::{Fitted, Sample, fit_output};
+use crate::mixer::{self, AttentionWeights, Mixer, MixerConfig};
 use crate::model::{Lm, ModelConfig};
 use crate::op::Documents;
 use crate::weights::Weights;
@@ -20,8 +20,10 @@ pub use plan::{LayerKind, PlanOptions, plan};
 pub enum Init<'a> {
     /// As published (spec 1.2, 1.3); what it draws follows from the seed.
     Reference { seed: u64 },
-    /// Fitted to the teacher's mixers on a batch of text.
-    Refined { text: &'a Batch },
+    /// Fitted to the teacher's mixers on a batch of text. `own_inputs`: output projections are fitted to
+    /// what reaches them in the hybrid, and make up for what the layers before them missed; a bank, whose
+    /// layers are to be combined anew, is fitted to the teacher's inputs.
+    Refined { text: &'a Batch, own_inputs: bool },
 }
 
 /// What composing gives.
@@ -56,7 +58,7 @@ pub fn compose(
     }
     let mut teaching = match init {
         Init::Reference { .. } => None,
-        Init::Refined { text } => Some(Teaching::new(teacher, weights, text)?),
+        Init::Refined { text, .. } => Some(Teaching::new(teacher, weights, text)?),
     };
     for (i, config) in student.layers.iter().enumerate() {
         let prefix = format!("model.layers.{i}");
@@ -90,19 +92,31 @@ pub fn compose(
             }
         };
         composed.errors.push(error);
+        let born = match (&mut teaching, init) {
+            (
+                Some(teaching),
+                Init::Refined {
+                    own_inputs: true, ..
+                },
+            ) => teaching.follow(i, &composed.config.layers[i], born)?,
+            _ => born,
+        };
         for (name, tensor) in born {
-            composed
-                .tensors
-                .insert(format!("{prefix}.{}.{name}", config.prefix()), tensor);
+            let name = format!("{prefix}.{}.{name}", config.prefix());
+            composed.tensors.insert(name, tensor);
         }
     }
     Ok(composed)
 }
 
-/// The teacher on its way through the text, one layer at a time.
+/// The teacher, and the hybrid behind it, on their way through the text, a layer at a time.
 struct Teaching {
     lm: Lm,
-    hidden: Tensor,
+    /// The teacher's residual stream before the current layer, and after its mixer.
+    before: Tensor,
+    between: Tensor,
+    /// The hybrid's before the current layer.
+    own: Tensor,
     documents: Documents,
 }
 
@@ -110,8 +124,11 @@ impl Teaching {
     fn new(teacher: &ModelConfig, weights: &Weights, text: &Batch) -> Result<Self> {
         let lm = Lm::new(teacher, weights)?;
         let ids = Tensor::from_slice(&text.input_ids, (text.rows, text.len), lm.device())?;
+        let hidden = lm.embed(&ids)?;
         Ok(Self {
-            hidden: lm.embed(&ids)?,
+            before: hidden.clone(),
+            between: hidden.clone(),
+            own: hidden,
             documents: text.documents.clone(),
             lm,
         })
@@ -120,14 +137,42 @@ impl Teaching {
     /// The next layer's mixer, read and written; to be called for each layer in turn.
     fn layer(&mut self, index: usize) -> Result<Sample> {
         let layer = &self.lm.layers[index];
-        let input = layer.mixer_input(&self.hidden)?;
+        let input = layer.mixer_input(&self.before)?;
         let output = layer.mixer.forward(&input, Some(&self.documents))?;
-        self.hidden = layer.finish(&self.hidden, &output)?;
+        self.between = (&self.before + &output)?;
+        self.before = layer.finish(&self.before, &output)?;
         Ok(Sample {
             input,
             output,
             documents: self.documents.clone(),
         })
+    }
+
+    /// Fits the output projection of the layer that was just born once more: to what the hybrid's layers
+    /// before it give, towards the teacher's residual stream. Then the hybrid passes the layer.
+    fn follow(
+        &mut self,
+        index: usize,
+        config: &MixerConfig,
+        born: Vec<(String, Tensor)>,
+    ) -> Result<Vec<(String, Tensor)>> {
+        let layer = &self.lm.layers[index];
+        let input = layer.mixer_input(&self.own)?;
+        if let MixerConfig::Attention(_) = config {
+            let mixed = layer.mixer.forward(&input, Some(&self.documents))?;
+            self.own = layer.finish(&self.own, &mixed)?;
+            return Ok(born);
+        }
+        let sample = Sample {
+            output: (&self.between - &self.own)?,
+            input,
+            documents: self.documents.clone(),
+        };
+        let tensors = fit_output(config, born, &sample)?.tensors;
+        let mixer = Mixer::new(config, &Weights::new(tensors.iter().cloned().collect()))?;
+        let mixed = mixer.forward(&sample.input, Some(&self.documents))?;
+        self.own = layer.finish(&self.own, &mixed)?;
+        Ok(tensors)
     }
 }
 

@@ -14,6 +14,8 @@ use crate::weights::Weights;
 pub mod attention;
 pub mod cache;
 pub mod calibration;
+#[cfg(test)]
+mod calibration_tests;
 pub mod linalg;
 pub mod mamba2;
 pub mod mla;

@@ -1,0 +1,158 @@
+//! Laws of the fitted initialisations, on a random teacher.
+
+use candle_core::{DType, Device, Tensor};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::calibration::{Sample, fit_output};
+use super::*;
+
+const HIDDEN: usize = 16;
+
+fn random(shape: &[usize], scale: f64, rng: &mut ChaCha8Rng) -> Tensor {
+    let n = shape.iter().product();
+    let data: Vec<f32> = (0..n)
+        .map(|_| rng.random_range(-scale..scale) as f32)
+        .collect();
+    Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
+}
+
+/// A teacher's layer with `g` key heads of 8 dims, and a sample of it.
+fn teacher(g: usize) -> (AttentionWeights, Sample) {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let config = AttentionConfig {
+        num_attention_heads: 2,
+        num_key_value_heads: g,
+        head_dim: 8,
+        rope: Some(RopeConfig::new(100.0)),
+    };
+    let params = MixerConfig::Attention(config.clone()).params(HIDDEN);
+    let tensors = params
+        .into_iter()
+        .map(|(name, shape)| (name, random(&shape, 0.6, &mut rng)));
+    let weights = Weights::new(tensors.collect());
+    let mixer = Mixer::new(&MixerConfig::Attention(config.clone()), &weights).unwrap();
+    let input = random(&[8, 48, HIDDEN], 1.0, &mut rng);
+    let documents = Documents::new((0..8 * 48).map(|i| i % 48 / 30 * 30).collect(), 48);
+    let sample = Sample {
+        output: mixer.forward(&input, Some(&documents)).unwrap(),
+        input,
+        documents,
+    };
+    (AttentionWeights::new(&config, &weights).unwrap(), sample)
+}
+
+fn mla(g: usize, rope: usize, rank: usize) -> MlaConfig {
+    MlaConfig {
+        num_attention_heads: 2,
+        num_key_value_heads: g,
+        q_lora_rank: HIDDEN,
+        kv_lora_rank: rank,
+        qk_nope_head_dim: 8 - rope,
+        qk_rope_head_dim: rope,
+        v_head_dim: 8,
+        use_lora_layer_norm: false,
+        rope: RopeConfig::new(100.0),
+    }
+}
+
+/// One key head, every pair rotated, full ranks: nothing is lost, so MLA is the attention, rotation and
+/// all; also through YaRN's magnitude, which is divided out.
+#[test]
+fn full_rank_mla_of_one_key_head_equals_the_attention() {
+    let (attention, sample) = teacher(1);
+    let plain = mla(1, 8, 8);
+    let mut yarn = plain.clone();
+    yarn.rope.scaling = Some(RopeScaling::Yarn {
+        factor: 1.0,
+        original_max_position_embeddings: 1024,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: Some(1.3),
+    });
+    for config in [plain, yarn] {
+        let (_, fitted) = mla::refined(&config, &attention, &sample).unwrap();
+        assert!(fitted.error < 1e-5, "{}", fitted.error);
+    }
+}
+
+#[test]
+fn refined_beats_reference_with_the_same_fit() {
+    let (attention, sample) = teacher(2);
+    let config = mla(2, 4, 6);
+    let reference = mla::reference(&config, &attention).unwrap();
+    let reference = fit_output(&MixerConfig::Mla(config.clone()), reference, &sample)
+        .unwrap()
+        .error;
+    let (chosen, fitted) = mla::refined(&config, &attention, &sample).unwrap();
+    assert!(
+        fitted.error < 0.9 * reference,
+        "mla: {} for {reference}",
+        fitted.error
+    );
+    MixerConfig::Mla(chosen).validate().unwrap();
+}
+
+/// On a random teacher there is little to explain; that the hybrid gains is for `tests/pipeline.rs`.
+#[test]
+fn refined_mamba2_has_all_its_tensors() {
+    for repeat_kv_before_conv in [false, true] {
+        let config = Mamba2Config {
+            num_heads: 2,
+            num_kv_heads: 1,
+            head_dim: 8,
+            d_state: 8,
+            d_conv: 4,
+            repeat_kv_before_conv,
+            chunk_size: 64,
+        };
+        let (attention, sample) = teacher(1);
+        let fitted = mamba2::refined(&config, &attention, &sample).unwrap();
+        assert!(fitted.error < 1.0, "{}", fitted.error);
+        let shapes = config.params(HIDDEN).into_iter();
+        assert!(
+            shapes.eq(fitted
+                .tensors
+                .iter()
+                .map(|(n, t)| (n.clone(), t.dims().to_vec())))
+        );
+    }
+}
+
+/// The fit is the least-squares optimum: no small change of the projection does better.
+#[test]
+fn fitted_output_is_a_minimum() {
+    let (attention, sample) = teacher(2);
+    let config = MixerConfig::Mla(mla(2, 4, 6));
+    let MixerConfig::Mla(c) = &config else {
+        unreachable!()
+    };
+    let fitted = fit_output(&config, mla::reference(c, &attention).unwrap(), &sample).unwrap();
+    let error = |tensors: &[(String, Tensor)]| -> f64 {
+        let mixer = Mixer::new(&config, &Weights::new(tensors.iter().cloned().collect())).unwrap();
+        let y = mixer
+            .forward(&sample.input, Some(&sample.documents))
+            .unwrap();
+        let square = |t: Tensor| {
+            t.sqr()
+                .unwrap()
+                .to_dtype(DType::F64)
+                .unwrap()
+                .sum_all()
+                .unwrap()
+        };
+        let gap: f64 = square((y - &sample.output).unwrap()).to_scalar().unwrap();
+        gap / square(sample.output.clone()).to_scalar::<f64>().unwrap()
+    };
+    assert!((error(&fitted.tensors) - fitted.error).abs() < 1e-4 * fitted.error);
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    for _ in 0..5 {
+        let mut moved = fitted.tensors.clone();
+        let out = moved
+            .iter_mut()
+            .find(|(n, _)| n == "out_proj.weight")
+            .unwrap();
+        out.1 = (&out.1 + random(out.1.dims(), 0.03, &mut rng)).unwrap();
+        assert!(error(&moved) > fitted.error);
+    }
+}
