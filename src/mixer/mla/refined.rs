@@ -255,7 +255,7 @@ impl<'a> Teacher<'a> {
                 .0
                 .max(f64::MIN_POSITIVE);
             let raw: Vec<(f64, f64)> = (0..g)
-                .map(|m| with_s(m))
+                .map(with_s)
                 .map(|(a, b)| (a / power, b / power))
                 .collect();
             // Factors of mean square 1: the size goes into the key.
