@@ -6,7 +6,7 @@
 //! | rank | module | holds |
 //! |---|---|---|
 //! | 1 | [`cli`] | one file per command |
-//! | 2 | [`eval`] | KL, parity, perplexity, recall; HTML report |
+//! | 2 | [`eval`] | KL, parity, recall, sensitivity; HTML report |
 //! | 2 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
 //! | 2 | [`convert`] | Llama checkpoint + layer plan → hybrid checkpoint |
 //! | 3 | [`generate`] | prefill, decode, sampling |

@@ -54,6 +54,7 @@ fn help_has_examples_for_every_command() {
         &["parity"],
         &["generate"],
         &["export"],
+        &["select"],
         &["stories"],
         &["bench", "train"],
     ] {

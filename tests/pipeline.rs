@@ -92,6 +92,31 @@ fn stories_to_bank_to_hybrid_to_distilled() {
         "10",
     ]);
     assert!(text.starts_with("One day Tom and Mia"), "{text}");
+    // SMART's scores, saved and used again.
+    let (bank, scores) = (at("bank"), at("scores.json"));
+    let select = [
+        "select",
+        "--teacher",
+        TEACHER,
+        "--bank",
+        &bank,
+        "--data",
+        &data,
+        "--count",
+        "2",
+    ];
+    let more = ["--tokens", "2048", "--save-scores", &scores, "--json"];
+    let first = json(&succeeds(&[&select[..], &more].concat()));
+    let again = json(&succeeds(&[
+        "select", "--scores", &scores, "--count", "2", "--json",
+    ]));
+    assert_eq!(first, again);
+    assert_eq!(first["mla"].as_array().unwrap().len(), 2);
+    let gain = |i: usize| first["sensitivity"]["layers"][i]["score"].as_f64().unwrap();
+    assert!(
+        (0..4).any(|i| gain(i) > 0.0),
+        "no layer gains from its MLA: {first}"
+    );
     // AMD's format and back, where no layer turns by frequencies of its own.
     let (amd, ours) = (at("amd"), at("ours"));
     succeeds(&["export", &at("published"), &amd, "--format", "amd"]);

@@ -18,6 +18,7 @@ pub mod output;
 pub mod parity;
 pub mod plan;
 pub mod pretrain;
+pub mod select;
 pub mod stories;
 pub mod train;
 
@@ -46,6 +47,8 @@ pub enum Command {
     Train(train::Args),
     /// Train a small Llama from scratch.
     Pretrain(pretrain::Args),
+    /// Score the layers of an ILD bank and choose the places of MLA (SMART and others).
+    Select(select::Args),
     /// Write generated stories and their tokenizer.
     Stories(stories::Args),
     /// Measure a model.
@@ -81,6 +84,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Compose(args) => compose::run(args)?,
         Command::Train(args) => train::run(args)?,
         Command::Pretrain(args) => pretrain::run(args)?,
+        Command::Select(args) => select::run(args)?,
         Command::Stories(args) => stories::run(args)?,
         Command::Eval(args) => eval::run(args)?,
         Command::Parity(args) => return parity::run(args),

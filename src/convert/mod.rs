@@ -14,7 +14,9 @@ use crate::weights::Weights;
 use crate::{Error, Result};
 
 mod plan;
+mod select;
 pub use plan::{LayerKind, PlanOptions, plan};
+pub use select::{Selector, select, smart_feasible};
 
 /// How mixers are born from attention weights.
 pub enum Init<'a> {

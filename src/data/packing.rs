@@ -78,7 +78,7 @@ impl Corpus {
 
     /// Whole windows of `len` tokens; the rest is left out.
     pub fn windows(&self, len: usize) -> usize {
-        self.tokens.len() / len
+        self.tokens.len().checked_div(len).unwrap_or(0)
     }
 
     /// # Errors

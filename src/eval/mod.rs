@@ -4,3 +4,4 @@ pub mod kl;
 pub mod parity;
 pub mod recall;
 pub mod report;
+pub mod sensitivity;

@@ -1,0 +1,99 @@
+//! SMART's scores (spec 1.5): what the KL to the teacher gains when one layer of the all-Mamba2 model is
+//! its MLA layer again.
+
+use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::data::Corpus;
+use crate::model::{Layer, Lm};
+use crate::op::loss::forward_kl;
+use crate::{Error, Result};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sensitivity {
+    /// KL(teacher ‖ all-Mamba2), nats a token.
+    pub kl_all_mamba2: f64,
+    pub layers: Vec<Score>,
+    /// Tokens sampled.
+    pub tokens: usize,
+}
+
+/// `KL(teacher ‖ all-Mamba2) − KL(teacher ‖ with this layer's MLA)`, larger is a better place for MLA.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    pub score: f64,
+    /// Of the mean over windows.
+    pub standard_error: f64,
+}
+
+/// Scores on the first `windows` windows of `corpus`; `observe` is told how many are done.
+///
+/// # Errors
+/// Models of different depths or vocabularies, or no window.
+pub fn sensitivity(
+    teacher: &Lm,
+    mla: &Lm,
+    mamba2: &Lm,
+    corpus: &Corpus,
+    windows: usize,
+    seq_len: usize,
+    observe: &mut dyn FnMut(usize),
+) -> Result<Sensitivity> {
+    let sizes = |lm: &Lm| (lm.layers.len(), lm.config.vocab_size);
+    if sizes(mla) != sizes(teacher) || sizes(mamba2) != sizes(teacher) {
+        return Err(Error::invalid(
+            "the bank's models and the teacher differ in depth or vocabulary",
+        ));
+    }
+    let windows = windows.min(corpus.windows(seq_len));
+    let mut base = Vec::new();
+    let mut gains: Vec<Vec<f64>> = vec![Vec::new(); mamba2.layers.len()];
+    for window in 0..windows {
+        let batch = corpus.ordered(window, 1, seq_len)?;
+        let documents = Some(&batch.documents);
+        let ids = Tensor::from_slice(&batch.input_ids, (1, batch.len), teacher.device())?;
+        let rows =
+            |logits: Tensor| -> Result<Tensor> { Ok(logits.squeeze(0)?.to_dtype(DType::F32)?) };
+        let target = rows(teacher.forward(&ids, documents)?)?;
+        // From `hidden` on, through `layers`, to the KL.
+        let kl = |mut hidden: Tensor, layers: &[Layer]| -> Result<f64> {
+            for layer in layers {
+                hidden = layer.forward(&hidden, documents)?.0;
+            }
+            let logits = rows(mamba2.head(&mamba2.normed(&hidden)?)?)?;
+            let kl = forward_kl(&target, &logits, 1.0)?.mean_all()?;
+            Ok(kl.to_dtype(DType::F64)?.to_scalar()?)
+        };
+        // The layers before the restored one are the same for all: walk them once.
+        let mut hidden = mamba2.embed(&ids)?;
+        let mut restored = Vec::new();
+        for (i, layer) in mamba2.layers.iter().enumerate() {
+            let with_mla = mla.layers[i].forward(&hidden, documents)?.0;
+            restored.push(kl(with_mla, &mamba2.layers[i + 1..])?);
+            hidden = layer.forward(&hidden, documents)?.0;
+        }
+        let all = kl(hidden, &[])?;
+        base.push(all);
+        for (gains, restored) in gains.iter_mut().zip(restored) {
+            gains.push(all - restored);
+        }
+        observe(window + 1);
+    }
+    if base.is_empty() {
+        return Err(Error::invalid("the data fills no window: nothing to score"));
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let score = |gains: &Vec<f64>| {
+        let (n, score) = (gains.len() as f64, mean(gains));
+        let squares: f64 = gains.iter().map(|g| (g - score).powi(2)).sum();
+        Score {
+            score,
+            standard_error: (squares / (n - 1.0).max(1.0) / n).sqrt(),
+        }
+    };
+    Ok(Sensitivity {
+        kl_all_mamba2: mean(&base),
+        layers: gains.iter().map(score).collect(),
+        tokens: windows * seq_len,
+    })
+}
