@@ -6,17 +6,18 @@
 //! | rank | module | holds |
 //! |---|---|---|
 //! | 1 | [`cli`] | one file per command |
-//! | 2 | [`eval`] | KL, parity, recall, sensitivity; HTML report |
-//! | 2 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
-//! | 2 | [`convert`] | Llama checkpoint + layer plan → hybrid checkpoint |
-//! | 3 | [`generate`] | prefill, decode, sampling |
-//! | 3 | [`checkpoint`] | folders on disk: formats, shards, atomic save |
-//! | 3 | [`data`] | tokens, packing, the story generator |
-//! | 4 | [`model`] | embedding, layer, head: the first file to read |
-//! | 5 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
-//! | 6 | [`weights`] | named tensors, taken strictly |
-//! | 7 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
-//! | 8 | [`error`], [`hash`] | the error type; content hashes for resume checks |
+//! | 2 | [`pipeline`] | an opened teacher and its stages, shared by commands and recipes |
+//! | 3 | [`eval`] | KL, parity, recall, sensitivity; HTML report |
+//! | 3 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
+//! | 3 | [`convert`] | Llama checkpoint + layer plan → hybrid checkpoint |
+//! | 4 | [`generate`] | prefill, decode, sampling |
+//! | 4 | [`checkpoint`] | folders on disk: formats, shards, atomic save |
+//! | 4 | [`data`] | tokens, packing, the story generator |
+//! | 5 | [`model`] | embedding, layer, head: the first file to read |
+//! | 6 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
+//! | 7 | [`weights`] | named tensors, taken strictly |
+//! | 8 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
+//! | 9 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
 //! # Shape letters
 //! `B` batch, `T` query positions, `S` key positions, `D` hidden size, `H` query heads, `G` key/value
@@ -35,6 +36,7 @@ pub mod hash;
 pub mod mixer;
 pub mod model;
 pub mod op;
+pub mod pipeline;
 pub mod train;
 pub mod weights;
 

@@ -11,7 +11,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     zebroid::op::runtime::prepare();
     let cli = zebroid::cli::Cli::parse();
-    match zebroid::cli::run(cli) {
+    match zebroid::cli::main(cli) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");

@@ -6,6 +6,7 @@ use std::path::Path;
 /// From the top; modules of one row may not use each other.
 const RANKS: &[&[&str]] = &[
     &["cli"],
+    &["pipeline"],
     &["eval", "train", "convert"],
     &["generate"],
     &["checkpoint", "data"],

@@ -10,11 +10,9 @@ use serde::Serialize;
 
 use super::device::DeviceArg;
 use super::output::{bytes, progress, table, thousands};
-use super::plan::PlanArgs;
 use crate::checkpoint::Checkpoint;
-use crate::convert::{Init, compose};
+use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
-use crate::op::Documents;
 use crate::op::adamw::AdamW;
 use crate::train::Stage;
 use crate::train::stage::kd::{Kd, KdConfig};
@@ -33,7 +31,7 @@ pub struct TrainBench {
     /// Llama checkpoint folder.
     teacher: PathBuf,
     #[command(flatten)]
-    plan: PlanArgs,
+    plan: PlanOptions,
     #[arg(long, default_value_t = 16)]
     batch_size: usize,
     #[arg(long, default_value_t = 256)]
@@ -76,7 +74,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     }
     let device = args.device.get()?;
     let teacher = Checkpoint::open(&args.teacher)?;
-    let student = args.plan.student(&teacher.config)?;
+    let student = plan(&teacher.config, &args.plan)?;
     let weights = teacher.weights(DType::F32, &candle_core::Device::Cpu)?;
     let composed = compose(
         &teacher.config,
@@ -170,14 +168,8 @@ fn random_batch(rows: usize, len: usize, vocab: usize, seed: u64) -> Batch {
     let ids: Vec<u32> = (0..rows * len)
         .map(|_| random.random_range(0..vocab as u32))
         .collect();
-    Batch {
-        targets: ids.clone(),
-        mask: vec![1.0; ids.len()],
-        documents: Documents::new(vec![0; ids.len()], len),
-        input_ids: ids,
-        rows,
-        len,
-    }
+    let (starts, learned) = (vec![0; ids.len()], vec![true; ids.len()]);
+    Batch::new(ids, starts, &learned, len)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

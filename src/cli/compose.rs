@@ -3,17 +3,25 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
+use serde_json::json;
 
-use super::init::{InitArgs, init};
+use super::init::InitArgs;
 use super::output::table;
-use super::plan::{PlanArgs, as_table};
-use crate::checkpoint::{self, Checkpoint, Format};
-use crate::convert::{compose, compose_from_bank};
+use super::plan::{as_json, as_table};
+use crate::Result;
+use crate::checkpoint::{self, Format};
+use crate::convert::{Calibration, Composed, PlanOptions, compose_from_bank};
+use crate::eval::fidelity::{Fidelity, fidelity};
+use crate::eval::report::{Bars, Report};
+use crate::model::{Lm, ModelConfig};
+use crate::pipeline::{Base, open_bank};
+use crate::weights::Weights;
 
 /// Make a hybrid at initialisation, or from the trained layers of an ILD bank.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
-    zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --calibration train.jsonl\n  \
+    zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --calibration train.jsonl --report report.html\n  \
+    zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank budget:5% --calibration train.jsonl\n  \
     zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --init reference\n  \
     zebroid compose ./teacher ./hybrid --mla 2 --bank ./bank")]
 pub struct Args {
@@ -22,7 +30,7 @@ pub struct Args {
     /// Folder of the hybrid; must not exist.
     out: PathBuf,
     #[command(flatten)]
-    plan: PlanArgs,
+    plan: PlanOptions,
     #[command(flatten)]
     init: InitArgs,
     /// Take whole layers from this ILD bank (a result of train --stage ild).
@@ -37,24 +45,29 @@ pub struct Args {
     /// Replace OUT if it exists.
     #[arg(long)]
     force: bool,
+    /// An HTML page about the hybrid's layers.
+    #[arg(long)]
+    report: Option<PathBuf>,
+    /// One JSON object instead of the tables.
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     checkpoint::check_output(&args.out, args.force)?;
-    let teacher = Checkpoint::open(&args.teacher)?;
-    let student = args.plan.student(&teacher.config)?;
-    let weights = teacher.weights(DType::F32, &Device::Cpu)?;
+    let base = Base::open(&args.teacher, Device::Cpu)?;
+    // Sizes that need no weights are refused before the text is read.
+    if !args.plan.needs_weights() {
+        base.plan(&args.plan, None)?;
+    }
+    let calibration = match args.bank.is_some() {
+        true => args.init.calibration_if_named(&base)?,
+        false => args.init.calibration(&base, None)?,
+    };
+    let student = base.plan(&args.plan, calibration.as_ref())?;
     let composed = match &args.bank {
-        None => {
-            let text = args.init.text(&args.teacher, None)?;
-            compose(
-                &teacher.config,
-                &weights,
-                &student,
-                &init(&text, true, args.seed),
-            )?
-        }
-        Some(bank) => compose_from_bank(&weights, &student, &open_bank(bank)?)?,
+        None => base.compose(&student, &args.init.init(&calibration, true, args.seed))?,
+        Some(bank) => compose_from_bank(&base.weights, &student, &open_bank(bank)?)?,
     };
     checkpoint::save(
         &args.out,
@@ -64,41 +77,85 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(&args.teacher),
         args.force,
     )?;
-    print!("{}", as_table(&teacher.config, &composed.config));
-    let rows: Vec<_> = composed
-        .errors
-        .iter()
-        .enumerate()
-        .filter_map(|(i, error)| error.map(|e| vec![i.to_string(), format!("{e:.4}")]))
-        .collect();
-    if !rows.is_empty() {
-        print!(
-            "\n{}",
-            table(&["layer", "relative error of the mixer's output"], &rows)
-        );
+    let found = calibration.map(|c| measure(&base, &composed, &c)).transpose()?;
+    if let (Some(path), Some(found)) = (&args.report, &found) {
+        report(base.config(), &composed.config, found).write(path)?;
+    }
+    if args.json {
+        let plan = as_json(base.config(), &composed.config);
+        let whole = json!({ "plan": plan, "fidelity": found, "out": args.out });
+        println!("{}", serde_json::to_string_pretty(&whole)?);
+        return Ok(());
+    }
+    print!("{}", as_table(base.config(), &composed.config));
+    match &found {
+        Some(found) => print!("\n{}\n{}", table(&HEADERS, &rows(found)), whole(found)),
+        None => println!("\nnot measured: name a text with --calibration FILE.jsonl"),
     }
     println!("written to {}", args.out.display());
     Ok(())
 }
 
-/// The models of an ILD bank: every checkpoint folder inside it.
-pub fn open_bank(
-    folder: &std::path::Path,
-) -> crate::Result<Vec<(crate::model::ModelConfig, crate::weights::Weights)>> {
-    let mut models = Vec::new();
-    for name in ["mla", "mamba2"] {
-        let path = folder.join(name);
-        if path.exists() {
-            let checkpoint = Checkpoint::open(&path)?;
-            let weights = checkpoint.weights(DType::F32, &Device::Cpu)?;
-            models.push((checkpoint.config, weights));
-        }
-    }
-    match models.is_empty() {
-        true => Err(crate::Error::file(
-            folder,
-            "no mla/ or mamba2/ checkpoint inside: not an ILD bank",
-        )),
-        false => Ok(models),
-    }
+fn measure(base: &Base, composed: &Composed, calibration: &Calibration) -> Result<Fidelity> {
+    let weights = Weights::new(composed.tensors.clone()).to_device(&base.device, DType::F32)?;
+    let student = Lm::new(&composed.config, &weights)?;
+    fidelity(&base.lm()?, &student, &calibration.fit, &calibration.held_out)
+}
+
+const HEADERS: [&str; 5] = [
+    "layer",
+    "mixer",
+    "error on calibration text",
+    "held-out",
+    "stream, held-out",
+];
+
+fn rows(found: &Fidelity) -> Vec<Vec<String>> {
+    let row = |(i, layer): (usize, &crate::eval::fidelity::LayerFidelity)| {
+        let mut row = vec![i.to_string(), layer.mixer.to_owned()];
+        let errors = [layer.calibration, layer.held_out, layer.stream];
+        row.extend(errors.map(|error| format!("{error:.4}")));
+        row
+    };
+    found.layers.iter().enumerate().map(row).collect()
+}
+
+fn whole(found: &Fidelity) -> String {
+    let kl = &found.whole;
+    format!(
+        "held-out: KL {:.4} nats/token, perplexity {:.3} (teacher {:.3}), top-1 agreement {:.2} %\n",
+        kl.kl,
+        kl.ce_student.exp(),
+        kl.ce_teacher.exp(),
+        100.0 * kl.agreement
+    )
+}
+
+fn report(teacher: &ModelConfig, student: &ModelConfig, found: &Fidelity) -> Report {
+    let mut report = Report::new("zebroid compose");
+    let errors = |name: &str, of: fn(&crate::eval::fidelity::LayerFidelity) -> f64| Bars {
+        name: name.into(),
+        values: found.layers.iter().map(of).collect(),
+    };
+    let layers: Vec<String> = (found.layers.iter().enumerate())
+        .map(|(i, layer)| format!("{i} {}", layer.mixer))
+        .collect();
+    let layers: Vec<&str> = layers.iter().map(String::as_str).collect();
+    report
+        .paragraph("Relative squared errors against the teacher: of each mixer's output on the teacher's own input, and of the hybrid's residual stream.")
+        .table(&HEADERS, &rows(found))
+        .bar_plot(
+            "Error of each layer",
+            "relative squared error",
+            &layers,
+            &[
+                errors("mixer, calibration text", |l| l.calibration),
+                errors("mixer, held-out", |l| l.held_out),
+                errors("stream, held-out", |l| l.stream),
+            ],
+        )
+        .paragraph(&whole(found))
+        .heading("Plan")
+        .code("layers", &as_table(teacher, student));
+    report
 }

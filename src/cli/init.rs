@@ -2,62 +2,85 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::convert::Init;
-use crate::data::{Batch, Corpus, Packing, Tokenizer};
+use super::output::progress;
+use super::{cache, interrupt};
+use crate::convert::{Calibration, CalibrationConfig, Init, InitName};
+use crate::data::{Corpus, Packing};
+use crate::pipeline::Base;
 use crate::{Error, Result};
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum InitName {
-    /// Fitted to the teacher's mixers on text.
-    Refined,
-    /// As published.
-    Reference,
-}
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct InitArgs {
     /// How mixers are born from attention weights.
     #[arg(long, value_enum, default_value = "refined")]
     init: InitName,
-    /// Text that the refined initialisation is fitted to: JSON lines [train: --data].
+    /// Text that the refined initialisation is fitted to, and that ranks and the report are measured on:
+    /// JSON lines [train: --data].
     #[arg(long)]
     calibration: Option<PathBuf>,
-    /// Tokens of it.
-    #[arg(long, default_value_t = 32_768)]
-    calibration_tokens: usize,
+    #[command(flatten)]
+    config: CalibrationConfig,
 }
 
-/// Tokens of a calibration window.
-const WINDOW: usize = 256;
-
 impl InitArgs {
-    /// Reads the text, if the initialisation needs one; `fallback` is used where none is named.
+    /// Runs the calibration pass, or reads what an earlier one kept; `fallback` is used where no text is
+    /// named and one is needed.
     ///
     /// # Errors
     /// A refined initialisation without text.
-    pub fn text(&self, teacher: &Path, fallback: Option<&Path>) -> Result<Option<Batch>> {
-        if self.init == InitName::Reference {
-            return Ok(None);
-        }
-        let Some(path) = self.calibration.as_deref().or(fallback) else {
-            return Err(Error::invalid(
-                "--init refined is fitted to text: name it with --calibration FILE.jsonl, or use --init reference",
-            ));
+    pub fn calibration(&self, base: &Base, fallback: Option<&Path>) -> Result<Option<Calibration>> {
+        let text = match (self.init, self.calibration.as_deref().or(fallback)) {
+            (InitName::Reference, _) if self.calibration.is_none() => return Ok(None),
+            (_, Some(text)) => text,
+            (_, None) => {
+                return Err(Error::invalid(
+                    "--init refined is fitted to text: name it with --calibration FILE.jsonl, or use --init reference",
+                ));
+            }
         };
-        let corpus = Corpus::load(path, &Tokenizer::open(teacher)?, Packing::Documents)?;
-        calibration_batch(&corpus, self.calibration_tokens).map(Some)
+        let corpus = Corpus::load(text, &base.tokenizer, Packing::Documents)?;
+        calibrate(base, &corpus, &self.config).map(Some)
+    }
+
+    /// Only if a text is named.
+    pub fn calibration_if_named(&self, base: &Base) -> Result<Option<Calibration>> {
+        match self.calibration {
+            Some(_) => self.calibration(base, None),
+            None => Ok(None),
+        }
+    }
+
+    /// The initialisation; `own_inputs` as in [`Init::Refined`].
+    pub fn init<'a>(
+        &self,
+        calibration: &'a Option<Calibration>,
+        own_inputs: bool,
+        seed: u64,
+    ) -> Init<'a> {
+        match (self.init, calibration) {
+            (InitName::Refined, Some(calibration)) => Init::Refined {
+                calibration,
+                own_inputs,
+            },
+            _ => Init::Reference { seed },
+        }
     }
 }
 
-/// The first windows of a corpus.
-pub fn calibration_batch(corpus: &Corpus, tokens: usize) -> Result<Batch> {
-    corpus.ordered(0, (tokens / WINDOW).max(1), WINDOW)
-}
-
-/// The initialisation with its text or seed; `own_inputs` as in [`Init::Refined`].
-pub fn init(text: &Option<Batch>, own_inputs: bool, seed: u64) -> Init<'_> {
-    match text {
-        Some(text) => Init::Refined { text, own_inputs },
-        None => Init::Reference { seed },
-    }
+/// The pass itself, with a bar and Ctrl-C, kept in the cache.
+pub fn calibrate(base: &Base, corpus: &Corpus, config: &CalibrationConfig) -> Result<Calibration> {
+    interrupt::install();
+    let bar = progress("calibrate", 0);
+    let found = base.calibrate(
+        corpus,
+        config,
+        &cache::folder(),
+        &interrupt::asked,
+        &mut |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        },
+    );
+    bar.finish_and_clear();
+    found
 }

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 pub mod bench;
+pub mod cache;
+pub mod calibrate;
 pub mod compose;
 pub mod demo;
 pub mod device;
-pub mod embedded;
 pub mod eval;
 pub mod export;
 pub mod generate;
@@ -18,6 +19,7 @@ pub mod output;
 pub mod parity;
 pub mod plan;
 pub mod pretrain;
+pub mod run;
 pub mod select;
 pub mod stories;
 pub mod train;
@@ -39,11 +41,15 @@ pub struct Cli {
 pub enum Command {
     /// The whole pipeline on the embedded teacher: plan, compose, ILD bank, KD, evaluation, report.
     Demo(demo::Args),
+    /// Carry out a recipe: from a teacher to a trained hybrid, resumable at any point.
+    Run(run::Args),
     /// What a hybrid would cost, per layer and in total, before any weight is touched.
     Plan(plan::Args),
     /// Make a hybrid from a Llama checkpoint (or from an ILD bank's layers).
     Compose(compose::Args),
-    /// Train a hybrid by distillation (ILD bank or end-to-end KD).
+    /// Keep statistics of the teacher's layers on a text, for the refined initialisation.
+    Calibrate(calibrate::Args),
+    /// Train a hybrid: ILD, KD (end to end or stepwise), preference optimisation.
     Train(train::Args),
     /// Train a small Llama from scratch.
     Pretrain(pretrain::Args),
@@ -65,7 +71,7 @@ pub enum Command {
     Bench(bench::Bench),
 }
 
-pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+pub fn main(cli: Cli) -> anyhow::Result<ExitCode> {
     let level = if cli.verbose {
         "zebroid=debug"
     } else {
@@ -80,8 +86,10 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         .try_init();
     match cli.command {
         Command::Demo(args) => demo::run(args)?,
+        Command::Run(args) => run::run(args)?,
         Command::Plan(args) => plan::run(args)?,
         Command::Compose(args) => compose::run(args)?,
+        Command::Calibrate(args) => calibrate::run(args)?,
         Command::Train(args) => train::run(args)?,
         Command::Pretrain(args) => pretrain::run(args)?,
         Command::Select(args) => select::run(args)?,

@@ -2,114 +2,39 @@
 
 use std::path::PathBuf;
 
+use candle_core::Device;
 use serde_json::json;
 
 use super::output::{bytes, table, thousands};
-use crate::Result;
 use crate::checkpoint::Checkpoint;
-use crate::convert::{LayerKind, PlanOptions, plan};
+use crate::convert::{PlanOptions, plan};
 use crate::mixer::MixerConfig;
 use crate::model::ModelConfig;
+use crate::pipeline::Base;
 
 /// What the hybrid's cache and state would weigh, per layer and in total.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid plan ./Llama-3.2-1B-Instruct --mla 0,5,10,14 --kv-rank 128 --q-rank 1344\n  \
-    zebroid plan ./teacher/config.json --layers mla,mamba2,mla,mamba2,mamba2 --json")]
+    zebroid plan ./teacher/config.json --layers mla:16,mamba2,mla:8,mamba2,mamba2 --json\n  \
+    zebroid plan ./teacher --mla 0,3 --kv-rank budget:5%")]
 pub struct Args {
     /// Llama checkpoint folder, or just its config.json.
     teacher: PathBuf,
     #[command(flatten)]
-    plan: PlanArgs,
+    plan: PlanOptions,
     /// One JSON object instead of the table.
     #[arg(long)]
     json: bool,
 }
 
-/// Which mixers, with which sizes.
-#[derive(Debug, Clone, clap::Args)]
-pub struct PlanArgs {
-    /// Layers that become MLA; the others become Mamba2.
-    #[arg(long, value_delimiter = ',', value_name = "I,J,..")]
-    pub mla: Vec<usize>,
-    /// Layers that keep their attention.
-    #[arg(long, value_delimiter = ',', value_name = "I,J,..")]
-    pub attention: Vec<usize>,
-    /// One mixer a layer, first to last.
-    #[arg(long, value_delimiter = ',', value_name = "KIND,KIND,..", conflicts_with_all = ["mla", "attention"])]
-    pub layers: Option<Vec<LayerKind>>,
-    /// Rank of the key/value latent [default: an eighth of the teacher's keys and values].
-    #[arg(long)]
-    pub kv_rank: Option<usize>,
-    /// Rank of the queries [default: three quarters of the teacher's].
-    #[arg(long)]
-    pub q_rank: Option<usize>,
-    /// Rotated dims of a head [default: half].
-    #[arg(long)]
-    pub rope_dim: Option<usize>,
-    /// Un-rotated dims of a head [default: the rest].
-    #[arg(long)]
-    pub nope_dim: Option<usize>,
-    /// RMSNorm on the latents.
-    #[arg(long)]
-    pub lora_layer_norm: bool,
-    /// Latent keys and values for every query head.
-    #[arg(long)]
-    pub full_kv_head: bool,
-    /// Repeat x and B to all heads before the convolution.
-    #[arg(long)]
-    pub repeat_kv_before_conv: bool,
-    /// YaRN in MLA layers: factor over the original window, e.g. 32,8192.
-    #[arg(long, value_name = "FACTOR,WINDOW", value_parser = yarn)]
-    pub yarn: Option<(f64, usize)>,
-    /// Positions a chunk of the Mamba2 scan.
-    #[arg(long, default_value_t = 256)]
-    pub chunk_size: usize,
-}
-
-fn yarn(text: &str) -> std::result::Result<(f64, usize), String> {
-    let parts = text
-        .split_once(',')
-        .ok_or("give FACTOR,WINDOW, e.g. 32,8192")?;
-    let factor = parts
-        .0
-        .parse()
-        .map_err(|_| format!("{} is no number", parts.0))?;
-    let window = parts
-        .1
-        .parse()
-        .map_err(|_| format!("{} is no number of positions", parts.1))?;
-    Ok((factor, window))
-}
-
-impl PlanArgs {
-    pub fn options(&self, layers: usize) -> Result<PlanOptions> {
-        let kinds = match &self.layers {
-            Some(kinds) => kinds.clone(),
-            None => PlanOptions::place(layers, &self.mla, &self.attention)?,
-        };
-        Ok(PlanOptions {
-            layers: kinds,
-            kv_lora_rank: self.kv_rank,
-            q_lora_rank: self.q_rank,
-            qk_rope_head_dim: self.rope_dim,
-            qk_nope_head_dim: self.nope_dim,
-            use_lora_layer_norm: self.lora_layer_norm,
-            use_full_kv_head: self.full_kv_head,
-            repeat_kv_before_conv: self.repeat_kv_before_conv,
-            yarn: self.yarn,
-            chunk_size: self.chunk_size,
-        })
-    }
-
-    pub fn student(&self, teacher: &ModelConfig) -> Result<ModelConfig> {
-        plan(teacher, &self.options(teacher.layers.len())?)
-    }
-}
-
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (teacher, _) = Checkpoint::config_only(&args.teacher)?;
-    let student = args.plan.student(&teacher)?;
+    // Ranks by energy or budget are read off the weights; all else needs the config alone.
+    let student = match args.plan.needs_weights() {
+        false => plan(&teacher, &args.plan)?,
+        true => Base::open(&args.teacher, Device::Cpu)?.plan(&args.plan, None)?,
+    };
     match args.json {
         true => println!(
             "{}",

@@ -43,7 +43,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let settings = args.train.config()?;
+    let settings = &args.train.config;
+    settings.validate()?;
     checkpoint::check_output(&args.out, args.train.force)?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
     let attention = AttentionConfig {
@@ -68,7 +69,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         layers: vec![MixerConfig::Attention(attention); args.num_layers],
     };
     let device = args.train.device.get()?;
-    let mut stage = Stage::Pretrain(Pretrain::new(&config, args.train.seed, &device)?);
+    let mut stage = Stage::Pretrain(Pretrain::new(&config, settings.seed, &device)?);
     let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
     let metrics = args
         .train

@@ -4,28 +4,47 @@
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::data::Batch;
-use crate::mixer::calibration::{Fitted, Sample, fit_output};
+use crate::mixer::calibration::{Sample, fit_output};
 use crate::mixer::{self, AttentionWeights, Mixer, MixerConfig};
 use crate::model::{Lm, ModelConfig};
 use crate::op::Documents;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+pub mod calibrate;
 mod plan;
+mod ranks;
 mod select;
+pub use calibrate::{Calibration, CalibrationConfig, calibrate};
 pub use plan::{LayerKind, PlanOptions, plan};
+pub use ranks::{RankRule, settle_ranks};
 pub use select::{Selector, select, smart_feasible};
+
+/// How mixers are born from attention weights, as flags and recipes say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum InitName {
+    /// Fitted to the teacher's mixers on text.
+    #[default]
+    Refined,
+    /// As published.
+    Reference,
+}
 
 /// How mixers are born from attention weights.
 pub enum Init<'a> {
     /// As published (spec 1.2, 1.3); what it draws follows from the seed.
     Reference { seed: u64 },
-    /// Fitted to the teacher's mixers on a batch of text. `own_inputs`: output projections are fitted to
-    /// what reaches them in the hybrid, and make up for what the layers before them missed; a bank, whose
-    /// layers are to be combined anew, is fitted to the teacher's inputs.
-    Refined { text: &'a Batch, own_inputs: bool },
+    /// Fitted to the teacher's mixers on text. `own_inputs`: output projections are fitted to what reaches
+    /// them in the hybrid, and make up for what the layers before them missed; a bank, whose layers are to
+    /// be combined anew, is fitted to the teacher's inputs.
+    Refined {
+        calibration: &'a Calibration,
+        own_inputs: bool,
+    },
 }
 
 /// What composing gives.
@@ -33,8 +52,6 @@ pub struct Composed {
     /// The plan; where a mixer turned by frequencies of its own, its config says so.
     pub config: ModelConfig,
     pub tensors: BTreeMap<String, Tensor>,
-    /// Relative squared error of each fitted mixer's output on the text; `None` where nothing was fitted.
-    pub errors: Vec<Option<f64>>,
 }
 
 /// All tensors of `student` from the teacher's: MLPs, norms, embedding and head copied, mixers converted
@@ -51,7 +68,6 @@ pub fn compose(
     let mut composed = Composed {
         config: student.clone(),
         tensors: BTreeMap::new(),
-        errors: Vec::new(),
     };
     for (name, _) in student.params() {
         if weights.contains(&name) {
@@ -60,40 +76,42 @@ pub fn compose(
     }
     let mut teaching = match init {
         Init::Reference { .. } => None,
-        Init::Refined { text, .. } => Some(Teaching::new(teacher, weights, text)?),
+        Init::Refined { calibration, .. } => {
+            Some(Teaching::new(teacher, weights, &calibration.fit)?)
+        }
     };
     for (i, config) in student.layers.iter().enumerate() {
         let prefix = format!("model.layers.{i}");
         let source = weights.at(&prefix).at(teacher.layers[i].prefix());
         let sample = teaching.as_mut().map(|t| t.layer(i)).transpose()?;
         let attention = || AttentionWeights::new(teacher.attention(i)?, &source);
-        let fitted = |f: Fitted| (f.tensors, Some(f.error));
-        let (born, error) = match (config, init, &sample) {
+        let born = match (config, init, &sample) {
             // Copied above, under the same names.
-            (MixerConfig::Attention(_), ..) => (Vec::new(), None),
+            (MixerConfig::Attention(_), ..) => Vec::new(),
             (MixerConfig::Mla(c), Init::Reference { .. }, _) => {
-                (mixer::mla::reference(c, &attention()?)?, None)
+                mixer::mla::reference(c, &attention()?)?
             }
             (MixerConfig::Mamba2(c), Init::Reference { seed }, _) => {
                 // Each layer draws from a stream of its own.
                 let seed = seed
                     .wrapping_mul(0x9E37_79B9_7F4A_7C15)
                     .wrapping_add(i as u64);
-                (mixer::mamba2::reference(c, &attention()?, seed)?, None)
+                mixer::mamba2::reference(c, &attention()?, seed)?
             }
-            (MixerConfig::Mla(c), Init::Refined { .. }, Some(sample)) => {
-                let (config, fit) = mixer::mla::refined(c, &attention()?, sample)?;
+            (MixerConfig::Mla(c), Init::Refined { calibration, .. }, Some(sample)) => {
+                let statistics = &calibration.layers[i];
+                let (config, fit) = mixer::mla::refined(c, &attention()?, statistics, sample)?;
                 composed.config.layers[i] = MixerConfig::Mla(config);
-                fitted(fit)
+                fit.tensors
             }
-            (MixerConfig::Mamba2(c), Init::Refined { .. }, Some(sample)) => {
-                fitted(mixer::mamba2::refined(c, &attention()?, sample)?)
+            (MixerConfig::Mamba2(c), Init::Refined { calibration, .. }, Some(sample)) => {
+                let statistics = &calibration.layers[i];
+                mixer::mamba2::refined(c, &attention()?, statistics, sample)?.tensors
             }
             (_, Init::Refined { .. }, None) => {
                 unreachable!("a refined initialisation has a sample of each layer")
             }
         };
-        composed.errors.push(error);
         let born = match (&mut teaching, init) {
             (
                 Some(teaching),
@@ -191,7 +209,6 @@ pub fn compose_from_bank(
     let mut composed = Composed {
         config: student.clone(),
         tensors: BTreeMap::new(),
-        errors: vec![None; student.layers.len()],
     };
     for (i, config) in student.layers.iter().enumerate() {
         let prefix = format!("model.layers.{i}.");
@@ -220,4 +237,39 @@ pub fn compose_from_bank(
         }
     }
     Ok(composed)
+}
+
+/// Goes on from a trained student: layers that `before` has with the same mixer are taken whole, of the
+/// others everything but the new mixer, and the embedding, final norm and head.
+///
+/// # Errors
+/// When `before` has other sizes than the composed model.
+pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) -> Result<()> {
+    let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size, c.intermediate_size, c.vocab_size);
+    if sizes(&composed.config) != sizes(before) {
+        return Err(Error::invalid("the student to go on from has other sizes than the plan"));
+    }
+    for (i, layer) in before.layers.iter().enumerate() {
+        let own = format!("model.layers.{i}.{}.", composed.config.layers[i].prefix());
+        let kept = composed.config.layers[i].name() == layer.name();
+        if kept {
+            composed.config.layers[i] = layer.clone();
+        } else if !matches!(layer, MixerConfig::Attention(_)) {
+            return Err(Error::invalid(format!(
+                "layer {i} is {} already: only attention can be converted",
+                layer.name()
+            )));
+        }
+        for (name, tensor) in &mut composed.tensors {
+            if name.starts_with(&format!("model.layers.{i}.")) && (kept || !name.starts_with(&own)) {
+                *tensor = weights.get(name)?;
+            }
+        }
+    }
+    for (name, tensor) in &mut composed.tensors {
+        if !name.starts_with("model.layers.") {
+            *tensor = weights.get(name)?;
+        }
+    }
+    Ok(())
 }

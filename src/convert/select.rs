@@ -4,10 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Selector {
     /// Zebra-Llama's: ends kept, near-uniform gaps, the largest total score (spec 1.5).
+    #[default]
     Smart,
     /// Evenly spaced, whatever the scores.
     Uniform,

@@ -1,29 +1,59 @@
-//! JSON lines with a `text` field.
+//! JSON lines: a `text`, or a `prompt` and its `completion`.
 
 use std::fs;
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::{Error, Result};
 
-#[derive(Deserialize)]
-struct Line {
-    text: String,
+/// One example of a text file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Text {
+    pub text: String,
+    /// Bytes of it that only lead to the rest: a prompt.
+    pub prompt: usize,
 }
 
-/// The `text` of every line, other fields ignored. Empty lines are allowed at the end only.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Text { text: String },
+    Prompted { prompt: String, completion: String },
+}
+
+/// The texts of every line, other fields ignored.
 ///
 /// # Errors
-/// Names the file and the line (from 1) that is empty, no JSON, or without a text.
-pub fn read_texts(path: &Path) -> Result<Vec<String>> {
+/// As [`read_lines`].
+pub fn read_texts(path: &Path) -> Result<Vec<Text>> {
+    const WANTED: &str = "a JSON object with a \"text\" string, or with \"prompt\" and \"completion\"";
+    let lines = read_lines(path, WANTED)?;
+    Ok(lines
+        .into_iter()
+        .map(|line| match line {
+            Line::Text { text } => Text { text, prompt: 0 },
+            Line::Prompted { prompt, completion } => Text {
+                text: prompt.clone() + &completion,
+                prompt: prompt.len(),
+            },
+        })
+        .collect())
+}
+
+/// One value a line. Empty lines are allowed at the end only.
+///
+/// # Errors
+/// Names the file and the line (from 1) that is empty, or not what is `wanted`.
+pub fn read_lines<T: DeserializeOwned>(path: &Path, wanted: &str) -> Result<Vec<T>> {
     let bytes = fs::read(path).map_err(Error::io("cannot read", path))?;
     let at = |line: usize, message: String| Error::Line {
         path: path.to_owned(),
         line,
         message,
     };
-    let mut texts = Vec::new();
+    let mut values = Vec::new();
     let end = bytes.trim_ascii_end();
     for (i, line) in end.split(|b| *b == b'\n').enumerate() {
         let line = std::str::from_utf8(line).map_err(|e| at(i + 1, format!("not UTF-8: {e}")))?;
@@ -33,22 +63,18 @@ pub fn read_texts(path: &Path) -> Result<Vec<String>> {
                 "an empty line; give one JSON object a line".into(),
             ));
         }
-        let parsed: Line = serde_json::from_str(line).map_err(|e| {
-            at(
-                i + 1,
-                format!("not a JSON object with a \"text\" string: {e}"),
-            )
-        })?;
-        texts.push(parsed.text);
+        let value = serde_json::from_str(line)
+            .map_err(|e| at(i + 1, format!("not {wanted}: {e}")))?;
+        values.push(value);
     }
-    Ok(texts)
+    Ok(values)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read(content: &[u8]) -> Result<Vec<String>> {
+    fn read(content: &[u8]) -> Result<Vec<Text>> {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), content).unwrap();
         read_texts(file.path())
@@ -57,7 +83,13 @@ mod tests {
     #[test]
     fn reads_texts_and_ignores_other_fields() {
         let texts = read(b"{\"text\":\"a\"}\n{\"id\":1,\"text\":\"b\\n\"}\n\n").unwrap();
-        assert_eq!(texts, ["a", "b\n"]);
+        let whole = |text: &str| Text {
+            text: text.into(),
+            prompt: 0,
+        };
+        assert_eq!(texts, [whole("a"), whole("b\n")]);
+        let asked = read(b"{\"prompt\":\"a \",\"completion\":\"b\"}").unwrap();
+        assert_eq!((asked[0].text.as_str(), asked[0].prompt), ("a b", 2));
     }
 
     #[test]
@@ -66,6 +98,7 @@ mod tests {
             (&b"{\"text\":\"a\"}\nnonsense\n"[..], 2, "JSON"),
             (b"{\"text\":\"a\"}\n\n{\"text\":\"b\"}", 2, "empty"),
             (b"{\"text\":\"a\"}\n{\"txt\":\"a\"}", 2, "text"),
+            (b"{\"prompt\":\"a\"}", 1, "completion"),
             (b"{\"text\":3}", 1, "string"),
             (b"{\"text\":\"\xff\"}", 1, "UTF-8"),
             (b"", 1, "empty"),

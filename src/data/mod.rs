@@ -2,9 +2,11 @@
 
 mod jsonl;
 mod packing;
+mod preferences;
 pub mod stories;
 mod tokenizer;
 
-pub use jsonl::read_texts;
-pub use packing::{Batch, Corpus, Packing};
+pub use jsonl::{Text, read_lines, read_texts};
+pub use packing::{Batch, Batches, Corpus, Packing};
+pub use preferences::{Preference, Preferences};
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -12,13 +12,45 @@ use crate::hash::Hash;
 use crate::op::Documents;
 use crate::{Error, Result};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Packing {
     /// Attention, convolution and state stop at document borders.
+    #[default]
     Documents,
     /// One long text, as the reference packs.
     Stream,
+}
+
+/// Where a training step's examples come from.
+pub trait Batches {
+    /// # Errors
+    /// When there is not one batch of `rows` examples of `len` tokens.
+    fn check(&self, rows: usize, len: usize) -> Result<()>;
+
+    /// Examples of an epoch: windows of `len` tokens, or pairs.
+    fn examples(&self, len: usize) -> usize;
+
+    /// A fingerprint of all examples, the same on every machine.
+    fn hash(&self) -> String;
+
+    /// Batch `index` of an endless shuffled order: a pure function of its arguments, so that a run resumes
+    /// exactly.
+    ///
+    /// # Errors
+    /// As [`Batches::check`].
+    fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch>;
+}
+
+/// The examples of batch `index`: every epoch is a fresh permutation of all, less the few that fill no batch.
+pub(super) fn shuffled(count: usize, seed: u64, index: u64, rows: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    let per_epoch = (count / rows) as u64;
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(index / per_epoch);
+    order.shuffle(&mut random);
+    let at = (index % per_epoch) as usize * rows;
+    order[at..at + rows].to_vec()
 }
 
 /// Tokenised documents, one after the other.
@@ -27,6 +59,8 @@ pub struct Corpus {
     tokens: Vec<u32>,
     /// For every token, where its document begins in `tokens`.
     starts: Vec<u32>,
+    /// For every token, whether it is to be learned: all, but those of a prompt.
+    learned: Vec<bool>,
 }
 
 /// Windows for one forward pass, row by row (`B` rows of `T`).
@@ -35,9 +69,12 @@ pub struct Batch {
     pub input_ids: Vec<u32>,
     /// The next token of each position; 0 where there is none.
     pub targets: Vec<u32>,
-    /// 1 where the next token is in the same window and document, else 0.
+    /// 1 where the next token is in the same window and document and is to be learned (not part of a
+    /// prompt or of padding), else 0.
     pub mask: Vec<f32>,
     pub documents: Documents,
+    /// Which window or example each row is.
+    pub examples: Vec<usize>,
     pub rows: usize,
     pub len: usize,
 }
@@ -48,28 +85,48 @@ impl Corpus {
     /// # Errors
     /// Names the line that cannot be used.
     pub fn load(path: &Path, tokenizer: &Tokenizer, packing: Packing) -> Result<Self> {
-        let texts = read_texts(path)?;
-        let documents = texts
-            .iter()
-            .map(|text| tokenizer.encode(text))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Self::new(&documents, packing))
+        let mut corpus = Self::empty();
+        for example in read_texts(path)? {
+            if example.prompt == 0 {
+                let ids = tokenizer.encode(&example.text)?;
+                corpus.push(ids.into_iter().map(|id| (id, true)), packing);
+            } else {
+                let ids = tokenizer.encode_with_offsets(&example.text)?;
+                // A token across the border holds the completion's beginning.
+                let learned = ids.into_iter().map(|(id, at)| (id, at.end > example.prompt));
+                corpus.push(learned, packing);
+            }
+        }
+        Ok(corpus)
     }
 
     pub fn new(documents: &[Vec<u32>], packing: Packing) -> Self {
-        let mut corpus = Self {
-            tokens: Vec::new(),
-            starts: Vec::new(),
-        };
+        let mut corpus = Self::empty();
         for document in documents {
-            let start = match packing {
-                Packing::Documents => corpus.tokens.len() as u32,
-                Packing::Stream => 0,
-            };
-            corpus.tokens.extend(document);
-            corpus.starts.resize(corpus.tokens.len(), start);
+            corpus.push(document.iter().map(|id| (*id, true)), packing);
         }
         corpus
+    }
+
+    fn empty() -> Self {
+        Self {
+            tokens: Vec::new(),
+            starts: Vec::new(),
+            learned: Vec::new(),
+        }
+    }
+
+    /// A document's ids, and whether each is to be learned.
+    fn push(&mut self, document: impl Iterator<Item = (u32, bool)>, packing: Packing) {
+        let start = match packing {
+            Packing::Documents => self.tokens.len() as u32,
+            Packing::Stream => 0,
+        };
+        for (id, learned) in document {
+            self.tokens.push(id);
+            self.starts.push(start);
+            self.learned.push(learned);
+        }
     }
 
     pub fn tokens(&self) -> usize {
@@ -79,44 +136,6 @@ impl Corpus {
     /// Whole windows of `len` tokens; the rest is left out.
     pub fn windows(&self, len: usize) -> usize {
         self.tokens.len().checked_div(len).unwrap_or(0)
-    }
-
-    /// # Errors
-    /// When there is not one batch of windows.
-    pub fn check(&self, rows: usize, len: usize) -> Result<()> {
-        let windows = self.windows(len);
-        if windows < rows.max(1) {
-            return Err(Error::invalid(format!(
-                "the data has {} tokens: {windows} windows of {len}, a batch needs {rows}; \
-                 give more data, or lower --batch-size or --seq-len",
-                self.tokens.len()
-            )));
-        }
-        Ok(())
-    }
-
-    /// A fingerprint of tokens and borders, the same on every machine.
-    pub fn hash(&self) -> String {
-        let values = self.tokens.iter().chain(&self.starts);
-        values
-            .fold(Hash::new(), |hash, v| hash.with(&v.to_le_bytes()))
-            .to_string()
-    }
-
-    /// Batch `index` of an endless shuffled order: every epoch is a fresh permutation of the windows, less
-    /// the few that fill no batch. A pure function of its arguments, so that a run resumes exactly.
-    ///
-    /// # Errors
-    /// As [`Corpus::check`].
-    pub fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
-        self.check(rows, len)?;
-        let mut order: Vec<usize> = (0..self.windows(len)).collect();
-        let per_epoch = (order.len() / rows) as u64;
-        let mut random = ChaCha8Rng::seed_from_u64(seed);
-        random.set_stream(index / per_epoch);
-        order.shuffle(&mut random);
-        let at = (index % per_epoch) as usize * rows;
-        Ok(self.gather(&order[at..at + rows], len))
     }
 
     /// Up to `rows` windows from window `from` on, in the data's order.
@@ -132,30 +151,98 @@ impl Corpus {
 
     fn gather(&self, windows: &[usize], len: usize) -> Batch {
         let count = windows.len() * len;
-        let mut batch = Batch {
-            input_ids: Vec::with_capacity(count),
-            targets: Vec::with_capacity(count),
-            mask: Vec::with_capacity(count),
-            documents: Documents::new(Vec::new(), 1),
-            rows: windows.len(),
-            len,
-        };
-        let mut starts = Vec::with_capacity(count);
+        let (mut ids, mut starts, mut learned) = (
+            Vec::with_capacity(count),
+            Vec::with_capacity(count),
+            Vec::with_capacity(count),
+        );
         for window in windows {
             let from = window * len;
-            for at in from..from + len {
-                let next = at + 1;
-                let follows = next < from + len && self.starts[next] == self.starts[at];
-                batch.input_ids.push(self.tokens[at]);
-                batch
-                    .targets
-                    .push(if follows { self.tokens[next] } else { 0 });
-                batch.mask.push(if follows { 1.0 } else { 0.0 });
-                starts.push((self.starts[at] as usize).saturating_sub(from) as u32);
-            }
+            ids.extend_from_slice(&self.tokens[from..from + len]);
+            learned.extend_from_slice(&self.learned[from..from + len]);
+            let own = |start: &u32| (*start as usize).saturating_sub(from) as u32;
+            starts.extend(self.starts[from..from + len].iter().map(own));
         }
-        batch.documents = Documents::new(starts, len);
-        batch
+        Batch {
+            examples: windows.to_vec(),
+            ..Batch::new(ids, starts, &learned, len)
+        }
+    }
+}
+
+impl Batch {
+    /// Rows of `len` tokens; `starts` says of each where its document begins in its row, `learned` whether
+    /// it is to be learned.
+    pub fn new(ids: Vec<u32>, starts: Vec<u32>, learned: &[bool], len: usize) -> Self {
+        let follows = |at: usize| {
+            let next = at + 1;
+            next % len != 0 && starts[next] == starts[at]
+        };
+        let all = 0..ids.len();
+        let target = |at: usize| if follows(at) { ids[at + 1] } else { 0 };
+        let mask = |at: usize| f32::from(u8::from(follows(at) && learned[at + 1]));
+        let rows = ids.len() / len;
+        Self {
+            targets: all.clone().map(target).collect(),
+            mask: all.map(mask).collect(),
+            documents: Documents::new(starts, len),
+            input_ids: ids,
+            examples: (0..rows).collect(),
+            rows,
+            len,
+        }
+    }
+}
+
+impl Batch {
+    /// Some of the rows.
+    pub fn part(&self, from: usize, rows: usize) -> Batch {
+        let rows = rows.min(self.rows - from);
+        let span = from * self.len..(from + rows) * self.len;
+        let starts = (from..from + rows).flat_map(|row| self.documents.row(row).iter().copied());
+        Batch {
+            input_ids: self.input_ids[span.clone()].to_vec(),
+            targets: self.targets[span.clone()].to_vec(),
+            mask: self.mask[span].to_vec(),
+            documents: Documents::new(starts.collect(), self.len),
+            examples: self.examples[from..from + rows].to_vec(),
+            rows,
+            len: self.len,
+        }
+    }
+}
+
+impl Batches for Corpus {
+    fn check(&self, rows: usize, len: usize) -> Result<()> {
+        let windows = self.windows(len);
+        if windows < rows.max(1) {
+            return Err(Error::invalid(format!(
+                "the data has {} tokens: {windows} windows of {len}, a batch needs {rows}; \
+                 give more data, or lower --batch-size or --seq-len",
+                self.tokens.len()
+            )));
+        }
+        Ok(())
+    }
+
+    fn examples(&self, len: usize) -> usize {
+        self.windows(len)
+    }
+
+    fn hash(&self) -> String {
+        let values = self.tokens.iter().chain(&self.starts);
+        let hash = values.fold(Hash::new(), |hash, v| hash.with(&v.to_le_bytes()));
+        // A corpus without prompts keeps the fingerprint that it had before there were any.
+        let prompts = self.learned.iter().enumerate().filter(|(_, l)| !**l);
+        prompts
+            .fold(hash, |hash, (at, _)| hash.with(&at.to_le_bytes()))
+            .to_string()
+    }
+
+    fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
+        self.check(rows, len)?;
+        let windows = shuffled(self.windows(len), seed, index, rows);
+        Ok(self.gather(&windows, len))
     }
 }
 
@@ -182,6 +269,28 @@ mod tests {
             .unwrap();
         assert_eq!(stream.documents.row(0), [0; 6]);
         assert_eq!(stream.mask, [1., 1., 1., 1., 1., 0.]);
+    }
+
+    #[test]
+    fn prompts_are_read_but_not_learned() {
+        let folder = tempfile::tempdir().unwrap();
+        crate::data::stories::write_tokenizer(folder.path()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let load = |line: &str| {
+            let path = folder.path().join("data.jsonl");
+            std::fs::write(&path, line).unwrap();
+            Corpus::load(&path, &tokenizer, Packing::Documents).unwrap()
+        };
+        let whole = load(r#"{"text": "Tom has a red ball."}"#);
+        let asked = load(r#"{"prompt": "Tom has", "completion": " a red ball."}"#);
+        assert_eq!(whole.tokens, asked.tokens);
+        assert_ne!(whole.hash(), asked.hash());
+        let prompt = tokenizer.encode("Tom has").unwrap().len();
+        let mask = asked.ordered(0, 1, asked.tokens()).unwrap().mask;
+        let expected = |at: usize| at + 1 >= prompt && at + 1 < asked.tokens();
+        for (at, mask) in mask.into_iter().enumerate() {
+            assert_eq!(mask == 1.0, expected(at), "{at}");
+        }
     }
 
     #[test]

@@ -1,15 +1,15 @@
 //! A student against its teacher on held-out text.
 
 use candle_core::{DType, Tensor};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::data::Corpus;
+use crate::data::{Batch, Corpus};
 use crate::model::Lm;
 use crate::op::loss::{cross_entropy, forward_kl};
 use crate::{Error, Result};
 
 /// Means over tokens; `kl` over all positions, the cross-entropies over those with a next token.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct KlReport {
     /// Forward KL(teacher ‖ student), nats a token.
     pub kl: f64,
@@ -41,19 +41,69 @@ pub fn evaluate(
     seq_len: usize,
     observe: &mut dyn FnMut(usize, usize),
 ) -> Result<KlReport> {
-    let (t, s) = (teacher.config.vocab_size, student.config.vocab_size);
-    if t != s {
-        return Err(Error::invalid(format!(
-            "the teacher has {t} tokens, the student {s}: nothing to compare"
-        )));
-    }
     let windows = corpus.windows(seq_len);
-    let (mut kl, mut ce_teacher, mut ce_student, mut agreed) = (0.0, 0.0, 0.0, 0.0);
-    let (mut tokens, mut scored) = (0, 0.0);
+    let mut sums = Sums::new(teacher, student)?;
     let mut done = 0;
     while done < windows {
         let batch = corpus.ordered(done, batch_size, seq_len)?;
-        let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, batch.len), student.device())?;
+        sums.add(&batch)?;
+        done += batch.rows;
+        observe(done, windows);
+    }
+    sums.report()
+}
+
+/// The rows of one batch, `at_once` at a time.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn evaluate_batch(
+    teacher: &Lm,
+    student: &Lm,
+    batch: &Batch,
+    at_once: usize,
+) -> Result<KlReport> {
+    let mut sums = Sums::new(teacher, student)?;
+    for from in (0..batch.rows).step_by(at_once.max(1)) {
+        sums.add(&batch.part(from, at_once.max(1)))?;
+    }
+    sums.report()
+}
+
+struct Sums<'a> {
+    teacher: &'a Lm,
+    student: &'a Lm,
+    kl: f64,
+    ce_teacher: f64,
+    ce_student: f64,
+    agreed: f64,
+    tokens: usize,
+    scored: f64,
+}
+
+impl<'a> Sums<'a> {
+    fn new(teacher: &'a Lm, student: &'a Lm) -> Result<Self> {
+        let (t, s) = (teacher.config.vocab_size, student.config.vocab_size);
+        if t != s {
+            return Err(Error::invalid(format!(
+                "the teacher has {t} tokens, the student {s}: nothing to compare"
+            )));
+        }
+        Ok(Self {
+            teacher,
+            student,
+            kl: 0.0,
+            ce_teacher: 0.0,
+            ce_student: 0.0,
+            agreed: 0.0,
+            tokens: 0,
+            scored: 0.0,
+        })
+    }
+
+    fn add(&mut self, batch: &Batch) -> Result<()> {
+        let device = self.student.device();
+        let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, batch.len), device)?;
         let rows = batch.rows * batch.len;
         let logits = |lm: &Lm| -> Result<Tensor> {
             let logits = lm.forward(&ids, Some(&batch.documents))?;
@@ -61,32 +111,34 @@ pub fn evaluate(
                 .reshape((rows, lm.config.vocab_size))?
                 .to_dtype(DType::F32)?)
         };
-        let (teacher, student) = (logits(teacher)?, logits(student)?);
-        let targets = Tensor::from_slice(&batch.targets, rows, student.device())?;
-        let mask = Tensor::from_slice(&batch.mask, rows, student.device())?;
+        let (teacher, student) = (logits(self.teacher)?, logits(self.student)?);
+        let targets = Tensor::from_slice(&batch.targets, rows, device)?;
+        let mask = Tensor::from_slice(&batch.mask, rows, device)?;
         let masked = |x: Tensor| sum(&(x * &mask)?);
-        kl += sum(&forward_kl(&teacher, &student, 1.0)?)?;
-        ce_teacher += masked(cross_entropy(&teacher, &targets)?)?;
-        ce_student += masked(cross_entropy(&student, &targets)?)?;
+        self.kl += sum(&forward_kl(&teacher, &student, 1.0)?)?;
+        self.ce_teacher += masked(cross_entropy(&teacher, &targets)?)?;
+        self.ce_student += masked(cross_entropy(&student, &targets)?)?;
         let same = teacher.argmax(1)?.eq(&student.argmax(1)?)?;
-        agreed += sum(&same.to_dtype(DType::F32)?)?;
-        tokens += rows;
-        scored += batch.mask.iter().sum::<f32>() as f64;
-        done += batch.rows;
-        observe(done, windows);
+        self.agreed += sum(&same.to_dtype(DType::F32)?)?;
+        self.tokens += rows;
+        self.scored += batch.mask.iter().sum::<f32>() as f64;
+        Ok(())
     }
-    if scored == 0.0 {
-        return Err(Error::invalid(
-            "the data has no token with a next one: nothing to evaluate",
-        ));
+
+    fn report(&self) -> Result<KlReport> {
+        if self.scored == 0.0 {
+            return Err(Error::invalid(
+                "the data has no token with a next one: nothing to evaluate",
+            ));
+        }
+        Ok(KlReport {
+            kl: self.kl / self.tokens as f64,
+            ce_teacher: self.ce_teacher / self.scored,
+            ce_student: self.ce_student / self.scored,
+            agreement: self.agreed / self.tokens as f64,
+            tokens: self.tokens,
+        })
     }
-    Ok(KlReport {
-        kl: kl / tokens as f64,
-        ce_teacher: ce_teacher / scored,
-        ce_student: ce_student / scored,
-        agreement: agreed / tokens as f64,
-        tokens,
-    })
 }
 
 fn sum(x: &Tensor) -> Result<f64> {

@@ -1,5 +1,6 @@
 //! How good a model is: against its teacher, against recorded outputs, on held-out text.
 
+pub mod fidelity;
 pub mod kl;
 pub mod parity;
 pub mod recall;

@@ -5,7 +5,7 @@ use faer::Mat;
 use faer::linalg::solvers::Solve;
 
 use super::linalg::{matrix, svd, tensor};
-use super::{Mixer, MixerConfig};
+use super::{AttentionWeights, Mixer, MixerConfig};
 use crate::op::Documents;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -20,14 +20,75 @@ pub struct Sample {
     pub documents: Documents,
 }
 
-impl Sample {
-    /// `E[x xᵀ]` of the input, `[D, D]`.
-    pub fn second_moment(&self) -> Result<Mat<f64>> {
-        let (b, t, d) = self.input.dims3()?;
-        let x = self.input.reshape((b * t, d))?;
-        let moment = (x.t()?.contiguous()?.matmul(&x)? / (b * t) as f64)?;
-        matrix(&moment)
+/// One layer of the teacher over a calibration text of any length.
+#[derive(Debug, Clone)]
+pub struct Statistics {
+    /// `E[x]` of what the mixer reads, `[D]`.
+    pub input_mean: Vec<f64>,
+    /// `E[x xᵀ]`, `[D, D]`.
+    pub input_moment: Mat<f64>,
+    /// `E[y]` of what the mixer writes, `[D]`.
+    pub output_mean: Vec<f64>,
+    /// `E[y²]`, `[D]`.
+    pub output_square: Vec<f64>,
+    /// `E[|q|²]` of every query head and rotary pair, `[H, hd/2]`.
+    pub query_energy: Mat<f64>,
+    /// The same of the key heads, `[G, hd/2]`.
+    pub key_energy: Mat<f64>,
+}
+
+impl Statistics {
+    /// From sums over `tokens`: of the input `[D]`, its products `[D, D]`, the output and its squares `[D]`.
+    pub fn new(
+        attention: &AttentionWeights,
+        tokens: usize,
+        [input, products, output, squares]: [&Tensor; 4],
+    ) -> Result<Self> {
+        let mean = |t: &Tensor| -> Result<Vec<f64>> {
+            Ok((t.to_dtype(DType::F64)? / tokens as f64)?.to_vec1()?)
+        };
+        let input_moment = matrix(&(products / tokens as f64)?)?;
+        let hd = attention.config.head_dim;
+        let energy = |w: &Tensor| -> Result<Mat<f64>> {
+            let w = matrix(w)?;
+            let spread = &w * &input_moment;
+            let square = |row: usize| -> f64 {
+                (0..w.ncols()).map(|n| spread[(row, n)] * w[(row, n)]).sum()
+            };
+            Ok(Mat::from_fn(w.nrows() / hd, hd / 2, |head, pair| {
+                let row = head * hd + pair;
+                square(row) + square(row + hd / 2)
+            }))
+        };
+        Ok(Self {
+            input_mean: mean(input)?,
+            output_mean: mean(output)?,
+            output_square: mean(squares)?,
+            query_energy: energy(&attention.q)?,
+            key_energy: energy(&attention.k)?,
+            input_moment,
+        })
     }
+
+    /// Of a sample alone.
+    pub fn of(attention: &AttentionWeights, sample: &Sample) -> Result<Self> {
+        let sums = sums(&sample.input, &sample.output)?;
+        let (b, t, _) = sample.input.dims3()?;
+        Self::new(attention, b * t, sums.each_ref())
+    }
+}
+
+/// What [`Statistics::new`] takes, of one batch (both `[B, T, D]`), in f64 on the CPU.
+pub fn sums(input: &Tensor, output: &Tensor) -> Result<[Tensor; 4]> {
+    let (b, t, d) = input.dims3()?;
+    let (x, y) = (input.reshape((b * t, d))?, output.reshape((b * t, d))?);
+    let long = |t: Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+    Ok([
+        long(x.clone())?.sum(0)?,
+        long(x.t()?.contiguous()?.matmul(&x)?)?,
+        long(y.clone())?.sum(0)?,
+        long(y.sqr()?)?.sum(0)?,
+    ])
 }
 
 /// Weight of the prior, relative to the features' mean square.

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::calibration::{Sample, fit_output};
+use super::calibration::{Sample, Statistics, fit_output};
 use super::*;
 
 const HIDDEN: usize = 16;
@@ -71,7 +71,8 @@ fn full_rank_mla_of_one_key_head_equals_the_attention() {
         attention_factor: Some(1.3),
     });
     for config in [plain, yarn] {
-        let (_, fitted) = mla::refined(&config, &attention, &sample).unwrap();
+        let statistics = Statistics::of(&attention, &sample).unwrap();
+        let (_, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
         assert!(fitted.error < 1e-5, "{}", fitted.error);
     }
 }
@@ -84,7 +85,8 @@ fn refined_beats_reference_with_the_same_fit() {
     let reference = fit_output(&MixerConfig::Mla(config.clone()), reference, &sample)
         .unwrap()
         .error;
-    let (chosen, fitted) = mla::refined(&config, &attention, &sample).unwrap();
+    let statistics = Statistics::of(&attention, &sample).unwrap();
+    let (chosen, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
     assert!(
         fitted.error < 0.9 * reference,
         "mla: {} for {reference}",
@@ -107,7 +109,8 @@ fn refined_mamba2_has_all_its_tensors() {
             chunk_size: 64,
         };
         let (attention, sample) = teacher(1);
-        let fitted = mamba2::refined(&config, &attention, &sample).unwrap();
+        let statistics = Statistics::of(&attention, &sample).unwrap();
+        let fitted = mamba2::refined(&config, &attention, &statistics, &sample).unwrap();
         assert!(fitted.error < 1.0, "{}", fitted.error);
         let shapes = config.params(HIDDEN).into_iter();
         assert!(
@@ -117,6 +120,32 @@ fn refined_mamba2_has_all_its_tensors() {
                 .map(|(n, t)| (n.clone(), t.dims().to_vec())))
         );
     }
+}
+
+/// Statistics of two halves, added up, are those of the whole.
+#[test]
+fn statistics_add_up() {
+    let (attention, sample) = teacher(2);
+    let whole = Statistics::of(&attention, &sample).unwrap();
+    let half = |from: usize| {
+        let part = |t: &Tensor| t.narrow(0, from, 4).unwrap();
+        super::calibration::sums(&part(&sample.input), &part(&sample.output)).unwrap()
+    };
+    let (a, b) = (half(0), half(4));
+    let added = [0, 1, 2, 3].map(|i| (&a[i] + &b[i]).unwrap());
+    let added = Statistics::new(&attention, 8 * 48, added.each_ref()).unwrap();
+    let gap = |a: &faer::Mat<f64>, b: &faer::Mat<f64>| (a - b).norm_l2() / b.norm_l2();
+    assert!(gap(&added.input_moment, &whole.input_moment) < 1e-6);
+    assert!(gap(&added.key_energy, &whole.key_energy) < 1e-6);
+    // The energies are those of the queries themselves.
+    let x = sample.input.reshape((8 * 48, HIDDEN)).unwrap();
+    let q = x.matmul(&attention.q.t().unwrap()).unwrap();
+    let of = |row: usize| -> f64 {
+        let column = q.narrow(1, row, 1).unwrap().sqr().unwrap();
+        column.mean_all().unwrap().to_dtype(DType::F64).unwrap().to_scalar().unwrap()
+    };
+    let direct = of(8 + 1) + of(8 + 1 + 4);
+    assert!((whole.query_energy[(1, 1)] - direct).abs() < 1e-5 * direct);
 }
 
 /// The fit is the least-squares optimum: no small change of the projection does better.

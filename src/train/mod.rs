@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
-use crate::data::Corpus;
+use crate::data::Batches;
 use crate::{Error, Result};
 
 pub mod params;
@@ -25,38 +25,60 @@ pub use stage::Stage;
 use crate::op::adamw::AdamW;
 use state::Run;
 
-/// How to train; everything here decides the result, so a resumed run must agree with it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// How to train; everything here decides the result, so a resumed run must agree with it. The same on the
+/// command line and in a recipe's `train`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
     /// Optimizer steps.
-    pub steps: u64,
-    /// Windows a micro-batch.
+    #[arg(long)]
+    pub steps: Option<u64>,
+    /// Tokens to train on, rounded down to whole steps.
+    #[arg(long, conflicts_with = "steps")]
+    pub tokens: Option<u64>,
+    /// Passes over the data [default, if neither tokens nor steps are given: 1].
+    #[arg(long, conflicts_with_all = ["steps", "tokens"])]
+    pub epochs: Option<f64>,
+    /// Windows (or preference pairs) a micro-batch.
+    #[arg(long, default_value_t = 16)]
     pub batch_size: usize,
     /// Micro-batches a step.
+    #[arg(long, default_value_t = 1)]
     pub accumulation: usize,
     /// Tokens a window.
+    #[arg(long, default_value_t = 256)]
     pub seq_len: usize,
     /// Peak learning rate.
+    #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
     /// Share of the steps that warm up linearly.
+    #[arg(long, default_value_t = 0.01)]
     pub warmup: f64,
     /// Learning rate at the end of the cosine, as a share of the peak.
+    #[arg(long, default_value_t = 0.0)]
     pub min_lr: f64,
+    #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f64,
+    #[arg(long, default_value_t = 0.9)]
     pub beta1: f64,
+    #[arg(long, default_value_t = 0.95)]
     pub beta2: f64,
+    #[arg(long, default_value_t = 1e-8)]
     pub eps: f64,
     /// Global gradient norm is clipped to this; 0 never clips.
+    #[arg(long, default_value_t = 1.0)]
     pub clip: f64,
-    /// Of the data order.
+    /// Of the data order, and of what an initialisation draws.
+    #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
-            steps: 1000,
+            steps: None,
+            tokens: None,
+            epochs: None,
             batch_size: 16,
             accumulation: 1,
             seq_len: 256,
@@ -78,7 +100,6 @@ impl TrainConfig {
     /// Names the field that cannot work.
     pub fn validate(&self) -> Result<()> {
         let positive = [
-            ("steps", self.steps as usize),
             ("batch_size", self.batch_size),
             ("accumulation", self.accumulation),
             ("seq_len", self.seq_len),
@@ -106,7 +127,42 @@ impl TrainConfig {
                 )));
             }
         }
-        Ok(())
+        let lengths = [self.steps.is_some(), self.tokens.is_some(), self.epochs.is_some()];
+        if lengths.iter().filter(|given| **given).count() > 1 {
+            return Err(Error::invalid("steps, tokens and epochs: give one of them"));
+        }
+        match self.epochs {
+            Some(epochs) if !(epochs > 0.0 && epochs.is_finite()) => {
+                Err(Error::invalid(format!("epochs {epochs} must be above 0")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Optimizer steps on `examples` windows or pairs.
+    ///
+    /// # Errors
+    /// Fewer tokens than one step has, or no step at all.
+    pub fn steps(&self, examples: usize) -> Result<u64> {
+        let steps = match (self.steps, self.tokens) {
+            (Some(steps), _) => steps,
+            (None, Some(tokens)) => tokens / self.tokens_per_step() as u64,
+            (None, None) => {
+                let per_step = (self.batch_size * self.accumulation) as f64;
+                (self.epochs.unwrap_or(1.0) * examples as f64 / per_step) as u64
+            }
+        };
+        match (steps, self.tokens) {
+            (0, Some(tokens)) => Err(Error::invalid(format!(
+                "tokens {tokens} is less than one step ({} tokens)",
+                self.tokens_per_step()
+            ))),
+            (0, None) => Err(Error::invalid(format!(
+                "no step to train: {examples} examples, {} a step",
+                self.batch_size * self.accumulation
+            ))),
+            _ => Ok(steps),
+        }
     }
 
     /// Tokens a step.
@@ -114,17 +170,17 @@ impl TrainConfig {
         self.batch_size * self.accumulation * self.seq_len
     }
 
-    /// Linear warm-up, then half a cosine, for step `step` (from 0).
-    pub fn lr_at(&self, step: u64) -> f64 {
-        let warmup = (self.warmup * self.steps as f64).ceil().max(1.0);
+    /// Linear warm-up, then half a cosine, for step `step` (from 0) of `steps`.
+    pub fn lr_at(&self, step: u64, steps: u64) -> f64 {
+        let warmup = (self.warmup * steps as f64).ceil().max(1.0);
         let rise = ((step + 1) as f64 / warmup).min(1.0);
-        let fall = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / self.steps as f64).cos());
+        let fall = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
         self.lr * rise * (self.min_lr + (1.0 - self.min_lr) * fall)
     }
 
-    fn adamw(&self, step: u64) -> AdamW {
+    fn adamw(&self, step: u64, steps: u64) -> AdamW {
         AdamW {
-            lr: self.lr_at(step),
+            lr: self.lr_at(step, steps),
             beta1: self.beta1,
             beta2: self.beta2,
             eps: self.eps,
@@ -162,14 +218,14 @@ pub struct RunOptions<'a> {
     pub save_every: u64,
     /// Asked after every step: true saves and stops.
     pub stop: &'a dyn Fn() -> bool,
-    /// Told of every step.
-    pub observe: &'a mut dyn FnMut(&StepMetrics),
+    /// Told of every step, and how many there are.
+    pub observe: &'a mut dyn FnMut(&StepMetrics, u64),
 }
 
 /// Steps whose speed the reported rate averages over.
 const RATE_WINDOW: usize = 20;
 
-/// Trains `stage` on `corpus` and writes `OUT`. Returns the metrics of all steps, resumed ones included.
+/// Trains `stage` on `data` and writes `OUT`. Returns the metrics of all steps, resumed ones included.
 ///
 /// # Errors
 /// Before the first step: settings that cannot work, an existing output, a partial run with other
@@ -177,23 +233,25 @@ const RATE_WINDOW: usize = 20;
 /// `stop` says so (everything is saved).
 pub fn train(
     stage: &mut Stage,
-    corpus: &Corpus,
+    data: &dyn Batches,
     config: &TrainConfig,
     options: RunOptions,
 ) -> Result<Vec<StepMetrics>> {
     config.validate()?;
     checkpoint::check_output(&options.out, options.force)?;
-    corpus.check(config.batch_size, config.seq_len)?;
+    data.check(config.batch_size, config.seq_len)?;
+    let steps = config.steps(data.examples(config.seq_len))?;
     let identity = serde_json::json!({
         "stage": stage.identity()?,
         "train": config,
-        "data": corpus.hash(),
+        "data": data.hash(),
     });
     let mut run = Run::open(&options.out, &identity, options.force, stage)?;
-    let mut recent: Vec<Duration> = Vec::new();
-    while run.step < config.steps {
+    let mut recent: Vec<(u64, Duration)> = Vec::new();
+    while run.step < steps {
         let started = Instant::now();
-        let (loss, terms) = accumulate(stage, corpus, config, run.step)?;
+        stage.start_step(run.step as f64 / steps as f64);
+        let (loss, terms, tokens) = accumulate(stage, data, config, run.step)?;
         if !loss.is_finite() {
             return Err(Error::invalid(format!(
                 "the loss is {loss} at step {}: lower --lr (now {}) or --clip (now {}); the save of step {} is in {}",
@@ -205,27 +263,28 @@ pub fn train(
             )));
         }
         let step = run.step;
-        let hyper = config.adamw(step);
+        let hyper = config.adamw(step, steps);
         let mut grad_norm = Vec::new();
         for group in stage.groups_mut() {
             grad_norm.push(group.update(config.clip, step + 1, &hyper)?);
         }
         run.step += 1;
-        recent.push(started.elapsed());
+        recent.push((tokens, started.elapsed()));
         let window = &recent[recent.len().saturating_sub(RATE_WINDOW)..];
-        let seconds = window.iter().sum::<Duration>().as_secs_f64() / window.len() as f64;
+        let seconds = window.iter().map(|(_, t)| t).sum::<Duration>();
+        let seen: u64 = window.iter().map(|(n, _)| n).sum();
         let metrics = StepMetrics {
             step: run.step,
-            tokens: run.step * config.tokens_per_step() as u64,
+            tokens: run.tokens() + tokens,
             loss,
             lr: hyper.lr,
             grad_norm,
             terms,
-            tokens_per_s: config.tokens_per_step() as f64 / seconds,
+            tokens_per_s: seen as f64 / seconds.as_secs_f64(),
         };
-        (options.observe)(&metrics);
+        (options.observe)(&metrics, steps);
         run.log(metrics)?;
-        let stopped = (options.stop)() && run.step < config.steps;
+        let stopped = (options.stop)() && run.step < steps;
         if stopped || run.step.is_multiple_of(options.save_every.max(1)) {
             run.save(stage)?;
         }
@@ -233,7 +292,7 @@ pub fn train(
             return Err(Error::Interrupted(format!(
                 "step {} of {} is saved in {}; run the same command again to go on",
                 run.step,
-                config.steps,
+                steps,
                 run.folder.display()
             )));
         }
@@ -241,24 +300,27 @@ pub fn train(
     run.finish(stage, &options)
 }
 
-/// Gradients of one step, averaged over its micro-batches, left in the stage's groups.
+/// Gradients of one step, averaged over its micro-batches, left in the stage's groups. Loss, the stage's
+/// figures, and tokens.
 fn accumulate(
     stage: &mut Stage,
-    corpus: &Corpus,
+    data: &dyn Batches,
     config: &TrainConfig,
     step: u64,
-) -> Result<(f64, serde_json::Map<String, serde_json::Value>)> {
+) -> Result<(f64, serde_json::Map<String, serde_json::Value>, u64)> {
     let parts = config.accumulation as u64;
     let mut loss = 0.0;
+    let mut tokens = 0;
     let mut sums: Vec<(String, f64)> = Vec::new();
     for part in 0..parts {
-        let batch = corpus.batch(
+        let batch = data.batch(
             config.seed,
             step * parts + part,
             config.batch_size,
             config.seq_len,
         )?;
         let terms = stage.backward(&batch, 1.0 / parts as f64)?;
+        tokens += (batch.rows * batch.len) as u64;
         loss += terms.loss / parts as f64;
         for (i, (name, value)) in terms.named.into_iter().enumerate() {
             match sums.get_mut(i) {
@@ -268,7 +330,7 @@ fn accumulate(
         }
     }
     let named = sums.into_iter().map(|(name, value)| (name, value.into()));
-    Ok((loss, named.collect()))
+    Ok((loss, named.collect(), tokens))
 }
 
 /// Where a run that is not finished keeps its things.

@@ -79,6 +79,11 @@ impl Run {
         })
     }
 
+    /// Tokens seen.
+    pub fn tokens(&self) -> u64 {
+        self.metrics.last().map_or(0, |m| m.tokens)
+    }
+
     pub fn log(&mut self, metrics: StepMetrics) -> Result<()> {
         write_line(&mut self.log, &metrics, &self.folder.join(METRICS))?;
         self.metrics.push(metrics);

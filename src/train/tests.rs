@@ -6,13 +6,14 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 
-use super::stage::ild::{Ild, IldLoss};
-use super::stage::kd::{Kd, KdConfig};
+use super::stage::dpo::{Dpo, DpoConfig};
+use super::stage::ild::{Ild, IldConfig, IldInputs, IldLoss};
+use super::stage::kd::{Kd, KdConfig, Labels, Schedule, Trained};
 use super::stage::pretrain::Pretrain;
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, LayerKind, PlanOptions, compose, plan};
-use crate::data::{Packing, stories};
+use crate::data::{Corpus, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
 use crate::weights::Weights;
@@ -42,6 +43,7 @@ fn teacher_config() -> ModelConfig {
 struct Setting {
     folder: tempfile::TempDir,
     corpus: Corpus,
+    pairs: Preferences,
 }
 
 impl Setting {
@@ -52,7 +54,14 @@ impl Setting {
         stories::write_jsonl(&data, 1, 60).unwrap();
         let tokenizer = crate::data::Tokenizer::open(folder.path()).unwrap();
         let corpus = Corpus::load(&data, &tokenizer, Packing::Documents).unwrap();
-        Self { folder, corpus }
+        let path = folder.path().join("pairs.jsonl");
+        std::fs::write(&path, stories::preferences_to_jsonl(2, 40)).unwrap();
+        let pairs = Preferences::load(&path, &tokenizer, 64).unwrap();
+        Self {
+            folder,
+            corpus,
+            pairs,
+        }
     }
 
     fn out(&self, name: &str) -> PathBuf {
@@ -74,15 +83,19 @@ impl Setting {
             force: false,
             save_every: 3,
             stop: &|| stop_after > 0 && done.get() >= stop_after,
-            observe: &mut |_| done.set(done.get() + 1),
+            observe: &mut |_, _| done.set(done.get() + 1),
         };
-        train(stage, &self.corpus, config, options)
+        let data: &dyn Batches = match stage {
+            Stage::Dpo(_) => &self.pairs,
+            _ => &self.corpus,
+        };
+        train(stage, data, config, options)
     }
 }
 
 fn config(steps: u64) -> TrainConfig {
     TrainConfig {
-        steps,
+        steps: Some(steps),
         batch_size: 2,
         accumulation: 2,
         seq_len: 32,
@@ -106,7 +119,7 @@ fn teacher() -> (Lm, Weights) {
 
 fn student(kinds: [LayerKind; 2]) -> (ModelConfig, Weights) {
     let (_, weights) = teacher();
-    let student = plan(&teacher_config(), &PlanOptions::new(kinds.to_vec())).unwrap();
+    let student = plan(&teacher_config(), &PlanOptions::default().with_layers(kinds.to_vec())).unwrap();
     let composed = compose(
         &teacher_config(),
         &weights,
@@ -117,40 +130,62 @@ fn student(kinds: [LayerKind; 2]) -> (ModelConfig, Weights) {
     (student, Weights::new(composed.tensors))
 }
 
-fn stages() -> Vec<(&'static str, Stage)> {
-    let (mla, mamba2) = (LayerKind::Mla, LayerKind::Mamba2);
-    let bank = [("mla", [mla, mla]), ("mamba2", [mamba2, mamba2])].map(|(name, kinds)| {
-        let (config, weights) = student(kinds);
-        (name.to_owned(), config, weights)
-    });
-    let (config, weights) = student([mla, mamba2]);
-    let kd = KdConfig {
-        temperature: 1.5,
-        ce_weight: 0.25,
-    };
-    vec![
-        (
-            "pretrain",
-            Stage::Pretrain(Pretrain::new(&teacher_config(), 5, &Device::Cpu).unwrap()),
-        ),
-        (
-            "ild",
-            Stage::Ild(
-                Ild::new(teacher().0, "t".into(), bank.into(), IldLoss::RelativeMse).unwrap(),
-            ),
-        ),
-        (
-            "kd",
-            Stage::Kd(Box::new(
-                Kd::new(teacher().0, "t".into(), &config, &weights, kd).unwrap(),
-            )),
-        ),
-    ]
-}
+const NAMES: [&str; 6] = ["pretrain", "ild", "ild-joint", "kd", "kd-stepwise", "dpo"];
 
-fn stage(name: &str) -> Stage {
-    let found = stages().into_iter().find(|(n, _)| *n == name);
-    found.unwrap().1
+fn stage(setting: &Setting, name: &str) -> Stage {
+    let (mla, mamba2) = (LayerKind::MLA, LayerKind::Mamba2);
+    let bank = || {
+        [("mla", [mla, mla]), ("mamba2", [mamba2, mamba2])].map(|(name, kinds)| {
+            let (config, weights) = student(kinds);
+            (name.to_owned(), config, weights)
+        })
+    };
+    let hybrid = student([mla, mamba2]);
+    let kd = |config: KdConfig| {
+        let (student, weights) = student([mla, mamba2]);
+        let kd = Kd::new(teacher().0, "t".into(), &student, &weights, config);
+        Stage::Kd(Box::new(kd.unwrap()))
+    };
+    match name {
+        "pretrain" => {
+            Stage::Pretrain(Pretrain::new(&teacher_config(), 5, &Device::Cpu).unwrap())
+        }
+        "ild" => Stage::Ild(
+            Ild::bank(teacher().0, "t".into(), bank().into(), IldConfig::default()).unwrap(),
+        ),
+        "ild-joint" => {
+            let config = IldConfig {
+                inputs: IldInputs::Joint,
+                ..IldConfig::default()
+            };
+            Stage::Ild(Ild::student(teacher().0, "t".into(), hybrid, config).unwrap())
+        }
+        "kd" => kd(KdConfig {
+            temperature: 1.5,
+            ce_weight: 0.25,
+            ..KdConfig::default()
+        }),
+        "kd-stepwise" => kd(KdConfig {
+            kl_weight: 0.1,
+            ce_weight: 1.0,
+            labels: Labels::Teacher,
+            schedule: Schedule::Stepwise,
+            trained: Trained::Mixers,
+            ..KdConfig::default()
+        }),
+        "dpo" => {
+            let config = DpoConfig {
+                beta: 0.5,
+                ..DpoConfig::default()
+            };
+            let stored = setting.out("reference.safetensors");
+            let (student, weights) = hybrid;
+            let mut quiet = |_, _| {};
+            let dpo = Dpo::new(&student, &weights, &setting.pairs, config, &stored, &mut quiet);
+            Stage::Dpo(dpo.unwrap())
+        }
+        _ => unreachable!("{name}"),
+    }
 }
 
 /// Every weight file below a folder, with its bytes.
@@ -177,13 +212,14 @@ fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 fn interrupted_equals_uninterrupted_bit_for_bit() {
     let setting = Setting::new();
     let config = config(8);
-    for (name, mut whole) in stages() {
+    for name in NAMES {
         let straight = setting.out(&format!("{name}-straight"));
+        let mut whole = stage(&setting, name);
         let metrics = setting.run(&mut whole, &config, &straight, 0).unwrap();
         let broken = setting.out(&format!("{name}-broken"));
         for _ in 0..2 {
             let stopped = setting
-                .run(&mut stage(name), &config, &broken, 3)
+                .run(&mut stage(&setting, name), &config, &broken, 3)
                 .unwrap_err();
             assert!(
                 matches!(stopped, Error::Interrupted(_)),
@@ -191,7 +227,9 @@ fn interrupted_equals_uninterrupted_bit_for_bit() {
             );
             assert!(!broken.exists(), "nothing half-done under the final name");
         }
-        let resumed = setting.run(&mut stage(name), &config, &broken, 0).unwrap();
+        let resumed = setting
+            .run(&mut stage(&setting, name), &config, &broken, 0)
+            .unwrap();
         assert!(!partial_folder(&broken).exists());
         let losses = |m: &[StepMetrics]| {
             m.iter()
@@ -209,16 +247,23 @@ fn interrupted_equals_uninterrupted_bit_for_bit() {
 fn every_stage_learns() {
     let setting = Setting::new();
     let config = config(30);
-    for (name, mut stage) in stages() {
+    for name in NAMES {
+        let mut stage = stage(&setting, name);
         let metrics = setting
             .run(&mut stage, &config, &setting.out(name), 0)
             .unwrap();
         let mean = |m: &[StepMetrics]| m.iter().map(|m| m.loss).sum::<f64>() / m.len() as f64;
         let (first, last) = (mean(&metrics[..3]), mean(&metrics[27..]));
         assert!(last < 0.9 * first, "{name}: {first} to {last}");
+        if name == "dpo" {
+            let term = |m: &StepMetrics, name: &str| m.terms[name].as_f64().unwrap();
+            let (first, last) = (&metrics[0], &metrics[29]);
+            assert_eq!(term(first, "margin"), 0.0, "the model is its own reference");
+            assert!(term(last, "margin") > 0.0 && term(last, "accuracy") > 0.5);
+        }
     }
     // Results are checkpoints that load.
-    for folder in ["pretrain", "ild/mla", "ild/mamba2", "kd"] {
+    for folder in ["pretrain", "ild/mla", "ild/mamba2", "ild-joint", "kd", "kd-stepwise", "dpo"] {
         let checkpoint = Checkpoint::open(&setting.out(folder)).unwrap();
         checkpoint.model(&Device::Cpu, DType::F32).unwrap();
     }
@@ -229,17 +274,20 @@ fn accumulation_equals_one_large_batch() {
     let setting = Setting::new();
     let once = |accumulation: usize, batch_size: usize| {
         let config = TrainConfig {
-            steps: 1,
+            steps: Some(1),
             accumulation,
             batch_size,
             ..config(1)
         };
         let out = setting.out(&format!("{accumulation}"));
-        let mut stage = stage("ild");
         // Normalised losses are means only of equal parts; take the un-normalised one.
-        if let Stage::Ild(ild) = &mut stage {
-            ild.set_loss(IldLoss::L2Norm);
-        }
+        let norm = IldConfig {
+            loss: IldLoss::L2Norm,
+            ..IldConfig::default()
+        };
+        let hybrid = student([LayerKind::MLA, LayerKind::Mamba2]);
+        let ild = Ild::student(teacher().0, "t".into(), hybrid, norm);
+        let mut stage = Stage::Ild(ild.unwrap());
         setting.run(&mut stage, &config, &out, 0).unwrap()[0]
             .grad_norm
             .clone()
@@ -254,14 +302,14 @@ fn a_run_with_other_settings_is_not_resumed() {
     let setting = Setting::new();
     let out = setting.out("kd");
     setting
-        .run(&mut stage("kd"), &config(8), &out, 3)
+        .run(&mut stage(&setting, "kd"), &config(8), &out, 3)
         .unwrap_err();
     let other = TrainConfig {
         lr: 1e-4,
         ..config(8)
     };
     let message = setting
-        .run(&mut stage("kd"), &other, &out, 0)
+        .run(&mut stage(&setting, "kd"), &other, &out, 0)
         .unwrap_err()
         .to_string();
     assert!(
@@ -274,15 +322,14 @@ fn a_run_with_other_settings_is_not_resumed() {
 #[test]
 fn schedule_warms_up_and_falls() {
     let config = TrainConfig {
-        steps: 100,
         lr: 1.0,
         warmup: 0.1,
         min_lr: 0.1,
         ..TrainConfig::default()
     };
-    assert!((config.lr_at(0) - 0.1).abs() < 1e-3);
-    assert!((config.lr_at(10) - 0.9).abs() < 0.1);
-    assert!(config.lr_at(99) < 0.11);
+    assert!((config.lr_at(0, 100) - 0.1).abs() < 1e-3);
+    assert!((config.lr_at(10, 100) - 0.9).abs() < 0.1);
+    assert!(config.lr_at(99, 100) < 0.11);
 }
 
 #[test]
@@ -295,4 +342,80 @@ fn settings_out_of_range_are_named() {
     assert!(say(|c| c.lr = f64::NAN).contains("lr NaN"));
     assert!(say(|c| c.beta2 = 1.0).contains("beta2 1"));
     assert!(say(|c| c.batch_size = 0).contains("batch_size"));
+    assert!(say(|c| c.epochs = Some(0.0)).contains("epochs 0"));
+    assert!(say(|c| (c.steps, c.tokens) = (Some(1), Some(1))).contains("give one of them"));
+    let config = TrainConfig {
+        tokens: Some(100),
+        ..TrainConfig::default()
+    };
+    let message = config.steps(50).unwrap_err().to_string();
+    assert!(message.contains("tokens 100 is less than one step (4096"), "{message}");
+}
+
+#[test]
+fn a_run_is_as_long_as_it_is_said() {
+    let config = |change: fn(&mut TrainConfig)| {
+        let mut config = config(0);
+        config.steps = None;
+        change(&mut config);
+        config.steps(40).unwrap()
+    };
+    assert_eq!(config(|_| {}), 10, "one epoch of 40 windows, four a step");
+    assert_eq!(config(|c| c.epochs = Some(2.5)), 25);
+    assert_eq!(config(|c| c.tokens = Some(1300)), 10, "128 tokens a step");
+    assert_eq!(config(|c| c.steps = Some(7)), 7);
+}
+
+/// A layer that has not come yet is not trained, and what is not a mixer never is.
+#[test]
+fn a_stepwise_schedule_converts_layer_after_layer() {
+    let setting = Setting::new();
+    let mut stage = stage(&setting, "kd-stepwise");
+    let before = tensors(&stage);
+    let batch = setting.corpus.ordered(0, 2, 32).unwrap();
+    let hyper = config(1).adamw(0, 1);
+    let mut moved_after = |progress: f64| {
+        stage.start_step(progress);
+        stage.backward(&batch, 1.0).unwrap();
+        for group in stage.groups_mut() {
+            group.update(1.0, 1, &hyper).unwrap();
+        }
+        let after = tensors(&stage);
+        let moved = |layer: &str| {
+            let own = before.iter().filter(|(n, _)| n.contains(layer));
+            own.clone().count() > 0 && own.into_iter().any(|(n, old)| after[n] != *old)
+        };
+        (moved("layers.0.mla"), moved("layers.1.mamba"))
+    };
+    assert_eq!(moved_after(0.0), (true, false));
+    assert_eq!(moved_after(0.6), (true, true));
+    assert!(before.keys().all(|n| n.contains("mla.") || n.contains("mamba.")));
+}
+
+fn tensors(stage: &Stage) -> BTreeMap<String, Vec<f32>> {
+    let Stage::Kd(kd) = stage else { unreachable!() };
+    let values = kd.student.params.tensors();
+    values
+        .map(|(n, t)| (n.to_owned(), t.flatten_all().unwrap().to_vec1().unwrap()))
+        .collect()
+}
+
+/// Reference log-probabilities of this model and data are read, not computed again; others are not used.
+#[test]
+fn reference_log_probabilities_are_computed_once() {
+    let setting = Setting::new();
+    let stored = setting.out("reference.safetensors");
+    let (config, weights) = student([LayerKind::MLA, LayerKind::Mamba2]);
+    let computed = |pairs: &Preferences| {
+        let mut calls = 0;
+        let mut count = |_, _| calls += 1;
+        Dpo::new(&config, &weights, pairs, DpoConfig::default(), &stored, &mut count).unwrap();
+        calls
+    };
+    assert_eq!(computed(&setting.pairs), 5, "40 pairs, 8 a pass");
+    assert_eq!(computed(&setting.pairs), 0);
+    let path = setting.out("others.jsonl");
+    std::fs::write(&path, stories::preferences_to_jsonl(3, 8)).unwrap();
+    let tokenizer = crate::data::Tokenizer::open(setting.folder.path()).unwrap();
+    assert_eq!(computed(&Preferences::load(&path, &tokenizer, 64).unwrap()), 1);
 }

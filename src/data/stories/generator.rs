@@ -120,6 +120,15 @@ impl Iterator for StoryGenerator {
     }
 }
 
+/// Another word of the same kind, for an answer that is wrong.
+pub(super) fn another(word: &str) -> Option<&'static str> {
+    let kinds: [&[&'static str]; 4] = [&NAMES, &COLOURS, &TOYS, &PLACES];
+    kinds.into_iter().find_map(|kind| {
+        let at = kind.iter().position(|w| *w == word)?;
+        Some(kind[(at + 1) % kind.len()])
+    })
+}
+
 fn pick(list: &[&'static str], random: &mut ChaCha8Rng) -> &'static str {
     list.choose(random).expect("no list is empty")
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Tokenizer;
+use super::{Preference, Tokenizer};
 use crate::{Error, Result};
 
 pub use generator::StoryGenerator;
@@ -46,6 +46,34 @@ impl Story {
         let answers = answers.collect::<Result<_>>()?;
         Ok((tokens.into_iter().map(|(id, _)| id).collect(), answers))
     }
+}
+
+impl Story {
+    /// The story up to its answer `index`; the right word is chosen over another of its kind.
+    ///
+    /// # Panics
+    /// When the story has no such answer.
+    pub fn preference(&self, index: usize) -> Preference {
+        let (start, end) = self.recall[index];
+        let word = self.text[start..end].trim_start();
+        let wrong = generator::another(word).expect("answers are words of the generator");
+        let rest = &self.text[end..];
+        let sentence = rest.find('.').map_or(rest, |stop| &rest[..=stop]);
+        Preference {
+            prompt: self.text[..start].to_owned(),
+            chosen: format!(" {word}{sentence}"),
+            rejected: format!(" {wrong}{sentence}"),
+        }
+    }
+}
+
+/// A preference of every story of `seed`, about its last answer, as JSON lines.
+pub fn preferences_to_jsonl(seed: u64, count: usize) -> String {
+    let stories = StoryGenerator::new(seed).take(count);
+    let pairs = stories.map(|story| story.preference(story.recall.len() - 1));
+    let lines =
+        pairs.map(|pair| serde_json::to_string(&pair).expect("texts serialise") + "\n");
+    lines.collect()
 }
 
 /// Stories of `seed` as JSON lines with `text` and `recall`.
@@ -107,6 +135,17 @@ mod tests {
                     tokenizer.decode(&ids[*index..index + 1]).unwrap(),
                     story.text[*start..*end]
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn preferences_hold_the_truth_against_another_word() {
+        for story in stories(4, 100) {
+            for i in 0..story.recall.len() {
+                let pair = story.preference(i);
+                assert!(story.text.starts_with(&(pair.prompt.clone() + &pair.chosen)));
+                assert_ne!(pair.chosen, pair.rejected);
             }
         }
     }

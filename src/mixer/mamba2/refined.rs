@@ -10,7 +10,7 @@ use faer::linalg::solvers::Solve;
 
 use super::Mamba2Config;
 use crate::Result;
-use crate::mixer::calibration::{Fitted, Sample, fit_output};
+use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output};
 use crate::mixer::linalg::{matrix, tensor};
 use crate::mixer::{AttentionWeights, Mixer, MixerConfig};
 use crate::weights::Weights;
@@ -35,9 +35,14 @@ struct Head {
 
 /// # Errors
 /// When the attention's heads are not this mixer's.
-pub fn refined(c: &Mamba2Config, attention: &AttentionWeights, sample: &Sample) -> Result<Fitted> {
+pub fn refined(
+    c: &Mamba2Config,
+    attention: &AttentionWeights,
+    statistics: &Statistics,
+    sample: &Sample,
+) -> Result<Fitted> {
     c.fits(&attention.config)?;
-    let teacher = Teacher::new(attention, sample)?;
+    let teacher = Teacher::new(attention, statistics, sample)?;
     let heads = attention.config.num_attention_heads;
     let mut best = vec![
         (
@@ -83,7 +88,11 @@ struct Teacher<'a> {
 }
 
 impl<'a> Teacher<'a> {
-    fn new(attention: &'a AttentionWeights, sample: &'a Sample) -> Result<Self> {
+    fn new(
+        attention: &'a AttentionWeights,
+        statistics: &Statistics,
+        sample: &'a Sample,
+    ) -> Result<Self> {
         let a = &attention.config;
         let width = a.num_attention_heads * a.head_dim;
         let tensors = [
@@ -101,10 +110,10 @@ impl<'a> Teacher<'a> {
         let heads = mixer
             .forward(&sample.input, Some(&sample.documents))?
             .reshape((b * t, width))?;
-        let moment = sample.second_moment()?;
+        let moment = &statistics.input_moment;
         let size = |w: &Tensor| -> Result<Vec<f64>> {
             let w = matrix(w)?;
-            let spread = &w * &moment;
+            let spread = &w * moment;
             let square = |row: usize| (0..d).map(|n| spread[(row, n)] * w[(row, n)]).sum::<f64>();
             let hd = a.head_dim;
             let of = |head: usize| {
@@ -113,14 +122,13 @@ impl<'a> Teacher<'a> {
             Ok((0..w.nrows() / hd).map(|head| of(head).max(1e-6)).collect())
         };
         // The projection of the input that is nearest to a constant: E[x xᵀ]⁻¹ E[x].
-        let mean = sample.input.reshape((b * t, d))?.mean_keepdim(0)?;
-        let mean = matrix(&mean)?;
+        let mean = Mat::from_fn(d, 1, |i, _| statistics.input_mean[i]);
         let floor = 1e-3 * (0..d).map(|i| moment[(i, i)]).sum::<f64>() / d as f64;
         let left = Mat::from_fn(d, d, |i, j| {
             moment[(i, j)] + if i == j { floor } else { 0.0 }
         });
         let gate = match left.llt(faer::Side::Lower) {
-            Ok(llt) => llt.solve(&mean.transpose().to_owned()),
+            Ok(llt) => llt.solve(&mean),
             Err(_) => Mat::zeros(d, 1),
         };
         Ok(Self {

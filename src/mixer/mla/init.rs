@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use faer::Mat;
 
-use super::MlaConfig;
+use super::{MlaConfig, Spectrum};
 use crate::Result;
 use crate::mixer::AttentionWeights;
 use crate::mixer::linalg::{matrix, svd, tensor};
@@ -73,6 +73,24 @@ pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
     ];
     tensors.extend(unit_norms(c)?);
     Ok(tensors)
+}
+
+/// The energies (squared singular values) that X-EcoMLA chooses ranks by: of the joint keys and values,
+/// and of the queries, un-weighted.
+pub fn reference_spectrum(attention: &AttentionWeights) -> Result<Spectrum> {
+    let (keys, values) = (matrix(&attention.k)?, matrix(&attention.v)?);
+    let rows = keys.nrows();
+    let joint = Mat::from_fn(2 * rows, keys.ncols(), |i, j| match i < rows {
+        true => keys[(i, j)],
+        false => values[(i - rows, j)],
+    });
+    let energies = |m: &Mat<f64>| -> Result<Vec<f64>> {
+        Ok(svd(m)?.s.iter().map(|s| s * s).collect())
+    };
+    Ok(Spectrum {
+        kv: energies(&joint)?,
+        q: energies(&matrix(&attention.q)?)?,
+    })
 }
 
 /// The latents' norms, if the config has them, at 1.

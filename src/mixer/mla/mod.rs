@@ -21,8 +21,17 @@ use crate::{Error, Result};
 
 mod init;
 mod refined;
-pub use init::reference;
-pub use refined::refined;
+pub use init::{reference, reference_spectrum};
+pub use refined::{refined, spectrum};
+
+/// Energies that a rank keeps or cuts off, falling.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spectrum {
+    /// Of keys and values.
+    pub kv: Vec<f64>,
+    /// Of queries.
+    pub q: Vec<f64>,
+}
 
 /// Of the norms on the latents (the reference's default).
 const LORA_NORM_EPS: f64 = 1e-6;

@@ -11,9 +11,9 @@
 use candle_core::Tensor;
 use faer::Mat;
 
-use super::MlaConfig;
+use super::{MlaConfig, Spectrum};
 use crate::Result;
-use crate::mixer::calibration::{Fitted, Sample, fit_output, root};
+use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output, root};
 use crate::mixer::linalg::{matrix, svd, tensor};
 use crate::mixer::{AttentionWeights, MixerConfig};
 
@@ -25,11 +25,12 @@ const KEY_WEIGHTS: [f64; 3] = [0.1, 0.3, 1.0];
 pub fn refined(
     c: &MlaConfig,
     attention: &AttentionWeights,
+    statistics: &Statistics,
     sample: &Sample,
 ) -> Result<(MlaConfig, Fitted)> {
     let (_, hidden) = attention.q.dims2()?;
     c.fits(&attention.config, hidden)?;
-    let teacher = Teacher::new(attention, sample)?;
+    let teacher = Teacher::new(attention, statistics)?;
     let mut best: Option<(MlaConfig, Fitted)> = None;
     for pairs in teacher.choices(c.qk_rope_head_dim / 2) {
         for weight in KEY_WEIGHTS {
@@ -43,6 +44,28 @@ pub fn refined(
     Ok(best.expect("there is always a choice of pairs"))
 }
 
+/// The energies that ranks are chosen by: of the matrices that [`refined`] cuts, with the most energetic
+/// pairs rotated and the middle weight of keys.
+pub fn spectrum(
+    c: &MlaConfig,
+    attention: &AttentionWeights,
+    statistics: &Statistics,
+) -> Result<Spectrum> {
+    let teacher = Teacher::new(attention, statistics)?;
+    let pairs = teacher.most_energetic(c.qk_rope_head_dim / 2);
+    let plain = teacher.plain_dims(&pairs, c.qk_nope_head_dim);
+    let (_, factors) = teacher.shared_keys(&pairs)?;
+    let queries = teacher.queries(c, &pairs, &plain, &factors);
+    let (latent, _) = teacher.weighted(c, &plain, KEY_WEIGHTS[1])?;
+    let energies = |m: &Mat<f64>| -> Result<Vec<f64>> {
+        Ok(svd(&(m * &teacher.root))?.s.iter().map(|s| s * s).collect())
+    };
+    Ok(Spectrum {
+        kv: energies(&latent)?,
+        q: energies(&queries)?,
+    })
+}
+
 /// A teacher's layer in matrices.
 struct Teacher<'a> {
     attention: &'a AttentionWeights,
@@ -50,8 +73,9 @@ struct Teacher<'a> {
     k: Mat<f64>,
     v: Mat<f64>,
     o: Mat<f64>,
+    statistics: &'a Statistics,
     /// `E[x xᵀ]`, its root and the root's inverse.
-    moment: Mat<f64>,
+    moment: &'a Mat<f64>,
     root: Mat<f64>,
     unroot: Mat<f64>,
     /// Radians a position of each of the `hd/2` pairs.
@@ -59,9 +83,9 @@ struct Teacher<'a> {
 }
 
 impl<'a> Teacher<'a> {
-    fn new(attention: &'a AttentionWeights, sample: &Sample) -> Result<Self> {
-        let moment = sample.second_moment()?;
-        let (root, unroot) = root(&moment)?;
+    fn new(attention: &'a AttentionWeights, statistics: &'a Statistics) -> Result<Self> {
+        let moment = &statistics.input_moment;
+        let (root, unroot) = root(moment)?;
         let a = &attention.config;
         Ok(Self {
             attention,
@@ -69,6 +93,7 @@ impl<'a> Teacher<'a> {
             k: matrix(&attention.k)?,
             v: matrix(&attention.v)?,
             o: matrix(&attention.o)?,
+            statistics,
             moment,
             root,
             unroot,
@@ -86,14 +111,8 @@ impl<'a> Teacher<'a> {
 
     /// Sets of `count` pairs worth trying: the highest frequencies, every n-th, the most energetic.
     fn choices(&self, count: usize) -> Vec<Vec<usize>> {
-        let (_, _, hd) = self.sizes();
-        let all = hd / 2;
-        let mut by_energy: Vec<usize> = (0..all).collect();
-        let energy: Vec<f64> = (0..all).map(|i| self.energy(i)).collect();
-        by_energy.sort_by(|a, b| energy[*b].total_cmp(&energy[*a]));
-        by_energy.truncate(count);
-        by_energy.sort_unstable();
-        let mut choices = vec![(0..count).collect(), by_energy];
+        let all = self.sizes().2 / 2;
+        let mut choices = vec![(0..count).collect(), self.most_energetic(count)];
         if count > 0 {
             choices.push((0..count).map(|j| j * all / count).collect());
         }
@@ -101,16 +120,21 @@ impl<'a> Teacher<'a> {
         choices
     }
 
-    /// What pair `i` contributes to scores that turns with distance: mean squares of query times key.
-    fn energy(&self, i: usize) -> f64 {
+    /// The pairs that contribute most to scores: mean squares of query times key.
+    fn most_energetic(&self, count: usize) -> Vec<usize> {
         let (h, g, hd) = self.sizes();
-        let square = |m: &Mat<f64>, row: usize| self.product(m, row, m, row);
-        let pair = |m: &Mat<f64>, head: usize| {
-            square(m, head * hd + i) + square(m, head * hd + i + hd / 2)
+        let (q, k) = (&self.statistics.query_energy, &self.statistics.key_energy);
+        let energy = |pair: usize| -> f64 {
+            (0..h)
+                .map(|head| q[(head, pair)] * k[(head * g / h, pair)])
+                .sum()
         };
-        (0..h)
-            .map(|head| pair(&self.q, head) * pair(&self.k, head * g / h))
-            .sum()
+        let energies: Vec<f64> = (0..hd / 2).map(energy).collect();
+        let mut pairs: Vec<usize> = (0..hd / 2).collect();
+        pairs.sort_by(|a, b| energies[*b].total_cmp(&energies[*a]));
+        pairs.truncate(count);
+        pairs.sort_unstable();
+        pairs
     }
 
     /// `E[(a·x)(b·x)]` of two rows.
@@ -126,34 +150,10 @@ impl<'a> Teacher<'a> {
         pairs: &[usize],
         key_weight: f64,
     ) -> Result<(MlaConfig, Vec<(String, Tensor)>)> {
-        let (h, g, hd) = self.sizes();
-        let (nope, d) = (c.qk_nope_head_dim, self.moment.nrows());
-        let plain = self.plain_dims(pairs, nope);
+        let d = self.moment.nrows();
+        let plain = self.plain_dims(pairs, c.qk_nope_head_dim);
         let (shared, factors) = self.shared_keys(pairs)?;
-
-        let magnitude = c.rope.frequencies(c.qk_rope_head_dim).1;
-        // The softmax scale of the student over the teacher's.
-        let scale = ((nope + c.qk_rope_head_dim) as f64 / hd as f64).sqrt();
-        let mut queries = Mat::zeros(h * (nope + 2 * pairs.len()), d);
-        for head in 0..h {
-            let base = head * (nope + 2 * pairs.len());
-            for (i, dim) in plain.iter().enumerate() {
-                for n in 0..d {
-                    queries[(base + i, n)] = scale * self.q[(head * hd + dim, n)];
-                }
-            }
-            for (j, pair) in pairs.iter().enumerate() {
-                // (q_a + i q_b) times the conjugate of the head's factor.
-                let (re, im) = factors[j][head * g / h];
-                let (a, b) = (head * hd + pair, head * hd + pair + hd / 2);
-                let scale = scale / (magnitude * magnitude);
-                for n in 0..d {
-                    let (qa, qb) = (self.q[(a, n)], self.q[(b, n)]);
-                    queries[(base + nope + 2 * j, n)] = scale * (qa * re + qb * im);
-                    queries[(base + nope + 2 * j + 1, n)] = scale * (qb * re - qa * im);
-                }
-            }
-        }
+        let queries = self.queries(c, pairs, &plain, &factors);
         let (q_down, q_up) = self.factored(&queries, c.q_lora_rank)?;
         let (latent, kv_up) = self.latent(c, &plain, key_weight)?;
         let r = c.kv_lora_rank;
@@ -183,6 +183,43 @@ impl<'a> Teacher<'a> {
         ];
         tensors.extend(super::init::unit_norms(c)?);
         Ok((config, tensors))
+    }
+
+    /// The queries' rows, head by head: un-rotated dims, then the rotated pairs times the conjugate of the
+    /// head's factor, scaled so that scores are the teacher's.
+    fn queries(
+        &self,
+        c: &MlaConfig,
+        pairs: &[usize],
+        plain: &[usize],
+        factors: &[Vec<(f64, f64)>],
+    ) -> Mat<f64> {
+        let (h, g, hd) = self.sizes();
+        let (nope, d) = (c.qk_nope_head_dim, self.moment.nrows());
+        let magnitude = c.rope.frequencies(c.qk_rope_head_dim).1;
+        // The softmax scale of the student over the teacher's.
+        let scale = ((nope + c.qk_rope_head_dim) as f64 / hd as f64).sqrt();
+        let mut queries = Mat::zeros(h * (nope + 2 * pairs.len()), d);
+        for head in 0..h {
+            let base = head * (nope + 2 * pairs.len());
+            for (i, dim) in plain.iter().enumerate() {
+                for n in 0..d {
+                    queries[(base + i, n)] = scale * self.q[(head * hd + dim, n)];
+                }
+            }
+            for (j, pair) in pairs.iter().enumerate() {
+                // (q_a + i q_b) times the conjugate of the head's factor.
+                let (re, im) = factors[j][head * g / h];
+                let (a, b) = (head * hd + pair, head * hd + pair + hd / 2);
+                let scale = scale / (magnitude * magnitude);
+                for n in 0..d {
+                    let (qa, qb) = (self.q[(a, n)], self.q[(b, n)]);
+                    queries[(base + nope + 2 * j, n)] = scale * (qa * re + qb * im);
+                    queries[(base + nope + 2 * j + 1, n)] = scale * (qb * re - qa * im);
+                }
+            }
+        }
+        queries
     }
 
     /// `nope` dims that do not turn: those of the lowest frequencies among the pairs that are left.
@@ -304,6 +341,38 @@ impl<'a> Teacher<'a> {
         plain: &[usize],
         key_weight: f64,
     ) -> Result<(Mat<f64>, Mat<f64>)> {
+        let (weighted, unweight) = self.weighted(c, plain, key_weight)?;
+        let (nope, hd) = (plain.len(), self.sizes().2);
+        let block = nope + hd;
+        let (down, up) = self.factored(&weighted, c.kv_lora_rank)?;
+        let mut plain_up = Mat::zeros(weighted.nrows(), c.kv_lora_rank);
+        for (head, (key, value)) in unweight.iter().enumerate() {
+            let base = head * block;
+            for r in 0..c.kv_lora_rank {
+                for i in 0..nope {
+                    let sum: f64 = (0..nope).map(|j| key[(i, j)] * up[(base + j, r)]).sum();
+                    plain_up[(base + i, r)] = sum / key_weight;
+                }
+                for i in 0..hd {
+                    let sum: f64 = (0..hd)
+                        .map(|j| value[(i, j)] * up[(base + nope + j, r)])
+                        .sum();
+                    plain_up[(base + nope + i, r)] = sum;
+                }
+            }
+        }
+        Ok((down, plain_up))
+    }
+
+    /// Un-rotated keys and values, each head's block weighted by what queries ask and by what the output
+    /// projection makes, and each head's inverse weights.
+    #[allow(clippy::type_complexity)]
+    fn weighted(
+        &self,
+        c: &MlaConfig,
+        plain: &[usize],
+        key_weight: f64,
+    ) -> Result<(Mat<f64>, Vec<(Mat<f64>, Mat<f64>)>)> {
         let (h, g, hd) = self.sizes();
         let (heads, nope, d) = (c.num_key_value_heads, plain.len(), self.moment.nrows());
         let block = nope + hd;
@@ -348,23 +417,6 @@ impl<'a> Teacher<'a> {
             }
             unweight.push((key_unroot, value_unroot));
         }
-        let (down, up) = self.factored(&weighted, c.kv_lora_rank)?;
-        let mut plain_up = Mat::zeros(heads * block, c.kv_lora_rank);
-        for (head, (key, value)) in unweight.iter().enumerate() {
-            let base = head * block;
-            for r in 0..c.kv_lora_rank {
-                for i in 0..nope {
-                    let sum: f64 = (0..nope).map(|j| key[(i, j)] * up[(base + j, r)]).sum();
-                    plain_up[(base + i, r)] = sum / key_weight;
-                }
-                for i in 0..hd {
-                    let sum: f64 = (0..hd)
-                        .map(|j| value[(i, j)] * up[(base + nope + j, r)])
-                        .sum();
-                    plain_up[(base + nope + i, r)] = sum;
-                }
-            }
-        }
-        Ok((down, plain_up))
+        Ok((weighted, unweight))
     }
 }

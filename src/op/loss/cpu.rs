@@ -1,5 +1,6 @@
 //! The losses over slices: rows in parallel, a row in lanes that the compiler turns into vectors.
 
+use super::Divergence;
 use crate::op::cpu::exp;
 use rayon::prelude::*;
 
@@ -124,6 +125,100 @@ pub(super) fn forward_kl_backward(
             }
         });
     dstudent
+}
+
+/// The divergences that are not worth lanes of their own: value and both softmaxes of every row.
+pub(super) fn divergence(
+    kind: Divergence,
+    teacher: &[f32],
+    student: &[f32],
+    v: usize,
+    temperature: f32,
+) -> (Vec<f32>, Vec<[Softmax; 2]>) {
+    let scale = 1. / temperature;
+    let rows = teacher.par_chunks_exact(v).zip(student.par_chunks_exact(v));
+    rows.with_min_len(TASK / v + 1)
+        .map(|(teacher, student)| {
+            let both = [Softmax::of(teacher, scale), Softmax::of(student, scale)];
+            let sum: f64 = pairs(teacher, student, both)
+                .map(|(p, q, log_ratio)| f64::from(term(kind, p, q, log_ratio)))
+                .sum();
+            (sum as f32, both)
+        })
+        .unzip()
+}
+
+/// By the student's logits, `[M, V]`: `q (f − Σ q f) / τ · dloss` with `f = ∂D/∂q`.
+pub(super) fn divergence_backward(
+    kind: Divergence,
+    teacher: &[f32],
+    student: &[f32],
+    v: usize,
+    softmaxes: &[[Softmax; 2]],
+    dloss: &[f32],
+) -> Vec<f32> {
+    let mut dstudent = vec![0f32; student.len()];
+    dstudent
+        .par_chunks_exact_mut(v)
+        .zip(teacher.par_chunks_exact(v).zip(student.par_chunks_exact(v)))
+        .zip(softmaxes.par_iter().zip(dloss))
+        .with_min_len(TASK / v + 1)
+        .for_each(|((drow, (teacher, student)), (both, &dloss))| {
+            let mut mean = 0f64;
+            for (d, (p, q, log_ratio)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
+                *d = slope(kind, p, q, log_ratio);
+                mean += f64::from(q * *d);
+            }
+            let factor = dloss * both[1].scale;
+            for (d, (_, q, _)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
+                *d = q * (*d - mean as f32) * factor;
+            }
+        });
+    dstudent
+}
+
+/// `(p, q, ln q − ln p)` of every entry.
+fn pairs(
+    teacher: &[f32],
+    student: &[f32],
+    [p, q]: [Softmax; 2],
+) -> impl Iterator<Item = (f32, f32, f32)> {
+    teacher.iter().zip(student).map(move |(&t, &s)| {
+        let (log_p, log_q) = (p.scale * t - p.log_sum, q.scale * s - q.log_sum);
+        (exp(log_p), exp(log_q), log_q - log_p)
+    })
+}
+
+/// `ln((1 + eʳ) / 2)`.
+fn log_mean(r: f32) -> f32 {
+    r.max(0.) + (-r.abs()).exp().ln_1p() - std::f32::consts::LN_2
+}
+
+/// An entry's part of the divergence.
+fn term(kind: Divergence, p: f32, q: f32, log_ratio: f32) -> f32 {
+    match kind {
+        Divergence::ForwardKl => -p * log_ratio,
+        Divergence::ReverseKl => q * log_ratio,
+        Divergence::Jsd => {
+            // ln(m/p) and ln(m/q) of the mean m of both, from the ratio alone.
+            let over_p = log_mean(log_ratio);
+            let over_q = log_mean(-log_ratio);
+            -0.5 * (p * over_p + q * over_q)
+        }
+        Divergence::Tvd => 0.5 * (p - q).abs(),
+    }
+}
+
+/// `∂D/∂q` of an entry, up to a constant that the softmax takes out.
+fn slope(kind: Divergence, p: f32, q: f32, log_ratio: f32) -> f32 {
+    match kind {
+        Divergence::ForwardKl => -(-log_ratio).exp(),
+        Divergence::ReverseKl => log_ratio,
+        Divergence::Jsd => -0.5 * log_mean(-log_ratio),
+        Divergence::Tvd if q > p => 0.5,
+        Divergence::Tvd if q < p => -0.5,
+        Divergence::Tvd => 0.,
+    }
 }
 
 /// `Σ(x − target)²` and `Σ target²` of every row.

@@ -10,6 +10,8 @@ use crate::op::cpu::{host, slice, takes};
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 
 /// `logits [M, V]`, `targets [M]` (u32) → `−log softmax(logits)[target]`, `[M]`.
@@ -41,17 +43,38 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `KL(softmax(teacher / τ) ‖ softmax(student / τ))`, `[M]`; both `[M, V]` (Hinton et al. 2015, without
-/// their factor τ²).
-pub fn forward_kl(teacher: &Tensor, student: &Tensor, temperature: f64) -> Result<Tensor> {
-    same_rows("forward_kl", teacher, student)?;
+/// How far a student's distribution `q` is from its teacher's `p`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Divergence {
+    /// `Σ p ln(p/q)`: covers all the teacher holds possible.
+    #[default]
+    ForwardKl,
+    /// `Σ q ln(q/p)`: seeks what the teacher holds likely (MiniLLM, arXiv 2306.08543).
+    ReverseKl,
+    /// Jensen & Shannon's: both KL to the mean of `p` and `q`, half each.
+    Jsd,
+    /// Total variation, `½ Σ |p − q|`.
+    Tvd,
+}
+
+/// The divergence of `softmax(student / τ)` from `softmax(teacher / τ)`, `[M]`; both `[M, V]` (Hinton et
+/// al. 2015, without their factor τ²).
+pub fn divergence(
+    kind: Divergence,
+    teacher: &Tensor,
+    student: &Tensor,
+    temperature: f64,
+) -> Result<Tensor> {
+    same_rows("divergence", teacher, student)?;
     if !(temperature > 0. && temperature.is_finite()) {
-        bail!("forward_kl: the temperature must be positive, not {temperature}");
+        bail!("divergence: the temperature must be positive, not {temperature}");
     }
     if !takes(&[teacher, student]) {
-        return reference::forward_kl(teacher, student, temperature);
+        return reference::divergence(kind, teacher, student, temperature);
     }
-    let op = ForwardKl {
+    let op = Diverge {
+        kind,
         temperature: temperature as f32,
         softmaxes: OnceLock::new(),
     };
@@ -59,6 +82,33 @@ pub fn forward_kl(teacher: &Tensor, student: &Tensor, temperature: f64) -> Resul
         .detach()
         .contiguous()?
         .apply_op2(&student.contiguous()?, op)
+}
+
+/// `KL(softmax(teacher / τ) ‖ softmax(student / τ))`, `[M]`; both `[M, V]`.
+pub fn forward_kl(teacher: &Tensor, student: &Tensor, temperature: f64) -> Result<Tensor> {
+    divergence(Divergence::ForwardKl, teacher, student, temperature)
+}
+
+/// Both reduced to the `k` tokens that the teacher holds likeliest: `[M, V]` → `[M, k]`. A divergence
+/// between these compares the distributions among those tokens.
+pub fn top_k(teacher: &Tensor, student: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+    same_rows("top_k", teacher, student)?;
+    let (m, v) = teacher.dims2()?;
+    if k == 0 || k > v {
+        bail!("top_k: {k} tokens of a vocabulary of {v}");
+    }
+    let rows = teacher.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    let likeliest = rows.par_iter().flat_map_iter(|row| {
+        let mut order: Vec<u32> = (0..v as u32).collect();
+        let descending = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]);
+        order.select_nth_unstable_by(k - 1, descending);
+        order.truncate(k);
+        order.sort_unstable();
+        order
+    });
+    let chosen = Tensor::from_vec(likeliest.collect::<Vec<u32>>(), (m, k), teacher.device())?;
+    let of = |logits: &Tensor| logits.contiguous()?.gather(&chosen, 1);
+    Ok((of(&teacher.detach())?, of(student)?))
 }
 
 /// `Σ(x − target)² / Σ target²` over all entries, a scalar; both `[M, D]`. Not finite where the whole
@@ -120,14 +170,15 @@ impl CustomOp1 for CrossEntropy {
     }
 }
 
-struct ForwardKl {
+struct Diverge {
+    kind: Divergence,
     temperature: f32,
     softmaxes: OnceLock<Vec<[cpu::Softmax; 2]>>,
 }
 
-impl CustomOp2 for ForwardKl {
+impl CustomOp2 for Diverge {
     fn name(&self) -> &'static str {
-        "forward_kl"
+        "divergence"
     }
 
     fn cpu_fwd(
@@ -142,30 +193,34 @@ impl CustomOp2 for ForwardKl {
             slice(teacher, teacher_layout)?,
             slice(student, student_layout)?,
         );
-        let (kl, softmaxes) = cpu::forward_kl(teacher, student, v, self.temperature);
+        let (value, softmaxes) = match self.kind {
+            Divergence::ForwardKl => cpu::forward_kl(teacher, student, v, self.temperature),
+            kind => cpu::divergence(kind, teacher, student, v, self.temperature),
+        };
         self.softmaxes.get_or_init(|| softmaxes);
-        Ok((CpuStorage::F32(kl), Shape::from(m)))
+        Ok((CpuStorage::F32(value), Shape::from(m)))
     }
 
     fn bwd(
         &self,
         teacher: &Tensor,
         student: &Tensor,
-        _kl: &Tensor,
-        dkl: &Tensor,
+        _value: &Tensor,
+        dvalue: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (_, v) = student.dims2()?;
-        let dkl = dkl.to_vec1::<f32>()?;
+        let dvalue = dvalue.to_vec1::<f32>()?;
         let softmaxes = saved(&self.softmaxes);
         let (teacher, teacher_layout) = teacher.storage_and_layout();
         let (storage, layout) = student.storage_and_layout();
-        let dstudent = cpu::forward_kl_backward(
+        let (p, q) = (
             slice(host(&teacher)?, teacher_layout)?,
             slice(host(&storage)?, layout)?,
-            v,
-            softmaxes,
-            &dkl,
         );
+        let dstudent = match self.kind {
+            Divergence::ForwardKl => cpu::forward_kl_backward(p, q, v, softmaxes, &dvalue),
+            kind => cpu::divergence_backward(kind, p, q, v, softmaxes, &dvalue),
+        };
         Ok((
             None,
             Some(Tensor::from_vec(dstudent, student.shape(), &Device::Cpu)?),

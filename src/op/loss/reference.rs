@@ -1,5 +1,6 @@
 //! The losses in plain tensor operations: any device and float type, differentiable.
 
+use super::Divergence;
 use candle_core::{D, Result, Tensor};
 
 /// `[M, V]` → `[M, V]`.
@@ -17,10 +18,25 @@ pub(super) fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor>
         .neg()
 }
 
-pub(super) fn forward_kl(teacher: &Tensor, student: &Tensor, temperature: f64) -> Result<Tensor> {
+pub(super) fn divergence(
+    kind: Divergence,
+    teacher: &Tensor,
+    student: &Tensor,
+    temperature: f64,
+) -> Result<Tensor> {
     let log_p = log_softmax(&(teacher.detach() / temperature)?)?;
     let log_q = log_softmax(&(student / temperature)?)?;
-    (log_p.exp()? * (log_p - log_q)?)?.sum(D::Minus1)
+    let (p, q) = (log_p.exp()?, log_q.exp()?);
+    let terms = match kind {
+        Divergence::ForwardKl => (p * (log_p - log_q)?)?,
+        Divergence::ReverseKl => (q * (log_q - log_p)?)?,
+        Divergence::Jsd => {
+            let log_m = ((&p + &q)? * 0.5)?.log()?;
+            (((p * (log_p - &log_m)?)? + (q * (log_q - log_m)?)?)? * 0.5)?
+        }
+        Divergence::Tvd => ((p - q)?.abs()? * 0.5)?,
+    };
+    terms.sum(D::Minus1)
 }
 
 pub(super) fn relative_mse(x: &Tensor, target: &Tensor) -> Result<Tensor> {

@@ -65,6 +65,37 @@ fn losses((m, v): (usize, usize)) -> Vec<(&'static str, Loss)> {
             Box::new(move |x| forward_kl(&like(&teacher, x)?, x, 1.7)),
         ),
         (
+            "reverse_kl",
+            Box::new({
+                let teacher = goal.clone();
+                move |x| divergence(Divergence::ReverseKl, &like(&teacher, x)?, x, 1.7)
+            }),
+        ),
+        (
+            "jsd",
+            Box::new({
+                let teacher = goal.clone();
+                move |x| divergence(Divergence::Jsd, &like(&teacher, x)?, x, 1.7)
+            }),
+        ),
+        (
+            "tvd",
+            Box::new({
+                let teacher = goal.clone();
+                move |x| divergence(Divergence::Tvd, &like(&teacher, x)?, x, 1.7)
+            }),
+        ),
+        (
+            "top_k",
+            Box::new({
+                let teacher = goal.clone();
+                move |x| {
+                    let (t, s) = top_k(&like(&teacher, x)?, x, v.div_ceil(2))?;
+                    divergence(Divergence::ReverseKl, &t, &s, 1.0)
+                }
+            }),
+        ),
+        (
             "relative_mse",
             Box::new(move |x| relative_mse(x, &like(&target, x)?)),
         ),
@@ -116,6 +147,29 @@ fn reference_gradients_equal_finite_differences() {
         let slopes = Tensor::from_vec(slopes, (m, v), &Device::Cpu).unwrap();
         assert!(distance(&gradient, &slopes) < 1e-7, "{name}");
     }
+}
+
+#[test]
+fn divergences_are_what_they_are_called() {
+    let logs = |p: [f64; 3]| Tensor::new(&[p.map(f64::ln)], &Device::Cpu).unwrap();
+    let (p, q) = ([0.5, 0.3, 0.2], [0.25, 0.25, 0.5]);
+    let kl = |p: [f64; 3], q: [f64; 3]| (0..3).map(|i| p[i] * (p[i] / q[i]).ln()).sum::<f64>();
+    let m = [0, 1, 2].map(|i| (p[i] + q[i]) / 2.0);
+    for (kind, expected) in [
+        (Divergence::ForwardKl, kl(p, q)),
+        (Divergence::ReverseKl, kl(q, p)),
+        (Divergence::Jsd, (kl(p, m) + kl(q, m)) / 2.0),
+        (Divergence::Tvd, 0.3),
+    ] {
+        let found = divergence(kind, &logs(p), &logs(q), 1.0).unwrap();
+        let found = found.to_vec1::<f64>().unwrap()[0];
+        assert!((found - expected).abs() < 1e-12, "{kind:?}: {found} for {expected}");
+    }
+    // Among the teacher's two likeliest tokens, renormalised.
+    let (t, s) = top_k(&logs(p), &logs(q), 2).unwrap();
+    let found = forward_kl(&t, &s, 1.0).unwrap().to_vec1::<f64>().unwrap()[0];
+    let among = 0.625 * (0.625f64 / 0.5).ln() + 0.375 * (0.375f64 / 0.5).ln();
+    assert!((found - among).abs() < 1e-12);
 }
 
 #[test]

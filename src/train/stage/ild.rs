@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::student::Student;
 use super::{Terms, ids, rows, scalar};
 use crate::data::Batch;
-use crate::model::{Lm, ModelConfig};
+use crate::model::{Lm, ModelConfig, Trace};
 use crate::op::loss::{mean_l2, relative_mse};
 use crate::train::params::ParamGroup;
 use crate::weights::Weights;
@@ -36,30 +36,93 @@ impl IldLoss {
     }
 }
 
+/// What a student's layer reads while it learns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum IldInputs {
+    /// The teacher's input of that layer.
+    #[default]
+    Teacher,
+    /// That, and what the student's own layers before it give, each half of the loss (Lillama, arXiv
+    /// 2412.16719): a layer learns to make up for those before it.
+    Joint,
+}
+
+/// The same on the command line and in a recipe's `[ild]`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct IldConfig {
+    /// What a layer is measured by (ild).
+    #[arg(long, value_enum, default_value = "relative-mse")]
+    pub loss: IldLoss,
+    /// What a layer reads while it learns (ild).
+    #[arg(long, value_enum, default_value = "teacher")]
+    pub inputs: IldInputs,
+}
+
+impl Default for IldConfig {
+    fn default() -> Self {
+        Self {
+            loss: IldLoss::RelativeMse,
+            inputs: IldInputs::Teacher,
+        }
+    }
+}
+
 pub struct Ild {
     teacher: Lm,
     teacher_hash: String,
     candidates: Vec<Candidate>,
-    loss: IldLoss,
+    config: IldConfig,
 }
 
 struct Candidate {
-    /// The folder it is written to: its mixer's name.
-    name: String,
+    /// The folder inside the result that it is written to (its mixer's name); none: it is the result.
+    name: Option<String>,
     student: Student,
 }
 
+impl Candidate {
+    fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or("student")
+    }
+}
+
 impl Ild {
-    /// `candidates`: full-depth models by name (`mla`, `mamba2`), initialised from the teacher. Layers are
-    /// trained; embedding, final norm and head stay the teacher's.
+    /// A bank of `candidates`: full-depth models by name (`mla`, `mamba2`), initialised from the teacher.
+    /// Layers are trained; embedding, final norm and head stay as they are.
     ///
     /// # Errors
     /// A candidate of another depth or width than the teacher.
-    pub fn new(
+    pub fn bank(
         teacher: Lm,
         teacher_hash: String,
         candidates: Vec<(String, ModelConfig, Weights)>,
-        loss: IldLoss,
+        config: IldConfig,
+    ) -> Result<Self> {
+        let candidates = candidates.into_iter().map(|(n, c, w)| (Some(n), c, w));
+        Self::new(teacher, teacher_hash, candidates.collect(), config)
+    }
+
+    /// One hybrid whose places are settled.
+    ///
+    /// # Errors
+    /// As [`Ild::bank`].
+    pub fn student(
+        teacher: Lm,
+        teacher_hash: String,
+        student: (ModelConfig, Weights),
+        config: IldConfig,
+    ) -> Result<Self> {
+        let candidates = vec![(None, student.0, student.1)];
+        Self::new(teacher, teacher_hash, candidates, config)
+    }
+
+    fn new(
+        teacher: Lm,
+        teacher_hash: String,
+        candidates: Vec<(Option<String>, ModelConfig, Weights)>,
+        ild: IldConfig,
     ) -> Result<Self> {
         let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
         let (layers, hidden) = sizes(&teacher.config);
@@ -67,6 +130,7 @@ impl Ild {
             .into_iter()
             .map(|(name, config, weights)| {
                 if sizes(&config) != (layers, hidden) {
+                    let name = name.as_deref().unwrap_or("student's");
                     return Err(Error::invalid(format!(
                         "the {name} candidate has {} layers of {}, the teacher {layers} of {hidden}",
                         config.layers.len(),
@@ -81,47 +145,55 @@ impl Ild {
             teacher,
             teacher_hash,
             candidates,
-            loss,
+            config: ild,
         })
-    }
-
-    #[cfg(test)]
-    pub(in crate::train) fn set_loss(&mut self, loss: IldLoss) {
-        self.loss = loss;
     }
 
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         let mut candidates = serde_json::Map::new();
         for c in &self.candidates {
-            candidates.insert(c.name.clone(), c.student.hash()?.into());
+            candidates.insert(c.name().to_owned(), c.student.hash()?.into());
         }
         Ok(serde_json::json!({
             "stage": "ild",
             "teacher": self.teacher_hash,
             "candidates": candidates,
-            "loss": self.loss,
+            "ild": self.config,
         }))
     }
 
     /// Layers do not touch each other, so each is walked back at once and its graph let go.
     pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
         let ids = ids(batch, self.teacher.device())?;
-        let trace = self.teacher.trace(&ids, Some(&batch.documents))?;
+        let documents = Some(&batch.documents);
+        let trace = self.teacher.trace(&ids, documents)?;
+        let joint = self.config.inputs == IldInputs::Joint;
         let mut terms = Terms::default();
         for candidate in &mut self.candidates {
             let mut sum = 0.0;
+            let mut own = trace.hidden[0].clone();
             for (i, layer) in candidate.student.lm.layers.iter().enumerate() {
-                let (out, mixed) = layer.forward(&trace.hidden[i], Some(&batch.documents))?;
-                let (hidden, mixer) =
-                    layer_terms(&self.teacher, self.loss, &trace, i, &out, &mixed)?;
-                let loss = (hidden + mixer)?;
+                let goal = Goal::new(&self.teacher, self.config.loss, &trace, i);
+                let taught = layer.forward(&trace.hidden[i], documents)?;
+                let (hidden, mixer) = goal.terms(&taught, &trace.mixer_out[i])?;
+                let mut loss = (hidden + mixer)?;
+                if joint {
+                    // Towards the teacher's residual stream, whatever is missing from it so far.
+                    let missing = ((&trace.hidden[i] - &own)? + &trace.mixer_out[i])?;
+                    let alone = layer.forward(&own, documents)?;
+                    let (hidden, mixer) = goal.terms(&alone, &missing)?;
+                    loss = ((loss + hidden)? + mixer)?.affine(0.5, 0.0)?;
+                    own = alone.0.detach();
+                }
                 let grads = (&loss * scale)?.backward()?;
                 candidate.student.params.add(&grads)?;
                 let loss = scalar(&loss)?;
-                terms.named.push((format!("{}.{i}", candidate.name), loss));
+                terms
+                    .named
+                    .push((format!("{}.{i}", candidate.name()), loss));
                 sum += loss;
             }
-            terms.named.push((candidate.name.clone(), sum));
+            terms.named.push((candidate.name().to_owned(), sum));
             terms.loss += sum;
         }
         Ok(terms)
@@ -136,30 +208,47 @@ impl Ild {
 
     /// One checkpoint folder a candidate.
     pub(super) fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
-        std::fs::create_dir_all(out).map_err(Error::io("cannot create", out))?;
         for candidate in &self.candidates {
-            candidate
-                .student
-                .write(&out.join(&candidate.name), tokenizer)?;
+            let folder = match &candidate.name {
+                Some(name) => out.join(name),
+                None => out.to_owned(),
+            };
+            if let Some(parent) = folder.parent() {
+                std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
+            }
+            candidate.student.write(&folder, tokenizer)?;
         }
         Ok(())
     }
 }
 
-/// The two terms of layer `index`: its output (the last layer's after the final norm, on both sides) and
-/// its mixer's output, against what the teacher's layer gave.
-pub fn layer_terms(
-    teacher: &Lm,
+/// What the teacher's layer gave.
+pub struct Goal<'a> {
+    teacher: &'a Lm,
     loss: IldLoss,
-    trace: &crate::model::Trace,
-    index: usize,
-    out: &Tensor,
-    mixed: &Tensor,
-) -> Result<(Tensor, Tensor)> {
-    let last = index + 1 == trace.mixer_out.len();
-    let hidden = match last {
-        true => loss.of(&teacher.normed(out)?, &trace.hidden[index + 1])?,
-        false => loss.of(out, &trace.hidden[index + 1])?,
-    };
-    Ok((hidden, loss.of(mixed, &trace.mixer_out[index])?))
+    /// The layer's output.
+    hidden: &'a Tensor,
+    last: bool,
+}
+
+impl<'a> Goal<'a> {
+    pub fn new(teacher: &'a Lm, loss: IldLoss, trace: &'a Trace, index: usize) -> Self {
+        Self {
+            teacher,
+            loss,
+            hidden: &trace.hidden[index + 1],
+            last: index + 1 == trace.mixer_out.len(),
+        }
+    }
+
+    /// The two terms: of the layer's output (the last layer's after the final norm, on both sides), and
+    /// of its mixer's output, which is to be `mixer`. `given` is what [`crate::model::Layer::forward`] gave.
+    pub fn terms(&self, given: &(Tensor, Tensor), mixer: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (out, mixed) = given;
+        let hidden = match self.last {
+            true => self.loss.of(&self.teacher.normed(out)?, self.hidden)?,
+            false => self.loss.of(out, self.hidden)?,
+        };
+        Ok((hidden, self.loss.of(mixed, mixer)?))
+    }
 }

@@ -1,31 +1,152 @@
-//! End-to-end knowledge distillation (spec 1.6): forward KL to the teacher's next-token distribution,
-//! a mean per token in nats, with an optional share of cross-entropy to the text.
+//! Knowledge distillation: the student's next-token distribution towards the teacher's, a mean per token
+//! in nats, with an optional share of cross-entropy. As published (spec 1.6): forward KL over all
+//! positions, everything trained at once. MambaInLLaMA's stepwise schedule (arXiv 2408.15237) converts
+//! layer after layer and trains mixers only.
 
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::student::Student;
 use super::{Laps, Terms, ids, masked_mean, rows, scalar};
 use crate::data::Batch;
+use crate::mixer::MixerConfig;
 use crate::model::{Lm, ModelConfig};
-use crate::op::loss::{cross_entropy, forward_kl};
+use crate::op::Documents;
+use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// What the cross-entropy's targets are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Labels {
+    /// The text's next token.
+    #[default]
+    Text,
+    /// The teacher's likeliest: pseudo-labels.
+    Teacher,
+}
+
+/// When the student's layers take the places of the teacher's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// All from the first step.
+    #[default]
+    EndToEnd,
+    /// One after the other, first to last, in equal shares of the steps; until then a place keeps the teacher's layer.
+    Stepwise,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Trained {
+    #[default]
+    Everything,
+    /// The mixers that replaced attention; all else stays as it is.
+    Mixers,
+}
+
+/// The same on the command line and in a recipe's `[[kd]]`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct KdConfig {
-    /// Both distributions are softened by it; the KL is multiplied by its square (Hinton et al. 2015).
+    /// How far the student's distribution is from the teacher's.
+    #[arg(long, value_enum, default_value = "forward-kl")]
+    pub divergence: Divergence,
+    /// Compare the distributions among the teacher's K likeliest tokens only.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Softens both distributions; the divergence is multiplied by its square (Hinton et al. 2015).
+    #[arg(long, default_value_t = 1.0)]
     pub temperature: f64,
-    /// Weight of the cross-entropy; the KL has the rest.
+    /// Weight of the divergence.
+    #[arg(long, default_value_t = 1.0)]
+    pub kl_weight: f64,
+    /// Weight of the cross-entropy.
+    #[arg(long, default_value_t = 0.0)]
     pub ce_weight: f64,
+    /// What the cross-entropy's targets are.
+    #[arg(long, value_enum, default_value = "text")]
+    pub labels: Labels,
+    /// Leave out positions whose next token belongs to a prompt or to another document.
+    #[arg(long)]
+    pub mask_prompts: bool,
+    /// When the student's layers take the places of the teacher's.
+    #[arg(long, value_enum, default_value = "end-to-end")]
+    pub schedule: Schedule,
+    /// What is trained.
+    #[arg(long, value_enum, default_value = "everything")]
+    pub trained: Trained,
 }
 
 impl Default for KdConfig {
     fn default() -> Self {
         Self {
+            divergence: Divergence::ForwardKl,
+            top_k: None,
             temperature: 1.0,
+            kl_weight: 1.0,
             ce_weight: 0.0,
+            labels: Labels::Text,
+            mask_prompts: false,
+            schedule: Schedule::EndToEnd,
+            trained: Trained::Everything,
         }
+    }
+}
+
+impl KdConfig {
+    /// # Errors
+    /// Names the field that cannot work with a vocabulary of this size.
+    pub fn validate(&self, vocab_size: usize) -> Result<()> {
+        let wrong = |message: String| Err(Error::invalid(message));
+        let tau = self.temperature;
+        if !(tau > 0.0 && tau.is_finite()) {
+            return wrong(format!("temperature {tau} must be above 0"));
+        }
+        for (name, weight) in [("kl_weight", self.kl_weight), ("ce_weight", self.ce_weight)] {
+            if !(weight >= 0.0 && weight.is_finite()) {
+                return wrong(format!("{name} {weight} must not be below 0"));
+            }
+        }
+        if self.kl_weight + self.ce_weight == 0.0 {
+            return wrong("kl_weight and ce_weight are both 0: nothing to learn".into());
+        }
+        match self.top_k {
+            Some(k) if k < 2 || k > vocab_size => wrong(format!(
+                "top_k {k} must lie between 2 and the vocabulary's {vocab_size}"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The divergence of a batch's logits, both `[M, V]`, a scalar without its weight.
+    fn divergence(&self, teacher: &Tensor, student: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let tau = self.temperature;
+        let rows = match self.top_k {
+            None => divergence(self.divergence, teacher, student, tau)?,
+            Some(k) => {
+                let (teacher, student) = top_k(teacher, student, k)?;
+                divergence(self.divergence, &teacher, &student, tau)?
+            }
+        };
+        match self.mask_prompts {
+            true => masked_mean(&rows, batch),
+            false => Ok(rows.mean_all()?),
+        }
+    }
+
+    /// The cross-entropy of the student's logits `[M, V]`, a scalar without its weight.
+    fn cross_entropy(&self, teacher: &Tensor, student: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let targets = match self.labels {
+            Labels::Text => {
+                Tensor::from_slice(&batch.targets, batch.targets.len(), student.device())?
+            }
+            Labels::Teacher => teacher.argmax(1)?,
+        };
+        masked_mean(&cross_entropy(student, &targets)?, batch)
     }
 }
 
@@ -34,11 +155,16 @@ pub struct Kd {
     teacher_hash: String,
     pub student: Student,
     config: KdConfig,
+    /// Layers that are not the teacher's attention, first to last.
+    converted: Vec<usize>,
+    /// How many of them are in their places.
+    placed: usize,
 }
 
 impl Kd {
     /// # Errors
-    /// Vocabularies of different sizes, or weights out of range.
+    /// Vocabularies of different sizes, settings out of range, or a stepwise schedule between models whose
+    /// layers cannot be exchanged.
     pub fn new(
         teacher: Lm,
         teacher_hash: String,
@@ -52,23 +178,35 @@ impl Kd {
                 "the teacher has {t} tokens, the student {s}: distillation needs one vocabulary"
             )));
         }
-        if config.temperature.is_nan() || config.temperature <= 0.0 {
-            let found = config.temperature;
-            return Err(Error::invalid(format!(
-                "temperature {found} must be above 0"
-            )));
+        config.validate(s)?;
+        let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
+        if config.schedule == Schedule::Stepwise && sizes(&teacher.config) != sizes(student) {
+            return Err(Error::invalid(
+                "a stepwise schedule needs a teacher of the student's depth and width: its own base model",
+            ));
         }
-        if !(0.0..=1.0).contains(&config.ce_weight) {
-            let found = config.ce_weight;
-            return Err(Error::invalid(format!(
-                "ce_weight {found} must lie between 0 and 1"
-            )));
+        let converted = converted(student);
+        if converted.is_empty() && config != KdConfig::default() {
+            let mixers = config.trained == Trained::Mixers;
+            if mixers || config.schedule == Schedule::Stepwise {
+                return Err(Error::invalid("the student has no converted layer to train"));
+            }
         }
+        let prefixes: Vec<String> = converted
+            .iter()
+            .map(|i| format!("model.layers.{i}.{}.", student.layers[*i].prefix()))
+            .collect();
+        let trained = |name: &str| match config.trained {
+            Trained::Everything => true,
+            Trained::Mixers => prefixes.iter().any(|p| name.starts_with(p)),
+        };
         Ok(Self {
             teacher,
             teacher_hash,
-            student: Student::new(student, weights, |_| true)?,
+            student: Student::new(student, weights, trained)?,
+            placed: converted.len(),
             config,
+            converted,
         })
     }
 
@@ -81,28 +219,55 @@ impl Kd {
         }))
     }
 
+    /// `progress`: the share of the steps that is done.
+    pub(super) fn start_step(&mut self, progress: f64) {
+        if self.config.schedule == Schedule::Stepwise {
+            let count = self.converted.len();
+            self.placed = ((progress * count as f64) as usize + 1).min(count);
+        }
+    }
+
+    /// The student's logits, with the teacher's layers where the student's have not come yet.
+    fn forward(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        let student = &self.student.lm;
+        let waiting = &self.converted[self.placed..];
+        let mut x = student.embed(ids)?;
+        for (i, layer) in student.layers.iter().enumerate() {
+            let layer = match waiting.contains(&i) {
+                true => &self.teacher.layers[i],
+                false => layer,
+            };
+            x = layer.forward(&x, documents)?.0;
+        }
+        student.head(&student.normed(&x)?)
+    }
+
     pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
         let ids = ids(batch, self.student.lm.device())?;
         let documents = Some(&batch.documents);
+        let config = &self.config;
         let mut laps = Laps::new();
         let mut phases = Vec::new();
         let target = rows(&self.teacher.forward(&ids, documents)?)?;
         phases.push(("teacher forward", laps.lap()));
-        let logits = rows(&self.student.lm.forward(&ids, documents)?)?;
-        let (tau, ce_weight) = (self.config.temperature, self.config.ce_weight);
-        let kl = forward_kl(&target, &logits, tau)?.mean_all()?;
-        let mut loss = (&kl * ((1.0 - ce_weight) * tau * tau))?;
-        let mut named = vec![("kl".to_owned(), scalar(&kl)?)];
-        if ce_weight > 0.0 {
-            let targets = candle_core::Tensor::from_slice(
-                &batch.targets,
-                batch.targets.len(),
-                logits.device(),
-            )?;
-            let ce = masked_mean(&cross_entropy(&logits, &targets)?, batch)?;
-            named.push(("ce".to_owned(), scalar(&ce)?));
-            loss = (loss + (ce * ce_weight)?)?;
+        let logits = rows(&self.forward(&ids, documents)?)?;
+        let mut parts = Vec::new();
+        let mut named = Vec::new();
+        if config.kl_weight > 0.0 {
+            let kl = config.divergence(&target, &logits, batch)?;
+            named.push(("kl".to_owned(), scalar(&kl)?));
+            parts.push((kl * (config.kl_weight * config.temperature.powi(2)))?);
         }
+        if config.ce_weight > 0.0 {
+            let ce = config.cross_entropy(&target, &logits, batch)?;
+            named.push(("ce".to_owned(), scalar(&ce)?));
+            parts.push((ce * config.ce_weight)?);
+        }
+        let loss = match parts.as_slice() {
+            [kl, ce] => (kl + ce)?,
+            // One of the weights is above 0, as validated.
+            one => one[0].clone(),
+        };
         phases.push(("student forward and loss", laps.lap()));
         let grads = (&loss * scale)?.backward()?;
         self.student.params.add(&grads)?;
@@ -112,5 +277,100 @@ impl Kd {
             named,
             phases,
         })
+    }
+}
+
+/// Layers whose mixer is not attention.
+fn converted(student: &ModelConfig) -> Vec<usize> {
+    let is = |i: &usize| !matches!(student.layers[*i], MixerConfig::Attention(_));
+    (0..student.layers.len()).filter(is).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+    use crate::op::laws::random;
+
+    /// Every variant's loss, through its own code path, against finite differences in f64.
+    #[test]
+    fn every_variant_has_the_gradient_of_its_loss() {
+        let (m, v) = (4, 9);
+        let batch = Batch {
+            input_ids: vec![0; m],
+            targets: vec![3, 0, 8, 1],
+            mask: vec![1.0, 0.0, 1.0, 1.0],
+            documents: Documents::new(vec![0; m], m),
+            examples: vec![0],
+            rows: 1,
+            len: m,
+        };
+        let inputs = random(&[&[m, v], &[m, v]], 7);
+        let teacher = (&inputs[0] * 3.0).unwrap();
+        let plain = KdConfig::default();
+        let kinds = [
+            Divergence::ForwardKl,
+            Divergence::ReverseKl,
+            Divergence::Jsd,
+            Divergence::Tvd,
+        ];
+        let mut variants = Vec::new();
+        for divergence in kinds {
+            for top_k in [None, Some(4)] {
+                for mask_prompts in [false, true] {
+                    variants.push(KdConfig {
+                        divergence,
+                        top_k,
+                        mask_prompts,
+                        temperature: 1.7,
+                        ..plain
+                    });
+                }
+            }
+        }
+        for labels in [Labels::Text, Labels::Teacher] {
+            variants.push(KdConfig {
+                labels,
+                kl_weight: 0.1,
+                ce_weight: 1.0,
+                ..plain
+            });
+        }
+        for config in variants {
+            let loss = |x: &Tensor| -> Tensor {
+                let kl = config.divergence(&teacher, x, &batch).unwrap();
+                let ce = config.cross_entropy(&teacher, x, &batch).unwrap();
+                ((kl * config.kl_weight).unwrap() + (ce * config.ce_weight).unwrap()).unwrap()
+            };
+            let x = Var::from_tensor(&inputs[1]).unwrap();
+            let grads = loss(x.as_tensor()).backward().unwrap();
+            let grad = grads.get(&x).unwrap().flatten_all().unwrap();
+            let grad = grad.to_vec1::<f64>().unwrap();
+            let at = |i: usize, step: f64| {
+                let mut nudge = vec![0.0; m * v];
+                nudge[i] = step;
+                let nudge = Tensor::from_vec(nudge, (m, v), &Device::Cpu).unwrap();
+                let moved = (&inputs[1] + nudge).unwrap();
+                loss(&moved).to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap()
+            };
+            for (i, grad) in grad.iter().enumerate() {
+                let slope = (at(i, 1e-5) - at(i, -1e-5)) / 2e-5;
+                assert!((slope - grad).abs() < 1e-7, "{config:?} [{i}]: {grad} for {slope}");
+            }
+        }
+    }
+
+    #[test]
+    fn settings_out_of_range_are_named() {
+        let say = |change: fn(&mut KdConfig)| {
+            let mut config = KdConfig::default();
+            change(&mut config);
+            config.validate(100).unwrap_err().to_string()
+        };
+        assert!(say(|c| c.temperature = 0.0).contains("temperature 0"));
+        assert!(say(|c| c.ce_weight = -1.0).contains("ce_weight -1"));
+        assert!(say(|c| c.kl_weight = 0.0).contains("nothing to learn"));
+        assert!(say(|c| c.top_k = Some(101)).contains("top_k 101"));
     }
 }

@@ -8,11 +8,13 @@ use super::params::ParamGroup;
 use crate::Result;
 use crate::data::Batch;
 
+pub mod dpo;
 pub mod ild;
 pub mod kd;
 pub mod pretrain;
 pub mod student;
 
+pub use dpo::Dpo;
 pub use ild::Ild;
 pub use kd::Kd;
 pub use pretrain::Pretrain;
@@ -44,6 +46,7 @@ impl Laps {
 pub enum Stage {
     Ild(Ild),
     Kd(Box<Kd>),
+    Dpo(Dpo),
     Pretrain(Pretrain),
 }
 
@@ -53,7 +56,15 @@ impl Stage {
         match self {
             Stage::Ild(s) => s.identity(),
             Stage::Kd(s) => s.identity(),
+            Stage::Dpo(s) => s.identity(),
             Stage::Pretrain(s) => s.identity(),
+        }
+    }
+
+    /// Told before every step which share of the steps is done.
+    pub fn start_step(&mut self, progress: f64) {
+        if let Stage::Kd(s) = self {
+            s.start_step(progress);
         }
     }
 
@@ -62,6 +73,7 @@ impl Stage {
         match self {
             Stage::Ild(s) => s.backward(batch, scale),
             Stage::Kd(s) => s.backward(batch, scale),
+            Stage::Dpo(s) => s.backward(batch, scale),
             Stage::Pretrain(s) => s.backward(batch, scale),
         }
     }
@@ -70,6 +82,7 @@ impl Stage {
         match self {
             Stage::Ild(s) => s.groups_mut(),
             Stage::Kd(s) => vec![&mut s.student.params],
+            Stage::Dpo(s) => vec![&mut s.student.params],
             Stage::Pretrain(s) => vec![&mut s.student.params],
         }
     }
@@ -79,6 +92,7 @@ impl Stage {
         match self {
             Stage::Ild(s) => s.write(out, tokenizer),
             Stage::Kd(s) => s.student.write(out, tokenizer),
+            Stage::Dpo(s) => s.student.write(out, tokenizer),
             Stage::Pretrain(s) => s.write(out, tokenizer),
         }
     }
@@ -103,9 +117,10 @@ fn scalar(x: &Tensor) -> Result<f64> {
     Ok(x.to_dtype(candle_core::DType::F64)?.to_scalar()?)
 }
 
-/// The mean of per-row losses `[M]` over the rows whose next token is in the same document.
+/// The mean of per-row losses `[M]` over the positions whose next token is to be learned.
 fn masked_mean(rows: &Tensor, batch: &Batch) -> Result<Tensor> {
     let count = batch.mask.iter().sum::<f32>().max(1.0) as f64;
     let mask = Tensor::from_slice(&batch.mask, batch.mask.len(), rows.device())?;
+    let mask = mask.to_dtype(rows.dtype())?;
     Ok(((rows * mask)?.sum_all()? / count)?)
 }

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use crate::Result;
-use crate::convert::{LayerKind, PlanOptions};
 use crate::{Error, checkpoint};
 
 const FILES: &[(&str, &[u8])] = &[
@@ -35,14 +34,5 @@ pub fn write_teacher(folder: &Path) -> Result<()> {
     checkpoint::replace_folder(&partial, folder, false)
 }
 
-/// The demo's sizes: two MLA layers of four keep 7.8 % of the teacher's cache.
-pub fn plan_options(layers: Vec<LayerKind>) -> PlanOptions {
-    PlanOptions {
-        kv_lora_rank: Some(32),
-        q_lora_rank: Some(96),
-        qk_rope_head_dim: Some(8),
-        qk_nope_head_dim: Some(24),
-        chunk_size: 64,
-        ..PlanOptions::new(layers)
-    }
-}
+/// The recipe of `zebroid demo`.
+pub const DEMO: &str = include_str!("../../recipes/demo.toml");

@@ -1,0 +1,321 @@
+//! The calibration pass: the teacher reads a text, and what its mixers read and write is kept as
+//! statistics of every layer, beside a sample of the text to fit projections to and another to test on.
+//!
+//! A pass over a long text can be interrupted: it works in `FILE.partial` and goes on from there.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, read_tensors_with_metadata, write_tensors};
+use crate::data::{Batch, Batches, Corpus};
+use crate::hash::Hash;
+use crate::mixer::AttentionWeights;
+use crate::mixer::calibration::{Statistics, sums};
+use crate::model::{Lm, ModelConfig};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+/// How much of the text is read, and for what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct CalibrationConfig {
+    /// Tokens that the statistics are taken over (as many as the text has, if fewer).
+    #[arg(long = "calibration-tokens", value_name = "TOKENS", default_value_t = 131_072)]
+    pub tokens: usize,
+    /// Tokens of these that output projections are fitted to.
+    #[arg(long = "fit-tokens", value_name = "TOKENS", default_value_t = 32_768)]
+    pub fit_tokens: usize,
+    /// Tokens after all of these that the result is tested on.
+    #[arg(long = "held-out-tokens", value_name = "TOKENS", default_value_t = 8_192)]
+    pub held_out_tokens: usize,
+    /// Tokens a window.
+    #[arg(long = "calibration-seq-len", value_name = "TOKENS", default_value_t = 256)]
+    pub seq_len: usize,
+}
+
+impl Default for CalibrationConfig {
+    fn default() -> Self {
+        Self {
+            tokens: 131_072,
+            fit_tokens: 32_768,
+            held_out_tokens: 8_192,
+            seq_len: 256,
+        }
+    }
+}
+
+/// Windows for the statistics, for the fit and held out.
+struct Split {
+    all: usize,
+    fit: usize,
+    held_out: usize,
+}
+
+impl CalibrationConfig {
+    /// # Errors
+    /// A window of no tokens, or a text that does not fill one window to fit and one to hold out.
+    fn split(&self, corpus: &Corpus) -> Result<Split> {
+        if self.seq_len == 0 {
+            return Err(Error::invalid("the calibration's seq_len must not be 0"));
+        }
+        let windows = |tokens: usize| (tokens / self.seq_len).max(1);
+        let have = corpus.windows(self.seq_len);
+        if have < 2 {
+            return Err(Error::invalid(format!(
+                "the calibration text has {} tokens; it needs two windows of {}",
+                corpus.tokens(),
+                self.seq_len
+            )));
+        }
+        // A short text holds a tenth back.
+        let held_out = windows(self.held_out_tokens).min(have.div_ceil(10));
+        let all = windows(self.tokens).min(have - held_out);
+        Ok(Split {
+            all,
+            fit: windows(self.fit_tokens).min(all),
+            held_out,
+        })
+    }
+}
+
+/// What the pass found.
+#[derive(Debug, Clone)]
+pub struct Calibration {
+    /// One a layer.
+    pub layers: Vec<Statistics>,
+    /// What output projections are fitted to.
+    pub fit: Batch,
+    /// What nothing was fitted to.
+    pub held_out: Batch,
+    /// Tokens that the statistics are over.
+    pub tokens: usize,
+}
+
+/// What decides a calibration: teacher, text and settings.
+fn identity(
+    teacher: &ModelConfig,
+    weights: &Weights,
+    corpus: &Corpus,
+    config: &CalibrationConfig,
+) -> Result<String> {
+    let parts = serde_json::json!({
+        "teacher": checkpoint::fingerprint(teacher, weights)?,
+        "data": corpus.hash(),
+        "calibration": config,
+    });
+    Ok(Hash::of(parts.to_string().as_bytes()).to_string())
+}
+
+/// Windows a forward pass.
+const CHUNK: usize = 8;
+/// Forward passes between saves.
+const SAVE_EVERY: usize = 16;
+
+/// The calibration of `teacher` on the beginning of `corpus`. It is kept in `folder`, in a file named by
+/// what decides it, and read from there if it was made before. `stop` is asked and `observe` told (done,
+/// all windows) after every pass.
+///
+/// # Errors
+/// Too little text, a file that cannot be written, or [`Error::Interrupted`] (what was done is saved).
+pub fn calibrate(
+    teacher: &Lm,
+    weights: &Weights,
+    corpus: &Corpus,
+    config: &CalibrationConfig,
+    folder: &Path,
+    stop: &dyn Fn() -> bool,
+    observe: &mut dyn FnMut(usize, usize),
+) -> Result<Calibration> {
+    let split = config.split(corpus)?;
+    let fit = corpus.ordered(0, split.fit, config.seq_len)?;
+    let held_out = corpus.ordered(split.all, split.held_out, config.seq_len)?;
+    let identity = identity(&teacher.config, weights, corpus, config)?;
+    let mut sums = Sums {
+        identity,
+        windows: 0,
+        tensors: BTreeMap::new(),
+    };
+    let finished =
+        |sums: &Sums| sums.calibration(&teacher.config, weights, fit.clone(), held_out.clone());
+    let file = folder.join(format!("calibration-{}.safetensors", sums.identity));
+    let partial = file.with_extension("partial");
+    sums.restore(&file)?;
+    if sums.windows == split.all {
+        return finished(&sums);
+    }
+    sums.restore(&partial)?;
+    let mut passes = 0;
+    while sums.windows < split.all {
+        let count = CHUNK.min(split.all - sums.windows);
+        sums.add(teacher, &corpus.ordered(sums.windows, count, config.seq_len)?)?;
+        passes += 1;
+        observe(sums.windows, split.all);
+        let stopped = stop() && sums.windows < split.all;
+        if stopped || passes % SAVE_EVERY == 0 {
+            sums.save(&partial)?;
+        }
+        if stopped {
+            return Err(Error::Interrupted(format!(
+                "{} of {} calibration windows are saved in {}; run the same command again to go on",
+                sums.windows,
+                split.all,
+                partial.display()
+            )));
+        }
+    }
+    sums.save(&file)?;
+    if partial.exists() {
+        std::fs::remove_file(&partial).map_err(Error::io("cannot remove", &partial))?;
+    }
+    finished(&sums)
+}
+
+/// Sums over the windows read so far, in f64, and their place on disk.
+struct Sums {
+    identity: String,
+    windows: usize,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+const SUMS: [&str; 4] = ["input", "input_products", "output", "output_squares"];
+
+fn name(layer: usize, sum: &str) -> String {
+    format!("layers.{layer}.{sum}")
+}
+
+impl Sums {
+    /// One forward pass.
+    fn add(&mut self, teacher: &Lm, batch: &Batch) -> Result<()> {
+        let shape = (batch.rows, batch.len);
+        let ids = Tensor::from_slice(&batch.input_ids, shape, teacher.device())?;
+        let mut hidden = teacher.embed(&ids)?;
+        for (i, layer) in teacher.layers.iter().enumerate() {
+            let input = layer.mixer_input(&hidden)?;
+            let output = layer.mixer.forward(&input, Some(&batch.documents))?;
+            hidden = layer.finish(&hidden, &output)?;
+            for (sum, value) in SUMS.iter().zip(sums(&input, &output)?) {
+                let key = name(i, sum);
+                let total = match self.tensors.remove(&key) {
+                    Some(total) => (total + value)?,
+                    None => value,
+                };
+                self.tensors.insert(key, total);
+            }
+        }
+        self.windows += batch.rows;
+        Ok(())
+    }
+
+    fn save(&self, path: &Path) -> Result<()> {
+        if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+            std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
+        }
+        let metadata = [
+            ("identity".to_owned(), self.identity.clone()),
+            ("windows".to_owned(), self.windows.to_string()),
+        ];
+        write_tensors(path, &self.tensors, metadata.into())
+    }
+
+    /// Takes over what a file holds, if it is of the same calibration.
+    fn restore(&mut self, path: &Path) -> Result<()> {
+        if !path.exists() {
+            return Ok(());
+        }
+        let (tensors, metadata) = read_tensors_with_metadata(path)?;
+        let windows = metadata.get("windows").and_then(|w| w.parse().ok());
+        let (Some(windows), Some(identity)) = (windows, metadata.get("identity")) else {
+            return Err(Error::file(path, "not a calibration: write elsewhere, or remove it"));
+        };
+        if *identity == self.identity {
+            self.windows = windows;
+            self.tensors = tensors;
+        }
+        Ok(())
+    }
+
+    fn calibration(
+        &self,
+        teacher: &ModelConfig,
+        weights: &Weights,
+        fit: Batch,
+        held_out: Batch,
+    ) -> Result<Calibration> {
+        let tokens = self.windows * fit.len;
+        let layer = |i: usize| -> Result<Statistics> {
+            let source = weights.at(format!("model.layers.{i}"));
+            let source = source.at(teacher.layers[i].prefix());
+            let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
+            let sum = |sum: &str| -> Result<Tensor> {
+                let key = name(i, sum);
+                let missing = || Error::invalid(format!("the saved calibration lacks {key}"));
+                let tensor = self.tensors.get(&key).ok_or_else(missing)?;
+                Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?)
+            };
+            let [a, b, c, d] = SUMS.map(sum);
+            Statistics::new(&attention, tokens, [&a?, &b?, &c?, &d?])
+        };
+        Ok(Calibration {
+            layers: (0..teacher.layers.len()).map(layer).collect::<Result<_>>()?,
+            fit,
+            held_out,
+            tokens,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::data::{Packing, Tokenizer, stories};
+
+    #[test]
+    fn an_interrupted_pass_goes_on_and_ends_the_same() {
+        let teacher = Checkpoint::open(Path::new("assets/teacher")).unwrap();
+        let weights = teacher.weights(DType::F32, &Device::Cpu).unwrap();
+        let lm = Lm::new(&teacher.config, &weights).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("stories.jsonl");
+        stories::write_jsonl(&data, 1, 60).unwrap();
+        let tokenizer = Tokenizer::open(&teacher.folder).unwrap();
+        let corpus = Corpus::load(&data, &tokenizer, Packing::Documents).unwrap();
+        let config = CalibrationConfig {
+            tokens: 4096,
+            fit_tokens: 512,
+            held_out_tokens: 256,
+            seq_len: 64,
+        };
+        let passes = Cell::new(0);
+        let run = |folder: &Path, stop_after: usize| {
+            let first = passes.get();
+            let stop = || stop_after > 0 && passes.get() - first >= stop_after;
+            let mut count = |_, _| passes.set(passes.get() + 1);
+            calibrate(&lm, &weights, &corpus, &config, folder, &stop, &mut count)
+        };
+        let straight = run(&folder.path().join("straight"), 0).unwrap();
+        assert_eq!(straight.tokens, 4096);
+        let broken = folder.path().join("broken");
+        let stopped = run(&broken, 3).unwrap_err();
+        assert!(matches!(stopped, Error::Interrupted(_)), "{stopped}");
+        let before = passes.get();
+        let resumed = run(&broken, 0).unwrap();
+        assert_eq!(passes.get() - before, 5, "three of eight passes were saved");
+        assert_eq!(std::fs::read_dir(&broken).unwrap().count(), 1);
+        let again = run(&broken, 0).unwrap();
+        assert_eq!(passes.get() - before, 5, "nothing is read twice");
+        for other in [&resumed, &again] {
+            for (a, b) in straight.layers.iter().zip(&other.layers) {
+                assert_eq!(a.input_moment, b.input_moment);
+                assert_eq!(a.output_square, b.output_square);
+            }
+            assert_eq!(other.held_out.input_ids, straight.held_out.input_ids);
+        }
+        assert!(!straight.fit.examples.iter().any(|w| straight.held_out.examples.contains(w)));
+    }
+}

@@ -1,0 +1,213 @@
+//! Preference pairs: a prompt, the answer that was chosen, and the one that was rejected (TRL's standard
+//! format: `prompt`, `chosen`, `rejected` strings).
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::jsonl::read_lines;
+use super::packing::{Batch, Batches, shuffled};
+use super::Tokenizer;
+use crate::hash::Hash;
+use crate::op::Documents;
+use crate::{Error, Result};
+
+/// One line of a preference file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preference {
+    pub prompt: String,
+    pub chosen: String,
+    pub rejected: String,
+}
+
+/// An answer behind its prompt.
+#[derive(Debug, Clone)]
+struct Answer {
+    ids: Vec<u32>,
+    /// Tokens of the prompt.
+    prompt: usize,
+}
+
+/// Tokenised pairs.
+#[derive(Debug, Clone)]
+pub struct Preferences {
+    /// `[chosen, rejected]`.
+    pairs: Vec<[Answer; 2]>,
+}
+
+impl Preferences {
+    /// Reads JSON lines. Each answer ends with the tokenizer's first end token, if it has one. A pair that is longer than
+    /// `max_length` tokens loses the beginning of its prompt, then the end of its answer (as TRL truncates).
+    ///
+    /// # Errors
+    /// Names the line that cannot be used: other fields, an empty answer, twice the same answer.
+    pub fn load(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self> {
+        const WANTED: &str = "a JSON object with \"prompt\", \"chosen\" and \"rejected\" strings";
+        let lines: Vec<Preference> = read_lines(path, WANTED)?;
+        let pairs = lines.iter().enumerate().map(|(i, line)| {
+            let wrong = |message: &str| Error::Line {
+                path: path.to_owned(),
+                line: i + 1,
+                message: message.into(),
+            };
+            if line.chosen.is_empty() || line.rejected.is_empty() {
+                return Err(wrong("an empty answer"));
+            }
+            if line.chosen == line.rejected {
+                return Err(wrong("the chosen answer is the rejected one"));
+            }
+            let answer = |text: &str| Answer::new(tokenizer, &line.prompt, text, max_length);
+            Ok([answer(&line.chosen)?, answer(&line.rejected)?])
+        });
+        Ok(Self {
+            pairs: pairs.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Pairs.
+    pub fn len(&self) -> usize {
+        self.pairs.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.pairs.is_empty()
+    }
+
+    /// Rows chosen, rejected, chosen, rejected, .. of the given pairs, filled up at their ends to one length
+    /// with a token that nothing learns and, since all mixers are causal, nothing sees.
+    pub fn rows(&self, pairs: &[usize]) -> Batch {
+        let answers: Vec<&Answer> = pairs.iter().flat_map(|i| &self.pairs[*i]).collect();
+        let len = answers.iter().map(|a| a.ids.len()).max().unwrap_or(1);
+        let mut batch = Batch {
+            input_ids: vec![0; answers.len() * len],
+            targets: vec![0; answers.len() * len],
+            mask: vec![0.0; answers.len() * len],
+            documents: Documents::new(vec![0; answers.len() * len], len),
+            examples: pairs.iter().flat_map(|i| [*i, *i]).collect(),
+            rows: answers.len(),
+            len,
+        };
+        for (row, answer) in answers.iter().enumerate() {
+            for (at, id) in answer.ids.iter().enumerate() {
+                batch.input_ids[row * len + at] = *id;
+                if at > 0 {
+                    batch.targets[row * len + at - 1] = *id;
+                    let learned = at >= answer.prompt;
+                    batch.mask[row * len + at - 1] = f32::from(u8::from(learned));
+                }
+            }
+        }
+        batch
+    }
+}
+
+impl Answer {
+    fn new(tokenizer: &Tokenizer, prompt: &str, answer: &str, max_length: usize) -> Result<Self> {
+        let text = format!("{prompt}{answer}");
+        let tokens = tokenizer.encode_with_offsets(&text)?;
+        // A token across the border holds the answer's beginning.
+        let mut from = tokens
+            .iter()
+            .take_while(|(_, at)| at.end <= prompt.len())
+            .count();
+        let mut ids: Vec<u32> = tokens.into_iter().map(|(id, _)| id).collect();
+        ids.extend(tokenizer.eos().first());
+        // One token stays before the answer, so that its first can be predicted.
+        let cut = ids.len().saturating_sub(max_length).min(from.saturating_sub(1));
+        ids.drain(..cut);
+        from -= cut;
+        ids.truncate(max_length.max(2));
+        Ok(Self {
+            ids,
+            prompt: from.max(1),
+        })
+    }
+}
+
+impl Batches for Preferences {
+    fn check(&self, rows: usize, _len: usize) -> Result<()> {
+        match self.pairs.len() < rows.max(1) {
+            true => Err(Error::invalid(format!(
+                "the data has {} pairs, a batch needs {rows}: give more data, or lower --batch-size",
+                self.pairs.len()
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    fn examples(&self, _len: usize) -> usize {
+        self.pairs.len()
+    }
+
+    fn hash(&self) -> String {
+        let mut hash = Hash::new();
+        for answer in self.pairs.iter().flatten() {
+            hash = hash.with(&answer.prompt.to_le_bytes());
+            hash = hash.with(&answer.ids.len().to_le_bytes());
+            hash = answer.ids.iter().fold(hash, |h, id| h.with(&id.to_le_bytes()));
+        }
+        hash.to_string()
+    }
+
+    /// `rows` pairs, twice as many rows.
+    fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
+        self.check(rows, len)?;
+        Ok(self.rows(&shuffled(self.pairs.len(), seed, index, rows)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::stories;
+
+    fn load(lines: &str, max_length: usize) -> Result<(Preferences, Tokenizer)> {
+        let folder = tempfile::tempdir().unwrap();
+        stories::write_tokenizer(folder.path()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let path = folder.path().join("pairs.jsonl");
+        std::fs::write(&path, lines).unwrap();
+        Ok((Preferences::load(&path, &tokenizer, max_length)?, tokenizer))
+    }
+
+    const PAIR: &str =
+        r#"{"prompt": "Tom had a red ball. Tom loved the", "chosen": " red ball.", "rejected": " blue ball. He"}"#;
+
+    #[test]
+    fn answers_are_learned_and_prompts_are_not() {
+        let (pairs, tokenizer) = load(PAIR, 100).unwrap();
+        let batch = pairs.rows(&[0]);
+        assert_eq!((batch.rows, batch.examples.as_slice()), (2, &[0, 0][..]));
+        for (row, answer) in [" red ball.", " blue ball. He"].iter().enumerate() {
+            let learned: Vec<u32> = (row * batch.len..(row + 1) * batch.len)
+                .filter(|at| batch.mask[*at] == 1.0)
+                .map(|at| batch.targets[at])
+                .collect();
+            let mut expected = tokenizer.encode_plain(answer).unwrap();
+            expected.extend(tokenizer.eos().first());
+            assert_eq!(learned, expected);
+        }
+    }
+
+    #[test]
+    fn long_prompts_lose_their_beginning() {
+        let (whole, _) = load(PAIR, 100).unwrap();
+        let (short, _) = load(PAIR, 8).unwrap();
+        let count = |b: &Batch| b.mask.iter().sum::<f32>();
+        let (whole, short) = (whole.rows(&[0]), short.rows(&[0]));
+        assert_eq!(short.len, 8);
+        assert_eq!(count(&whole), count(&short));
+    }
+
+    #[test]
+    fn bad_lines_are_named() {
+        for (line, word) in [
+            (r#"{"prompt": "a", "chosen": "b"}"#, "rejected"),
+            (r#"{"prompt": "a", "chosen": "b", "rejected": "b"}"#, "chosen answer is"),
+            (r#"{"prompt": "a", "chosen": "", "rejected": "b"}"#, "empty answer"),
+        ] {
+            let message = load(line, 10).unwrap_err().to_string();
+            assert!(message.contains("line 1:") && message.contains(word), "{message}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! An opened teacher, and what can be made from it: shared by the commands and by recipes.
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+
+use crate::Result;
+use crate::checkpoint::{self, Checkpoint};
+use crate::convert::{
+    Calibration, CalibrationConfig, Composed, Init, LayerKind, PlanOptions, RankRule, calibrate,
+    compose, plan, settle_ranks,
+};
+use crate::data::{Corpus, Tokenizer};
+use crate::model::{Lm, ModelConfig};
+use crate::train::Stage;
+use crate::train::stage::ild::{Ild, IldConfig};
+use crate::train::stage::kd::{Kd, KdConfig};
+use crate::weights::Weights;
+use crate::Error;
+
+/// A Llama checkpoint, opened once.
+pub struct Base {
+    pub checkpoint: Checkpoint,
+    /// f32, on the CPU.
+    pub weights: Weights,
+    pub tokenizer: Tokenizer,
+    pub device: Device,
+}
+
+impl Base {
+    pub fn open(folder: &Path, device: Device) -> Result<Self> {
+        let checkpoint = Checkpoint::open(folder)?;
+        Ok(Self {
+            weights: checkpoint.weights(DType::F32, &Device::Cpu)?,
+            tokenizer: Tokenizer::open(folder)?,
+            checkpoint,
+            device,
+        })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.checkpoint.config
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.checkpoint.folder
+    }
+
+    /// The model on its device.
+    pub fn lm(&self) -> Result<Lm> {
+        let weights = self.weights.to_device(&self.device, DType::F32)?;
+        Lm::new(self.config(), &weights)
+    }
+
+    /// A fingerprint of sizes and weights.
+    pub fn hash(&self) -> Result<String> {
+        checkpoint::fingerprint(self.config(), &self.weights)
+    }
+
+    /// [`calibrate`], kept in `folder`.
+    pub fn calibrate(
+        &self,
+        corpus: &Corpus,
+        config: &CalibrationConfig,
+        folder: &Path,
+        stop: &dyn Fn() -> bool,
+        observe: &mut dyn FnMut(usize, usize),
+    ) -> Result<Calibration> {
+        let lm = self.lm()?;
+        calibrate(&lm, &self.weights, corpus, config, folder, stop, observe)
+    }
+
+    /// The student's config; ranks that depend on weights are settled.
+    pub fn plan(
+        &self,
+        options: &PlanOptions,
+        calibration: Option<&Calibration>,
+    ) -> Result<ModelConfig> {
+        let settled = settle_ranks(self.config(), &self.weights, options, calibration)?;
+        plan(self.config(), &settled)
+    }
+
+    pub fn compose(&self, student: &ModelConfig, init: &Init) -> Result<Composed> {
+        compose(self.config(), &self.weights, student, init)
+    }
+
+    /// ILD of both candidates (MLA and Mamba2) for every layer.
+    ///
+    /// # Errors
+    /// A budget for ranks: it is for one hybrid, not for all layers.
+    pub fn bank(&self, options: &PlanOptions, init: &Init, config: IldConfig) -> Result<Stage> {
+        if let Some(rule @ (RankRule::Share(_) | RankRule::Bytes(_))) = options.kv_lora_rank {
+            return Err(Error::invalid(format!(
+                "the rank {rule} is for the layers of one hybrid, a bank has all of them as MLA: \
+                 compose the hybrid first and train it (--student), or give a number or energy:SHARE"
+            )));
+        }
+        let calibration = match init {
+            Init::Reference { .. } => None,
+            Init::Refined { calibration, .. } => Some(*calibration),
+        };
+        let given = options.kinds(self.config().layers.len())?;
+        let all_mla = given.iter().map(|kind| match kind {
+            LayerKind::Mla { .. } => *kind,
+            _ => LayerKind::MLA,
+        });
+        let candidates = [
+            ("mla", all_mla.collect()),
+            ("mamba2", vec![LayerKind::Mamba2; given.len()]),
+        ];
+        let candidates = candidates.map(|(name, kinds)| {
+            let student = self.plan(&options.with_layers(kinds), calibration)?;
+            let composed = self.compose(&student, init)?;
+            let weights = Weights::new(composed.tensors).to_device(&self.device, DType::F32)?;
+            Ok((name.to_owned(), composed.config, weights))
+        });
+        let candidates = candidates.into_iter().collect::<Result<_>>()?;
+        let ild = Ild::bank(self.lm()?, self.hash()?, candidates, config)?;
+        Ok(Stage::Ild(ild))
+    }
+
+    /// ILD of one hybrid.
+    pub fn ild(&self, student: &Checkpoint, config: IldConfig) -> Result<Stage> {
+        let weights = student.weights(DType::F32, &self.device)?;
+        let student = (student.config.clone(), weights);
+        let ild = Ild::student(self.lm()?, self.hash()?, student, config)?;
+        Ok(Stage::Ild(ild))
+    }
+
+    pub fn kd(&self, student: &Checkpoint, config: KdConfig) -> Result<Stage> {
+        let weights = student.weights(DType::F32, &self.device)?;
+        let kd = Kd::new(self.lm()?, self.hash()?, &student.config, &weights, config)?;
+        Ok(Stage::Kd(Box::new(kd)))
+    }
+}
+
+/// The models of an ILD bank: every checkpoint folder inside it.
+///
+/// # Errors
+/// A folder without candidates.
+pub fn open_bank(folder: &Path) -> Result<Vec<(ModelConfig, Weights)>> {
+    let mut models = Vec::new();
+    for name in ["mla", "mamba2"] {
+        let path = folder.join(name);
+        if path.exists() {
+            let checkpoint = Checkpoint::open(&path)?;
+            let weights = checkpoint.weights(DType::F32, &Device::Cpu)?;
+            models.push((checkpoint.config, weights));
+        }
+    }
+    match models.is_empty() {
+        true => Err(Error::file(
+            folder,
+            "no mla/ or mamba2/ checkpoint inside: not an ILD bank",
+        )),
+        false => Ok(models),
+    }
+}

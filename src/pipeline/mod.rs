@@ -1,0 +1,13 @@
+//! From a teacher to a trained hybrid: an opened teacher ([`Base`], which the commands use too), a recipe,
+//! and carrying it out.
+
+mod base;
+pub mod embedded;
+mod recipe;
+mod run;
+#[cfg(test)]
+mod tests;
+
+pub use base::{Base, open_bank};
+pub use recipe::{Recipe, Teacher, Text};
+pub use run::{Outcome, Progress, StageResult, Surroundings, run, teacher_folder};

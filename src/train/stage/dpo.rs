@@ -1,0 +1,305 @@
+//! Preference optimisation: the model makes chosen answers likelier than rejected ones, measured against
+//! what it was at the start. The reference's log-probabilities are computed once, before the first step,
+//! and stored, so that no second model is resident (spec 1.7, 1.14 no. 24).
+
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::student::Student;
+use super::{Terms, ids, rows, scalar};
+use crate::checkpoint::{read_tensors_with_metadata, write_tensors};
+use crate::data::{Batch, Batches, Preferences};
+use crate::model::{Lm, ModelConfig};
+use crate::op::loss::cross_entropy;
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum DpoLoss {
+    /// `−ln σ(β h)` with `h` the gain in log-probability of chosen over rejected (DPO, arXiv 2305.18290).
+    #[default]
+    Sigmoid,
+    /// `(h − 1/(2β))²`, log-probabilities a token (IPO, arXiv 2310.12036; a mean per token, as TRL has it).
+    Ipo,
+    /// `−ln σ(β (π_c − π_r) − γ)`, log-probabilities a token, no reference (SimPO, arXiv 2405.14734).
+    Simpo,
+}
+
+/// The same on the command line and in a recipe's `[dpo]`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct DpoConfig {
+    /// Which preference loss (dpo).
+    #[arg(id = "dpo_loss", long = "dpo-loss", value_enum, default_value = "sigmoid")]
+    pub loss: DpoLoss,
+    /// How closely the model stays to the reference (dpo).
+    #[arg(long, default_value_t = 0.01)]
+    pub beta: f64,
+    /// The margin that SimPO asks for (dpo).
+    #[arg(long, default_value_t = 0.0)]
+    pub gamma: f64,
+    /// Longest prompt with its answer, in tokens (dpo).
+    #[arg(long, default_value_t = 1024)]
+    pub max_length: usize,
+}
+
+impl Default for DpoConfig {
+    fn default() -> Self {
+        Self {
+            loss: DpoLoss::Sigmoid,
+            beta: 0.01,
+            gamma: 0.0,
+            max_length: 1024,
+        }
+    }
+}
+
+impl DpoConfig {
+    /// # Errors
+    /// Names the field that cannot work.
+    pub fn validate(&self) -> Result<()> {
+        let (beta, gamma) = (self.beta, self.gamma);
+        if !(beta > 0.0 && beta.is_finite()) {
+            return Err(Error::invalid(format!("beta {beta} must be above 0")));
+        }
+        if !gamma.is_finite() {
+            return Err(Error::invalid(format!("gamma {gamma} must be a number")));
+        }
+        Ok(())
+    }
+
+    /// Rewards of the rows `[2P]` (chosen, rejected, ..), and the loss of every pair `[P]`.
+    /// `log_probs` sums of answers, `reference` the same of the reference, `lengths` their tokens.
+    fn loss(
+        &self,
+        log_probs: &Tensor,
+        reference: &Tensor,
+        lengths: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let gains = match self.loss {
+            DpoLoss::Sigmoid => (log_probs - reference)?,
+            DpoLoss::Ipo => ((log_probs - reference)? / lengths)?,
+            DpoLoss::Simpo => (log_probs / lengths)?,
+        };
+        let pairs = gains.reshape(((), 2))?;
+        let h = (pairs.narrow(1, 0, 1)? - pairs.narrow(1, 1, 1)?)?.squeeze(1)?;
+        let loss = match self.loss {
+            DpoLoss::Sigmoid => softplus(&(h * -self.beta)?)?,
+            DpoLoss::Ipo => (h - 0.5 / self.beta)?.sqr()?,
+            DpoLoss::Simpo => softplus(&h.affine(-self.beta, self.gamma)?)?,
+        };
+        Ok(((gains * self.beta)?, loss))
+    }
+}
+
+/// `ln(1 + eˣ)`, for large `x` too.
+fn softplus(x: &Tensor) -> Result<Tensor> {
+    Ok((x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?)
+}
+
+pub struct Dpo {
+    pub student: Student,
+    config: DpoConfig,
+    data_hash: String,
+    /// `[chosen, rejected]` of every pair.
+    reference: Vec<[f32; 2]>,
+}
+
+impl Dpo {
+    /// `stored`: a file of reference log-probabilities; read if it is of this model and data, else written.
+    /// `observe` is told (done, all) pairs while they are computed.
+    ///
+    /// # Errors
+    /// Settings that cannot work, or a file that cannot be written.
+    pub fn new(
+        student: &ModelConfig,
+        weights: &Weights,
+        pairs: &Preferences,
+        config: DpoConfig,
+        stored: &Path,
+        observe: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        config.validate()?;
+        let student = Student::new(student, weights, |_| true)?;
+        let identity = format!("{} {}", student.hash()?, pairs.hash());
+        let reference = match read_reference(stored, &identity)? {
+            Some(reference) => reference,
+            None => {
+                let reference = reference(&student.snapshot()?, pairs, observe)?;
+                write_reference(stored, &identity, &reference)?;
+                reference
+            }
+        };
+        Ok(Self {
+            student,
+            config,
+            data_hash: pairs.hash(),
+            reference,
+        })
+    }
+
+    pub(super) fn identity(&self) -> Result<serde_json::Value> {
+        Ok(serde_json::json!({
+            "stage": "dpo",
+            "student": self.student.hash()?,
+            "pairs": self.data_hash,
+            "dpo": self.config,
+        }))
+    }
+
+    pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+        let lm = &self.student.lm;
+        let (log_probs, lengths) = answers(lm, batch)?;
+        let reference: Vec<f32> = (batch.examples.iter().enumerate())
+            .map(|(row, pair)| self.reference[*pair][row % 2])
+            .collect();
+        let reference = Tensor::from_vec(reference, batch.rows, lm.device())?;
+        let (rewards, losses) = self.config.loss(&log_probs, &reference, &lengths)?;
+        let loss = losses.mean_all()?;
+        let grads = (&loss * scale)?.backward()?;
+        self.student.params.add(&grads)?;
+        let rewards = rewards.reshape(((), 2))?.to_vec2::<f32>()?;
+        let mean = |of: &dyn Fn(&Vec<f32>) -> f32| {
+            f64::from(rewards.iter().map(of).sum::<f32>()) / rewards.len() as f64
+        };
+        let named = [
+            ("accuracy", mean(&|r| f32::from(u8::from(r[0] > r[1])))),
+            ("margin", mean(&|r| r[0] - r[1])),
+            ("reward_chosen", mean(&|r| r[0])),
+            ("reward_rejected", mean(&|r| r[1])),
+        ];
+        Ok(Terms {
+            loss: scalar(&loss)?,
+            named: named.map(|(name, value)| (name.to_owned(), value)).into(),
+            phases: Vec::new(),
+        })
+    }
+}
+
+/// Of every row: the summed log-probability of its answer, and the answer's tokens; both `[rows]`.
+fn answers(lm: &Lm, batch: &Batch) -> Result<(Tensor, Tensor)> {
+    let logits = rows(&lm.forward(&ids(batch, lm.device())?, Some(&batch.documents))?)?;
+    let shape = (batch.rows, batch.len);
+    let targets = Tensor::from_slice(&batch.targets, batch.targets.len(), lm.device())?;
+    let mask = Tensor::from_slice(&batch.mask, shape, lm.device())?;
+    let losses = cross_entropy(&logits, &targets)?.reshape(shape)?;
+    Ok(((losses * &mask)?.sum(1)?.neg()?, mask.sum(1)?))
+}
+
+/// Pairs a forward pass of the reference.
+const REFERENCE_BATCH: usize = 8;
+
+fn reference(
+    lm: &Lm,
+    pairs: &Preferences,
+    observe: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<[f32; 2]>> {
+    let order: Vec<usize> = (0..pairs.len()).collect();
+    let mut found = Vec::with_capacity(order.len());
+    for chunk in order.chunks(REFERENCE_BATCH) {
+        let (log_probs, _) = answers(lm, &pairs.rows(chunk))?;
+        let values = log_probs.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        found.extend(values.chunks(2).map(|pair| [pair[0], pair[1]]));
+        observe(found.len(), order.len());
+    }
+    Ok(found)
+}
+
+const REFERENCE: &str = "log_probs";
+
+fn write_reference(path: &Path, identity: &str, reference: &[[f32; 2]]) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
+    }
+    let flat: Vec<f32> = reference.iter().flatten().copied().collect();
+    let tensor = Tensor::from_vec(flat, (reference.len(), 2), &candle_core::Device::Cpu)?;
+    let metadata = [("identity".to_owned(), identity.to_owned())];
+    write_tensors(
+        path,
+        &[(REFERENCE.to_owned(), tensor)].into(),
+        metadata.into(),
+    )
+}
+
+fn read_reference(path: &Path, identity: &str) -> Result<Option<Vec<[f32; 2]>>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let (tensors, metadata) = read_tensors_with_metadata(path)?;
+    let (Some(tensor), true) = (
+        tensors.get(REFERENCE),
+        metadata.get("identity").is_some_and(|i| i == identity),
+    ) else {
+        return Ok(None);
+    };
+    let values = tensor.to_vec2::<f32>()?;
+    Ok(Some(values.iter().map(|pair| [pair[0], pair[1]]).collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    #[test]
+    fn losses_are_what_the_papers_say_and_have_their_gradients() {
+        let tensor = |x: [f64; 4]| Tensor::new(&x, &Device::Cpu).unwrap();
+        let (now, before, lengths) = (
+            [-3.0, -5.0, -8.0, -4.0],
+            tensor([-4.0, -4.5, -7.0, -5.0]),
+            tensor([2.0, 3.0, 4.0, 2.0]),
+        );
+        let sigma = |x: f64| -(1.0 / (1.0 + (-x).exp())).ln();
+        for (loss, expected) in [
+            // h = 1.0 + 0.5 and −1.0 − 1.0.
+            (DpoLoss::Sigmoid, [sigma(0.2 * 1.5), sigma(0.2 * -2.0)]),
+            // h = 1/2 + 0.5/3 and −1/4 − 1/2.
+            (
+                DpoLoss::Ipo,
+                [(0.5 + 0.5 / 3.0 - 2.5f64).powi(2), (-0.75 - 2.5f64).powi(2)],
+            ),
+            // π = −3/2 + 5/3 and −2 + 2.
+            (
+                DpoLoss::Simpo,
+                [sigma(0.2 * (5.0 / 3.0 - 1.5) - 0.3), sigma(-0.3)],
+            ),
+        ] {
+            let config = DpoConfig {
+                loss,
+                beta: 0.2,
+                gamma: 0.3,
+                ..DpoConfig::default()
+            };
+            let of = |x: &Tensor| config.loss(x, &before, &lengths).unwrap().1;
+            let x = Var::from_tensor(&tensor(now)).unwrap();
+            let found = of(x.as_tensor());
+            for (a, b) in found.to_vec1::<f64>().unwrap().iter().zip(expected) {
+                assert!((a - b).abs() < 1e-12, "{loss:?}: {a} for {b}");
+            }
+            let grads = found.sum_all().unwrap().backward().unwrap();
+            let grads = grads.get(&x).unwrap().to_vec1::<f64>().unwrap();
+            for (i, grad) in grads.iter().enumerate() {
+                let at = |step: f64| {
+                    let mut moved = now;
+                    moved[i] += step;
+                    of(&tensor(moved)).sum_all().unwrap().to_scalar::<f64>().unwrap()
+                };
+                let slope = (at(1e-6) - at(-1e-6)) / 2e-6;
+                assert!((slope - grad).abs() < 1e-8, "{loss:?} {i}: {grad} for {slope}");
+            }
+        }
+    }
+
+    #[test]
+    fn settings_out_of_range_are_named() {
+        let config = DpoConfig {
+            beta: 0.0,
+            ..DpoConfig::default()
+        };
+        assert!(config.validate().unwrap_err().to_string().contains("beta 0"));
+    }
+}
