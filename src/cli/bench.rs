@@ -14,7 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
 use crate::op::adamw::AdamW;
-use crate::train::Stage;
+use crate::train::{Optimizer, Stage};
 use crate::train::stage::kd::{Kd, KdConfig};
 use crate::weights::Weights;
 
@@ -91,13 +91,14 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         &weights,
         KdConfig::default(),
     )?));
-    let hyper = AdamW {
+    let adamw = AdamW {
         lr: 1e-4,
         beta1: 0.9,
         beta2: 0.95,
         eps: 1e-8,
         weight_decay: 0.0,
     };
+    let rules = Optimizer { adamw, muon: None };
     let bar = progress("bench", (args.warmup + args.steps) as u64);
     let mut seconds = Vec::new();
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
@@ -112,7 +113,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         let mut terms = stage.backward(&batch, 1.0)?;
         let optimizing = Instant::now();
         for group in stage.groups_mut() {
-            group.update(1.0, step as u64 + 1, &hyper)?;
+            group.update(1.0, step as u64 + 1, &rules)?;
         }
         terms
             .phases

@@ -102,3 +102,30 @@ pub fn main(cli: Cli) -> anyhow::Result<ExitCode> {
     }
     Ok(ExitCode::SUCCESS)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    /// Settings that several stages share are flattened into one command: two flags of one name would
+    /// hide each other (clap says so in debug builds only).
+    #[test]
+    fn flags_of_a_command_have_names_of_their_own() {
+        fn check(command: &clap::Command) {
+            let (mut ids, mut flags) = (BTreeSet::new(), BTreeSet::new());
+            for argument in command.get_arguments() {
+                let (command, id) = (command.get_name(), argument.get_id());
+                assert!(ids.insert(id), "{command} has two arguments {id}");
+                if let Some(long) = argument.get_long() {
+                    assert!(flags.insert(long), "{command} has two --{long}");
+                }
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+}

@@ -23,7 +23,7 @@ use crate::{Error, Result};
 #[serde(deny_unknown_fields, default)]
 pub struct CalibrationConfig {
     /// Tokens that the statistics are taken over (as many as the text has, if fewer).
-    #[arg(long = "calibration-tokens", value_name = "TOKENS", default_value_t = 131_072)]
+    #[arg(id = "calibration_tokens", long = "calibration-tokens", value_name = "TOKENS", default_value_t = 131_072)]
     pub tokens: usize,
     /// Tokens of these that output projections are fitted to.
     #[arg(long = "fit-tokens", value_name = "TOKENS", default_value_t = 32_768)]
@@ -32,7 +32,7 @@ pub struct CalibrationConfig {
     #[arg(long = "held-out-tokens", value_name = "TOKENS", default_value_t = 8_192)]
     pub held_out_tokens: usize,
     /// Tokens a window.
-    #[arg(long = "calibration-seq-len", value_name = "TOKENS", default_value_t = 256)]
+    #[arg(id = "calibration_seq_len", long = "calibration-seq-len", value_name = "TOKENS", default_value_t = 256)]
     pub seq_len: usize,
 }
 

@@ -13,10 +13,11 @@ pub mod attention;
 pub mod causal_conv;
 pub mod cpu;
 #[cfg(test)]
-mod laws;
+pub(crate) mod laws;
 pub mod linear;
 pub mod loss;
 pub mod matmul;
+pub mod muon;
 pub mod rms_norm;
 pub mod rope;
 pub mod runtime;

@@ -1,0 +1,222 @@
+//! A run that is killed anywhere ends as the run that was not; shipped recipes fit their teachers.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+
+use super::*;
+use crate::checkpoint::Checkpoint;
+use crate::mixer::MixerConfig;
+use crate::{Error, Result};
+
+/// Every stage there is, small enough for a test.
+const SMALL: &str = r#"
+teacher = "embedded"
+[data]
+train = "stories:2:150"
+validation = "stories:3:20"
+preferences = "stories:4:12"
+[calibration]
+tokens = 2048
+fit_tokens = 1024
+held_out_tokens = 256
+seq_len = 64
+[plan]
+kv_lora_rank = 16
+q_lora_rank = 64
+qk_rope_head_dim = 8
+[ild]
+train = { steps = 4, seq_len = 64, batch_size = 2, lr = 3e-3 }
+[select]
+count = 1
+tokens = 256
+[[kd]]
+train = { steps = 4, seq_len = 64, batch_size = 2, lr = 1e-3 }
+[dpo]
+objective = { beta = 0.1, max_length = 96 }
+train = { steps = 3, batch_size = 2, lr = 1e-4 }
+[eval]
+seq_len = 64
+batch_size = 4
+"#;
+
+/// Counts what is made, and stops after some steps of this call.
+struct Watch {
+    started: Vec<String>,
+}
+
+impl Progress for Watch {
+    fn start(&mut self, stage: &str) {
+        self.started.push(stage.to_owned());
+    }
+    fn at(&mut self, _: u64, _: u64, _: &str) {}
+    fn end(&mut self) {}
+}
+
+fn carry_out(recipe: &Recipe, out: &Path, stop_after: u32) -> (Result<Outcome>, Vec<String>) {
+    let asked = Cell::new(0);
+    let stop = || {
+        asked.set(asked.get() + 1);
+        stop_after > 0 && asked.get() >= stop_after
+    };
+    let mut watch = Watch { started: vec![] };
+    let outcome = run(
+        recipe,
+        Surroundings {
+            out,
+            device: Device::Cpu,
+            stop: &stop,
+            progress: &mut watch,
+        },
+    );
+    (outcome, watch.started)
+}
+
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = PathBuf::from(path.file_name().unwrap());
+        if path.is_dir() {
+            let inner = contents(&path).into_iter();
+            found.extend(inner.map(|(inside, bytes)| (name.join(inside), bytes)));
+        } else if path.extension().is_some_and(|e| e == "safetensors") {
+            found.insert(name, std::fs::read(&path).unwrap());
+        }
+    }
+    found
+}
+
+#[test]
+fn killed_anywhere_a_run_ends_the_same() {
+    let recipe = Recipe::parse(SMALL).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let (straight, broken) = (root.path().join("straight"), root.path().join("broken"));
+    let (outcome, stages) = carry_out(&recipe, &straight, 0);
+    let outcome = outcome.unwrap();
+    assert_eq!(
+        stages,
+        ["calibrate", "bank", "select", "compose", "eval", "kd 1", "eval", "dpo", "eval"]
+    );
+    let names: Vec<&str> = outcome.stages.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["ild", "compose", "kd 1", "dpo"]);
+    assert_eq!(outcome.scores.unwrap().layers.len(), 4);
+    // One forward pass or optimizer step at a time.
+    let mut starts = 0;
+    loop {
+        starts += 1;
+        match carry_out(&recipe, &broken, 1).0 {
+            Ok(again) => {
+                let kl = |o: &[StageResult]| o.iter().map(|s| s.kl).collect::<Vec<_>>();
+                assert_eq!(kl(&again.stages), kl(&outcome.stages));
+                break;
+            }
+            Err(Error::Interrupted(_)) => assert!(starts < 40),
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert!(starts > 8, "{starts} starts");
+    assert_eq!(contents(&straight), contents(&broken));
+    // Nothing is made twice; a changed setting repeats what depends on it.
+    assert_eq!(carry_out(&recipe, &straight, 0).1, ["calibrate"]);
+    let mut other = recipe.clone();
+    other.kd[0].train.lr = 2e-3;
+    let stages = carry_out(&other, &straight, 0).1;
+    assert_eq!(stages, ["calibrate", "kd 1", "eval", "dpo", "eval"]);
+}
+
+/// MambaInLLaMA's way: convert some layers, train, convert more.
+#[test]
+fn more_layers_can_be_converted_on_the_way() {
+    let mut recipe = Recipe::parse(SMALL).unwrap();
+    (recipe.ild, recipe.select, recipe.dpo) = (None, None, None);
+    recipe.init = crate::convert::InitName::Reference;
+    recipe.plan.attention = vec![1, 2, 3];
+    let mut more = recipe.kd[0].clone();
+    let mut plan = recipe.plan.clone();
+    plan.attention = vec![3];
+    more.plan = Some(plan);
+    more.objective.schedule = crate::train::stage::kd::Schedule::Stepwise;
+    recipe.kd.push(more);
+    let root = tempfile::tempdir().unwrap();
+    let outcome = carry_out(&recipe, root.path(), 0).0.unwrap();
+    let kinds = |folder: &Path| -> Vec<&'static str> {
+        let config = Checkpoint::open(folder).unwrap().config;
+        config.layers.iter().map(MixerConfig::name).collect()
+    };
+    let [_, first, second] = &outcome.stages[..] else {
+        panic!("{:?}", outcome.stages)
+    };
+    assert_eq!(kinds(&first.folder), ["mamba2", "attention", "attention", "attention"]);
+    assert_eq!(kinds(&second.folder), ["mamba2", "mamba2", "mamba2", "attention"]);
+}
+
+#[test]
+fn mistakes_in_recipes_are_named() {
+    let teacher = Checkpoint::config_only(Path::new("assets/teacher")).unwrap().0;
+    let say = |from: &str, to: &str| {
+        let text = SMALL.replacen(from, to, 1);
+        assert_ne!(text, SMALL, "{from} is in the recipe");
+        let checked = Recipe::parse(&text).and_then(|r| r.check(&teacher).map(|_| ()));
+        checked.unwrap_err().to_string()
+    };
+    for (from, to, part) in [
+        ("kv_lora_rank", "kv_rank", "kv_rank"),
+        ("kv_lora_rank = 16", "kv_lora_rank = 6000", "[plan] layer 0: kv_lora_rank 6000"),
+        ("lr = 1e-3", "lr = -1.0", "[kd 1] lr -1"),
+        ("count = 1", "count = 9", "[select] 9 MLA layers"),
+        ("beta = 0.1", "beta = 0.0", "[dpo.objective] beta 0"),
+        ("preferences = \"stories:4:12\"", "", "preferences are missing"),
+        ("stories:3:20", "stories:x", "stories:SEED:COUNT"),
+        ("[ild]", "[ild]\ntarget = \"hybrid\"", "target must be bank"),
+        ("kv_lora_rank", "mla = [1]\nkv_lora_rank", "names the MLA layers already"),
+    ] {
+        let message = say(from, to);
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+/// Every shipped recipe parses and fits its teacher; the released models keep the published share of the cache.
+#[test]
+fn shipped_recipes_plan() {
+    let ratios = BTreeMap::from([
+        ("demo", 7.81),
+        ("1b-4mla-12m2", 3.91),
+        ("1b-8mla-8m2", 7.81),
+        ("3b-6mla-22m2", 2.01),
+        ("3b-14mla-14m2", 4.69),
+        ("8b-8mla-24m2", 2.73),
+        ("8b-16mla-16m2", 5.47),
+        ("1b-r64", 9.38),
+        ("8b-50", 50.0),
+        ("8b-25", 25.0),
+        ("8b-12.5", 12.5),
+        ("8b-0", 0.0),
+    ]);
+    let mut seen = Vec::new();
+    for folder in ["recipes", "recipes/zebra-llama", "recipes/x-ecomla", "recipes/mamba-in-llama"] {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|e| e != "toml") {
+                continue;
+            }
+            let recipe = Recipe::load(&path).unwrap();
+            let folder = match &recipe.teacher {
+                Teacher::Embedded => PathBuf::from("assets/teacher"),
+                Teacher::Folder(folder) => folder.clone(),
+            };
+            let (teacher, _) = Checkpoint::config_only(&folder).unwrap();
+            let students = recipe.check(&teacher).unwrap();
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let ratio = 100.0 * students.last().unwrap().kv_ratio(&teacher);
+            assert!((ratio - ratios[name.as_str()]).abs() < 0.006, "{name}: {ratio}");
+            for kd in recipe.kd.iter().filter_map(|kd| kd.teacher.as_ref()) {
+                Checkpoint::config_only(kd).unwrap();
+            }
+            seen.push(name);
+        }
+    }
+    assert_eq!(seen.len(), ratios.len(), "{seen:?}");
+}

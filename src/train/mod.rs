@@ -19,11 +19,24 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use params::ParamGroup;
+pub use params::{Optimizer, ParamGroup};
 pub use stage::Stage;
 
 use crate::op::adamw::AdamW;
+use crate::op::muon::Muon;
 use state::Run;
+
+/// What a step follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerName {
+    #[default]
+    Adamw,
+    /// Muon for the layers' matrices, AdamW for all else; one learning rate for both.
+    Muon,
+}
+
+const MUON_MOMENTUM: f64 = 0.95;
 
 /// How to train; everything here decides the result, so a resumed run must agree with it. The same on the
 /// command line and in a recipe's `train`.
@@ -48,6 +61,9 @@ pub struct TrainConfig {
     /// Tokens a window.
     #[arg(long, default_value_t = 256)]
     pub seq_len: usize,
+    /// What a step follows.
+    #[arg(long, value_enum, default_value = "adamw")]
+    pub optimizer: OptimizerName,
     /// Peak learning rate.
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
@@ -82,6 +98,7 @@ impl Default for TrainConfig {
             batch_size: 16,
             accumulation: 1,
             seq_len: 256,
+            optimizer: OptimizerName::Adamw,
             lr: 1e-3,
             warmup: 0.01,
             min_lr: 0.0,
@@ -178,13 +195,23 @@ impl TrainConfig {
         self.lr * rise * (self.min_lr + (1.0 - self.min_lr) * fall)
     }
 
-    fn adamw(&self, step: u64, steps: u64) -> AdamW {
-        AdamW {
-            lr: self.lr_at(step, steps),
+    fn rules(&self, step: u64, steps: u64) -> Optimizer {
+        let lr = self.lr_at(step, steps);
+        let adamw = AdamW {
+            lr,
             beta1: self.beta1,
             beta2: self.beta2,
             eps: self.eps,
             weight_decay: self.weight_decay,
+        };
+        let muon = Muon {
+            lr,
+            momentum: MUON_MOMENTUM,
+            weight_decay: self.weight_decay,
+        };
+        Optimizer {
+            adamw,
+            muon: (self.optimizer == OptimizerName::Muon).then_some(muon),
         }
     }
 }
@@ -263,10 +290,10 @@ pub fn train(
             )));
         }
         let step = run.step;
-        let hyper = config.adamw(step, steps);
+        let rules = config.rules(step, steps);
         let mut grad_norm = Vec::new();
         for group in stage.groups_mut() {
-            grad_norm.push(group.update(config.clip, step + 1, &hyper)?);
+            grad_norm.push(group.update(config.clip, step + 1, &rules)?);
         }
         run.step += 1;
         recent.push((tokens, started.elapsed()));
@@ -277,7 +304,7 @@ pub fn train(
             step: run.step,
             tokens: run.tokens() + tokens,
             loss,
-            lr: hyper.lr,
+            lr: rules.adamw.lr,
             grad_norm,
             terms,
             tokens_per_s: seen as f64 / seconds.as_secs_f64(),

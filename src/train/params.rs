@@ -6,14 +6,28 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
 use crate::op::adamw::{AdamW, adamw_step, sum_of_squares};
+use crate::op::muon::{Muon, muon_step};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+/// The rules of one step.
+#[derive(Debug, Clone, Copy)]
+pub struct Optimizer {
+    pub adamw: AdamW,
+    /// For weight matrices, where it is given; all else follows AdamW.
+    pub muon: Option<Muon>,
+}
+
 struct Param {
     var: Var,
-    /// First and second moments, `[2, ..]`.
+    /// First and second moments, `[2, ..]`; Muon uses the first for its momentum.
     moments: Tensor,
     grad: Option<Tensor>,
+}
+
+/// A weight that maps activations to activations: Muon's. Embedding and head map tokens.
+fn is_matrix(name: &str, var: &Var) -> bool {
+    var.rank() == 2 && name.starts_with("model.layers.")
 }
 
 /// Parameters that are clipped together.
@@ -60,7 +74,7 @@ impl ParamGroup {
 
     /// Clips, steps and forgets the gradients; returns their norm before clipping. Parameters without a
     /// gradient stay as they are.
-    pub fn update(&mut self, clip: f64, step: u64, hyper: &AdamW) -> Result<f64> {
+    pub fn update(&mut self, clip: f64, step: u64, optimizer: &Optimizer) -> Result<f64> {
         let mut squares = 0.0;
         for grad in self.params.values().filter_map(|p| p.grad.as_ref()) {
             squares += sum_of_squares(grad)?;
@@ -71,16 +85,22 @@ impl ParamGroup {
         } else {
             1.0
         };
-        for param in self.params.values_mut() {
-            if let Some(grad) = param.grad.take() {
-                adamw_step(
-                    param.var.as_tensor(),
-                    &grad,
-                    &param.moments,
-                    scale,
-                    step,
-                    hyper,
-                )?;
+        for (name, param) in &mut self.params {
+            let Some(grad) = param.grad.take() else {
+                continue;
+            };
+            match optimizer.muon.filter(|_| is_matrix(name, &param.var)) {
+                Some(hyper) => {
+                    let momentum = param.moments.get(0)?;
+                    let (value, momentum) =
+                        muon_step(param.var.as_tensor(), &grad, &momentum, scale, &hyper)?;
+                    param.var.set(&value)?;
+                    param.moments = Tensor::stack(&[&momentum, &momentum.zeros_like()?], 0)?;
+                }
+                None => {
+                    let (value, moments) = (param.var.as_tensor(), &param.moments);
+                    adamw_step(value, &grad, moments, scale, step, &optimizer.adamw)?;
+                }
             }
         }
         Ok(norm)

@@ -164,14 +164,17 @@ pub(super) fn divergence_backward(
         .zip(softmaxes.par_iter().zip(dloss))
         .with_min_len(TASK / v + 1)
         .for_each(|((drow, (teacher, student)), (both, &dloss))| {
-            let mut mean = 0f64;
+            let (mut sum, mut mass) = (0f64, 0f64);
             for (d, (p, q, log_ratio)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
                 *d = slope(kind, p, q, log_ratio);
-                mean += f64::from(q * *d);
+                sum += f64::from(q) * f64::from(*d);
+                mass += f64::from(q);
             }
+            // Where the mean is all but one slope, what is left is as exact as the probabilities.
+            let mean = sum / mass;
             let factor = dloss * both[1].scale;
             for (d, (_, q, _)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
-                *d = q * (*d - mean as f32) * factor;
+                *d = q * (f64::from(*d) - mean) as f32 * factor;
             }
         });
     dstudent
