@@ -2,12 +2,24 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 const TEACHER: &str = "assets/teacher";
 
 pub fn zebroid(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_zebroid"));
-    command.args(args).env_remove("RUST_LOG").output().unwrap()
+    command.args(args).env_remove("RUST_LOG");
+    command.env("ZEBROID_CACHE", cache()).output().unwrap()
+}
+
+/// A cache of this test run alone.
+fn cache() -> &'static Path {
+    static CACHE: OnceLock<PathBuf> = OnceLock::new();
+    CACHE.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
+        let _ = std::fs::remove_dir_all(&folder);
+        folder
+    })
 }
 
 /// Runs and expects exit code `code`; returns what was said on standard error.
@@ -45,7 +57,9 @@ fn text(path: &Path) -> &str {
 fn help_has_examples_for_every_command() {
     for command in [
         &["demo"][..],
+        &["run"],
         &["plan"],
+        &["calibrate"],
         &["compose"],
         &["train"],
         &["pretrain"],
@@ -97,6 +111,34 @@ fn plans_from_a_config_alone() {
         "8",
     ]);
     assert!(table.contains("KV ratio 3.91 %"), "{table}");
+}
+
+/// The shipped recipes show what they would do without a weight or a text.
+#[test]
+fn recipes_plan_without_data() {
+    let recipe = "recipes/zebra-llama/3b-6mla-22m2.toml";
+    let said = succeeds(&["run", recipe, "--plan"]);
+    for part in [
+        "3B, 6 MLA and 22 Mamba2",
+        "dpo (1 epochs)",
+        "KV ratio 2.01 %",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+    // Carried out, it asks for what is not there.
+    let folder = tempfile::tempdir().unwrap();
+    let said = fails(2, &["run", recipe, "--out", text(folder.path())]);
+    assert!(
+        said.contains("llama-3.2-3b") && said.contains("safetensors"),
+        "{said}"
+    );
+    let broken = folder.path().join("broken.toml");
+    std::fs::write(&broken, "teacher = \"embedded\"\n[data]\ntrian = \"x\"\n").unwrap();
+    let said = fails(2, &["run", text(&broken), "--plan"]);
+    assert!(
+        said.contains("broken.toml") && said.contains("trian"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -34,13 +34,26 @@ fn stories_to_bank_to_hybrid_to_distilled() {
     succeeds(&[&ild[..], &sizes, &small].concat());
     let [published, refined, hybrid, distilled] =
         ["published", "refined", "hybrid", "distilled"].map(at);
+    let page = at("compose.html");
     for (out, more) in [
-        (&published, ["--init", "reference"]),
-        (&refined, ["--calibration", &data]),
-        (&hybrid, ["--bank", &bank]),
+        (&published, &["--init", "reference"][..]),
+        (
+            &refined,
+            &["--calibration", &data, "--report", &page, "--json"],
+        ),
+        (&hybrid, &["--bank", &bank]),
     ] {
         let compose = ["compose", TEACHER, out, "--mla", "1,2"];
-        succeeds(&[&compose[..], &sizes, &more].concat());
+        let said = succeeds(&[&compose[..], &sizes, more].concat());
+        if out == &refined {
+            let found = &json(&said)["fidelity"];
+            for i in 0..4 {
+                let error = found["layers"][i]["held_out"].as_f64().unwrap();
+                assert!(error > 0.0 && error < 1.0, "layer {i}: {found}");
+            }
+            assert!(found["whole"]["kl"].as_f64().unwrap() > 0.0);
+            assert!(std::fs::read_to_string(&page).unwrap().contains("<svg"));
+        }
     }
     let kd = [
         "train",
@@ -117,6 +130,75 @@ fn stories_to_bank_to_hybrid_to_distilled() {
         (0..4).any(|i| gain(i) > 0.0),
         "no layer gains from its MLA: {first}"
     );
+    // A budget of cache and state over mixers and ranks.
+    let budget = [
+        "select",
+        "--method",
+        "budget",
+        "--teacher",
+        TEACHER,
+        "--data",
+        &data,
+        "--calibration",
+        &data,
+        "--kv-bytes",
+        "96",
+        "--ranks",
+        "16,32",
+        "--rope-dim",
+        "8",
+        "--tokens",
+        "2048",
+        "--json",
+    ];
+    let found = json(&succeeds(&budget));
+    assert!(
+        found["kv_bytes_per_token"].as_u64().unwrap() <= 96,
+        "{found}"
+    );
+    let kinds: Vec<&str> = found["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|k| k.as_str().unwrap())
+        .collect();
+    let (listed, planned) = (kinds.join(","), at("planned"));
+    let compose = [
+        "compose",
+        TEACHER,
+        &planned,
+        "--layers",
+        &listed,
+        "--rope-dim",
+        "8",
+    ];
+    succeeds(&[&compose[..], &["--calibration", &data]].concat());
+    // Preferences: the true answer over another.
+    let (pairs, preferring) = (at("stories/preferences.jsonl"), at("preferring"));
+    let dpo = [
+        "train",
+        "--stage",
+        "dpo",
+        "--student",
+        &distilled,
+        "--data",
+        &pairs,
+        &preferring,
+        "--beta",
+        "0.1",
+        "--lr",
+        "1e-4",
+        "--steps",
+        "12",
+        "--batch-size",
+        "4",
+        "--json",
+    ];
+    let steps = succeeds(&dpo);
+    let step = |line: Option<&str>| json(line.unwrap());
+    let (first, last) = (step(steps.lines().next()), step(steps.lines().last()));
+    assert_eq!(first["margin"], 0.0);
+    assert!(last["margin"].as_f64().unwrap() > 0.0, "{last}");
     // AMD's format and back, where no layer turns by frequencies of its own.
     let (amd, ours) = (at("amd"), at("ours"));
     succeeds(&["export", &at("published"), &amd, "--format", "amd"]);
@@ -152,7 +234,7 @@ fn the_demo_runs_resumes_and_reports() {
         assert!(said.contains(part), "{part} is missing: {said}");
     }
     let report = std::fs::read_to_string(out.join("report.html")).unwrap();
-    assert!(report.contains("<svg") && report.contains("Distillation") && !report.contains("http"));
+    assert!(report.contains("<svg") && report.contains("kd 1") && !report.contains("http"));
     // A finished demo is kept; one that lost its end goes on without training again.
     assert_eq!(zebroid(&demo).status.code(), Some(2));
     std::fs::remove_file(out.join("report.html")).unwrap();

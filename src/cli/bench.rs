@@ -14,8 +14,8 @@ use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
 use crate::op::adamw::AdamW;
-use crate::train::{Optimizer, Stage};
 use crate::train::stage::kd::{Kd, KdConfig};
+use crate::train::{Optimizer, Stage};
 use crate::weights::Weights;
 
 #[derive(Debug, clap::Subcommand)]

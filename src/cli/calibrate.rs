@@ -49,7 +49,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let energies: Vec<f64> = (0..q.ncols()).map(pair).collect();
             let all = energies.iter().sum::<f64>().max(f64::MIN_POSITIVE);
             let shares: Vec<f64> = energies.iter().map(|e| e / all).collect();
-            (root_mean(&variances), root_mean(&layer.output_square), shares)
+            (
+                root_mean(&variances),
+                root_mean(&layer.output_square),
+                shares,
+            )
         })
         .collect();
     if args.json {
@@ -62,16 +66,27 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }
-    let rows = layers.iter().enumerate().map(|(i, (input, output, shares))| {
-        let strongest = (0..shares.len()).reduce(|a, b| if shares[b] > shares[a] { b } else { a });
-        vec![
-            i.to_string(),
-            format!("{input:.4}"),
-            format!("{output:.4}"),
-            strongest.map_or(String::new(), |p| format!("{p} ({:.0} %)", 100.0 * shares[p])),
-        ]
-    });
-    let headers = ["layer", "mixer reads (rms)", "writes (rms)", "strongest rotary pair"];
+    let rows = layers
+        .iter()
+        .enumerate()
+        .map(|(i, (input, output, shares))| {
+            let strongest =
+                (0..shares.len()).reduce(|a, b| if shares[b] > shares[a] { b } else { a });
+            vec![
+                i.to_string(),
+                format!("{input:.4}"),
+                format!("{output:.4}"),
+                strongest.map_or(String::new(), |p| {
+                    format!("{p} ({:.0} %)", 100.0 * shares[p])
+                }),
+            ]
+        });
+    let headers = [
+        "layer",
+        "mixer reads (rms)",
+        "writes (rms)",
+        "strongest rotary pair",
+    ];
     print!("{}", table(&headers, &rows.collect::<Vec<_>>()));
     println!(
         "\n{} tokens, kept in {}",

@@ -77,7 +77,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(&args.teacher),
         args.force,
     )?;
-    let found = calibration.map(|c| measure(&base, &composed, &c)).transpose()?;
+    let found = calibration
+        .map(|c| measure(&base, &composed, &c))
+        .transpose()?;
     if let (Some(path), Some(found)) = (&args.report, &found) {
         report(base.config(), &composed.config, found).write(path)?;
     }
@@ -99,7 +101,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn measure(base: &Base, composed: &Composed, calibration: &Calibration) -> Result<Fidelity> {
     let weights = Weights::new(composed.tensors.clone()).to_device(&base.device, DType::F32)?;
     let student = Lm::new(&composed.config, &weights)?;
-    fidelity(&base.lm()?, &student, &calibration.fit, &calibration.held_out)
+    fidelity(
+        &base.lm()?,
+        &student,
+        &calibration.fit,
+        &calibration.held_out,
+    )
 }
 
 const HEADERS: [&str; 5] = [

@@ -123,7 +123,14 @@ fn published(base: &Base, recipe: &Recipe, out: &Path) -> Result<KlReport> {
     let text = out.join(format!("stories-{seed}-{count}.jsonl"));
     let corpus = Corpus::load(&text, &base.tokenizer, Packing::Documents)?;
     let eval = &recipe.eval;
-    kl::evaluate(&base.lm()?, &lm, &corpus, eval.batch_size, eval.seq_len, &mut |_, _| {})
+    kl::evaluate(
+        &base.lm()?,
+        &lm,
+        &corpus,
+        eval.batch_size,
+        eval.seq_len,
+        &mut |_, _| {},
+    )
 }
 
 /// A story from the beginning that all models are given.
@@ -162,7 +169,11 @@ impl Results {
             let last = stage.and_then(|s| s.metrics.last());
             last.map_or("-".into(), |m| thousands(m.tokens_per_s as usize))
         };
-        let mut rows = vec![row("KV ratio", percent(1.0), percent(self.outcome.kv_ratio))];
+        let mut rows = vec![row(
+            "KV ratio",
+            percent(1.0),
+            percent(self.outcome.kv_ratio),
+        )];
         if let Some(last) = self.outcome.stages.last().and_then(|s: &StageResult| s.kl) {
             rows.extend([
                 row(

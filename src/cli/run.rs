@@ -55,7 +55,10 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let recipe = recipe(&args)?;
     let name = args.recipe.file_stem().unwrap_or_default();
-    let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(name));
+    let out = args
+        .out
+        .clone()
+        .unwrap_or_else(|| Path::new("runs").join(name));
     if args.plan {
         return show_plan(&recipe, &out, args.json);
     }
@@ -139,7 +142,9 @@ impl Progress for Bars {
 fn show_plan(recipe: &Recipe, out: &Path, json: bool) -> anyhow::Result<()> {
     let (teacher, _) = Checkpoint::config_only(&pipeline::teacher_folder(&recipe.teacher, out)?)?;
     let students = recipe.check(&teacher)?;
-    let last = students.last().ok_or_else(|| Error::invalid("no student"))?;
+    let last = students
+        .last()
+        .ok_or_else(|| Error::invalid("no student"))?;
     if json {
         let plan = serde_json::json!({ "recipe": recipe, "plan": as_json(&teacher, last) });
         println!("{}", serde_json::to_string_pretty(&plan)?);
@@ -211,7 +216,9 @@ pub fn rows(outcome: &Outcome) -> Vec<Vec<String>> {
 /// The run as a page: results, curves, plan.
 pub fn page(recipe: &Recipe, outcome: &Outcome) -> Result<Report> {
     let mut report = Report::new("zebroid run");
-    report.paragraph(&recipe.about).table(&HEADERS, &rows(outcome));
+    report
+        .paragraph(&recipe.about)
+        .table(&HEADERS, &rows(outcome));
     for stage in outcome.stages.iter().filter(|s| !s.metrics.is_empty()) {
         let names: Vec<&str> = match (stage.name.as_str(), stage.kl) {
             // A bank's curves, one a candidate.
@@ -231,17 +238,27 @@ pub fn page(recipe: &Recipe, outcome: &Outcome) -> Result<Report> {
     }
     let (base, _) = Checkpoint::config_only(&outcome.base)?;
     let (student, _) = Checkpoint::config_only(&outcome.student)?;
-    report.heading("Plan").code("layers", &as_table(&base, &student));
+    report
+        .heading("Plan")
+        .code("layers", &as_table(&base, &student));
     Ok(report)
 }
 
 fn curve(name: &str, stage: &pipeline::StageResult) -> Series {
     let value = |m: &crate::train::StepMetrics| match name {
         "loss" => m.loss,
-        name => m.terms.get(name).and_then(|v| v.as_f64()).unwrap_or(f64::NAN),
+        name => m
+            .terms
+            .get(name)
+            .and_then(|v| v.as_f64())
+            .unwrap_or(f64::NAN),
     };
     Series {
         name: name.into(),
-        points: stage.metrics.iter().map(|m| (m.tokens as f64, value(m))).collect(),
+        points: stage
+            .metrics
+            .iter()
+            .map(|m| (m.tokens as f64, value(m)))
+            .collect(),
     }
 }

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use crate::checkpoint::check_output;
+use crate::checkpoint::{self, check_output};
 use crate::data::stories;
 use crate::{Error, Result};
 
-/// Write generated stories (JSON lines) and their tokenizer.
+/// Write generated stories, preference pairs about them (JSON lines), and their tokenizer.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  zebroid stories ./stories --count 40000 --seed 1")]
 pub struct Args {
-    /// Folder for stories.jsonl, tokenizer.json and tokenizer_config.json; must not exist.
+    /// Folder for stories.jsonl, preferences.jsonl, tokenizer.json and tokenizer_config.json; must not exist.
     out: PathBuf,
     #[arg(long, default_value_t = 40_000)]
     count: usize,
@@ -29,5 +29,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn write(args: &Args) -> Result<()> {
     std::fs::create_dir_all(&args.out).map_err(Error::io("cannot create", &args.out))?;
     stories::write_tokenizer(&args.out)?;
-    stories::write_jsonl(&args.out.join("stories.jsonl"), args.seed, args.count)
+    stories::write_jsonl(&args.out.join("stories.jsonl"), args.seed, args.count)?;
+    let pairs = stories::preferences_to_jsonl(args.seed, args.count);
+    checkpoint::write_atomic(&args.out.join("preferences.jsonl"), pairs.as_bytes())
 }

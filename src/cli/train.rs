@@ -147,7 +147,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let corpus = Corpus::load(&args.data, &base.tokenizer, args.train.packing)?;
             // Before the initialisation, which takes its text from the same data.
             corpus.check(args.train.config.batch_size, args.train.config.seq_len)?;
-            args.train.config.steps(corpus.windows(args.train.config.seq_len))?;
+            args.train
+                .config
+                .steps(corpus.windows(args.train.config.seq_len))?;
             let student = args.student.as_deref().map(Checkpoint::open).transpose()?;
             let (name, stage) = match (args.stage, student) {
                 (StageName::Ild, None) => ("ild", bank(&args, &base)?),
@@ -158,7 +160,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             (name, stage, Box::new(corpus), teacher)
         }
     };
-    let run = args.train.run(name, &mut stage, &*data, &args.out, &tokenizer);
+    let run = args
+        .train
+        .run(name, &mut stage, &*data, &args.out, &tokenizer);
     if let Some(last) = run?.last() {
         eprintln!(
             "{} steps, {} tokens, last loss {:.4}",

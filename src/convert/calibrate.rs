@@ -23,16 +23,30 @@ use crate::{Error, Result};
 #[serde(deny_unknown_fields, default)]
 pub struct CalibrationConfig {
     /// Tokens that the statistics are taken over (as many as the text has, if fewer).
-    #[arg(id = "calibration_tokens", long = "calibration-tokens", value_name = "TOKENS", default_value_t = 131_072)]
+    #[arg(
+        id = "calibration_tokens",
+        long = "calibration-tokens",
+        value_name = "TOKENS",
+        default_value_t = 131_072
+    )]
     pub tokens: usize,
     /// Tokens of these that output projections are fitted to.
     #[arg(long = "fit-tokens", value_name = "TOKENS", default_value_t = 32_768)]
     pub fit_tokens: usize,
     /// Tokens after all of these that the result is tested on.
-    #[arg(long = "held-out-tokens", value_name = "TOKENS", default_value_t = 8_192)]
+    #[arg(
+        long = "held-out-tokens",
+        value_name = "TOKENS",
+        default_value_t = 8_192
+    )]
     pub held_out_tokens: usize,
     /// Tokens a window.
-    #[arg(id = "calibration_seq_len", long = "calibration-seq-len", value_name = "TOKENS", default_value_t = 256)]
+    #[arg(
+        id = "calibration_seq_len",
+        long = "calibration-seq-len",
+        value_name = "TOKENS",
+        default_value_t = 256
+    )]
     pub seq_len: usize,
 }
 
@@ -150,7 +164,10 @@ pub fn calibrate(
     let mut passes = 0;
     while sums.windows < split.all {
         let count = CHUNK.min(split.all - sums.windows);
-        sums.add(teacher, &corpus.ordered(sums.windows, count, config.seq_len)?)?;
+        sums.add(
+            teacher,
+            &corpus.ordered(sums.windows, count, config.seq_len)?,
+        )?;
         passes += 1;
         observe(sums.windows, split.all);
         let stopped = stop() && sums.windows < split.all;
@@ -228,7 +245,10 @@ impl Sums {
         let (tensors, metadata) = read_tensors_with_metadata(path)?;
         let windows = metadata.get("windows").and_then(|w| w.parse().ok());
         let (Some(windows), Some(identity)) = (windows, metadata.get("identity")) else {
-            return Err(Error::file(path, "not a calibration: write elsewhere, or remove it"));
+            return Err(Error::file(
+                path,
+                "not a calibration: write elsewhere, or remove it",
+            ));
         };
         if *identity == self.identity {
             self.windows = windows;
@@ -259,7 +279,9 @@ impl Sums {
             Statistics::new(&attention, tokens, [&a?, &b?, &c?, &d?])
         };
         Ok(Calibration {
-            layers: (0..teacher.layers.len()).map(layer).collect::<Result<_>>()?,
+            layers: (0..teacher.layers.len())
+                .map(layer)
+                .collect::<Result<_>>()?,
             fit,
             held_out,
             tokens,
@@ -316,6 +338,12 @@ mod tests {
             }
             assert_eq!(other.held_out.input_ids, straight.held_out.input_ids);
         }
-        assert!(!straight.fit.examples.iter().any(|w| straight.held_out.examples.contains(w)));
+        assert!(
+            !straight
+                .fit
+                .examples
+                .iter()
+                .any(|w| straight.held_out.examples.contains(w))
+        );
     }
 }

@@ -14,10 +14,12 @@ use crate::op::Documents;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+mod budget;
 pub mod calibrate;
 mod plan;
 mod ranks;
 mod select;
+pub use budget::{Choice, fit_budget};
 pub use calibrate::{Calibration, CalibrationConfig, calibrate};
 pub use plan::{LayerKind, PlanOptions, plan};
 pub use ranks::{RankRule, settle_ranks};
@@ -245,9 +247,18 @@ pub fn compose_from_bank(
 /// # Errors
 /// When `before` has other sizes than the composed model.
 pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) -> Result<()> {
-    let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size, c.intermediate_size, c.vocab_size);
+    let sizes = |c: &ModelConfig| {
+        (
+            c.layers.len(),
+            c.hidden_size,
+            c.intermediate_size,
+            c.vocab_size,
+        )
+    };
     if sizes(&composed.config) != sizes(before) {
-        return Err(Error::invalid("the student to go on from has other sizes than the plan"));
+        return Err(Error::invalid(
+            "the student to go on from has other sizes than the plan",
+        ));
     }
     for (i, layer) in before.layers.iter().enumerate() {
         let own = format!("model.layers.{i}.{}.", composed.config.layers[i].prefix());
@@ -261,7 +272,8 @@ pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) ->
             )));
         }
         for (name, tensor) in &mut composed.tensors {
-            if name.starts_with(&format!("model.layers.{i}.")) && (kept || !name.starts_with(&own)) {
+            if name.starts_with(&format!("model.layers.{i}.")) && (kept || !name.starts_with(&own))
+            {
                 *tensor = weights.get(name)?;
             }
         }

@@ -424,8 +424,13 @@ mod tests {
             change(&mut options);
             plan(&teacher, &options).unwrap_err().to_string()
         };
-        assert!(say(|o| o.kv_lora_rank = Some(RankRule::Fixed(65))).contains("kv_lora_rank 65 is above 64"));
-        assert!(say(|o| o.q_lora_rank = Some(RankRule::Fixed(0))).contains("q_lora_rank must not be 0"));
+        assert!(
+            say(|o| o.kv_lora_rank = Some(RankRule::Fixed(65)))
+                .contains("kv_lora_rank 65 is above 64")
+        );
+        assert!(
+            say(|o| o.q_lora_rank = Some(RankRule::Fixed(0))).contains("q_lora_rank must not be 0")
+        );
         assert!(say(|o| o.qk_rope_head_dim = Some(12)).contains("above the teacher's head_dim 8"));
         assert!(say(|o| o.qk_rope_head_dim = Some(3)).contains("even"));
         assert!(

@@ -163,9 +163,9 @@ pub fn settle_ranks(
             let rank = |(_, s): &(usize, Spectrum)| energy_rank(&s.kv, share).min(limit(&s.kv));
             Some(spectra.iter().map(rank).collect())
         }
-        Some(RankRule::Share(share)) => {
-            Some(cached((share * teacher.cost().kv_per_token as f64) as usize)?)
-        }
+        Some(RankRule::Share(share)) => Some(cached(
+            (share * teacher.cost().kv_per_token as f64) as usize,
+        )?),
         Some(RankRule::Bytes(bytes)) => Some(cached(bytes / 2)?),
     };
     for (at, (i, spectrum)) in spectra.iter().enumerate() {
@@ -244,7 +244,10 @@ mod tests {
         }
         let number: RankRule = serde_json::from_str("16").unwrap();
         assert_eq!(number, RankRule::Fixed(16));
-        assert_eq!(serde_json::to_string(&RankRule::Energy(0.5)).unwrap(), "\"energy:0.5\"");
+        assert_eq!(
+            serde_json::to_string(&RankRule::Energy(0.5)).unwrap(),
+            "\"energy:0.5\""
+        );
     }
 
     #[test]
@@ -263,7 +266,11 @@ mod tests {
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(3);
         for round in 0..50 {
             let mut spectra: Vec<Vec<f64>> = (0..3)
-                .map(|_| (0..32).map(|_| random.random_range(0.0f64..1.0).powi(3)).collect())
+                .map(|_| {
+                    (0..32)
+                        .map(|_| random.random_range(0.0f64..1.0).powi(3))
+                        .collect()
+                })
                 .collect();
             for s in &mut spectra {
                 s.sort_by(|a, b| b.total_cmp(a));

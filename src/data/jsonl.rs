@@ -28,7 +28,8 @@ enum Line {
 /// # Errors
 /// As [`read_lines`].
 pub fn read_texts(path: &Path) -> Result<Vec<Text>> {
-    const WANTED: &str = "a JSON object with a \"text\" string, or with \"prompt\" and \"completion\"";
+    const WANTED: &str =
+        "a JSON object with a \"text\" string, or with \"prompt\" and \"completion\"";
     let lines = read_lines(path, WANTED)?;
     Ok(lines
         .into_iter()
@@ -63,8 +64,8 @@ pub fn read_lines<T: DeserializeOwned>(path: &Path, wanted: &str) -> Result<Vec<
                 "an empty line; give one JSON object a line".into(),
             ));
         }
-        let value = serde_json::from_str(line)
-            .map_err(|e| at(i + 1, format!("not {wanted}: {e}")))?;
+        let value =
+            serde_json::from_str(line).map_err(|e| at(i + 1, format!("not {wanted}: {e}")))?;
         values.push(value);
     }
     Ok(values)

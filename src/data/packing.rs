@@ -93,7 +93,9 @@ impl Corpus {
             } else {
                 let ids = tokenizer.encode_with_offsets(&example.text)?;
                 // A token across the border holds the completion's beginning.
-                let learned = ids.into_iter().map(|(id, at)| (id, at.end > example.prompt));
+                let learned = ids
+                    .into_iter()
+                    .map(|(id, at)| (id, at.end > example.prompt));
                 corpus.push(learned, packing);
             }
         }

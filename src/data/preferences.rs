@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::Tokenizer;
 use super::jsonl::read_lines;
 use super::packing::{Batch, Batches, shuffled};
-use super::Tokenizer;
 use crate::hash::Hash;
 use crate::op::Documents;
 use crate::{Error, Result};
@@ -113,7 +113,10 @@ impl Answer {
         let mut ids: Vec<u32> = tokens.into_iter().map(|(id, _)| id).collect();
         ids.extend(tokenizer.eos().first());
         // One token stays before the answer, so that its first can be predicted.
-        let cut = ids.len().saturating_sub(max_length).min(from.saturating_sub(1));
+        let cut = ids
+            .len()
+            .saturating_sub(max_length)
+            .min(from.saturating_sub(1));
         ids.drain(..cut);
         from -= cut;
         ids.truncate(max_length.max(2));
@@ -144,7 +147,10 @@ impl Batches for Preferences {
         for answer in self.pairs.iter().flatten() {
             hash = hash.with(&answer.prompt.to_le_bytes());
             hash = hash.with(&answer.ids.len().to_le_bytes());
-            hash = answer.ids.iter().fold(hash, |h, id| h.with(&id.to_le_bytes()));
+            hash = answer
+                .ids
+                .iter()
+                .fold(hash, |h, id| h.with(&id.to_le_bytes()));
         }
         hash.to_string()
     }
@@ -170,8 +176,7 @@ mod tests {
         Ok((Preferences::load(&path, &tokenizer, max_length)?, tokenizer))
     }
 
-    const PAIR: &str =
-        r#"{"prompt": "Tom had a red ball. Tom loved the", "chosen": " red ball.", "rejected": " blue ball. He"}"#;
+    const PAIR: &str = r#"{"prompt": "Tom had a red ball. Tom loved the", "chosen": " red ball.", "rejected": " blue ball. He"}"#;
 
     #[test]
     fn answers_are_learned_and_prompts_are_not() {
@@ -203,11 +208,20 @@ mod tests {
     fn bad_lines_are_named() {
         for (line, word) in [
             (r#"{"prompt": "a", "chosen": "b"}"#, "rejected"),
-            (r#"{"prompt": "a", "chosen": "b", "rejected": "b"}"#, "chosen answer is"),
-            (r#"{"prompt": "a", "chosen": "", "rejected": "b"}"#, "empty answer"),
+            (
+                r#"{"prompt": "a", "chosen": "b", "rejected": "b"}"#,
+                "chosen answer is",
+            ),
+            (
+                r#"{"prompt": "a", "chosen": "", "rejected": "b"}"#,
+                "empty answer",
+            ),
         ] {
             let message = load(line, 10).unwrap_err().to_string();
-            assert!(message.contains("line 1:") && message.contains(word), "{message}");
+            assert!(
+                message.contains("line 1:") && message.contains(word),
+                "{message}"
+            );
         }
     }
 }

@@ -42,12 +42,14 @@ pub fn fidelity(teacher: &Lm, student: &Lm, fit: &Batch, held_out: &Batch) -> Re
     Ok(Fidelity {
         layers: names
             .zip(fitted.into_iter().zip(held_out))
-            .map(|(mixer, ((calibration, _), (held_out, stream)))| LayerFidelity {
-                mixer,
-                calibration,
-                held_out,
-                stream,
-            })
+            .map(
+                |(mixer, ((calibration, _), (held_out, stream)))| LayerFidelity {
+                    mixer,
+                    calibration,
+                    held_out,
+                    stream,
+                },
+            )
             .collect(),
         whole,
     })
@@ -99,7 +101,10 @@ mod tests {
         let found = fidelity(&lm, &lm, &part(0), &part(8)).unwrap();
         assert!(found.whole.kl == 0.0 && found.whole.agreement == 1.0);
         for layer in found.layers {
-            assert_eq!((layer.calibration, layer.held_out, layer.stream), (0.0, 0.0, 0.0));
+            assert_eq!(
+                (layer.calibration, layer.held_out, layer.stream),
+                (0.0, 0.0, 0.0)
+            );
         }
     }
 }

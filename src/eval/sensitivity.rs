@@ -1,5 +1,6 @@
-//! SMART's scores (spec 1.5): what the KL to the teacher gains when one layer of the all-Mamba2 model is
-//! its MLA layer again.
+//! What one layer is worth: the KL to the teacher before and after a single layer of a model is replaced.
+//! SMART's scores (spec 1.5) restore one MLA layer in the all-Mamba2 model; the budget selector breaks one
+//! layer of the teacher.
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -11,14 +12,14 @@ use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sensitivity {
-    /// KL(teacher ‖ all-Mamba2), nats a token.
-    pub kl_all_mamba2: f64,
+    /// KL(teacher ‖ model) with no layer replaced (SMART: all Mamba2), nats a token.
+    pub kl: f64,
     pub layers: Vec<Score>,
     /// Tokens sampled.
     pub tokens: usize,
 }
 
-/// `KL(teacher ‖ all-Mamba2) − KL(teacher ‖ with this layer's MLA)`, larger is a better place for MLA.
+/// `KL(teacher ‖ model) − KL(teacher ‖ model with this layer replaced)`: what the replacement gains.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     pub score: f64,
@@ -26,28 +27,29 @@ pub struct Score {
     pub standard_error: f64,
 }
 
-/// Scores on the first `windows` windows of `corpus`; `observe` is told how many are done.
+/// Scores of replacing each layer of `model` by that of `other`, on the first `windows` windows of `corpus`; `observe` is told how many are
+/// done.
 ///
 /// # Errors
 /// Models of different depths or vocabularies, or no window.
 pub fn sensitivity(
     teacher: &Lm,
-    mla: &Lm,
-    mamba2: &Lm,
+    model: &Lm,
+    other: &Lm,
     corpus: &Corpus,
     windows: usize,
     seq_len: usize,
     observe: &mut dyn FnMut(usize),
 ) -> Result<Sensitivity> {
     let sizes = |lm: &Lm| (lm.layers.len(), lm.config.vocab_size);
-    if sizes(mla) != sizes(teacher) || sizes(mamba2) != sizes(teacher) {
+    if sizes(model) != sizes(teacher) || sizes(other) != sizes(teacher) {
         return Err(Error::invalid(
-            "the bank's models and the teacher differ in depth or vocabulary",
+            "the models and the teacher differ in depth or vocabulary",
         ));
     }
     let windows = windows.min(corpus.windows(seq_len));
     let mut base = Vec::new();
-    let mut gains: Vec<Vec<f64>> = vec![Vec::new(); mamba2.layers.len()];
+    let mut gains: Vec<Vec<f64>> = vec![Vec::new(); model.layers.len()];
     for window in 0..windows {
         let batch = corpus.ordered(window, 1, seq_len)?;
         let documents = Some(&batch.documents);
@@ -60,22 +62,22 @@ pub fn sensitivity(
             for layer in layers {
                 hidden = layer.forward(&hidden, documents)?.0;
             }
-            let logits = rows(mamba2.head(&mamba2.normed(&hidden)?)?)?;
+            let logits = rows(model.head(&model.normed(&hidden)?)?)?;
             let kl = forward_kl(&target, &logits, 1.0)?.mean_all()?;
             Ok(kl.to_dtype(DType::F64)?.to_scalar()?)
         };
-        // The layers before the restored one are the same for all: walk them once.
-        let mut hidden = mamba2.embed(&ids)?;
-        let mut restored = Vec::new();
-        for (i, layer) in mamba2.layers.iter().enumerate() {
-            let with_mla = mla.layers[i].forward(&hidden, documents)?.0;
-            restored.push(kl(with_mla, &mamba2.layers[i + 1..])?);
+        // The layers before the replaced one are the same for all: walk them once.
+        let mut hidden = model.embed(&ids)?;
+        let mut replaced = Vec::new();
+        for (i, layer) in model.layers.iter().enumerate() {
+            let with_other = other.layers[i].forward(&hidden, documents)?.0;
+            replaced.push(kl(with_other, &model.layers[i + 1..])?);
             hidden = layer.forward(&hidden, documents)?.0;
         }
         let all = kl(hidden, &[])?;
         base.push(all);
-        for (gains, restored) in gains.iter_mut().zip(restored) {
-            gains.push(all - restored);
+        for (gains, replaced) in gains.iter_mut().zip(replaced) {
+            gains.push(all - replaced);
         }
         observe(window + 1);
     }
@@ -92,7 +94,7 @@ pub fn sensitivity(
         }
     };
     Ok(Sensitivity {
-        kl_all_mamba2: mean(&base),
+        kl: mean(&base),
         layers: gains.iter().map(score).collect(),
         tokens: windows * seq_len,
     })

@@ -142,7 +142,13 @@ fn statistics_add_up() {
     let q = x.matmul(&attention.q.t().unwrap()).unwrap();
     let of = |row: usize| -> f64 {
         let column = q.narrow(1, row, 1).unwrap().sqr().unwrap();
-        column.mean_all().unwrap().to_dtype(DType::F64).unwrap().to_scalar().unwrap()
+        column
+            .mean_all()
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+            .to_scalar()
+            .unwrap()
     };
     let direct = of(8 + 1) + of(8 + 1 + 4);
     assert!((whole.query_energy[(1, 1)] - direct).abs() < 1e-5 * direct);

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 
+use crate::Error;
 use crate::Result;
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::{
@@ -16,7 +17,6 @@ use crate::train::Stage;
 use crate::train::stage::ild::{Ild, IldConfig};
 use crate::train::stage::kd::{Kd, KdConfig};
 use crate::weights::Weights;
-use crate::Error;
 
 /// A Llama checkpoint, opened once.
 pub struct Base {

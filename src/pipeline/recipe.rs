@@ -88,10 +88,13 @@ impl FromStr for Text {
             return Ok(Text::File(text.into()));
         };
         let parts = rest.split_once(':');
-        let parsed = parts.and_then(|(seed, count)| Some((seed.parse().ok()?, count.parse().ok()?)));
+        let parsed =
+            parts.and_then(|(seed, count)| Some((seed.parse().ok()?, count.parse().ok()?)));
         match parsed {
             Some((seed, count)) => Ok(Text::Stories { seed, count }),
-            None => Err(Error::invalid(format!("data {text:?}: give stories:SEED:COUNT"))),
+            None => Err(Error::invalid(format!(
+                "data {text:?}: give stories:SEED:COUNT"
+            ))),
         }
     }
 }
@@ -212,12 +215,20 @@ impl Recipe {
             settle(path);
         }
         let data = &mut recipe.data;
-        for text in [Some(&mut data.train), Some(&mut data.validation), data.preferences.as_mut()] {
+        for text in [
+            Some(&mut data.train),
+            Some(&mut data.validation),
+            data.preferences.as_mut(),
+        ] {
             if let Some(Text::File(path)) = text {
                 settle(path);
             }
         }
-        recipe.kd.iter_mut().filter_map(|kd| kd.teacher.as_mut()).for_each(settle);
+        recipe
+            .kd
+            .iter_mut()
+            .filter_map(|kd| kd.teacher.as_mut())
+            .for_each(settle);
         Ok(recipe)
     }
 
@@ -238,17 +249,24 @@ impl Recipe {
             move |e: Error| Error::invalid(format!("[{stage}] {e}"))
         };
         let layers = teacher.layers.len();
-        let bank = self.ild.as_ref().is_some_and(|ild| ild.target == IldTarget::Bank);
+        let bank = self
+            .ild
+            .as_ref()
+            .is_some_and(|ild| ild.target == IldTarget::Bank);
         if let Some(ild) = &self.ild {
             ild.train.validate().map_err(at("ild.train"))?;
         }
         let mut options = self.plan.clone();
         if let Some(select) = &self.select {
             if !bank {
-                return Err(at("select")(Error::invalid("places are chosen from an ILD bank: [ild] target must be bank")));
+                return Err(at("select")(Error::invalid(
+                    "places are chosen from an ILD bank: [ild] target must be bank",
+                )));
             }
             if !(self.plan.mla.is_empty() && self.plan.layers.is_none()) {
-                return Err(at("select")(Error::invalid("[plan] names the MLA layers already: leave mla and layers out of it, or [select]")));
+                return Err(at("select")(Error::invalid(
+                    "[plan] names the MLA layers already: leave mla and layers out of it, or [select]",
+                )));
             }
             let scores = vec![0.0; layers];
             options.mla = crate::convert::select(Selector::Uniform, &scores, select.count)
@@ -258,7 +276,9 @@ impl Recipe {
         for (i, kd) in self.kd.iter().enumerate() {
             let stage = format!("kd {}", i + 1);
             kd.train.validate().map_err(at(&stage))?;
-            kd.objective.validate(teacher.vocab_size).map_err(at(&stage))?;
+            kd.objective
+                .validate(teacher.vocab_size)
+                .map_err(at(&stage))?;
             let before = students.last().expect("starts with one");
             let student = match &kd.plan {
                 Some(options) => sized(teacher, options).map_err(at(&stage))?,
@@ -270,7 +290,9 @@ impl Recipe {
             dpo.train.validate().map_err(at("dpo.train"))?;
             dpo.objective.validate().map_err(at("dpo.objective"))?;
             if self.data.preferences.is_none() {
-                return Err(at("dpo")(Error::invalid("preferences are missing from [data]")));
+                return Err(at("dpo")(Error::invalid(
+                    "preferences are missing from [data]",
+                )));
             }
         }
         Ok(students)

@@ -114,7 +114,11 @@ impl<'a> Run<'a> {
             match text {
                 Text::File(path) => Ok(path.clone()),
                 Text::Stories { seed, count } => {
-                    let kind = if preferences { "preferences" } else { "stories" };
+                    let kind = if preferences {
+                        "preferences"
+                    } else {
+                        "stories"
+                    };
                     let path = with.out.join(format!("{kind}-{seed}-{count}.jsonl"));
                     let lines = match preferences {
                         true => stories::preferences_to_jsonl(*seed, *count),
@@ -184,7 +188,8 @@ impl<'a> Run<'a> {
             let key = self.key("ild", json!({ "ild": ild, "student": student.key }));
             let metrics;
             (student, metrics) = self.train("ild", key, &ild.train, &self.train, with, || {
-                self.base.ild(&Checkpoint::open(&student.folder)?, ild.objective)
+                self.base
+                    .ild(&Checkpoint::open(&student.folder)?, ild.objective)
             })?;
             stages.push(self.result("ild", &student, metrics, with)?);
         }
@@ -235,7 +240,12 @@ impl<'a> Run<'a> {
         let ranks = |plan: &PlanOptions| plan.needs_weights();
         let needed = self.recipe.init == InitName::Refined
             || ranks(&self.recipe.plan)
-            || self.recipe.kd.iter().filter_map(|kd| kd.plan.as_ref()).any(ranks);
+            || self
+                .recipe
+                .kd
+                .iter()
+                .filter_map(|kd| kd.plan.as_ref())
+                .any(ranks);
         if !needed {
             return Ok(None);
         }
@@ -280,7 +290,10 @@ impl<'a> Run<'a> {
         with: &mut Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let plan = &self.recipe.plan;
-        let key = self.key("bank", json!({ "ild": ild, "plan": plan, "birth": self.birth() }));
+        let key = self.key(
+            "bank",
+            json!({ "ild": ild, "plan": plan, "birth": self.birth() }),
+        );
         self.train("bank", key, &ild.train, &self.train, with, || {
             let init = self.init(calibration, false);
             self.base.bank(plan, &init, ild.objective)
@@ -294,9 +307,11 @@ impl<'a> Run<'a> {
         with: &mut Surroundings,
     ) -> Result<(Vec<usize>, Sensitivity)> {
         let sample = json!([bank.key, stage.tokens, self.validation.hash()]);
-        let path = with.out.join(format!("scores-{}.json", self.key("scores", sample)));
+        let path = with
+            .out
+            .join(format!("scores-{}.json", self.key("scores", sample)));
         let seq_len = self.recipe.eval.seq_len;
-        let scores = self.once(&path, "select", with, |run, with| {
+        let scores: Sensitivity = self.once(&path, "select", with, |run, with| {
             let open = |name: &str| {
                 Checkpoint::open(&bank.folder.join(name))?.model(&with.device, DType::F32)
             };
@@ -305,15 +320,15 @@ impl<'a> Run<'a> {
             let progress = &mut *with.progress;
             sensitivity(
                 &run.base.lm()?,
-                &open("mla")?,
                 &open("mamba2")?,
+                &open("mla")?,
                 &run.validation,
                 windows,
                 seq_len,
                 &mut |done| progress.at(done as u64, all, "windows"),
             )
         })?;
-        let values: Vec<f64> = scores.layers.iter().map(|s: &crate::eval::sensitivity::Score| s.score).collect();
+        let values: Vec<f64> = scores.layers.iter().map(|s| s.score).collect();
         Ok((select(stage.method, &values, stage.count)?, scores))
     }
 
@@ -403,7 +418,14 @@ impl<'a> Run<'a> {
             let student = Checkpoint::open(&student.folder)?;
             let weights = student.weights(DType::F32, &device)?;
             let config = dpo.objective;
-            let dpo = Dpo::new(&student.config, &weights, &pairs, config, &stored, &mut |_, _| {});
+            let dpo = Dpo::new(
+                &student.config,
+                &weights,
+                &pairs,
+                config,
+                &stored,
+                &mut |_, _| {},
+            );
             Ok(Stage::Dpo(dpo?))
         })
     }
@@ -456,7 +478,9 @@ impl<'a> Run<'a> {
         with: &mut Surroundings,
     ) -> Result<StageResult> {
         let settings = json!([student.key, self.recipe.eval, self.validation.hash()]);
-        let path = with.out.join(format!("eval-{}.json", self.key("eval", settings)));
+        let path = with
+            .out
+            .join(format!("eval-{}.json", self.key("eval", settings)));
         let eval = &self.recipe.eval;
         let kl = self.once(&path, "eval", with, |run, with| {
             let lm = Checkpoint::open(&student.folder)?.model(&with.device, DType::F32)?;

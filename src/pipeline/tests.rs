@@ -98,7 +98,17 @@ fn killed_anywhere_a_run_ends_the_same() {
     let outcome = outcome.unwrap();
     assert_eq!(
         stages,
-        ["calibrate", "bank", "select", "compose", "eval", "kd 1", "eval", "dpo", "eval"]
+        [
+            "calibrate",
+            "bank",
+            "select",
+            "compose",
+            "eval",
+            "kd 1",
+            "eval",
+            "dpo",
+            "eval"
+        ]
     );
     let names: Vec<&str> = outcome.stages.iter().map(|s| s.name.as_str()).collect();
     assert_eq!(names, ["ild", "compose", "kd 1", "dpo"]);
@@ -149,13 +159,21 @@ fn more_layers_can_be_converted_on_the_way() {
     let [_, first, second] = &outcome.stages[..] else {
         panic!("{:?}", outcome.stages)
     };
-    assert_eq!(kinds(&first.folder), ["mamba2", "attention", "attention", "attention"]);
-    assert_eq!(kinds(&second.folder), ["mamba2", "mamba2", "mamba2", "attention"]);
+    assert_eq!(
+        kinds(&first.folder),
+        ["mamba2", "attention", "attention", "attention"]
+    );
+    assert_eq!(
+        kinds(&second.folder),
+        ["mamba2", "mamba2", "mamba2", "attention"]
+    );
 }
 
 #[test]
 fn mistakes_in_recipes_are_named() {
-    let teacher = Checkpoint::config_only(Path::new("assets/teacher")).unwrap().0;
+    let teacher = Checkpoint::config_only(Path::new("assets/teacher"))
+        .unwrap()
+        .0;
     let say = |from: &str, to: &str| {
         let text = SMALL.replacen(from, to, 1);
         assert_ne!(text, SMALL, "{from} is in the recipe");
@@ -164,14 +182,26 @@ fn mistakes_in_recipes_are_named() {
     };
     for (from, to, part) in [
         ("kv_lora_rank", "kv_rank", "kv_rank"),
-        ("kv_lora_rank = 16", "kv_lora_rank = 6000", "[plan] layer 0: kv_lora_rank 6000"),
+        (
+            "kv_lora_rank = 16",
+            "kv_lora_rank = 6000",
+            "[plan] layer 0: kv_lora_rank 6000",
+        ),
         ("lr = 1e-3", "lr = -1.0", "[kd 1] lr -1"),
         ("count = 1", "count = 9", "[select] 9 MLA layers"),
         ("beta = 0.1", "beta = 0.0", "[dpo.objective] beta 0"),
-        ("preferences = \"stories:4:12\"", "", "preferences are missing"),
+        (
+            "preferences = \"stories:4:12\"",
+            "",
+            "preferences are missing",
+        ),
         ("stories:3:20", "stories:x", "stories:SEED:COUNT"),
         ("[ild]", "[ild]\ntarget = \"hybrid\"", "target must be bank"),
-        ("kv_lora_rank", "mla = [1]\nkv_lora_rank", "names the MLA layers already"),
+        (
+            "kv_lora_rank",
+            "mla = [1]\nkv_lora_rank",
+            "names the MLA layers already",
+        ),
     ] {
         let message = say(from, to);
         assert!(message.contains(part), "{message}");
@@ -196,7 +226,12 @@ fn shipped_recipes_plan() {
         ("8b-0", 0.0),
     ]);
     let mut seen = Vec::new();
-    for folder in ["recipes", "recipes/zebra-llama", "recipes/x-ecomla", "recipes/mamba-in-llama"] {
+    for folder in [
+        "recipes",
+        "recipes/zebra-llama",
+        "recipes/x-ecomla",
+        "recipes/mamba-in-llama",
+    ] {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_none_or(|e| e != "toml") {
@@ -211,7 +246,10 @@ fn shipped_recipes_plan() {
             let students = recipe.check(&teacher).unwrap();
             let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
             let ratio = 100.0 * students.last().unwrap().kv_ratio(&teacher);
-            assert!((ratio - ratios[name.as_str()]).abs() < 0.006, "{name}: {ratio}");
+            assert!(
+                (ratio - ratios[name.as_str()]).abs() < 0.006,
+                "{name}: {ratio}"
+            );
             for kd in recipe.kd.iter().filter_map(|kd| kd.teacher.as_ref()) {
                 Checkpoint::config_only(kd).unwrap();
             }

@@ -144,7 +144,11 @@ impl TrainConfig {
                 )));
             }
         }
-        let lengths = [self.steps.is_some(), self.tokens.is_some(), self.epochs.is_some()];
+        let lengths = [
+            self.steps.is_some(),
+            self.tokens.is_some(),
+            self.epochs.is_some(),
+        ];
         if lengths.iter().filter(|given| **given).count() > 1 {
             return Err(Error::invalid("steps, tokens and epochs: give one of them"));
         }
@@ -340,12 +344,8 @@ fn accumulate(
     let mut tokens = 0;
     let mut sums: Vec<(String, f64)> = Vec::new();
     for part in 0..parts {
-        let batch = data.batch(
-            config.seed,
-            step * parts + part,
-            config.batch_size,
-            config.seq_len,
-        )?;
+        let index = step * parts + part;
+        let batch = data.batch(config.seed, index, config.batch_size, config.seq_len)?;
         let terms = stage.backward(&batch, 1.0 / parts as f64)?;
         tokens += (batch.rows * batch.len) as u64;
         loss += terms.loss / parts as f64;

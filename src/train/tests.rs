@@ -119,7 +119,11 @@ fn teacher() -> (Lm, Weights) {
 
 fn student(kinds: [LayerKind; 2]) -> (ModelConfig, Weights) {
     let (_, weights) = teacher();
-    let student = plan(&teacher_config(), &PlanOptions::default().with_layers(kinds.to_vec())).unwrap();
+    let student = plan(
+        &teacher_config(),
+        &PlanOptions::default().with_layers(kinds.to_vec()),
+    )
+    .unwrap();
     let composed = compose(
         &teacher_config(),
         &weights,
@@ -147,9 +151,7 @@ fn stage(setting: &Setting, name: &str) -> Stage {
         Stage::Kd(Box::new(kd.unwrap()))
     };
     match name {
-        "pretrain" => {
-            Stage::Pretrain(Pretrain::new(&teacher_config(), 5, &Device::Cpu).unwrap())
-        }
+        "pretrain" => Stage::Pretrain(Pretrain::new(&teacher_config(), 5, &Device::Cpu).unwrap()),
         "ild" => Stage::Ild(
             Ild::bank(teacher().0, "t".into(), bank().into(), IldConfig::default()).unwrap(),
         ),
@@ -181,7 +183,14 @@ fn stage(setting: &Setting, name: &str) -> Stage {
             let stored = setting.out("reference.safetensors");
             let (student, weights) = hybrid;
             let mut quiet = |_, _| {};
-            let dpo = Dpo::new(&student, &weights, &setting.pairs, config, &stored, &mut quiet);
+            let dpo = Dpo::new(
+                &student,
+                &weights,
+                &setting.pairs,
+                config,
+                &stored,
+                &mut quiet,
+            );
             Stage::Dpo(dpo.unwrap())
         }
         _ => unreachable!("{name}"),
@@ -268,7 +277,15 @@ fn every_stage_learns() {
         }
     }
     // Results are checkpoints that load.
-    for folder in ["pretrain", "ild/mla", "ild/mamba2", "ild-joint", "kd", "kd-stepwise", "dpo"] {
+    for folder in [
+        "pretrain",
+        "ild/mla",
+        "ild/mamba2",
+        "ild-joint",
+        "kd",
+        "kd-stepwise",
+        "dpo",
+    ] {
         let checkpoint = Checkpoint::open(&setting.out(folder)).unwrap();
         checkpoint.model(&Device::Cpu, DType::F32).unwrap();
     }
@@ -354,7 +371,10 @@ fn settings_out_of_range_are_named() {
         ..TrainConfig::default()
     };
     let message = config.steps(50).unwrap_err().to_string();
-    assert!(message.contains("tokens 100 is less than one step (4096"), "{message}");
+    assert!(
+        message.contains("tokens 100 is less than one step (4096"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -394,7 +414,11 @@ fn a_stepwise_schedule_converts_layer_after_layer() {
     };
     assert_eq!(moved_after(0.0), (true, false));
     assert_eq!(moved_after(0.6), (true, true));
-    assert!(before.keys().all(|n| n.contains("mla.") || n.contains("mamba.")));
+    assert!(
+        before
+            .keys()
+            .all(|n| n.contains("mla.") || n.contains("mamba."))
+    );
 }
 
 fn tensors(stage: &Stage) -> BTreeMap<String, Vec<f32>> {
@@ -414,7 +438,15 @@ fn reference_log_probabilities_are_computed_once() {
     let computed = |pairs: &Preferences| {
         let mut calls = 0;
         let mut count = |_, _| calls += 1;
-        Dpo::new(&config, &weights, pairs, DpoConfig::default(), &stored, &mut count).unwrap();
+        Dpo::new(
+            &config,
+            &weights,
+            pairs,
+            DpoConfig::default(),
+            &stored,
+            &mut count,
+        )
+        .unwrap();
         calls
     };
     assert_eq!(computed(&setting.pairs), 5, "40 pairs, 8 a pass");
@@ -422,5 +454,8 @@ fn reference_log_probabilities_are_computed_once() {
     let path = setting.out("others.jsonl");
     std::fs::write(&path, stories::preferences_to_jsonl(3, 8)).unwrap();
     let tokenizer = crate::data::Tokenizer::open(setting.folder.path()).unwrap();
-    assert_eq!(computed(&Preferences::load(&path, &tokenizer, 64).unwrap()), 1);
+    assert_eq!(
+        computed(&Preferences::load(&path, &tokenizer, 64).unwrap()),
+        1
+    );
 }

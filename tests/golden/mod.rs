@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use zebroid::checkpoint::{Checkpoint, Format, read_tensors, save};
-use zebroid::convert::{Init, PlanOptions, compose, plan};
+use zebroid::convert::{Init, PlanOptions, RankRule, compose, plan};
 use zebroid::eval::parity::{max_difference, parity};
 use zebroid::mixer::MixerConfig;
 use zebroid::model::{Lm, Trace};
 use zebroid::op::loss::forward_kl;
 use zebroid::op::rms_norm::rms_norm;
-use zebroid::train::stage::ild::{IldLoss, layer_terms};
+use zebroid::train::stage::ild::{Goal, IldLoss};
 use zebroid::weights::Weights;
 
 use crate::shared;
@@ -128,11 +128,12 @@ fn initialise(shared: &Path, name: &str) -> Initialised {
     let student = plan(
         &teacher.config,
         &PlanOptions {
-            kv_lora_rank: Some(16),
-            q_lora_rank: Some(48),
+            mla,
+            kv_lora_rank: Some(RankRule::Fixed(16)),
+            q_lora_rank: Some(RankRule::Fixed(48)),
             yarn: Some(yarn),
             repeat_kv_before_conv: repeat,
-            ..PlanOptions::new(PlanOptions::place(5, &mla, &[]).unwrap())
+            ..PlanOptions::default()
         },
     )
     .unwrap();
@@ -293,8 +294,9 @@ fn ild_terms_and_kl_equal_the_reference() {
                 gap < bound,
                 "{name}, mixer {i} on the teacher's input: {gap}"
             );
-            let (hidden, mixer) =
-                layer_terms(&teacher, IldLoss::L2Norm, &trace, i, &out, &mixed).unwrap();
+            let (hidden, mixer) = Goal::new(&teacher, IldLoss::L2Norm, &trace, i)
+                .terms(&(out, mixed), &trace.mixer_out[i])
+                .unwrap();
             for (ours, theirs) in [(hidden, &hidden_terms), (mixer, &mixer_terms)] {
                 let (ours, theirs) = (
                     ours.to_scalar().unwrap(),

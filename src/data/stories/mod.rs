@@ -71,8 +71,7 @@ impl Story {
 pub fn preferences_to_jsonl(seed: u64, count: usize) -> String {
     let stories = StoryGenerator::new(seed).take(count);
     let pairs = stories.map(|story| story.preference(story.recall.len() - 1));
-    let lines =
-        pairs.map(|pair| serde_json::to_string(&pair).expect("texts serialise") + "\n");
+    let lines = pairs.map(|pair| serde_json::to_string(&pair).expect("texts serialise") + "\n");
     lines.collect()
 }
 
@@ -144,7 +143,11 @@ mod tests {
         for story in stories(4, 100) {
             for i in 0..story.recall.len() {
                 let pair = story.preference(i);
-                assert!(story.text.starts_with(&(pair.prompt.clone() + &pair.chosen)));
+                assert!(
+                    story
+                        .text
+                        .starts_with(&(pair.prompt.clone() + &pair.chosen))
+                );
                 assert_ne!(pair.chosen, pair.rejected);
             }
         }

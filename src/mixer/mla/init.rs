@@ -84,9 +84,8 @@ pub fn reference_spectrum(attention: &AttentionWeights) -> Result<Spectrum> {
         true => keys[(i, j)],
         false => values[(i - rows, j)],
     });
-    let energies = |m: &Mat<f64>| -> Result<Vec<f64>> {
-        Ok(svd(m)?.s.iter().map(|s| s * s).collect())
-    };
+    let energies =
+        |m: &Mat<f64>| -> Result<Vec<f64>> { Ok(svd(m)?.s.iter().map(|s| s * s).collect()) };
     Ok(Spectrum {
         kv: energies(&joint)?,
         q: energies(&matrix(&attention.q)?)?,

@@ -162,7 +162,10 @@ fn divergences_are_what_they_are_called() {
     ] {
         let found = divergence(kind, &logs(p), &logs(q), 1.0).unwrap();
         let found = found.to_vec1::<f64>().unwrap()[0];
-        assert!((found - expected).abs() < 1e-12, "{kind:?}: {found} for {expected}");
+        assert!(
+            (found - expected).abs() < 1e-12,
+            "{kind:?}: {found} for {expected}"
+        );
     }
     // Among the teacher's two likeliest tokens, renormalised.
     let (t, s) = top_k(&logs(p), &logs(q), 2).unwrap();

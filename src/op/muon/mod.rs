@@ -84,10 +84,17 @@ mod tests {
             };
             let (after, momentum) = muon_step(&zero, &grad, &zero, 0.5, &hyper).unwrap();
             let half = (&grad * 0.5).unwrap();
-            assert_eq!(momentum.to_vec2::<f64>().unwrap(), half.to_vec2::<f64>().unwrap());
+            assert_eq!(
+                momentum.to_vec2::<f64>().unwrap(),
+                half.to_vec2::<f64>().unwrap()
+            );
             let size = 0.2 * (shape[0].max(shape[1]) as f64).sqrt();
             let moved = (after / size).unwrap();
-            let short = if shape[0] > shape[1] { moved.t().unwrap() } else { moved };
+            let short = if shape[0] > shape[1] {
+                moved.t().unwrap()
+            } else {
+                moved
+            };
             let gram = short.matmul(&short.t().unwrap()).unwrap();
             // Eigenvalues are bounded by rows' sums, and their mean is the trace's.
             let rows = gram.to_vec2::<f64>().unwrap();

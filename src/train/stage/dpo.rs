@@ -33,7 +33,12 @@ pub enum DpoLoss {
 #[serde(deny_unknown_fields, default)]
 pub struct DpoConfig {
     /// Which preference loss (dpo).
-    #[arg(id = "dpo_loss", long = "dpo-loss", value_enum, default_value = "sigmoid")]
+    #[arg(
+        id = "dpo_loss",
+        long = "dpo-loss",
+        value_enum,
+        default_value = "sigmoid"
+    )]
     pub loss: DpoLoss,
     /// How closely the model stays to the reference (dpo).
     #[arg(long, default_value_t = 0.01)]
@@ -286,10 +291,17 @@ mod tests {
                 let at = |step: f64| {
                     let mut moved = now;
                     moved[i] += step;
-                    of(&tensor(moved)).sum_all().unwrap().to_scalar::<f64>().unwrap()
+                    of(&tensor(moved))
+                        .sum_all()
+                        .unwrap()
+                        .to_scalar::<f64>()
+                        .unwrap()
                 };
                 let slope = (at(1e-6) - at(-1e-6)) / 2e-6;
-                assert!((slope - grad).abs() < 1e-8, "{loss:?} {i}: {grad} for {slope}");
+                assert!(
+                    (slope - grad).abs() < 1e-8,
+                    "{loss:?} {i}: {grad} for {slope}"
+                );
             }
         }
     }
@@ -300,6 +312,12 @@ mod tests {
             beta: 0.0,
             ..DpoConfig::default()
         };
-        assert!(config.validate().unwrap_err().to_string().contains("beta 0"));
+        assert!(
+            config
+                .validate()
+                .unwrap_err()
+                .to_string()
+                .contains("beta 0")
+        );
     }
 }

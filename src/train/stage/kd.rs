@@ -189,7 +189,9 @@ impl Kd {
         if converted.is_empty() && config != KdConfig::default() {
             let mixers = config.trained == Trained::Mixers;
             if mixers || config.schedule == Schedule::Stepwise {
-                return Err(Error::invalid("the student has no converted layer to train"));
+                return Err(Error::invalid(
+                    "the student has no converted layer to train",
+                ));
             }
         }
         let prefixes: Vec<String> = converted
@@ -352,11 +354,18 @@ mod tests {
                 nudge[i] = step;
                 let nudge = Tensor::from_vec(nudge, (m, v), &Device::Cpu).unwrap();
                 let moved = (&inputs[1] + nudge).unwrap();
-                loss(&moved).to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap()
+                loss(&moved)
+                    .to_dtype(DType::F64)
+                    .unwrap()
+                    .to_scalar::<f64>()
+                    .unwrap()
             };
             for (i, grad) in grad.iter().enumerate() {
                 let slope = (at(i, 1e-5) - at(i, -1e-5)) / 2e-5;
-                assert!((slope - grad).abs() < 1e-7, "{config:?} [{i}]: {grad} for {slope}");
+                assert!(
+                    (slope - grad).abs() < 1e-7,
+                    "{config:?} [{i}]: {grad} for {slope}"
+                );
             }
         }
     }
