@@ -65,6 +65,7 @@ fn help_has_examples_for_every_command() {
         &["pretrain"],
         &["eval", "kl"],
         &["eval", "recall"],
+        &["plot"],
         &["parity"],
         &["generate"],
         &["export"],
@@ -352,5 +353,27 @@ fn generation_is_seeded_and_stops_at_max_tokens() {
     assert_eq!(
         streamed.trim_end(),
         one["text"].as_str().unwrap().trim_end()
+    );
+}
+
+#[test]
+fn curves_of_runs_become_a_picture() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (run, losses) in [("a", [3.0, 2.0]), ("b", [2.5, 1.0])] {
+        std::fs::create_dir(at(run)).unwrap();
+        let line = |i: usize| format!("{{\"tokens\":{},\"loss\":{}}}\n", 100 * (i + 1), losses[i]);
+        std::fs::write(at(run).join("metrics.jsonl"), line(0) + &line(1)).unwrap();
+    }
+    let (a, b, svg) = (at("a"), at("b"), at("loss.svg"));
+    let joined = format!("both={}+{}", text(&a), text(&b));
+    succeeds(&["plot", text(&svg), &joined, text(&a), "--title", "Loss"]);
+    let picture = std::fs::read_to_string(&svg).unwrap();
+    assert!(picture.starts_with("<svg xmlns=") && picture.contains("both"));
+    assert_eq!(picture.matches("<path").count(), 2, "a curve each");
+    let said = fails(2, &["plot", text(&svg), text(&a), "--metric", "kl"]);
+    assert!(
+        said.contains("metrics.jsonl") && said.contains("kl"),
+        "{said}"
     );
 }

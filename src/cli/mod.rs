@@ -18,6 +18,7 @@ pub mod interrupt;
 pub mod output;
 pub mod parity;
 pub mod plan;
+pub mod plot;
 pub mod pretrain;
 pub mod run;
 pub mod select;
@@ -60,6 +61,8 @@ pub enum Command {
     /// Measure a model.
     #[command(subcommand)]
     Eval(eval::Eval),
+    /// Draw training curves.
+    Plot(plot::Args),
     /// Compare a checkpoint with recorded outputs, layer by layer.
     Parity(parity::Args),
     /// Continue a prompt.
@@ -95,6 +98,7 @@ pub fn main(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Select(args) => select::run(args)?,
         Command::Stories(args) => stories::run(args)?,
         Command::Eval(args) => eval::run(args)?,
+        Command::Plot(args) => plot::run(args)?,
         Command::Parity(args) => return parity::run(args),
         Command::Generate(args) => generate::run(args)?,
         Command::Export(args) => export::run(args)?,

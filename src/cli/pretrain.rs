@@ -71,9 +71,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let device = args.train.device.get()?;
     let mut stage = Stage::Pretrain(Pretrain::new(&config, settings.seed, &device)?);
     let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
-    let metrics = args
-        .train
-        .run("pretrain", &mut stage, &corpus, &args.out, &args.tokenizer)?;
+    let metrics = args.train.run(
+        "pretrain",
+        &mut stage,
+        &corpus,
+        &args.out,
+        &args.tokenizer,
+        None,
+    )?;
     if let Some(last) = metrics.last() {
         eprintln!(
             "{} steps, {} tokens, last loss {:.4}",

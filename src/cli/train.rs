@@ -11,11 +11,15 @@ use super::output::{progress, show_step};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
+use crate::eval::kl;
+use crate::model::Lm;
 use crate::pipeline::Base;
 use crate::train::stage::dpo::{Dpo, DpoConfig};
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
-use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, partial_folder, train};
+use crate::train::{
+    RunOptions, Stage, StepMetrics, TrainConfig, Validation, partial_folder, train,
+};
 use crate::{Error, Result};
 
 /// Train a hybrid. Interrupted runs go on when the same command is given again.
@@ -75,6 +79,12 @@ pub struct TrainArgs {
     /// documents: attention, convolution and state stop at document borders; stream: they do not.
     #[arg(long, value_enum, default_value = "documents")]
     pub packing: Packing,
+    /// Held-out text to measure the student on while it learns (KL to the teacher, and agreement).
+    #[arg(long)]
+    pub validation: Option<PathBuf>,
+    /// Steps between these measurements.
+    #[arg(long, default_value_t = 50)]
+    pub eval_every: u64,
     /// Steps between saves.
     #[arg(long, default_value_t = 200)]
     pub save_every: u64,
@@ -97,7 +107,33 @@ impl TrainArgs {
         data: &dyn Batches,
         out: &Path,
         tokenizer: &Path,
+        teacher: Option<&Base>,
     ) -> Result<Vec<StepMetrics>> {
+        let held_out = match (&self.validation, teacher) {
+            (None, _) => None,
+            (Some(path), Some(base)) => {
+                let corpus = Corpus::load(path, &base.tokenizer, Packing::Documents)?;
+                corpus.check(1, self.config.seq_len)?;
+                Some((base.lm()?, corpus))
+            }
+            (Some(_), None) => {
+                return Err(Error::invalid(
+                    "--validation compares with a teacher, which this stage has not",
+                ));
+            }
+        };
+        let measure = |student: &Lm| -> Result<Vec<(String, f64)>> {
+            let Some((teacher, corpus)) = &held_out else {
+                return Ok(Vec::new());
+            };
+            let (rows, len) = (self.config.batch_size, self.config.seq_len);
+            let found = kl::evaluate(teacher, student, corpus, rows, len, &mut |_, _| {})?;
+            Ok(vec![
+                ("eval_kl".into(), found.kl),
+                ("eval_ce".into(), found.ce_student),
+                ("eval_agreement".into(), found.agreement),
+            ])
+        };
         interrupt::install();
         let bar = progress(name, 0);
         let mut observe = |metrics: &StepMetrics, steps: u64| {
@@ -119,6 +155,10 @@ impl TrainArgs {
                 tokenizer: tokenizer.to_owned(),
                 force: self.force,
                 save_every: self.save_every,
+                validation: Some(Validation {
+                    every: self.eval_every,
+                    measure: &measure,
+                }),
                 stop: &interrupt::asked,
                 observe: &mut observe,
             },
@@ -135,11 +175,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let path = path.clone();
         path.ok_or_else(|| Error::invalid(format!("this stage needs {flag}")))
     };
-    let (name, mut stage, data, tokenizer): (_, _, Box<dyn Batches>, _) = match args.stage {
+    let (name, mut stage, data, tokenizer, base): (_, _, Box<dyn Batches>, _, _) = match args.stage
+    {
         StageName::Dpo => {
             let student = needed(&args.student, "--student")?;
             let (stage, pairs) = dpo(&args, &student)?;
-            ("dpo", stage, Box::new(pairs), student)
+            ("dpo", stage, Box::new(pairs), student, None)
         }
         StageName::Ild | StageName::Kd => {
             let teacher = needed(&args.teacher, "--teacher")?;
@@ -157,12 +198,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 (_, Some(student)) => ("kd", base.kd(&student, args.kd)?),
                 (_, None) => return Err(Error::invalid("this stage needs --student").into()),
             };
-            (name, stage, Box::new(corpus), teacher)
+            (name, stage, Box::new(corpus), teacher, Some(base))
         }
     };
-    let run = args
-        .train
-        .run(name, &mut stage, &*data, &args.out, &tokenizer);
+    let run = args.train.run(
+        name,
+        &mut stage,
+        &*data,
+        &args.out,
+        &tokenizer,
+        base.as_ref(),
+    );
     if let Some(last) = run?.last() {
         eprintln!(
             "{} steps, {} tokens, last loss {:.4}",

@@ -456,6 +456,7 @@ impl<'a> Run<'a> {
                         tokenizer: self.base.folder().to_owned(),
                         force: false,
                         save_every: 100,
+                        validation: None,
                         stop: with.stop,
                         observe: &mut |m, steps| {
                             let note = format!("loss {:.4} {:.0} tokens/s", m.loss, m.tokens_per_s);

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
 use crate::data::Batches;
+use crate::model::Lm;
 use crate::{Error, Result};
 
 pub mod params;
@@ -249,8 +250,19 @@ pub struct RunOptions<'a> {
     pub save_every: u64,
     /// Asked after every step: true saves and stops.
     pub stop: &'a dyn Fn() -> bool,
+    /// Measures the student on held-out text every so many steps and after the last; its figures join the
+    /// step's.
+    pub validation: Option<Validation<'a>>,
     /// Told of every step, and how many there are.
     pub observe: &'a mut dyn FnMut(&StepMetrics, u64),
+}
+
+/// How a student is measured while it learns.
+pub struct Validation<'a> {
+    /// Steps between measurements.
+    pub every: u64,
+    /// Figures by name of the student as it is now.
+    pub measure: &'a dyn Fn(&Lm) -> Result<Vec<(String, f64)>>,
 }
 
 /// Steps whose speed the reported rate averages over.
@@ -282,7 +294,7 @@ pub fn train(
     while run.step < steps {
         let started = Instant::now();
         stage.start_step(run.step as f64 / steps as f64);
-        let (loss, terms, tokens) = accumulate(stage, data, config, run.step)?;
+        let (loss, mut terms, tokens) = accumulate(stage, data, config, run.step)?;
         if !loss.is_finite() {
             return Err(Error::invalid(format!(
                 "the loss is {loss} at step {}: lower --lr (now {}) or --clip (now {}); the save of step {} is in {}",
@@ -299,8 +311,15 @@ pub fn train(
         for group in stage.groups_mut() {
             grad_norm.push(group.update(config.clip, step + 1, &rules)?);
         }
+        let elapsed = started.elapsed();
         run.step += 1;
-        recent.push((tokens, started.elapsed()));
+        if let (Some(validation), Some(student)) = (&options.validation, stage.student())
+            && (run.step.is_multiple_of(validation.every.max(1)) || run.step == steps)
+        {
+            let found = (validation.measure)(&student.snapshot()?)?;
+            terms.extend(found.into_iter().map(|(name, value)| (name, value.into())));
+        }
+        recent.push((tokens, elapsed));
         let window = &recent[recent.len().saturating_sub(RATE_WINDOW)..];
         let seconds = window.iter().map(|(_, t)| t).sum::<Duration>();
         let seen: u64 = window.iter().map(|(n, _)| n).sum();

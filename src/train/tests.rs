@@ -82,6 +82,7 @@ impl Setting {
             tokenizer: self.folder.path().to_owned(),
             force: false,
             save_every: 3,
+            validation: None,
             stop: &|| stop_after > 0 && done.get() >= stop_after,
             observe: &mut |_, _| done.set(done.get() + 1),
         };

@@ -137,6 +137,17 @@ impl Report {
     }
 }
 
+/// Curves as a picture of their own, legend included.
+pub fn line_svg(
+    title: &str,
+    x_label: &str,
+    y_label: &str,
+    series: &[Series],
+    log_y: bool,
+) -> String {
+    plot::standalone(title, x_label, y_label, series, log_y)
+}
+
 /// Digits with the signs and units that go with them: `-1.5`, `12 %`, `3.2 MiB`, `1e-4`.
 fn is_number(text: &str) -> bool {
     let digits = text.trim_start_matches(['-', '+', '−', '±', '<', '>', '~', ' ']);

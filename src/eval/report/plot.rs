@@ -202,6 +202,47 @@ pub fn lines(title: &str, x_label: &str, y_label: &str, series: &[Series], log_y
     figure
 }
 
+/// [`lines`] as a file of its own: style, background, title and legend are inside.
+pub fn standalone(
+    title: &str,
+    x_label: &str,
+    y_label: &str,
+    series: &[Series],
+    log_y: bool,
+) -> String {
+    const ABOVE: f64 = 46.0;
+    let figure = lines(title, x_label, y_label, series, log_y);
+    let (from, to) = (figure.find("<svg class=\"plot\""), figure.rfind("</svg>"));
+    let (Some(from), Some(to)) = (from, to) else {
+        unreachable!("a figure has a picture")
+    };
+    let plot = &figure[from..to];
+    let inside = plot.find('>').map_or("", |at| &plot[at + 1..]);
+    let mut legend = String::new();
+    let mut x = 40.0;
+    for (i, Series { name, .. }) in series.iter().enumerate() {
+        _ = writeln!(
+            legend,
+            "<line class=\"curve {}\"{} x1=\"{x:.1}\" x2=\"{:.1}\" y1=\"-8\" y2=\"-8\"/>\
+             <text x=\"{:.1}\" y=\"-4\">{}</text>",
+            stroke(i),
+            dash(i),
+            x + 24.0,
+            x + 30.0,
+            escaped(name)
+        );
+        x += 50.0 + 7.0 * name.chars().count() as f64;
+    }
+    let height = HEIGHT + ABOVE;
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 -{ABOVE} {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\">\n\
+         <style>\n{}</style>\n<rect x=\"0\" y=\"-{ABOVE}\" width=\"{WIDTH}\" height=\"{height}\" style=\"fill: var(--back)\"/>\n\
+         <text x=\"40\" y=\"-28\" style=\"font-weight: 600\">{}</text>\n{legend}{inside}</svg>\n",
+        include_str!("style.css"),
+        escaped(title)
+    )
+}
+
 /// The whole figure with its legend; the y axis begins at 0.
 pub fn bars(title: &str, y_label: &str, categories: &[&str], series: &[Bars]) -> String {
     let values = || {

@@ -5,7 +5,7 @@
 //!   complex factor commutes with rotation), and each head's factor is folded into its queries;
 //! - the latent comes from the un-rotated keys and the values only, by an SVD weighted on both sides: by
 //!   the inputs that occur, by what queries ask of keys, by what the output projection makes of values;
-//! - singular values are split evenly, and YaRN's magnitude is divided out;
+//! - down- and up-projections are balanced, and YaRN's magnitude is divided out;
 //! - the output projection is fitted in closed form.
 
 use candle_core::Tensor;
@@ -154,8 +154,10 @@ impl<'a> Teacher<'a> {
         let plain = self.plain_dims(pairs, c.qk_nope_head_dim);
         let (shared, factors) = self.shared_keys(pairs)?;
         let queries = self.queries(c, pairs, &plain, &factors);
-        let (q_down, q_up) = self.factored(&queries, c.q_lora_rank)?;
-        let (latent, kv_up) = self.latent(c, &plain, key_weight)?;
+        let (mut q_down, mut q_up) = self.factored(&queries, c.q_lora_rank)?;
+        let (mut latent, mut kv_up) = self.latent(c, &plain, key_weight)?;
+        balance(&mut q_down, &mut q_up);
+        balance(&mut latent, &mut kv_up);
         let r = c.kv_lora_rank;
         let down = Mat::from_fn(r + 2 * pairs.len(), d, |i, n| match i < r {
             true => latent[(i, n)],
@@ -418,5 +420,20 @@ impl<'a> Teacher<'a> {
             unweight.push((key_unroot, value_unroot));
         }
         Ok((weighted, unweight))
+    }
+}
+
+/// Gives each latent dim's row of `down` and column of `up` one root mean square: a step of the optimizer,
+/// which is as long for all entries, then moves both alike.
+fn balance(down: &mut Mat<f64>, up: &mut Mat<f64>) {
+    for r in 0..down.nrows() {
+        let (rows, columns) = (up.nrows(), down.ncols());
+        let below = (0..columns).map(|n| down[(r, n)].powi(2)).sum::<f64>() / columns as f64;
+        let above = (0..rows).map(|i| up[(i, r)].powi(2)).sum::<f64>() / rows as f64;
+        if below > 0.0 && above > 0.0 {
+            let factor = (above / below).powf(0.25);
+            (0..columns).for_each(|n| down[(r, n)] *= factor);
+            (0..rows).for_each(|i| up[(i, r)] /= factor);
+        }
     }
 }

@@ -199,6 +199,13 @@ impl Ild {
         Ok(terms)
     }
 
+    pub(super) fn only_student(&self) -> Option<&Student> {
+        match self.candidates.as_slice() {
+            [one] => Some(&one.student),
+            _ => None,
+        }
+    }
+
     pub(super) fn groups_mut(&mut self) -> Vec<&mut ParamGroup> {
         self.candidates
             .iter_mut()

@@ -18,6 +18,7 @@ pub use dpo::Dpo;
 pub use ild::Ild;
 pub use kd::Kd;
 pub use pretrain::Pretrain;
+pub use student::Student;
 
 /// A loss and the figures it is made of, of one micro-batch.
 #[derive(Debug, Default)]
@@ -58,6 +59,16 @@ impl Stage {
             Stage::Kd(s) => s.identity(),
             Stage::Dpo(s) => s.identity(),
             Stage::Pretrain(s) => s.identity(),
+        }
+    }
+
+    /// The one model that is trained; a bank has several.
+    pub fn student(&self) -> Option<&Student> {
+        match self {
+            Stage::Ild(s) => s.only_student(),
+            Stage::Kd(s) => Some(&s.student),
+            Stage::Dpo(s) => Some(&s.student),
+            Stage::Pretrain(s) => Some(&s.student),
         }
     }
 

@@ -1,0 +1,63 @@
+//! `zebroid plot`: curves of training runs.
+
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::write_atomic;
+use crate::eval::report::{Series, line_svg};
+use crate::{Error, Result};
+
+/// Draw a figure of several runs over the tokens they saw, from their metrics.jsonl.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    zebroid plot kl.svg ./distilled\n  \
+    zebroid plot kl.svg refined=runs/a published=runs/b --metric eval_kl --title \"Held-out KL\"")]
+pub struct Args {
+    /// The picture (SVG).
+    out: PathBuf,
+    /// Results of train, each as FOLDER or NAME=FOLDER; several folders of one curve are joined with +
+    /// (NAME=ild+kd).
+    #[arg(required = true, value_name = "[NAME=]RUN")]
+    runs: Vec<String>,
+    /// A field of metrics.jsonl: loss, kl, eval_kl, grad_norm ..
+    #[arg(long, default_value = "loss")]
+    metric: String,
+    #[arg(long, default_value = "")]
+    title: String,
+    /// A linear y axis instead of a logarithmic one.
+    #[arg(long)]
+    linear: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let series = args.runs.iter().map(|run| curve(run, &args.metric));
+    let series = series.collect::<Result<Vec<_>>>()?;
+    let svg = line_svg(&args.title, "tokens", &args.metric, &series, !args.linear);
+    write_atomic(&args.out, svg.as_bytes())?;
+    println!("written to {}", args.out.display());
+    Ok(())
+}
+
+fn curve(run: &str, metric: &str) -> Result<Series> {
+    let (name, folders) = run.split_once('=').unwrap_or((run, run));
+    let mut points = Vec::new();
+    let mut before = 0.0;
+    for folder in folders.split('+') {
+        let path = Path::new(folder).join("metrics.jsonl");
+        let text = std::fs::read_to_string(&path).map_err(Error::io("cannot read", &path))?;
+        let mut tokens = 0.0;
+        let found = points.len();
+        for line in text.lines() {
+            let step: serde_json::Value =
+                serde_json::from_str(line).map_err(|e| Error::file(&path, e))?;
+            let field = &step[metric];
+            tokens = step["tokens"].as_f64().unwrap_or(0.0);
+            let value = field.as_f64().or_else(|| field[0].as_f64());
+            points.extend(value.map(|value| (before + tokens, value)));
+        }
+        if points.len() == found {
+            return Err(Error::file(&path, format!("no step has a number {metric}")));
+        }
+        before += tokens;
+    }
+    Ok(Series::new(name, points))
+}
