@@ -10,7 +10,7 @@ pub enum Selector {
     /// Zebra-Llama's: ends kept, near-uniform gaps, the largest total score (spec 1.5).
     #[default]
     Smart,
-    /// Evenly spaced, whatever the scores.
+    /// Evenly spaced, whatever the scores, each in the middle of its share of the layers.
     Uniform,
     /// The largest scores, wherever they stand.
     Greedy,
@@ -35,7 +35,7 @@ pub fn select(selector: Selector, scores: &[f64], count: usize) -> Result<Vec<us
     }
     Ok(match selector {
         Selector::Smart => smart(scores, count),
-        Selector::Uniform => (0..count).map(|i| i * layers / count).collect(),
+        Selector::Uniform => (0..count).map(|i| (2 * i + 1) * layers / (2 * count)).collect(),
         Selector::Greedy => {
             let mut order: Vec<usize> = (0..layers).collect();
             order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(select(Selector::Greedy, &scores, 3).unwrap(), [1, 3, 4]);
         assert_eq!(
             select(Selector::Uniform, &[0.0; 16], 4).unwrap(),
-            [0, 4, 8, 12]
+            [2, 6, 10, 14]
         );
         assert_eq!(select(Selector::Smart, &[1.0; 6], 2).unwrap(), [0, 3]);
         assert!(

@@ -31,6 +31,17 @@ impl Cache {
         self.buffer.as_ref().map_or(0, Tensor::elem_count)
     }
 
+    /// Sequences `rows` (u32) of the batch, any of them any number of times; each goes on alone.
+    pub fn select(&self, rows: &Tensor) -> Result<Self> {
+        let filled = |buffer: &Tensor| -> Result<Tensor> {
+            Ok(buffer.narrow(POSITION, 0, self.len)?.contiguous()?.index_select(rows, 0)?)
+        };
+        Ok(Self {
+            buffer: self.buffer.as_ref().map(filled).transpose()?,
+            len: self.len,
+        })
+    }
+
     /// Appends `x [B, T, heads, dim]` and returns a view of all filled positions `[B, S, heads, dim]`.
     pub fn append(&mut self, x: &Tensor) -> Result<Tensor> {
         let (b, t, heads, dim) = x.dims4()?;

@@ -177,6 +177,22 @@ pub enum MixerState {
 }
 
 impl MixerState {
+    /// Sequences `rows` (u32) of the batch, any of them any number of times: what several continuations of
+    /// one beginning start from.
+    pub fn select(&self, rows: &Tensor) -> Result<Self> {
+        Ok(match self {
+            MixerState::Attention(s) => MixerState::Attention(attention::KvCache {
+                keys: s.keys.select(rows)?,
+                values: s.values.select(rows)?,
+            }),
+            MixerState::Mla(s) => MixerState::Mla(s.select(rows)?),
+            MixerState::Mamba2(s) => MixerState::Mamba2(Mamba2State {
+                conv: s.conv.index_select(rows, 0)?,
+                ssm: s.ssm.index_select(rows, 0)?,
+            }),
+        })
+    }
+
     /// Scalars allocated for `batch` sequences of up to `capacity` tokens, as counted in the buffers.
     pub fn allocated(&self) -> usize {
         match self {
