@@ -32,7 +32,7 @@ while read -r teacher kv rope way lr_ild lr_kd; do
 done << LIST
 stories260K 8 4 published 6e-3 3e-3
 stories260K 8 4 refined 6e-3 1.5e-3
-babyllama-1m-char 16 8 published 2e-3 1e-3
+babyllama-1m-char 16 8 published 2e-3 5e-4
 babyllama-1m-char 16 8 refined 1e-3 5e-4
 LIST
 for teacher in stories260K babyllama-1m-char; do

@@ -14,6 +14,8 @@ use crate::eval::recall::recall;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Eval {
+    /// Benchmark tasks, as lm-evaluation-harness runs them.
+    Harness(super::harness::Args),
     /// A student against its teacher: KL, cross-entropies, top-1 agreement.
     Kl(KlArgs),
     /// Whether a model of the generated stories remembers what they told.
@@ -49,6 +51,7 @@ pub struct KlArgs {
 
 pub fn run(command: Eval) -> anyhow::Result<()> {
     match command {
+        Eval::Harness(args) => super::harness::run(args),
         Eval::Kl(args) => run_kl(args),
         Eval::Recall(args) => run_recall(args),
     }

@@ -13,6 +13,7 @@ pub mod device;
 pub mod eval;
 pub mod export;
 pub mod generate;
+pub mod harness;
 pub mod init;
 pub mod interrupt;
 pub mod output;

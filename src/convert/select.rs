@@ -35,7 +35,9 @@ pub fn select(selector: Selector, scores: &[f64], count: usize) -> Result<Vec<us
     }
     Ok(match selector {
         Selector::Smart => smart(scores, count),
-        Selector::Uniform => (0..count).map(|i| (2 * i + 1) * layers / (2 * count)).collect(),
+        Selector::Uniform => (0..count)
+            .map(|i| (2 * i + 1) * layers / (2 * count))
+            .collect(),
         Selector::Greedy => {
             let mut order: Vec<usize> = (0..layers).collect();
             order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));

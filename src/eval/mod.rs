@@ -1,8 +1,10 @@
 //! How good a model is: against its teacher, against recorded outputs, on held-out text.
 
 pub mod fidelity;
+pub mod harness;
 pub mod kl;
 pub mod parity;
 pub mod recall;
 pub mod report;
 pub mod sensitivity;
+pub mod task;

@@ -34,7 +34,10 @@ impl Cache {
     /// Sequences `rows` (u32) of the batch, any of them any number of times; each goes on alone.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
         let filled = |buffer: &Tensor| -> Result<Tensor> {
-            Ok(buffer.narrow(POSITION, 0, self.len)?.contiguous()?.index_select(rows, 0)?)
+            Ok(buffer
+                .narrow(POSITION, 0, self.len)?
+                .contiguous()?
+                .index_select(rows, 0)?)
         };
         Ok(Self {
             buffer: self.buffer.as_ref().map(filled).transpose()?,

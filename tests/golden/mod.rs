@@ -1,5 +1,7 @@
 //! Outputs of other implementations: Hugging Face transformers (`llama/`, shipped with its script) and
-//! the reference implementation of the method (shared material).
+//! lm-evaluation-harness (`harness/`, likewise) and the reference implementation of the method (shared material).
+
+mod harness;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

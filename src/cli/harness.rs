@@ -1,0 +1,163 @@
+//! `zebroid eval harness`: benchmark tasks, as lm-evaluation-harness runs them.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::DType;
+use serde_json::json;
+
+use super::device::DeviceArg;
+use super::output::progress;
+use super::{cache, interrupt};
+use crate::checkpoint::{self, Checkpoint, write_atomic};
+use crate::data::Tokenizer;
+use crate::eval::harness::{
+    HarnessConfig, TaskResult, cache_folder, markdown, max_length, run_task, to_json,
+};
+use crate::eval::task::{Examples, GROUPS, Task, find};
+use crate::hash::Hash;
+use crate::{Error, Result};
+
+/// Run benchmark tasks: prompts, few-shot examples, tokens, scores and standard errors are those of
+/// lm-evaluation-harness 0.4, item by item. An interrupted run goes on with the tasks that are left.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    zebroid eval harness ./hybrid --tasks arc_easy,piqa,blimp --data-dir ./data --json results.json\n  \
+    zebroid eval harness ./hybrid --tasks zebra --data-dir ./data\n  \
+    zebroid eval harness ./hybrid --tasks mmlu --num-fewshot 5 --limit 10 --data-dir ./data --log-samples --json mmlu.json")]
+pub struct Args {
+    /// Checkpoint folder.
+    checkpoint: PathBuf,
+    /// Tasks and groups (zebra: the paper's eight; fewshot: ARC-25, HellaSwag-10, MMLU-5, WinoGrande-5, TruthfulQA-0).
+    #[arg(long, value_delimiter = ',', required = true)]
+    tasks: Vec<String>,
+    /// Examples before each document [default: 0, or the group's].
+    #[arg(long)]
+    num_fewshot: Option<usize>,
+    /// First documents of every task (of every subject, where a task has several).
+    #[arg(long)]
+    limit: Option<usize>,
+    /// Folder of the datasets: JSON lines with Hugging Face's field names, e.g. arc_easy_test.jsonl.
+    #[arg(long)]
+    data_dir: PathBuf,
+    /// Tokens read at once.
+    #[arg(long, default_value_t = 8192)]
+    batch_tokens: usize,
+    /// Longest input in tokens [default: the model's max_position_embeddings].
+    #[arg(long)]
+    max_length: Option<usize>,
+    /// Where the results go, in lm-evaluation-harness's schema.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Keep every document's log-likelihoods and scores in the JSON.
+    #[arg(long, requires = "json")]
+    log_samples: bool,
+    /// Run everything again, whatever an earlier run kept.
+    #[arg(long)]
+    fresh: bool,
+    #[command(flatten)]
+    device: DeviceArg,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let tasks = tasks(&args.tasks, args.num_fewshot)?;
+    let device = args.device.get()?;
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let weights = checkpoint.weights(DType::F32, &device)?;
+    let fingerprint = checkpoint::fingerprint(&checkpoint.config, &weights)?;
+    let lm = crate::model::Lm::new(&checkpoint.config, &weights)?;
+    let folder = cache_folder(&cache::folder());
+    if args.fresh && folder.exists() {
+        std::fs::remove_dir_all(&folder).map_err(Error::io("cannot remove", &folder))?;
+    }
+    let config = HarnessConfig {
+        data: args.data_dir.clone(),
+        limit: args.limit,
+        batch_tokens: args.batch_tokens.max(1),
+        max_length: max_length(&lm, args.max_length)?,
+        cache: folder,
+        model: Hash::of(format!("{fingerprint} {}", tokenizer.hash()).as_bytes()).to_string(),
+    };
+    interrupt::install();
+    let started = Instant::now();
+    let bar = progress("harness", 0);
+    let mut results: Vec<TaskResult> = Vec::new();
+    for (task, num_fewshot) in tasks {
+        let result = run_task(
+            &lm,
+            &tokenizer,
+            task,
+            num_fewshot,
+            &config,
+            &mut |name, done, all| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+                bar.set_message(name.to_owned());
+                !interrupt::asked()
+            },
+        );
+        results.push(result.map_err(|e| resumable(e, task))?);
+    }
+    bar.finish_and_clear();
+    let documents: usize = results.iter().map(TaskResult::samples).sum();
+    let seconds: f64 = results.iter().map(TaskResult::seconds).sum();
+    print!("{}", markdown(&results));
+    println!(
+        "\n{documents} documents, {:.1} a second ({:.1} s of scoring, {:.1} s in all)",
+        documents as f64 / seconds,
+        seconds,
+        started.elapsed().as_secs_f64()
+    );
+    if let Some(path) = &args.json {
+        let cost = checkpoint.config.cost();
+        let about = json!({
+            "limit": args.limit,
+            "batch_tokens": config.batch_tokens,
+            "max_length": config.max_length,
+            "fewshot_seed": 1234,
+            "model_hash": config.model,
+            "kv_per_token": cost.kv_per_token,
+            "state": cost.state,
+            "documents_per_second": documents as f64 / seconds,
+        });
+        let model = args.checkpoint.display().to_string();
+        let all = to_json(&results, &model, about, args.log_samples);
+        write_atomic(path, serde_json::to_string_pretty(&all)?.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Tasks by name, groups taken apart, each with its number of examples.
+fn tasks(names: &[String], num_fewshot: Option<usize>) -> Result<Vec<(&'static Task, usize)>> {
+    let mut tasks: Vec<(&'static Task, usize)> = Vec::new();
+    for name in names {
+        match GROUPS.iter().find(|g| g.name == name) {
+            Some(group) => {
+                for (name, own, _) in group.tasks {
+                    tasks.push((find(name)?, num_fewshot.or(*own).unwrap_or(0)));
+                }
+            }
+            None => {
+                let task = find(name)?;
+                let asked = match task.examples {
+                    // Its prompt has examples already.
+                    Examples::None => 0,
+                    _ => num_fewshot.unwrap_or(0),
+                };
+                tasks.push((task, asked));
+            }
+        }
+    }
+    Ok(tasks)
+}
+
+fn resumable(error: Error, task: &Task) -> Error {
+    match error {
+        Error::Interrupted(what) => Error::Interrupted(format!(
+            "{}: {what}; run the same command again to go on with what is left",
+            task.name
+        )),
+        other => other,
+    }
+}
