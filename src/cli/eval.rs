@@ -16,6 +16,10 @@ use crate::eval::recall::recall;
 pub enum Eval {
     /// Benchmark tasks, as lm-evaluation-harness runs them.
     Harness(super::harness::Args),
+    /// Perplexity and bits per byte of a text.
+    Ppl(super::ppl::Args),
+    /// What a student keeps of its base, task by task.
+    Retention(super::retention::Args),
     /// A student against its teacher: KL, cross-entropies, top-1 agreement.
     Kl(KlArgs),
     /// Whether a model of the generated stories remembers what they told.
@@ -52,6 +56,8 @@ pub struct KlArgs {
 pub fn run(command: Eval) -> anyhow::Result<()> {
     match command {
         Eval::Harness(args) => super::harness::run(args),
+        Eval::Ppl(args) => super::ppl::run(args),
+        Eval::Retention(args) => super::retention::run(args),
         Eval::Kl(args) => run_kl(args),
         Eval::Recall(args) => run_recall(args),
     }

@@ -1,0 +1,87 @@
+//! `zebroid eval ppl`: perplexity of a text.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+
+use super::device::DeviceArg;
+use super::output::{progress, table, thousands};
+use crate::checkpoint::Checkpoint;
+use crate::data::{Tokenizer, read_texts};
+use crate::eval::ppl::{PplMode, ppl};
+use crate::{Error, Result};
+
+/// Perplexity (a token, a word) and bits per byte of any text, every token scored once in sliding windows.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    zebroid eval ppl ./hybrid --data validation.jsonl\n  \
+    zebroid eval ppl ./hybrid --data book.txt --mode stream --window 2048 --stride 512 --json")]
+pub struct Args {
+    /// Checkpoint folder.
+    checkpoint: PathBuf,
+    /// JSON lines with a text field, or any text file (one document).
+    #[arg(long)]
+    data: PathBuf,
+    /// Whether the context is reset at each document.
+    #[arg(long, value_enum, default_value = "documents")]
+    mode: PplMode,
+    /// Tokens a window [default: the model's max_position_embeddings].
+    #[arg(long)]
+    window: Option<usize>,
+    /// Tokens from a window's beginning to the next one's [default: half a window].
+    #[arg(long)]
+    stride: Option<usize>,
+    /// Tokens read at once.
+    #[arg(long, default_value_t = 8192)]
+    batch_tokens: usize,
+    #[command(flatten)]
+    device: DeviceArg,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let texts = texts(&args.data)?;
+    let window = args.window.unwrap_or(lm.config.max_position_embeddings);
+    let stride = args.stride.unwrap_or(window / 2);
+    let bar = progress("ppl", 0);
+    let report = ppl(
+        &lm,
+        &tokenizer,
+        &texts,
+        args.mode,
+        (window, stride),
+        args.batch_tokens,
+        &mut |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        },
+    )?;
+    bar.finish_and_clear();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    let rows = [
+        ("perplexity", format!("{:.4}", report.perplexity)),
+        ("bits per byte", format!("{:.4}", report.bits_per_byte)),
+        ("word perplexity", format!("{:.4}", report.word_perplexity)),
+        ("tokens", thousands(report.tokens)),
+        ("bytes", thousands(report.bytes)),
+    ];
+    let rows = rows.map(|(name, value)| vec![name.to_owned(), value]);
+    print!("{}", table(&["measure", "value"], &rows));
+    Ok(())
+}
+
+/// The documents of a file.
+fn texts(path: &Path) -> Result<Vec<String>> {
+    if path.extension().is_some_and(|e| e == "jsonl") {
+        return Ok(read_texts(path)?.into_iter().map(|t| t.text).collect());
+    }
+    let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
+    Ok(vec![text])
+}
