@@ -65,6 +65,7 @@ fn help_has_examples_for_every_command() {
         &["pretrain"],
         &["eval", "harness"],
         &["eval", "ppl"],
+        &["eval", "probe"],
         &["eval", "retention"],
         &["eval", "kl"],
         &["eval", "recall"],

@@ -311,7 +311,7 @@ pub fn read_tensors_with_metadata(
     Ok((tensors, file.header.metadata().clone().unwrap_or_default()))
 }
 
-/// Writes one file, whole or not at all.
+/// Writes one file, whole or not at all; the same tensors and metadata give the same bytes.
 pub fn write_tensors(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
@@ -320,7 +320,22 @@ pub fn write_tensors(
     // The format hint that `transformers` asks for.
     let mut metadata = metadata;
     metadata.insert("format".into(), "pt".into());
-    let bytes =
+    let mut bytes =
         safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::file(path, e))?;
+    sort_header(&mut bytes).map_err(|e| Error::file(path, e))?;
     write_atomic(path, &bytes)
+}
+
+/// Safetensors writes its metadata in a hash map's order, which differs from run to run.
+fn sort_header(bytes: &mut [u8]) -> serde_json::Result<()> {
+    let (length, rest) = bytes.split_at_mut(8);
+    let length: usize = length.iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
+    let header = &mut rest[..length];
+    let sorted: BTreeMap<String, BTreeMap<String, serde_json::Value>> =
+        serde_json::from_slice(header)?;
+    let sorted = serde_json::to_vec(&sorted)?;
+    // The same entries in another order: only the padding of spaces differs.
+    header.fill(b' ');
+    header[..sorted.len()].copy_from_slice(&sorted);
+    Ok(())
 }

@@ -16,6 +16,8 @@ use crate::eval::recall::recall;
 pub enum Eval {
     /// Benchmark tasks, as lm-evaluation-harness runs them.
     Harness(super::harness::Args),
+    /// Recall over length and depth: needle, MQAR, phonebook, copying, variables.
+    Probe(super::probe::Args),
     /// Perplexity and bits per byte of a text.
     Ppl(super::ppl::Args),
     /// What a student keeps of its base, task by task.
@@ -56,6 +58,7 @@ pub struct KlArgs {
 pub fn run(command: Eval) -> anyhow::Result<()> {
     match command {
         Eval::Harness(args) => super::harness::run(args),
+        Eval::Probe(args) => super::probe::run(args),
         Eval::Ppl(args) => super::ppl::run(args),
         Eval::Retention(args) => super::retention::run(args),
         Eval::Kl(args) => run_kl(args),

@@ -22,6 +22,7 @@ pub mod plan;
 pub mod plot;
 pub mod ppl;
 pub mod pretrain;
+pub mod probe;
 pub mod retention;
 pub mod run;
 pub mod select;

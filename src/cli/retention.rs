@@ -61,9 +61,15 @@ fn read(path: &Path) -> Result<Value> {
 fn costs(base: &Value, student: &Value) -> Vec<(String, String)> {
     let number = |of: &Value, name: &str| of["config"][name].as_f64();
     let mut costs = Vec::new();
-    let kv = (number(base, "kv_per_token"), number(student, "kv_per_token"));
+    let kv = (
+        number(base, "kv_per_token"),
+        number(student, "kv_per_token"),
+    );
     if let (Some(base), Some(student)) = kv {
-        costs.push(("KV ratio".into(), format!("{:.2} %", 100.0 * student / base)));
+        costs.push((
+            "KV ratio".into(),
+            format!("{:.2} %", 100.0 * student / base),
+        ));
     }
     if let Some(state) = number(student, "state") {
         let bytes = super::output::bytes(4 * state as usize);
@@ -77,7 +83,15 @@ fn costs(base: &Value, student: &Value) -> Vec<(String, String)> {
     costs
 }
 
-const HEADERS: [&str; 7] = ["task", "metric", "base", "student", "teacher", "retention", "student - base, 95 %"];
+const HEADERS: [&str; 7] = [
+    "task",
+    "metric",
+    "base",
+    "student",
+    "teacher",
+    "retention",
+    "student - base, 95 %",
+];
 
 fn rows(found: &Retention) -> Vec<Vec<String>> {
     let percent = |x: f64| format!("{:.2}", 100.0 * x);
@@ -91,7 +105,11 @@ fn rows(found: &Retention) -> Vec<Vec<String>> {
                 percent(t.student),
                 t.teacher.map_or("-".into(), percent),
                 percent(t.retention) + " %",
-                format!("{:+.2} .. {:+.2}{mark}", 100.0 * t.interval.0, 100.0 * t.interval.1),
+                format!(
+                    "{:+.2} .. {:+.2}{mark}",
+                    100.0 * t.interval.0,
+                    100.0 * t.interval.1
+                ),
             ]
         })
         .collect();
@@ -122,12 +140,20 @@ fn page(found: &Retention, costs: &[(String, String)]) -> Report {
     let bars = |name: &str, of: fn(&crate::eval::retention::TaskRetention) -> f64| {
         Bars::new(name, found.tasks.iter().map(|t| 100.0 * of(t)).collect())
     };
-    let costs: Vec<Vec<String>> = costs.iter().map(|(n, v)| vec![n.clone(), v.clone()]).collect();
+    let costs: Vec<Vec<String>> = costs
+        .iter()
+        .map(|(n, v)| vec![n.clone(), v.clone()])
+        .collect();
     let mut report = Report::new("Retention");
     report
         .paragraph(words(found).trim())
         .table(&HEADERS, &rows(found))
-        .bar_plot("Scores", "%", &tasks, &[bars("base", |t| t.base), bars("student", |t| t.student)])
+        .bar_plot(
+            "Scores",
+            "%",
+            &tasks,
+            &[bars("base", |t| t.base), bars("student", |t| t.student)],
+        )
         .heading("Costs")
         .table(&["", ""], &costs);
     report

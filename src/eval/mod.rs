@@ -5,6 +5,7 @@ pub mod harness;
 pub mod kl;
 pub mod parity;
 pub mod ppl;
+pub mod probe;
 pub mod recall;
 pub mod report;
 pub mod retention;

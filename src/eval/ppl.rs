@@ -91,7 +91,9 @@ pub fn ppl(
         observe(at, windows.len());
     }
     if tokens == 0 {
-        return Err(Error::invalid("the text has no token with another before it"));
+        return Err(Error::invalid(
+            "the text has no token with another before it",
+        ));
     }
     let bytes: usize = texts.iter().map(String::len).sum();
     let words: usize = texts.iter().map(|t| t.split_whitespace().count()).sum();
@@ -117,11 +119,16 @@ fn score(lm: &Lm, windows: &[Window], len: usize) -> Result<(f64, usize)> {
     }
     let batch = Batch::new(ids, vec![0; windows.len() * len], &learned, len);
     let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, len), lm.device())?;
-    let logits = lm.forward(&ids, Some(&batch.documents))?.to_dtype(DType::F32)?;
+    let logits = lm
+        .forward(&ids, Some(&batch.documents))?
+        .to_dtype(DType::F32)?;
     let logits = logits.reshape((batch.rows * len, lm.config.vocab_size))?;
     let targets = Tensor::from_slice(&batch.targets, batch.targets.len(), lm.device())?;
     let losses = cross_entropy(&logits, &targets)?.to_vec1::<f32>()?;
-    let scored = losses.iter().zip(&batch.mask).filter(|(_, mask)| **mask > 0.0);
+    let scored = losses
+        .iter()
+        .zip(&batch.mask)
+        .filter(|(_, mask)| **mask > 0.0);
     let sum = scored.clone().map(|(loss, _)| f64::from(*loss)).sum();
     Ok((sum, scored.count()))
 }
@@ -146,13 +153,28 @@ mod tests {
             "Mia had a drum.".to_owned(),
         ];
         let run = |mode, window, stride, batch| {
-            ppl(&lm, &tokenizer, &texts, mode, (window, stride), batch, &mut |_, _| {}).unwrap()
+            ppl(
+                &lm,
+                &tokenizer,
+                &texts,
+                mode,
+                (window, stride),
+                batch,
+                &mut |_, _| {},
+            )
+            .unwrap()
         };
-        let lengths: Vec<usize> = texts.iter().map(|t| tokenizer.encode(t).unwrap().len()).collect();
+        let lengths: Vec<usize> = texts
+            .iter()
+            .map(|t| tokenizer.encode(t).unwrap().len())
+            .collect();
         let whole = run(PplMode::Documents, 64, 32, 1024);
         assert_eq!(whole.tokens, lengths[0] + lengths[1] - 2);
         assert_eq!(run(PplMode::Documents, 8, 4, 16).tokens, whole.tokens);
-        assert_eq!(run(PplMode::Stream, 8, 4, 16).tokens, lengths[0] + lengths[1] - 1);
+        assert_eq!(
+            run(PplMode::Stream, 8, 4, 16).tokens,
+            lengths[0] + lengths[1] - 1
+        );
         // A window as long as the text is the plain loss.
         let mut sum = 0.0;
         for text in &texts {

@@ -85,7 +85,8 @@ pub fn retention(base: &Value, student: &Value, teacher: Option<&Value>) -> Resu
             "the two results have no task in common: give files that eval harness --json (or lm_eval) wrote",
         ));
     }
-    let mean = |of: fn(&TaskRetention) -> f64| tasks.iter().map(of).sum::<f64>() / tasks.len() as f64;
+    let mean =
+        |of: fn(&TaskRetention) -> f64| tasks.iter().map(of).sum::<f64>() / tasks.len() as f64;
     let (base, student) = (mean(|t| t.base), mean(|t| t.student));
     let shown = student < (1.0 - AVERAGE_SHOWS) * base;
     let lost = |t: &&TaskRetention| t.significant_loss && t.retention < 1.0 - AVERAGE_SHOWS;
@@ -94,7 +95,11 @@ pub fn retention(base: &Value, student: &Value, teacher: Option<&Value>) -> Resu
         true => {
             let average = student / base;
             let further = |t: &&TaskRetention| lost(t) && 1.0 - t.retention > 2.0 * (1.0 - average);
-            tasks.iter().filter(further).map(|t| t.task.clone()).collect()
+            tasks
+                .iter()
+                .filter(further)
+                .map(|t| t.task.clone())
+                .collect()
         }
         false => tasks.iter().filter(lost).map(|t| t.task.clone()).collect(),
     };
@@ -109,9 +114,15 @@ pub fn retention(base: &Value, student: &Value, teacher: Option<&Value>) -> Resu
 
 /// The metric that the paper reports for a task, or the task's first.
 fn metric_of(task: &str, metrics: &[Metric]) -> Metric {
-    let reported = GROUPS.iter().flat_map(|g| g.tasks).find(|(name, ..)| *name == task);
+    let reported = GROUPS
+        .iter()
+        .flat_map(|g| g.tasks)
+        .find(|(name, ..)| *name == task);
     let accuracy = metrics.iter().find(|m| **m == Metric::Acc);
-    reported.map(|(.., metric)| *metric).or(accuracy.copied()).unwrap_or(metrics[0])
+    reported
+        .map(|(.., metric)| *metric)
+        .or(accuracy.copied())
+        .unwrap_or(metrics[0])
 }
 
 /// Value and standard error.
@@ -119,7 +130,10 @@ fn figure(results: &Value, task: &str, metric: Metric) -> Option<(f64, f64)> {
     let row = &results["results"][task];
     let name = metric.name();
     let value = row[format!("{name},none")].as_f64()?;
-    Some((value, row[format!("{name}_stderr,none")].as_f64().unwrap_or(0.0)))
+    Some((
+        value,
+        row[format!("{name}_stderr,none")].as_f64().unwrap_or(0.0),
+    ))
 }
 
 /// Student minus base of every document, if both logged the same ones.
@@ -136,7 +150,10 @@ fn differences(base: &Value, student: &Value, task: &str, metric: Metric) -> Opt
 /// Of every document of a task or of its parts: its score.
 fn scores(results: &Value, task: &str, metric: Metric) -> Option<BTreeMap<(String, u64), f64>> {
     let samples = results["samples"].as_object()?;
-    let parts = results["group_subtasks"][task].as_array().cloned().unwrap_or_default();
+    let parts = results["group_subtasks"][task]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
     let own = |name: &str| name == task || parts.iter().any(|p| p == name);
     let mut scores = BTreeMap::new();
     for (name, rows) in samples.iter().filter(|(name, _)| own(name)) {
@@ -153,7 +170,12 @@ fn bootstrap(differences: &[f64]) -> (f64, f64) {
     let mut random = ChaCha8Rng::seed_from_u64(1234);
     let n = differences.len();
     let mut means: Vec<f64> = (0..RESAMPLES)
-        .map(|_| (0..n).map(|_| differences[random.random_range(0..n)]).sum::<f64>() / n as f64)
+        .map(|_| {
+            (0..n)
+                .map(|_| differences[random.random_range(0..n)])
+                .sum::<f64>()
+                / n as f64
+        })
         .collect();
     means.sort_by(f64::total_cmp);
     let at = |share: f64| means[(share * (RESAMPLES - 1) as f64).round() as usize];
@@ -228,7 +250,10 @@ mod tests {
         let base = run(&|i| i % 2 == 0);
         let student = run(&|i| i % 2 == 0 && i % 20 != 0);
         let found = retention(&base, &student, None).unwrap();
-        assert!(found.tasks[0].paired && found.tasks[0].significant_loss, "{found:?}");
+        assert!(
+            found.tasks[0].paired && found.tasks[0].significant_loss,
+            "{found:?}"
+        );
         let unpaired = |mut v: Value| {
             v.as_object_mut().unwrap().remove("samples");
             v

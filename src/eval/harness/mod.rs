@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use self::data::Dataset;
 use self::random::PythonRandom;
-use self::score::{log_likelihoods, tokens};
 use super::task::{Document, EXAMPLE, Examples, Metric, Parts, Row, Task};
 use crate::checkpoint::write_atomic;
 use crate::data::Tokenizer;
@@ -25,6 +24,7 @@ mod score;
 mod tests;
 
 pub use results::{markdown, to_json};
+pub use score::{Tokens, log_likelihoods, tokens};
 
 /// How tasks are run.
 #[derive(Debug, Clone)]

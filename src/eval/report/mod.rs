@@ -93,6 +93,19 @@ impl Report {
         self.figure(title, &plot::bars(title, y_label, categories, series))
     }
 
+    /// Shares from 0 to 1 as coloured cells: `values[row][column]`, NaN for none.
+    pub fn heat_map(
+        &mut self,
+        title: &str,
+        row_label: &str,
+        columns: &[&str],
+        rows: &[&str],
+        values: &[Vec<f64>],
+    ) -> &mut Self {
+        let plot = plot::heat_map(title, row_label, columns, rows, values);
+        self.figure(title, &plot)
+    }
+
     /// Text in a fixed-width font with its line breaks.
     pub fn code(&mut self, title: &str, text: &str) -> &mut Self {
         self.figure(title, &format!("<pre>{}</pre>\n", escaped(text)))

@@ -307,6 +307,67 @@ pub fn bars(title: &str, y_label: &str, categories: &[&str], series: &[Bars]) ->
     figure
 }
 
+/// Shares from 0 (pale) to 1 (full colour), the number in each cell.
+pub fn heat_map(
+    title: &str,
+    row_label: &str,
+    columns: &[&str],
+    rows: &[&str],
+    values: &[Vec<f64>],
+) -> String {
+    const CELL: f64 = 34.0;
+    const LEFT: f64 = 90.0;
+    let height = TOP + CELL * rows.len() as f64 + 30.0;
+    let width = (RIGHT - LEFT) / columns.len().max(1) as f64;
+    let mut svg = format!(
+        "<svg class=\"plot\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">\n\
+         <text class=\"middle\" transform=\"translate(14 {:.1}) rotate(-90)\">{}</text>\n",
+        escaped(title),
+        (height - 30.0) / 2.0,
+        escaped(row_label)
+    );
+    for (r, name) in rows.iter().enumerate() {
+        let y = TOP + CELL * r as f64;
+        _ = writeln!(
+            svg,
+            "<text class=\"end\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            LEFT - 8.0,
+            y + CELL / 2.0 + 4.0,
+            escaped(name)
+        );
+        for c in 0..columns.len() {
+            let value = values.get(r).and_then(|row| row.get(c)).copied();
+            let Some(value) = value.filter(|v| v.is_finite()) else {
+                continue;
+            };
+            let x = LEFT + width * c as f64;
+            _ = writeln!(
+                svg,
+                "<rect class=\"f0\" x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\" rx=\"2\" fill-opacity=\"{:.3}\"/>\
+                 <text class=\"middle cell\" x=\"{:.1}\" y=\"{:.1}\">{:.0} %</text>",
+                x + 1.0,
+                y + 1.0,
+                width - 2.0,
+                CELL - 2.0,
+                0.06 + 0.74 * value.clamp(0.0, 1.0),
+                x + width / 2.0,
+                y + CELL / 2.0 + 4.0,
+                100.0 * value
+            );
+        }
+    }
+    for (c, name) in columns.iter().enumerate() {
+        _ = writeln!(
+            svg,
+            "<text class=\"middle\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            LEFT + width * (c as f64 + 0.5),
+            height - 12.0,
+            escaped(name)
+        );
+    }
+    svg + "</svg>\n"
+}
+
 fn legend<'a>(names: impl Iterator<Item = &'a str>, swatch: impl Fn(usize) -> String) -> String {
     let mut html = String::from("<ul class=\"legend\">\n");
     for (i, name) in names.enumerate() {
