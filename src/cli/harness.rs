@@ -12,7 +12,7 @@ use super::{cache, interrupt};
 use crate::checkpoint::{self, Checkpoint, write_atomic};
 use crate::data::Tokenizer;
 use crate::eval::harness::{
-    HarnessConfig, TaskResult, cache_folder, markdown, max_length, run_task, to_json,
+    HarnessConfig, Hub, Source, TaskResult, cache_folder, markdown, max_length, run_task, to_json,
 };
 use crate::eval::task::{Examples, GROUPS, Task, find};
 use crate::hash::Hash;
@@ -23,7 +23,7 @@ use crate::{Error, Result};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid eval harness ./hybrid --tasks arc_easy,piqa,blimp --data-dir ./data --json results.json\n  \
-    zebroid eval harness ./hybrid --tasks zebra --data-dir ./data\n  \
+    zebroid eval harness ./hybrid --tasks zebra\n  \
     zebroid eval harness ./hybrid --tasks mmlu --num-fewshot 5 --limit 10 --data-dir ./data --log-samples --json mmlu.json")]
 pub struct Args {
     /// Checkpoint folder.
@@ -37,9 +37,10 @@ pub struct Args {
     /// First documents of every task (of every subject, where a task has several).
     #[arg(long)]
     limit: Option<usize>,
-    /// Folder of the datasets: JSON lines with Hugging Face's field names, e.g. arc_easy_test.jsonl.
+    /// Folder of the datasets: JSON lines or parquet with Hugging Face's field names, e.g. arc_easy_test.jsonl
+    /// [default: downloaded from Hugging Face; HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE].
     #[arg(long)]
-    data_dir: PathBuf,
+    data_dir: Option<PathBuf>,
     /// Tokens read at once.
     #[arg(long, default_value_t = 8192)]
     batch_tokens: usize,
@@ -72,7 +73,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         std::fs::remove_dir_all(&folder).map_err(Error::io("cannot remove", &folder))?;
     }
     let config = HarnessConfig {
-        data: args.data_dir.clone(),
+        data: match args.data_dir.clone() {
+            Some(folder) => Source::Folder(folder),
+            None => Source::Hub(Hub::from_env(cache::folder().join("datasets"))),
+        },
         limit: args.limit,
         batch_tokens: args.batch_tokens.max(1),
         max_length: max_length(&lm, args.max_length)?,

@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use zebroid::checkpoint::Checkpoint;
 use zebroid::data::Tokenizer;
-use zebroid::eval::harness::{HarnessConfig, run_task, to_json};
+use zebroid::eval::harness::{HarnessConfig, Source, run_task, to_json};
 use zebroid::eval::task::find;
 
 const FOLDER: &str = "tests/golden/harness";
@@ -28,7 +28,7 @@ fn compare(recorded: &str, checkpoint: &Path, data: &Path, limit: Option<usize>)
     let lm = lm.model(&Device::Cpu, DType::F32).unwrap();
     let cache = tempfile::tempdir().unwrap();
     let config = HarnessConfig {
-        data: data.to_owned(),
+        data: Source::Folder(data.to_owned()),
         limit,
         batch_tokens: 2048,
         max_length: lm.config.max_position_embeddings,

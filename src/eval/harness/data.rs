@@ -1,14 +1,25 @@
-//! Datasets: rows with Hugging Face's field names, from a local folder.
+//! Datasets: rows with Hugging Face's field names, from a local folder or from the hub.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
+use super::hub::Hub;
 use crate::data::read_lines;
 use crate::eval::task::Task;
 use crate::hash::Hash;
 use crate::{Error, Result};
+
+/// Where datasets come from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// JSON lines or parquet, file names beginning with [`Task::files`].
+    Folder(PathBuf),
+    /// By [`Task::dataset`] and [`Task::config`].
+    Hub(Hub),
+}
 
 /// One split of a dataset.
 #[derive(Debug, Clone)]
@@ -18,28 +29,41 @@ pub struct Dataset {
     pub rows: Vec<Value>,
     /// Of the files' content.
     pub hash: String,
+    /// The hub's commit.
+    pub revision: Option<String>,
 }
 
 const SPLITS: [&str; 4] = ["train", "validation", "test", "dev"];
+const ENDINGS: [&str; 2] = [".jsonl", ".parquet"];
 
 impl Dataset {
-    /// `split` of the task's dataset in `folder`: JSON lines whose file name begins with the task's and holds
-    /// the split's (`arc_easy_test.jsonl`), or, where the dataset is a folder of files, all files in it.
+    /// `split` of the task's dataset. In a folder: the file whose name begins with the task's and holds the
+    /// split's (`arc_easy_test.jsonl`), or, where the dataset is a folder of files, all files in it.
     ///
     /// # Errors
     /// Names what was looked for and what is there.
-    pub fn open(folder: &Path, task: &Task, split: &str) -> Result<Self> {
-        let files = files(folder, task, split)?;
+    pub fn open(source: &Source, task: &Task, split: &str) -> Result<Self> {
+        let (files, revision) = match source {
+            Source::Folder(folder) => (files(folder, task, split)?, None),
+            Source::Hub(hub) => {
+                let (files, revision) = hub.files(task.dataset, task.config, split)?;
+                (files, Some(revision))
+            }
+        };
         let (mut rows, mut hash) = (Vec::new(), Hash::new());
         for file in &files {
             let bytes = fs::read(file).map_err(Error::io("cannot read", file))?;
             hash = hash.with(&bytes);
-            rows.extend(read_lines::<Value>(file, "a JSON object")?);
+            match file.extension().is_some_and(|e| e == "parquet") {
+                true => rows.extend(read_parquet(file)?),
+                false => rows.extend(read_lines::<Value>(file, "a JSON object")?),
+            }
         }
         Ok(Self {
             files,
             rows,
             hash: hash.to_string(),
+            revision,
         })
     }
 
@@ -95,14 +119,24 @@ fn files(folder: &Path, task: &Task, split: &str) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// JSON lines of a folder whose names begin so, sorted.
+fn read_parquet(path: &Path) -> Result<Vec<Value>> {
+    let file = fs::File::open(path).map_err(Error::io("cannot read", path))?;
+    let reader = SerializedFileReader::new(file).map_err(|e| Error::file(path, e))?;
+    let rows = reader
+        .get_row_iter(None)
+        .map_err(|e| Error::file(path, e))?;
+    rows.map(|row| Ok(row.map_err(|e| Error::file(path, e))?.to_json_value()))
+        .collect()
+}
+
+/// Data files of a folder whose names begin so, sorted.
 fn listed(folder: &Path, prefix: &str) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).map_err(Error::io("cannot read", folder))?;
     let mut files = Vec::new();
     for entry in entries {
         let path = entry.map_err(Error::io("cannot read", folder))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(prefix) && name.ends_with(".jsonl") {
+        if name.starts_with(prefix) && ENDINGS.iter().any(|e| name.ends_with(e)) {
             files.push(path);
         }
     }

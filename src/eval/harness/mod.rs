@@ -17,20 +17,22 @@ use crate::model::Lm;
 use crate::{Error, Result};
 
 mod data;
+mod hub;
 mod random;
 mod results;
 mod score;
 #[cfg(test)]
 mod tests;
 
+pub use data::Source;
+pub use hub::Hub;
 pub use results::{markdown, to_json};
 pub use score::{Tokens, log_likelihoods, tokens};
 
 /// How tasks are run.
 #[derive(Debug, Clone)]
 pub struct HarnessConfig {
-    /// Folder of the datasets.
-    pub data: PathBuf,
+    pub data: Source,
     /// Documents a part of a task (`None`: all).
     pub limit: Option<usize>,
     /// Tokens read at once.
@@ -72,6 +74,7 @@ pub struct TaskResult {
     /// Of the dataset's files.
     pub data_hash: String,
     pub data_files: Vec<PathBuf>,
+    pub revision: Option<String>,
 }
 
 /// A figure with its standard error.
@@ -137,6 +140,7 @@ pub fn run_task(
         parts,
         data_hash: dataset.hash,
         data_files: dataset.files,
+        revision: dataset.revision,
     })
 }
 

@@ -60,6 +60,7 @@ pub fn to_json(results: &[TaskResult], model: &str, about: Value, samples: bool)
                     "metadata": { "version": task.version },
                     "data_files": result.data_files,
                     "data_hash": result.data_hash,
+                    "dataset_revision": result.revision,
                     "seconds": part.seconds,
                     "citation": task.citation,
                 }),

@@ -1,12 +1,20 @@
 //! Requests are scored right however they are batched; samples, files and results are those of the harness.
 
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor};
+use serde_json::json;
 
+use super::data::{Dataset, Source};
+use super::hub::Hub;
 use super::score::{Tokens, log_likelihoods, tokens};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
+use crate::eval::task::find;
 use crate::model::{Lm, ModelConfig};
 
 fn teacher() -> (Lm, Tokenizer) {
@@ -95,4 +103,118 @@ fn requests_split_and_truncate_as_the_harness_does() {
         error.to_string().contains("the model's context 3"),
         "{error}"
     );
+}
+
+fn folder() -> Source {
+    Source::Folder("tests/golden/harness/data".into())
+}
+
+/// A hub of one dataset: lists the golden files and sends them; counts the requests.
+fn serve(requests: Arc<AtomicUsize>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            requests.fetch_add(1, Ordering::Relaxed);
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let head: Vec<String> = (lines.by_ref())
+                .map(Result::unwrap)
+                .take_while(|l| !l.is_empty())
+                .collect();
+            assert!(
+                head.iter().any(|l| l == "authorization: Bearer secret"),
+                "{head:?}"
+            );
+            let path = head[0].split(' ').nth(1).unwrap();
+            let body = match path.split_once("/resolve/abc123/") {
+                Some((_, file)) => std::fs::read(format!("tests/golden/harness/hub/{file}")).ok(),
+                None if path.ends_with("/revision/refs%2Fconvert%2Fparquet")
+                    && !path.contains("race") =>
+                {
+                    let files = [
+                        "ARC-Easy/test",
+                        "ARC-Easy/train",
+                        "all/test",
+                        "toys_one/train",
+                        "toys_two/train",
+                    ];
+                    let files = files
+                        .iter()
+                        .filter(|f| path.contains("blimp") == f.starts_with("toys"));
+                    let files = files.map(|f| json!({ "rfilename": format!("{f}/0000.parquet") }));
+                    Some(
+                        json!({ "sha": "abc123", "siblings": files.collect::<Vec<_>>() })
+                            .to_string()
+                            .into_bytes(),
+                    )
+                }
+                None => None,
+            };
+            let status = if body.is_some() {
+                "200 OK"
+            } else {
+                "404 Not Found"
+            };
+            let body = body.unwrap_or_default();
+            let head = format!(
+                "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+                body.len()
+            );
+            stream.write_all(head.as_bytes()).unwrap();
+            stream.write_all(&body).unwrap();
+        }
+    });
+    format!("http://{address}")
+}
+
+/// Parquet from the hub holds the rows of the JSON lines; it is fetched once.
+#[test]
+fn the_hub_gives_the_same_rows_once() {
+    let requests = Arc::new(AtomicUsize::new(0));
+    let kept = tempfile::tempdir().unwrap();
+    let mut hub = Hub {
+        endpoint: serve(requests.clone()),
+        token: Some("secret".into()),
+        offline: false,
+        folder: kept.path().to_owned(),
+    };
+    for (name, split) in [
+        ("arc_easy", "test"),
+        ("arc_easy", "train"),
+        ("mmlu", "test"),
+        ("blimp", "train"),
+    ] {
+        let task = find(name).unwrap();
+        let theirs = Dataset::open(&Source::Hub(hub.clone()), task, split).unwrap();
+        assert_eq!(
+            theirs.rows,
+            Dataset::open(&folder(), task, split).unwrap().rows
+        );
+        assert_eq!(theirs.revision.as_deref(), Some("abc123"));
+    }
+    // Two of ARC (the second lists again), one of MMLU, two of BLiMP, and four listings.
+    assert_eq!(requests.load(Ordering::Relaxed), 9);
+    let say = |hub: &Hub, name: &str, split: &str| {
+        let opened = Dataset::open(&Source::Hub(hub.clone()), find(name).unwrap(), split);
+        opened.unwrap_err().to_string()
+    };
+    let message = say(&hub, "arc_challenge", "test");
+    assert!(
+        message.contains("configuration ARC-Challenge, split test"),
+        "{message}"
+    );
+    let message = say(&hub, "race", "test");
+    assert!(
+        message.contains("EleutherAI/race cannot be downloaded") && message.contains("404"),
+        "{message}"
+    );
+    // Without the hub: what is kept.
+    hub.offline = true;
+    let rows = Dataset::open(&Source::Hub(hub.clone()), find("arc_easy").unwrap(), "test")
+        .unwrap()
+        .rows;
+    assert_eq!(rows.len(), 6);
+    let message = say(&hub, "race", "test");
+    assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
 }

@@ -12,7 +12,7 @@ use crate::data::Batch;
 use crate::mixer::MixerConfig;
 use crate::model::{Lm, ModelConfig};
 use crate::op::Documents;
-use crate::op::loss::{Divergence, cross_entropy, divergence, relative_mse, top_k};
+use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -70,10 +70,6 @@ pub struct KdConfig {
     /// What the cross-entropy's targets are.
     #[arg(long, value_enum, default_value = "text")]
     pub labels: Labels,
-    /// Weight of the hidden states' mean relative squared error, over all layers (TinyBERT, arXiv 1909.10351);
-    /// for a teacher of the student's depth and width.
-    #[arg(long, default_value_t = 0.0)]
-    pub hidden_weight: f64,
     /// Leave out positions whose next token belongs to a prompt or to another document.
     #[arg(long)]
     pub mask_prompts: bool,
@@ -94,7 +90,6 @@ impl Default for KdConfig {
             kl_weight: 1.0,
             ce_weight: 0.0,
             labels: Labels::Text,
-            hidden_weight: 0.0,
             mask_prompts: false,
             schedule: Schedule::EndToEnd,
             trained: Trained::Everything,
@@ -111,11 +106,7 @@ impl KdConfig {
         if !(tau > 0.0 && tau.is_finite()) {
             return wrong(format!("temperature {tau} must be above 0"));
         }
-        for (name, weight) in [
-            ("kl_weight", self.kl_weight),
-            ("ce_weight", self.ce_weight),
-            ("hidden_weight", self.hidden_weight),
-        ] {
+        for (name, weight) in [("kl_weight", self.kl_weight), ("ce_weight", self.ce_weight)] {
             if !(weight >= 0.0 && weight.is_finite()) {
                 return wrong(format!("{name} {weight} must not be below 0"));
             }
@@ -189,10 +180,9 @@ impl Kd {
         }
         config.validate(s)?;
         let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
-        let layers_meet = config.schedule == Schedule::Stepwise || config.hidden_weight > 0.0;
-        if layers_meet && sizes(&teacher.config) != sizes(student) {
+        if config.schedule == Schedule::Stepwise && sizes(&teacher.config) != sizes(student) {
             return Err(Error::invalid(
-                "a stepwise schedule and hidden_weight need a teacher of the student's depth and width: its own base model",
+                "a stepwise schedule needs a teacher of the student's depth and width: its own base model",
             ));
         }
         let converted = converted(student);
@@ -239,15 +229,10 @@ impl Kd {
         }
     }
 
-    /// Every layer's output and the logits, with the teacher's layers where the student's have not come yet.
-    fn forward(
-        &self,
-        ids: &Tensor,
-        documents: Option<&Documents>,
-    ) -> Result<(Vec<Tensor>, Tensor)> {
+    /// The student's logits, with the teacher's layers where the student's have not come yet.
+    fn forward(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
         let student = &self.student.lm;
         let waiting = &self.converted[self.placed..];
-        let mut hidden = Vec::with_capacity(student.layers.len());
         let mut x = student.embed(ids)?;
         for (i, layer) in student.layers.iter().enumerate() {
             let layer = match waiting.contains(&i) {
@@ -255,31 +240,8 @@ impl Kd {
                 false => layer,
             };
             x = layer.forward(&x, documents)?.0;
-            hidden.push(x.clone());
         }
-        let logits = student.head(&student.normed(&x)?)?;
-        Ok((hidden, logits))
-    }
-
-    /// The mean relative squared error of all layers' outputs.
-    fn hidden_error(
-        &self,
-        hidden: &[Tensor],
-        ids: &Tensor,
-        documents: Option<&Documents>,
-    ) -> Result<Tensor> {
-        let mut taught = self.teacher.embed(ids)?;
-        let mut sum = None;
-        for (layer, own) in self.teacher.layers.iter().zip(hidden) {
-            taught = layer.forward(&taught, documents)?.0;
-            let error = relative_mse(&rows(own)?, &rows(&taught)?)?;
-            sum = Some(match sum {
-                Some(sum) => (sum + error)?,
-                None => error,
-            });
-        }
-        let sum = sum.ok_or_else(|| Error::invalid("a model without layers"))?;
-        Ok((sum / hidden.len() as f64)?)
+        student.head(&student.normed(&x)?)
     }
 
     pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
@@ -290,8 +252,7 @@ impl Kd {
         let mut phases = Vec::new();
         let target = rows(&self.teacher.forward(&ids, documents)?)?;
         phases.push(("teacher forward", laps.lap()));
-        let (hidden, logits) = self.forward(&ids, documents)?;
-        let logits = rows(&logits)?;
+        let logits = rows(&self.forward(&ids, documents)?)?;
         let mut parts = Vec::new();
         let mut named = Vec::new();
         if config.kl_weight > 0.0 {
@@ -304,16 +265,11 @@ impl Kd {
             named.push(("ce".to_owned(), scalar(&ce)?));
             parts.push((ce * config.ce_weight)?);
         }
-        if config.hidden_weight > 0.0 {
-            let error = self.hidden_error(&hidden, &ids, documents)?;
-            named.push(("hidden".to_owned(), scalar(&error)?));
-            parts.push((error * config.hidden_weight)?);
-        }
-        // One of the weights is above 0, as validated.
-        let mut loss = parts[0].clone();
-        for part in &parts[1..] {
-            loss = (loss + part)?;
-        }
+        let loss = match parts.as_slice() {
+            [kl, ce] => (kl + ce)?,
+            // One of the weights is above 0, as validated.
+            one => one[0].clone(),
+        };
         phases.push(("student forward and loss", laps.lap()));
         let grads = (&loss * scale)?.backward()?;
         self.student.params.add(&grads)?;

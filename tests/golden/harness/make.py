@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
@@ -150,10 +152,21 @@ def main():
         path = data / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in lines))
+    parquet(data, {"arc_easy_test": "ARC-Easy/test", "arc_easy_train": "ARC-Easy/train", "mmlu_test": "all/test",
+                   "blimp/toys_one": "toys_one/train", "blimp/toys_two": "toys_two/train"})
     names = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "mmlu", "lambada_openai", "blimp", "race", "truthfulqa_mc1", "truthfulqa_mc2")
     wanted = [(n, 0) for n in names] + [("arc_easy", 3), ("winogrande", 2), ("mmlu", 5), ("race", 1)]
     lm = HFLM(pretrained=str(ROOT / "assets/teacher"), dtype="float32", device="cpu", batch_size=4)
     write("embedded", record(lm, data, wanted, None))
+
+
+def parquet(data, splits):
+    """The hub's layout: hub/CONFIG/SPLIT/0000.parquet."""
+    for name, place in splits.items():
+        rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        path = HERE / "hub" / place / "0000.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def write(name, found):
