@@ -23,7 +23,7 @@ fn cache() -> &'static Path {
 }
 
 /// Runs and expects exit code `code`; returns what was said on standard error.
-fn fails(code: i32, args: &[&str]) -> String {
+pub fn fails(code: i32, args: &[&str]) -> String {
     let output = zebroid(args);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");

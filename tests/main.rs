@@ -3,6 +3,7 @@
 
 mod arrows;
 mod cli;
+mod eval;
 mod golden;
 mod pipeline;
 

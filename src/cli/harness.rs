@@ -47,6 +47,9 @@ pub struct Args {
     /// Longest input in tokens [default: the model's max_position_embeddings].
     #[arg(long)]
     max_length: Option<usize>,
+    /// Score what the tokenizer makes of texts that it cannot say.
+    #[arg(long)]
+    lossy: bool,
     /// Where the results go, in lm-evaluation-harness's schema.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -80,6 +83,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         limit: args.limit,
         batch_tokens: args.batch_tokens.max(1),
         max_length: max_length(&lm, args.max_length)?,
+        lossy: args.lossy,
         cache: folder,
         model: Hash::of(format!("{fingerprint} {}", tokenizer.hash()).as_bytes()).to_string(),
     };
@@ -105,6 +109,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     bar.finish_and_clear();
     let documents: usize = results.iter().map(TaskResult::samples).sum();
+    let tokens: usize = results.iter().map(TaskResult::tokens).sum();
     let seconds: f64 = results.iter().map(TaskResult::seconds).sum();
     print!("{}", markdown(&results));
     println!(
@@ -124,6 +129,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "kv_per_token": cost.kv_per_token,
             "state": cost.state,
             "documents_per_second": documents as f64 / seconds,
+            "tokens_per_second": tokens as f64 / seconds,
         });
         let model = args.checkpoint.display().to_string();
         let all = to_json(&results, &model, about, args.log_samples);

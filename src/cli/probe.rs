@@ -24,7 +24,7 @@ pub struct Args {
     /// Which ones [default: all].
     #[arg(long, value_enum, value_delimiter = ',')]
     probes: Option<Vec<Probe>>,
-    /// Tokens of a text, its answer included [default: a quarter, half and all of the model's context].
+    /// Tokens of a text, its answer included [default: a quarter, half and all of the model's context, at least 128].
     #[arg(long, value_delimiter = ',')]
     lengths: Option<Vec<usize>>,
     /// Places of the answer, from the text's beginning to its end.
@@ -51,13 +51,10 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let most = lm.config.max_position_embeddings;
     let wanted = Sweep {
         probes: args.probes.clone().unwrap_or(Probe::ALL.to_vec()),
-        lengths: args
-            .lengths
-            .clone()
-            .unwrap_or(vec![most / 4, most / 2, most]),
+        lengths: (args.lengths.clone())
+            .unwrap_or_else(|| lengths(lm.config.max_position_embeddings)),
         depths: args.depths,
         count: args.count,
         seed: args.seed,
@@ -85,6 +82,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         println!("{}", table(&headers, &rows));
     }
     Ok(())
+}
+
+/// Shorter texts have no room for every kind of question.
+fn lengths(most: usize) -> Vec<usize> {
+    let mut lengths: Vec<usize> = [most / 4, most / 2, most].map(|l| l.max(128)).into();
+    lengths.dedup();
+    lengths
 }
 
 /// Depths down, lengths across, per cent.

@@ -76,8 +76,11 @@ fn costs(base: &Value, student: &Value) -> Vec<(String, String)> {
         costs.push(("state a sequence (f32)".into(), bytes));
     }
     for (name, of) in [("base", base), ("student", student)] {
-        if let Some(speed) = number(of, "documents_per_second") {
-            costs.push((format!("{name}, documents a second"), format!("{speed:.1}")));
+        if let Some(speed) = number(of, "tokens_per_second") {
+            costs.push((
+                format!("{name}, tokens scored a second"),
+                format!("{speed:.0}"),
+            ));
         }
     }
     costs

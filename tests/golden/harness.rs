@@ -31,6 +31,7 @@ fn compare(recorded: &str, checkpoint: &Path, data: &Path, limit: Option<usize>)
         data: Source::Folder(data.to_owned()),
         limit,
         batch_tokens: 2048,
+        lossy: true,
         max_length: lm.config.max_position_embeddings,
         cache: cache.path().to_owned(),
         model: String::new(),

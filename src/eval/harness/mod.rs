@@ -27,7 +27,7 @@ mod tests;
 pub use data::Source;
 pub use hub::Hub;
 pub use results::{markdown, to_json};
-pub use score::{Tokens, log_likelihoods, tokens};
+pub use score::{Tokens, log_likelihoods, survives, tokens};
 
 /// How tasks are run.
 #[derive(Debug, Clone)]
@@ -39,6 +39,8 @@ pub struct HarnessConfig {
     pub batch_tokens: usize,
     /// Longest input; what is longer loses its beginning.
     pub max_length: usize,
+    /// Score what the tokenizer makes of a text that it cannot say.
+    pub lossy: bool,
     /// Where results of parts are kept, so that an interrupted evaluation goes on.
     pub cache: PathBuf,
     /// A fingerprint of model and tokenizer.
@@ -63,6 +65,8 @@ pub struct PartResult {
     /// Documents there are; the samples may be fewer.
     pub documents: usize,
     pub samples: Vec<Sample>,
+    /// Of all requests, shared contexts counted each time.
+    pub tokens: usize,
     pub seconds: f64,
 }
 
@@ -205,16 +209,28 @@ impl Part<'_> {
         let started = std::time::Instant::now();
         let documents = self.documents(config.limit)?;
         let mut requests = Vec::new();
-        for (prefix, document) in &documents {
+        for (doc_id, (prefix, document)) in documents.iter().enumerate() {
             for (context, continuation) in &document.requests {
+                if !config.lossy && !survives(tokenizer, continuation)? {
+                    return Err(Error::invalid(format!(
+                        "{}, document {doc_id}: the tokenizer cannot say {continuation:?}, so another text would be \
+                         scored; --lossy does so",
+                        self.name
+                    )));
+                }
                 let context = format!("{prefix}{context}");
-                requests.push(tokens(
-                    tokenizer,
-                    &context,
-                    continuation,
-                    config.max_length,
-                )?);
+                let request = tokens(tokenizer, &context, continuation, config.max_length)?;
+                requests.push(request);
             }
+        }
+        let cut = requests.iter().filter(|r| r.cut > 0).count();
+        if cut > 0 {
+            tracing::warn!(
+                "{}: {cut} of {} contexts lost their beginning to the model's length of {} tokens",
+                self.name,
+                requests.len(),
+                config.max_length
+            );
         }
         let all = requests.len();
         let found = log_likelihoods(lm, &requests, config.batch_tokens, &mut |done| {
@@ -235,6 +251,9 @@ impl Part<'_> {
             name: self.name.to_owned(),
             documents: self.rows.len(),
             samples: samples.collect(),
+            tokens: (requests.iter())
+                .map(|r| r.context.len() + r.continuation.len())
+                .sum(),
             seconds: started.elapsed().as_secs_f64(),
         };
         std::fs::create_dir_all(&config.cache)
@@ -256,6 +275,7 @@ impl Part<'_> {
             "examples": self.examples.map(|e| &e.hash),
             "num_fewshot": self.num_fewshot,
             "limit": config.limit,
+            "lossy": config.lossy,
         });
         Hash::of(parts.to_string().as_bytes())
     }
@@ -391,6 +411,10 @@ impl TaskResult {
             standard_error: variance.sqrt(),
             count,
         }
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.parts.iter().map(|p| p.tokens).sum()
     }
 
     pub fn seconds(&self) -> f64 {

@@ -15,6 +15,8 @@ use crate::{Error, Result};
 pub struct Tokens {
     pub context: Vec<u32>,
     pub continuation: Vec<u32>,
+    /// Tokens that the context lost to the model's length.
+    pub cut: usize,
 }
 
 /// Splits a request as lm-evaluation-harness does: spaces at the context's end belong to the continuation,
@@ -65,7 +67,15 @@ pub fn tokens(
     Ok(Tokens {
         context: left,
         continuation: right,
+        cut: excess,
     })
+}
+
+/// Whether the tokens say the text, white space aside.
+pub fn survives(tokenizer: &Tokenizer, text: &str) -> Result<bool> {
+    let said = tokenizer.decode(&tokenizer.encode_plain(text)?)?;
+    let solid = |text: &str| text.split_whitespace().collect::<String>();
+    Ok(solid(&said) == solid(text))
 }
 
 /// A context and what follows it: request number and continuation.

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::data::{Dataset, Source};
 use super::hub::Hub;
-use super::score::{Tokens, log_likelihoods, tokens};
+use super::score::{Tokens, log_likelihoods, survives, tokens};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::task::find;
@@ -103,6 +103,20 @@ fn requests_split_and_truncate_as_the_harness_does() {
         error.to_string().contains("the model's context 3"),
         "{error}"
     );
+}
+
+#[test]
+fn texts_that_the_tokenizer_cannot_say_are_noticed() {
+    let words = json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null, "decoder": null,
+        "pre_tokenizer": { "type": "Whitespace" },
+        "model": { "type": "WordLevel", "vocab": { "<unk>": 0, "Tom": 1, "had": 2 }, "unk_token": "<unk>" },
+    });
+    let words = Tokenizer::from_json(words.to_string().as_bytes()).unwrap();
+    assert!(survives(&words, " Tom  had").unwrap());
+    assert!(!survives(&words, "Tom saw").unwrap());
+    let (_, bytes) = teacher();
+    assert!(survives(&bytes, "Zoë? 42 “ж”").unwrap());
 }
 
 fn folder() -> Source {

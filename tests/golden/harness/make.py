@@ -113,15 +113,18 @@ class Peer(HFLM):
             return self.peer(inps)[0]
 
 
+def built(manager, spec):
+    """The harness's own task where it has one of that name, on our files."""
+    entry = manager._entry(spec["task"])
+    return manager._factory.build(entry, overrides=spec, registry=manager._index) if entry else spec
+
+
 def record(lm, data, wanted, limit):
     manager, found = TaskManager(), {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, num_fewshot in wanted:
             for spec in tasks_of(data, name, num_fewshot, scratch):
-                # The harness's own task where it has one of that name, on our files.
-                entry = manager._entry(spec["task"])
-                task = manager._factory.build(entry, overrides=spec, registry=manager._index) if entry else spec
-                out = evaluator.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=True)
+                out = evaluator.simple_evaluate(lm, tasks=[built(manager, spec)], task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=True)
                 task = spec["task"]
                 samples = sorted(out["samples"][task], key=lambda s: s["doc_id"])
                 found[f"{task}@{num_fewshot}"] = {
