@@ -219,6 +219,8 @@ pub struct Cell {
     pub length: usize,
     pub depth: f64,
     pub accuracy: f64,
+    /// Mean log-likelihood of an answer's token, in nats: tells more than a row of zeros.
+    pub log_likelihood: f64,
     pub count: usize,
     /// Tokens of the texts, on average.
     pub tokens: f64,
@@ -278,12 +280,14 @@ pub fn sweep(
             .collect::<Result<_>>()?;
         let found = log_likelihoods(lm, &questions, sweep.batch_tokens, &mut |_| true)?;
         let right = found.iter().filter(|(_, greedy)| *greedy).count();
+        let answers: usize = questions.iter().map(|q| q.continuation.len()).sum();
         let size = |q: &Tokens| q.context.len() + q.continuation.len();
         cells.push(Cell {
             probe,
             length,
             depth,
             accuracy: right as f64 / questions.len() as f64,
+            log_likelihood: found.iter().map(|(sum, _)| sum).sum::<f64>() / answers as f64,
             count: questions.len(),
             tokens: questions.iter().map(size).sum::<usize>() as f64 / questions.len() as f64,
         });

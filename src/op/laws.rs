@@ -1,9 +1,11 @@
-//! What every kernel owes its reference. Public functions send f32 to the kernel and f64 to the
-//! reference, so one closure shows both.
+//! What every kernel owes its reference, and what its tests share. Public functions send f32 to the kernel
+//! and f64 to the reference, so one closure shows both.
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+use super::Documents;
 
 /// Seeded tensors in f64, entries in `(−1, 1)`.
 pub fn random(shapes: &[&[usize]], seed: u64) -> Vec<Tensor> {
@@ -14,6 +16,46 @@ pub fn random(shapes: &[&[usize]], seed: u64) -> Vec<Tensor> {
         Tensor::from_vec(data, *shape, &Device::Cpu).unwrap()
     };
     shapes.iter().map(draw).collect()
+}
+
+/// Entries in about ±`range` that no generator's version changes, in f64.
+pub fn noise(shape: impl Into<Shape>, range: f64, seed: usize) -> Tensor {
+    let shape = shape.into();
+    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
+    let values: Vec<f64> = (0..shape.elem_count())
+        .map(|i| range * (2. * entry(i) - 1.))
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+pub fn f32(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::F32).unwrap()
+}
+
+/// The greatest difference, relative to the greatest entry of `b`.
+pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let greatest = |x: &Tensor| -> Result<f64> { x.abs()?.flatten_all()?.max(0)?.to_scalar() };
+    let distance = || -> Result<f64> {
+        let (a, b) = (a.to_dtype(DType::F64)?, b.to_dtype(DType::F64)?);
+        Ok(greatest(&(a - &b)?)? / greatest(&b)?.max(1e-30))
+    };
+    distance().unwrap()
+}
+
+/// Documents of lengths 1, 2, 3, … in every row, row `b` beginning with length `b + 1`.
+pub fn short_documents(b: usize, t: usize) -> Documents {
+    let mut starts = Vec::new();
+    for row in 0..b {
+        let (mut start, mut length) = (0, 1 + row);
+        for position in 0..t {
+            if position == start + length {
+                (start, length) = (position, length + 1);
+            }
+            starts.push(start as u32);
+        }
+    }
+    Documents::new(starts, t)
 }
 
 /// `max |a − b| / (1 + max |b|)`.

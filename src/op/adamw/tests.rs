@@ -1,4 +1,5 @@
 use super::*;
+use crate::op::laws::noise;
 use candle_core::{DType, Device, Shape, Var};
 
 const HYPER: AdamW = AdamW {
@@ -9,16 +10,6 @@ const HYPER: AdamW = AdamW {
     weight_decay: 0.1,
 };
 
-/// Deterministic entries in about ±1.
-fn noise(shape: impl Into<Shape>, seed: usize) -> Tensor {
-    let shape = shape.into();
-    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
-    let values: Vec<f64> = (0..shape.elem_count())
-        .map(|i| 2. * entry(i) - 1.)
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
 fn values(x: &Tensor) -> Vec<f64> {
     let x = x.to_dtype(DType::F64).unwrap();
     x.flatten_all().unwrap().to_vec1().unwrap()
@@ -26,10 +17,10 @@ fn values(x: &Tensor) -> Vec<f64> {
 
 /// Parameters after some steps with changing gradients and a gradient scale.
 fn train(dtype: DType, shape: &Shape, steps: u64) -> (Tensor, Tensor) {
-    let param = Var::from_tensor(&noise(shape.clone(), 1).to_dtype(dtype).unwrap()).unwrap();
+    let param = Var::from_tensor(&noise(shape.clone(), 1., 1).to_dtype(dtype).unwrap()).unwrap();
     let moments = Tensor::zeros([&[2], shape.dims()].concat(), dtype, &Device::Cpu).unwrap();
     for step in 1..=steps {
-        let grad = noise(shape.clone(), 1 + step as usize)
+        let grad = noise(shape.clone(), 1., 1 + step as usize)
             .to_dtype(dtype)
             .unwrap();
         adamw_step(&param, &grad, &moments, 0.7, step, &HYPER).unwrap();
@@ -55,10 +46,10 @@ fn reference_equals_the_scalar_recipe() {
     // The update of torch.optim.AdamW, written out for one entry.
     let shape = Shape::from(1);
     let (param, _) = train(DType::F64, &shape, 5);
-    let mut expected = values(&noise(1, 1))[0];
+    let mut expected = values(&noise(1, 1., 1))[0];
     let (mut first, mut second) = (0., 0.);
     for step in 1..=5i32 {
-        let grad = 0.7 * values(&noise(1, 1 + step as usize))[0];
+        let grad = 0.7 * values(&noise(1, 1., 1 + step as usize))[0];
         expected -= HYPER.lr * HYPER.weight_decay * expected;
         first += (1. - HYPER.beta1) * (grad - first);
         second = HYPER.beta2 * second + (1. - HYPER.beta2) * grad * grad;
@@ -72,12 +63,12 @@ fn reference_equals_the_scalar_recipe() {
 #[test]
 fn views_of_the_parameter_see_the_update() {
     for dtype in [DType::F32, DType::F64] {
-        let var = Var::from_tensor(&noise((4, 3), 1).to_dtype(dtype).unwrap()).unwrap();
+        let var = Var::from_tensor(&noise((4, 3), 1., 1).to_dtype(dtype).unwrap()).unwrap();
         let model_side = var.as_tensor().t().unwrap();
         let before = values(&model_side.contiguous().unwrap());
         let moments = Tensor::zeros((2, 4, 3), dtype, &Device::Cpu).unwrap();
         // A gradient of any layout will do.
-        let grad = noise((3, 4), 2).to_dtype(dtype).unwrap().t().unwrap();
+        let grad = noise((3, 4), 1., 2).to_dtype(dtype).unwrap().t().unwrap();
         adamw_step(&var, &grad, &moments, 1., 1, &HYPER).unwrap();
         let after = values(&model_side.contiguous().unwrap());
         // The first step moves every entry by lr against its gradient, beside the decay.
@@ -91,7 +82,7 @@ fn views_of_the_parameter_see_the_update() {
 
 #[test]
 fn sum_of_squares_of_any_layout() {
-    let x = noise((123, 457), 3);
+    let x = noise((123, 457), 1., 3);
     let truth: f64 = values(&x).iter().map(|x| x * x).sum();
     assert!((sum_of_squares(&x).unwrap() / truth - 1.).abs() < 1e-12);
     let narrow = x.to_dtype(DType::F32).unwrap();
@@ -106,12 +97,12 @@ fn sum_of_squares_of_any_layout() {
 
 #[test]
 fn misfits_are_named() {
-    let (param, moments) = (noise((2, 3), 1), noise((2, 2, 3), 2));
+    let (param, moments) = (noise((2, 3), 1., 1), noise((2, 2, 3), 1., 2));
     let step = |param: &Tensor, grad: &Tensor, moments: &Tensor, step| {
         adamw_step(param, grad, moments, 1., step, &HYPER)
     };
-    assert!(step(&param, &noise((3, 2), 1), &moments, 1).is_err());
+    assert!(step(&param, &noise((3, 2), 1., 1), &moments, 1).is_err());
     assert!(step(&param, &param, &param, 1).is_err());
     assert!(step(&param, &param, &moments, 0).is_err());
-    assert!(step(&noise((3, 2), 1).t().unwrap(), &param, &moments, 1).is_err());
+    assert!(step(&noise((3, 2), 1., 1).t().unwrap(), &param, &moments, 1).is_err());
 }

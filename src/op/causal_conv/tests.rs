@@ -1,53 +1,6 @@
 use super::*;
+use crate::op::laws::{distance, f32, noise, short_documents};
 use candle_core::{DType, Var};
-
-/// Deterministic entries in about ±1.
-fn noise(shape: impl Into<Shape>, seed: usize) -> Tensor {
-    let shape = shape.into();
-    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
-    let values: Vec<f64> = (0..shape.elem_count())
-        .map(|i| 2. * entry(i) - 1.)
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
-fn f32(x: &Tensor) -> Tensor {
-    x.to_dtype(DType::F32).unwrap()
-}
-
-/// The greatest difference, relative to the greatest entry of `b`.
-fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.dims(), b.dims());
-    let flat = |x: &Tensor| {
-        x.to_dtype(DType::F64)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f64>()
-    };
-    let (a, b) = (flat(a).unwrap(), flat(b).unwrap());
-    let error = a
-        .iter()
-        .zip(&b)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0., f64::max);
-    error / b.iter().map(|b| b.abs()).fold(1e-30, f64::max)
-}
-
-/// Documents of lengths 1, 2, 3, … in every row, row `b` beginning inside one.
-fn short_documents(b: usize, t: usize) -> Documents {
-    let mut starts = Vec::new();
-    for row in 0..b {
-        let (mut start, mut length) = (0, 1 + row);
-        for position in 0..t {
-            if position == start + length {
-                (start, length) = (position, length + 1);
-            }
-            starts.push(start as u32);
-        }
-    }
-    Documents::new(starts, t)
-}
 
 /// The output and the gradients of x, weight and bias under uneven weights of the outputs.
 fn run(
@@ -57,7 +10,9 @@ fn run(
 ) -> (Tensor, [Tensor; 3]) {
     let vars = [x, weight, bias].map(|x| Var::from_tensor(x).unwrap());
     let y = causal_conv(&vars[0], &vars[1], &vars[2], silu, documents).unwrap();
-    let weights = noise(y.shape().clone(), 77).to_dtype(y.dtype()).unwrap();
+    let weights = noise(y.shape().clone(), 1., 77)
+        .to_dtype(y.dtype())
+        .unwrap();
     let gradients = (&y * weights)
         .unwrap()
         .sum_all()
@@ -77,8 +32,8 @@ fn kernel_equals_the_reference() {
         (1, 1, 1, 1),
         (2, 150, 16, 2),
     ] {
-        let x = noise((b, t, c), 1);
-        let (weight, bias) = (noise((c, w), 2), noise(c, 3));
+        let x = noise((b, t, c), 1., 1);
+        let (weight, bias) = (noise((c, w), 1., 2), noise(c, 1., 3));
         let documents = short_documents(b, t);
         for (silu, documents) in [(false, None), (true, None), (true, Some(&documents))] {
             let (truth, true_gradients) = run([&x, &weight, &bias], silu, documents);
@@ -94,10 +49,14 @@ fn kernel_equals_the_reference() {
 #[test]
 fn reference_gradients_equal_finite_differences() {
     let (b, t, c, w) = (2, 5, 2, 4);
-    let inputs = [noise((b, t, c), 1), noise((c, w), 2), noise(c, 3)];
+    let inputs = [
+        noise((b, t, c), 1., 1),
+        noise((c, w), 1., 2),
+        noise(c, 1., 3),
+    ];
     let documents = short_documents(b, t);
     let (_, gradients) = run(inputs.each_ref(), true, Some(&documents));
-    let weights = noise((b, t, c), 77);
+    let weights = noise((b, t, c), 1., 77);
     let total = |[x, weight, bias]: [&Tensor; 3]| {
         let y = causal_conv(x, weight, bias, true, Some(&documents)).unwrap();
         (y * &weights)
@@ -130,8 +89,12 @@ fn reference_gradients_equal_finite_differences() {
 fn packed_documents_equal_each_alone() {
     let (t, c, w) = (11, 4, 4);
     for dtype in [DType::F32, DType::F64] {
-        let [x, weight, bias] = [noise((1, t, c), 1), noise((c, w), 2), noise(c, 3)]
-            .map(|x| x.to_dtype(dtype).unwrap());
+        let [x, weight, bias] = [
+            noise((1, t, c), 1., 1),
+            noise((c, w), 1., 2),
+            noise(c, 1., 3),
+        ]
+        .map(|x| x.to_dtype(dtype).unwrap());
         let starts = [0, 0, 0, 3, 4, 4, 6, 6, 6, 6, 6].to_vec();
         let packed =
             causal_conv(&x, &weight, &bias, true, Some(&Documents::new(starts, t))).unwrap();
@@ -150,8 +113,12 @@ fn packed_documents_equal_each_alone() {
 fn any_split_resumes_to_the_whole() {
     let (b, t, c, w) = (2, 10, 6, 4);
     for dtype in [DType::F32, DType::F64] {
-        let [x, weight, bias] = [noise((b, t, c), 1), noise((c, w), 2), noise(c, 3)]
-            .map(|x| x.to_dtype(dtype).unwrap());
+        let [x, weight, bias] = [
+            noise((b, t, c), 1., 1),
+            noise((c, w), 1., 2),
+            noise(c, 1., 3),
+        ]
+        .map(|x| x.to_dtype(dtype).unwrap());
         let whole = causal_conv(&x, &weight, &bias, true, None).unwrap();
         for pieces in [vec![10], vec![1; 10], vec![3, 2, 5], vec![7, 3]] {
             let mut state = Tensor::zeros((b, w - 1, c), dtype, &Device::Cpu).unwrap();
@@ -173,10 +140,13 @@ fn any_split_resumes_to_the_whole() {
 
 #[test]
 fn views_are_read_right() {
-    let wide = f32(&noise((2, 9, 20), 1));
-    let (weight, bias) = (f32(&noise((4, 7), 2)).t().unwrap(), f32(&noise(7, 3)));
+    let wide = f32(&noise((2, 9, 20), 1., 1));
+    let (weight, bias) = (
+        f32(&noise((4, 7), 1., 2)).t().unwrap(),
+        f32(&noise(7, 1., 3)),
+    );
     let narrowed = wide.narrow(2, 5, 7).unwrap().narrow(1, 2, 6).unwrap();
-    let transposed = f32(&noise((2, 7, 6), 4)).transpose(1, 2).unwrap();
+    let transposed = f32(&noise((2, 7, 6), 1., 4)).transpose(1, 2).unwrap();
     for view in [narrowed, transposed] {
         let copies = [
             view.contiguous().unwrap(),
@@ -191,7 +161,7 @@ fn views_are_read_right() {
         let moved = Tensor::cat(&[&(&view + offset.as_tensor()).unwrap(), &view], 2).unwrap();
         let moved = moved.narrow(2, 0, 7).unwrap();
         let y = causal_conv(&moved, &weight, &bias, true, None).unwrap();
-        let weights = f32(&noise(y.shape().clone(), 77));
+        let weights = f32(&noise(y.shape().clone(), 1., 77));
         let gradients = (y * weights)
             .unwrap()
             .sum_all()
@@ -204,9 +174,14 @@ fn views_are_read_right() {
 
 #[test]
 fn only_wanted_gradients_are_computed() {
-    let [x, weight, bias] = [noise((1, 5, 3), 1), noise((3, 4), 2), noise(3, 3)].map(|x| f32(&x));
+    let [x, weight, bias] = [
+        noise((1, 5, 3), 1., 1),
+        noise((3, 4), 1., 2),
+        noise(3, 1., 3),
+    ]
+    .map(|x| f32(&x));
     let (_, all) = run([&x, &weight, &bias], true, None);
-    let weights = f32(&noise((1, 5, 3), 77));
+    let weights = f32(&noise((1, 5, 3), 1., 77));
     for wanted in 0..2 {
         let mut inputs = [x.clone(), weight.clone(), bias.clone()];
         let var = Var::from_tensor(&inputs[wanted]).unwrap();
@@ -224,8 +199,8 @@ fn only_wanted_gradients_are_computed() {
 
 #[test]
 fn misfits_are_named() {
-    let x = f32(&noise((2, 5, 3), 1));
-    let (weight, bias) = (f32(&noise((3, 4), 2)), f32(&noise(3, 3)));
+    let x = f32(&noise((2, 5, 3), 1., 1));
+    let (weight, bias) = (f32(&noise((3, 4), 1., 2)), f32(&noise(3, 1., 3)));
     let error = causal_conv(&x, &weight.t().unwrap(), &bias, true, None).unwrap_err();
     assert!(error.to_string().contains("[3, W]"), "{error}");
     let documents = short_documents(1, 5);

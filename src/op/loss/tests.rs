@@ -1,34 +1,6 @@
 use super::*;
+use crate::op::laws::{distance, f32, noise};
 use candle_core::Var;
-
-/// Deterministic entries in about ±`range`.
-fn noise(shape: (usize, usize), range: f64, seed: usize) -> Tensor {
-    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
-    let values: Vec<f64> = (0..shape.0 * shape.1)
-        .map(|i| range * (2. * entry(i) - 1.))
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
-fn f32(x: &Tensor) -> Tensor {
-    x.to_dtype(DType::F32).unwrap()
-}
-
-/// The greatest difference, relative to the greatest entry of `b`.
-fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    let flat = |x: &Tensor| {
-        x.to_dtype(DType::F64)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f64>()
-    };
-    let (a, b) = (flat(a).unwrap(), flat(b).unwrap());
-    assert_eq!(a.len(), b.len());
-    let greatest = |values: &mut dyn Iterator<Item = f64>| values.fold(0f64, |m, x| m.max(x.abs()));
-    let error = greatest(&mut a.iter().zip(&b).map(|(a, b)| a - b));
-    error / greatest(&mut b.iter().copied()).max(1e-30)
-}
 
 /// Value and gradient by `x` of `Σ loss(x) · weights`, where rows weigh differently.
 fn value_and_gradient(x: &Tensor, loss: &dyn Fn(&Tensor) -> Result<Tensor>) -> (Tensor, Tensor) {

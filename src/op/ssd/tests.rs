@@ -1,38 +1,6 @@
 use super::*;
+use crate::op::laws::{distance, f32, noise, short_documents};
 use candle_core::{DType, Var};
-
-/// Deterministic entries in about ±`range`.
-fn noise(shape: impl Into<Shape>, range: f64, seed: usize) -> Tensor {
-    let shape = shape.into();
-    let entry = |i: usize| ((i * 7919 + seed * 104_729) as f64 * 0.618_033_988_7).fract();
-    let values: Vec<f64> = (0..shape.elem_count())
-        .map(|i| range * (2. * entry(i) - 1.))
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
-fn f32(x: &Tensor) -> Tensor {
-    x.to_dtype(DType::F32).unwrap()
-}
-
-/// The greatest difference, relative to the greatest entry of `b`.
-fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.dims(), b.dims());
-    let flat = |x: &Tensor| {
-        x.to_dtype(DType::F64)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f64>()
-    };
-    let (a, b) = (flat(a).unwrap(), flat(b).unwrap());
-    let error = a
-        .iter()
-        .zip(&b)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0., f64::max);
-    error / b.iter().map(|b| b.abs()).fold(1e-30, f64::max)
-}
 
 fn shape([heads, groups, head_dim, d_state, chunk]: [usize; 5]) -> SsdShape {
     SsdShape {
@@ -53,21 +21,6 @@ fn inputs(shape: SsdShape, b: usize, t: usize) -> [Tensor; 3] {
         noise((b, t, h), 2., 2),
         params,
     ]
-}
-
-/// Documents of lengths 1, 2, 3, … in every row, row `b` beginning with length `b + 1`.
-fn short_documents(b: usize, t: usize) -> Documents {
-    let mut starts = Vec::new();
-    for row in 0..b {
-        let (mut start, mut length) = (0, 1 + row);
-        for position in 0..t {
-            if position == start + length {
-                (start, length) = (position, length + 1);
-            }
-            starts.push(start as u32);
-        }
-    }
-    Documents::new(starts, t)
 }
 
 /// The output and the gradients of xbc, dt and params under uneven weights of the outputs.
