@@ -9,7 +9,7 @@ cargo build --release --quiet
 zebroid=target/release/zebroid
 out=runs/smart
 mkdir -p "$out"
-while read -r teacher kv rope lr; do
+while read -r teacher kv rope rates; do
   for seed in $seeds; do
     bank=runs/recipe/$teacher-refined-$seed-bank scores=$out/$teacher-$seed.json
     base=(--teacher "$teachers/$teacher")
@@ -25,13 +25,13 @@ while read -r teacher kv rope lr; do
       [ -d "$run-hybrid" ] || $zebroid compose "$teachers/$teacher" "$run-hybrid" --mla "$place" --kv-rank "$kv" --rope-dim "$rope" \
         --bank "$bank" > /dev/null
       [ -d "$run" ] || $zebroid train --stage kd "${base[@]}" --student "$run-hybrid" --data "$data/train.jsonl" "$run" \
-        --optimizer muon --tokens 400000 --lr "$lr" --seed "$((seed + 20))" 2> /dev/null
+        --optimizer muon --lr-scheduler wsd $rates --tokens 400000 --seed "$((seed + 20))" 2> /dev/null
       kl() { $zebroid eval kl "${base[@]}" --student "$1" --data "$data/validation.jsonl" --json 2> /dev/null | grep -o '"kl": [0-9.]*' | cut -d' ' -f2; }
       echo "$teacher seed $seed $method: layer $place, KL after ILD $(kl "$run-hybrid"), after KD $(kl "$run")"
     done
     echo "$teacher seed $seed scores:" $list
   done
 done << LIST
-stories260K 8 4 1.5e-3
-babyllama-1m-char 16 8 5e-4
+stories260K 8 4 --lr 1.5e-3 --adamw-lr 5e-4
+babyllama-1m-char 16 8 --lr 5e-4 --adamw-lr 2.5e-4
 LIST

@@ -100,6 +100,15 @@ impl MixerConfig {
         }
     }
 
+    /// Weights that hold several matrices, one above the other: the tensor's name and each matrix's rows.
+    pub fn stacked(&self) -> Vec<(&'static str, Vec<usize>)> {
+        match self {
+            MixerConfig::Attention(_) => vec![],
+            MixerConfig::Mla(c) => c.stacked(),
+            MixerConfig::Mamba2(c) => c.stacked(),
+        }
+    }
+
     /// The closed formulas (spec 1.10).
     pub fn cost(&self, hidden: usize) -> Cost {
         match self {

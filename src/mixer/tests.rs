@@ -225,6 +225,17 @@ fn cost_formula_equals_counted_parameters_and_buffers() {
     }
 }
 
+#[test]
+fn stacked_matrices_fill_their_tensors() {
+    for config in variants() {
+        let params: BTreeMap<String, Vec<usize>> = config.params(HIDDEN).into_iter().collect();
+        for (name, rows) in config.stacked() {
+            let total: usize = rows.iter().sum();
+            assert_eq!(total, params[name][0], "{config:?}: {name}");
+        }
+    }
+}
+
 /// In f64 through the references: every parameter's gradient and the input's.
 #[test]
 fn gradients_agree_with_finite_differences() {

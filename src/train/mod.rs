@@ -33,8 +33,20 @@ use state::Run;
 pub enum OptimizerName {
     #[default]
     Adamw,
-    /// Muon for the layers' matrices, AdamW for all else; one learning rate for both.
+    /// Muon for the layers' matrices, AdamW for all else.
     Muon,
+}
+
+/// How the learning rate falls, after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScheduler {
+    /// Half a cosine over all steps.
+    #[default]
+    Cosine,
+    /// Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): the peak, then a straight line over the last
+    /// `decay` of the steps.
+    Wsd,
 }
 
 const MUON_MOMENTUM: f64 = 0.95;
@@ -68,10 +80,19 @@ pub struct TrainConfig {
     /// Peak learning rate.
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
+    /// Peak learning rate of what Muon leaves to AdamW: embedding, head, norms, vectors [default: that of --lr].
+    #[arg(long)]
+    pub adamw_lr: Option<f64>,
     /// Share of the steps that warm up linearly.
     #[arg(long, default_value_t = 0.01)]
     pub warmup: f64,
-    /// Learning rate at the end of the cosine, as a share of the peak.
+    /// How the learning rate falls.
+    #[arg(long, value_enum, default_value = "cosine")]
+    pub lr_scheduler: LrScheduler,
+    /// Share of the steps in which wsd falls; 1 is a straight line from the beginning.
+    #[arg(long, default_value_t = 0.5)]
+    pub decay: f64,
+    /// Learning rate at the end, as a share of the peak.
     #[arg(long, default_value_t = 0.0)]
     pub min_lr: f64,
     #[arg(long, default_value_t = 0.0)]
@@ -101,7 +122,10 @@ impl Default for TrainConfig {
             seq_len: 256,
             optimizer: OptimizerName::Adamw,
             lr: 1e-3,
+            adamw_lr: None,
             warmup: 0.01,
+            lr_scheduler: LrScheduler::Cosine,
+            decay: 0.5,
             min_lr: 0.0,
             weight_decay: 0.0,
             beta1: 0.9,
@@ -130,6 +154,8 @@ impl TrainConfig {
         let numbers = [
             ("lr", self.lr, 0.0..=f64::MAX),
             ("warmup", self.warmup, 0.0..=1.0),
+            ("adamw_lr", self.adamw_lr.unwrap_or(0.0), 0.0..=f64::MAX),
+            ("decay", self.decay, f64::MIN_POSITIVE..=1.0),
             ("min_lr", self.min_lr, 0.0..=1.0),
             ("weight_decay", self.weight_decay, 0.0..=f64::MAX),
             ("beta1", self.beta1, 0.0..=1.0 - f64::EPSILON),
@@ -192,18 +218,30 @@ impl TrainConfig {
         self.batch_size * self.accumulation * self.seq_len
     }
 
-    /// Linear warm-up, then half a cosine, for step `step` (from 0) of `steps`.
+    /// The learning rate of step `step` (from 0) of `steps`.
     pub fn lr_at(&self, step: u64, steps: u64) -> f64 {
+        self.lr * self.share_at(step, steps)
+    }
+
+    /// Linear warm-up times the scheduler's fall.
+    fn share_at(&self, step: u64, steps: u64) -> f64 {
         let warmup = (self.warmup * steps as f64).ceil().max(1.0);
         let rise = ((step + 1) as f64 / warmup).min(1.0);
-        let fall = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-        self.lr * rise * (self.min_lr + (1.0 - self.min_lr) * fall)
+        let done = step as f64 / steps as f64;
+        let fall = match self.lr_scheduler {
+            LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+            LrScheduler::Wsd => ((1.0 - done) / self.decay).min(1.0),
+        };
+        rise * (self.min_lr + (1.0 - self.min_lr) * fall)
     }
 
     fn rules(&self, step: u64, steps: u64) -> Optimizer {
         let lr = self.lr_at(step, steps);
         let adamw = AdamW {
-            lr,
+            lr: match (self.optimizer, self.adamw_lr) {
+                (OptimizerName::Muon, Some(peak)) => peak * self.share_at(step, steps),
+                _ => lr,
+            },
             beta1: self.beta1,
             beta2: self.beta2,
             eps: self.eps,

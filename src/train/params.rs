@@ -23,6 +23,8 @@ struct Param {
     /// First and second moments, `[2, ..]`; Muon uses the first for its momentum.
     moments: Tensor,
     grad: Option<Tensor>,
+    /// Of the matrices in it ([`MixerConfig::stacked`](crate::mixer::MixerConfig::stacked)).
+    rows: Vec<usize>,
 }
 
 /// A weight that maps activations to activations: Muon's. Embedding and head map tokens.
@@ -37,8 +39,12 @@ pub struct ParamGroup {
 
 impl ParamGroup {
     /// Makes variables (f32) of the tensors that `trained` picks and returns, with the group, all weights
-    /// as a model should see them.
-    pub fn new(weights: &Weights, trained: impl Fn(&str) -> bool) -> Result<(Self, Weights)> {
+    /// as a model should see them. `stacked`: the rows of the matrices in a tensor that holds several.
+    pub fn new(
+        weights: &Weights,
+        trained: impl Fn(&str) -> bool,
+        stacked: &BTreeMap<String, Vec<usize>>,
+    ) -> Result<(Self, Weights)> {
         let mut params = BTreeMap::new();
         let mut seen = weights.to_map();
         for (name, tensor) in weights.iter().filter(|(name, _)| trained(name)) {
@@ -53,6 +59,7 @@ impl ParamGroup {
                     moments: Tensor::zeros(shape, DType::F32, tensor.device())?,
                     var,
                     grad: None,
+                    rows: stacked.get(name).cloned().unwrap_or_default(),
                 },
             );
         }
@@ -92,8 +99,9 @@ impl ParamGroup {
             match optimizer.muon.filter(|_| is_matrix(name, &param.var)) {
                 Some(hyper) => {
                     let momentum = param.moments.get(0)?;
+                    let before = param.var.as_tensor();
                     let (value, momentum) =
-                        muon_step(param.var.as_tensor(), &grad, &momentum, scale, &hyper)?;
+                        muon_step(before, &grad, &momentum, &param.rows, scale, &hyper)?;
                     param.var.set(&value)?;
                     param.moments = Tensor::stack(&[&momentum, &momentum.zeros_like()?], 0)?;
                 }

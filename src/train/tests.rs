@@ -353,6 +353,16 @@ fn schedule_warms_up_and_falls() {
     assert!((config.lr_at(0, 100) - 0.1).abs() < 1e-3);
     assert!((config.lr_at(10, 100) - 0.9).abs() < 0.1);
     assert!(config.lr_at(99, 100) < 0.11);
+    let config = TrainConfig {
+        lr_scheduler: LrScheduler::Wsd,
+        decay: 0.4,
+        min_lr: 0.0,
+        ..config
+    };
+    let rates = [20, 60, 80, 99].map(|step| config.lr_at(step, 100));
+    for (rate, wanted) in rates.iter().zip([1.0, 1.0, 0.5, 0.025]) {
+        assert!((rate - wanted).abs() < 1e-9, "{rates:?}");
+    }
 }
 
 #[test]
@@ -364,6 +374,7 @@ fn settings_out_of_range_are_named() {
     };
     assert!(say(|c| c.lr = f64::NAN).contains("lr NaN"));
     assert!(say(|c| c.beta2 = 1.0).contains("beta2 1"));
+    assert!(say(|c| c.decay = 0.0).contains("decay 0"));
     assert!(say(|c| c.batch_size = 0).contains("batch_size"));
     assert!(say(|c| c.epochs = Some(0.0)).contains("epochs 0"));
     assert!(say(|c| (c.steps, c.tokens) = (Some(1), Some(1))).contains("give one of them"));

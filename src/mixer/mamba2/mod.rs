@@ -131,6 +131,14 @@ impl Mamba2Config {
         ]
     }
 
+    pub(super) fn stacked(&self) -> Vec<(&'static str, Vec<usize>)> {
+        let [x, b, c] = self.widths();
+        vec![(
+            "in_proj.weight",
+            vec![self.d_inner(), x, b, c, self.num_heads],
+        )]
+    }
+
     pub(super) fn cost(&self, hidden: usize) -> Cost {
         let (h, g, p, n) = (
             self.num_heads,

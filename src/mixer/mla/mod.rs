@@ -142,6 +142,11 @@ impl MlaConfig {
         params
     }
 
+    pub(super) fn stacked(&self) -> Vec<(&'static str, Vec<usize>)> {
+        let rows = vec![self.kv_lora_rank, self.qk_rope_head_dim];
+        vec![("kv_a_proj_with_mqa.weight", rows)]
+    }
+
     pub(super) fn cost(&self, hidden: usize) -> Cost {
         let (h, g) = (self.num_attention_heads, self.num_key_value_heads);
         let (rq, r, rope) = (self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim);

@@ -15,12 +15,14 @@ pub struct Muon {
     pub weight_decay: f64,
 }
 
-/// The values of `param [M, N]` and `momentum [M, N]` after a step. The gradient is multiplied by
+/// The values of `param [M, N]` and `momentum [M, N]` after a step. `rows` are those of the matrices that
+/// stand one above the other in `param`, `Σ rows = M`; none: it is one. The gradient is multiplied by
 /// `grad_scale` first (global-norm clipping).
 pub fn muon_step(
     param: &Tensor,
     grad: &Tensor,
     momentum: &Tensor,
+    rows: &[usize],
     grad_scale: f64,
     hyper: &Muon,
 ) -> Result<(Tensor, Tensor)> {
@@ -36,8 +38,20 @@ pub fn muon_step(
     let grad = (grad * grad_scale)?;
     let momentum = ((momentum * hyper.momentum)? + &grad)?;
     let nesterov = (grad + (&momentum * hyper.momentum)?)?;
-    let size = 0.2 * (m.max(n) as f64).sqrt();
-    let update = (orthogonalised(&nesterov)? * (hyper.lr * size))?;
+    let whole = [m];
+    let rows = if rows.is_empty() { &whole } else { rows };
+    if rows.iter().sum::<usize>() != m {
+        bail!("muon: matrices of {rows:?} rows in a parameter of {m}");
+    }
+    let mut updates = Vec::with_capacity(rows.len());
+    let mut at = 0;
+    for rows in rows.iter().copied().filter(|r| *r > 0) {
+        let size = 0.2 * (rows.max(n) as f64).sqrt();
+        let update = orthogonalised(&nesterov.narrow(0, at, rows)?)?;
+        updates.push((update * (hyper.lr * size))?);
+        at += rows;
+    }
+    let update = Tensor::cat(&updates, 0)?;
     let kept = (param * (1.0 - hyper.lr * hyper.weight_decay))?;
     Ok(((kept - update)?, momentum))
 }
@@ -82,7 +96,7 @@ mod tests {
                 momentum: 0.9,
                 weight_decay: 0.0,
             };
-            let (after, momentum) = muon_step(&zero, &grad, &zero, 0.5, &hyper).unwrap();
+            let (after, momentum) = muon_step(&zero, &grad, &zero, &[], 0.5, &hyper).unwrap();
             let half = (&grad * 0.5).unwrap();
             assert_eq!(
                 momentum.to_vec2::<f64>().unwrap(),
@@ -104,6 +118,28 @@ mod tests {
         }
     }
 
+    /// Matrices in one tensor move as they would alone.
+    #[test]
+    fn stacked_matrices_are_stepped_apart() {
+        let [param, grad, momentum] = &random(&[&[9, 4], &[9, 4], &[9, 4]], 5)[..] else {
+            panic!()
+        };
+        let hyper = Muon {
+            lr: 0.1,
+            momentum: 0.9,
+            weight_decay: 0.1,
+        };
+        let step = |at: usize, rows: usize, stacked: &[usize]| {
+            let [p, g, m] = [param, grad, momentum].map(|t| t.narrow(0, at, rows).unwrap());
+            let (value, _) = muon_step(&p, &g, &m, stacked, 1.0, &hyper).unwrap();
+            value.to_vec2::<f64>().unwrap()
+        };
+        let apart = [step(0, 6, &[]), step(6, 3, &[])].concat();
+        assert_eq!(step(0, 9, &[6, 3]), apart);
+        assert_ne!(step(0, 9, &[]), apart);
+        assert!(muon_step(param, grad, momentum, &[6, 2], 1.0, &hyper).is_err());
+    }
+
     /// `½‖W − T‖²` falls to the step's own size.
     #[test]
     fn a_quadratic_is_descended() {
@@ -122,7 +158,7 @@ mod tests {
                 momentum: 0.9,
                 weight_decay: 0.0,
             };
-            (w, momentum) = muon_step(&w, &grad, &momentum, 1.0, &hyper).unwrap();
+            (w, momentum) = muon_step(&w, &grad, &momentum, &[], 1.0, &hyper).unwrap();
         }
         assert!(distance(&w) < 0.02 * first, "{} of {first}", distance(&w));
     }

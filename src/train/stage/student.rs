@@ -1,5 +1,6 @@
 //! A model whose weights are (partly) trained.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::Result;
@@ -20,7 +21,13 @@ impl Student {
         weights: &Weights,
         trained: impl Fn(&str) -> bool,
     ) -> Result<Self> {
-        let (params, weights) = ParamGroup::new(weights, trained)?;
+        let mut stacked = BTreeMap::new();
+        for (i, mixer) in config.layers.iter().enumerate() {
+            for (name, rows) in mixer.stacked() {
+                stacked.insert(format!("model.layers.{i}.{}.{name}", mixer.prefix()), rows);
+            }
+        }
+        let (params, weights) = ParamGroup::new(weights, trained, &stacked)?;
         Ok(Self {
             lm: Lm::new(config, &weights)?,
             params,
