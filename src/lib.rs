@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | 1 | [`cli`] | one file per command |
 //! | 2 | [`pipeline`] | an opened teacher and its stages, shared by commands and recipes |
-//! | 3 | [`eval`] | KL, parity, recall, sensitivity; HTML report |
+//! | 3 | [`eval`] | KL, perplexity, parity, recall, probes, retention, sensitivity; `task/<name>.rs` and `harness/`; HTML report |
 //! | 3 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
 //! | 3 | [`convert`] | Llama checkpoint + layer plan → hybrid checkpoint |
 //! | 4 | [`generate`] | prefill, decode, sampling |
