@@ -66,45 +66,18 @@ fn harness_and_retention() {
 
 #[test]
 fn bad_input_for_the_harness_is_named() {
-    let say = |more: &[&str]| {
-        let common = ["eval", "harness", TEACHER, "--data-dir", DATA];
-        fails(2, &[&common[..], more].concat())
+    let say = |data: &str, tasks: &str| {
+        let common = ["eval", "harness", TEACHER, "--data-dir"];
+        fails(2, &[&common[..], &[data, "--tasks", tasks]].concat())
     };
-    assert!(say(&["--tasks", "arc_easi"]).contains("near it: arc_easy"));
-    let said = say(&["--tasks", "truthfulqa_mc1,nope"]);
-    assert!(said.contains("nope"), "{said}");
+    assert!(say(DATA, "arc_easi").contains("near it: arc_easy"));
+    assert!(say(DATA, "truthfulqa_mc1,nope").contains("nope"));
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().to_str().unwrap();
-    let said = fails(
-        1,
-        &[
-            "eval",
-            "harness",
-            TEACHER,
-            "--data-dir",
-            data,
-            "--tasks",
-            "piqa",
-        ],
-    );
-    assert!(said.contains("piqa_validation.jsonl"), "{said}");
-    std::fs::write(
-        folder.path().join("piqa_validation.jsonl"),
-        "{\"goal\": \"x\"}\n",
-    )
-    .unwrap();
-    let said = fails(
-        1,
-        &[
-            "eval",
-            "harness",
-            TEACHER,
-            "--data-dir",
-            data,
-            "--tasks",
-            "piqa",
-        ],
-    );
+    assert!(say(data, "piqa").contains("piqa_validation.jsonl"));
+    let file = folder.path().join("piqa_validation.jsonl");
+    std::fs::write(&file, "{\"goal\": \"x\"}\n").unwrap();
+    let said = say(data, "piqa");
     assert!(
         said.contains("piqa_validation.jsonl") && said.contains("sol1"),
         "{said}"

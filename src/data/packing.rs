@@ -178,7 +178,7 @@ impl Batch {
     pub fn new(ids: Vec<u32>, starts: Vec<u32>, learned: &[bool], len: usize) -> Self {
         let follows = |at: usize| {
             let next = at + 1;
-            next % len != 0 && starts[next] == starts[at]
+            !next.is_multiple_of(len) && starts[next] == starts[at]
         };
         let all = 0..ids.len();
         let target = |at: usize| if follows(at) { ids[at + 1] } else { 0 };

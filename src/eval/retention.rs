@@ -73,7 +73,7 @@ pub fn retention(base: &Value, student: &Value, teacher: Option<&Value>) -> Resu
             metric: metric.name(),
             base: base_figure.0,
             student: student_figure.0,
-            teacher: teacher.and_then(|t| of(t)).map(|(value, _)| value),
+            teacher: teacher.and_then(of).map(|(value, _)| value),
             retention: student_figure.0 / base_figure.0,
             interval,
             paired: paired.is_some(),

@@ -122,7 +122,7 @@ impl LmState {
     /// Sequences `rows` (u32) of the batch, any of them any number of times: what several continuations of
     /// one beginning start from.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        let layers = self.layers.iter().map(|layer| layer.select(&rows));
+        let layers = self.layers.iter().map(|layer| layer.select(rows));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
             len: self.len,

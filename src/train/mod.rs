@@ -295,12 +295,15 @@ pub struct RunOptions<'a> {
     pub observe: &'a mut dyn FnMut(&StepMetrics, u64),
 }
 
+/// Figures by name.
+pub type Figures = Vec<(String, f64)>;
+
 /// How a student is measured while it learns.
 pub struct Validation<'a> {
     /// Steps between measurements.
     pub every: u64,
-    /// Figures by name of the student as it is now.
-    pub measure: &'a dyn Fn(&Lm) -> Result<Vec<(String, f64)>>,
+    /// What the student is like now.
+    pub measure: &'a dyn Fn(&Lm) -> Result<Figures>,
 }
 
 /// Steps whose speed the reported rate averages over.
