@@ -35,8 +35,8 @@ pub struct Args {
     #[arg(long)]
     num_fewshot: Option<usize>,
     /// First documents of every task (of every subject, where a task has several).
-    #[arg(long)]
-    limit: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
     /// Folder of the datasets: JSON lines or parquet with Hugging Face's field names, e.g. arc_easy_test.jsonl
     /// [default: downloaded from Hugging Face; HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE].
     #[arg(long)]
@@ -80,7 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Some(folder) => Source::Folder(folder),
             None => Source::Hub(Hub::from_env(cache::folder().join("datasets"))),
         },
-        limit: args.limit,
+        limit: args.limit.map(|l| l as usize),
         batch_tokens: args.batch_tokens.max(1),
         max_length: max_length(&lm, args.max_length)?,
         lossy: args.lossy,

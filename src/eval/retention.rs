@@ -130,10 +130,9 @@ fn figure(results: &Value, task: &str, metric: Metric) -> Option<(f64, f64)> {
     let row = &results["results"][task];
     let name = metric.name();
     let value = row[format!("{name},none")].as_f64()?;
-    Some((
-        value,
-        row[format!("{name}_stderr,none")].as_f64().unwrap_or(0.0),
-    ))
+    // Nothing is significant where no spread is known.
+    let error = row[format!("{name}_stderr,none")].as_f64();
+    Some((value, error.unwrap_or(f64::INFINITY)))
 }
 
 /// Student minus base of every document, if both logged the same ones.

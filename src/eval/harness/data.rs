@@ -59,6 +59,12 @@ impl Dataset {
                 false => rows.extend(read_lines::<Value>(file, "a JSON object")?),
             }
         }
+        if rows.is_empty() {
+            return Err(Error::invalid(format!(
+                "no row in the {split} split of {}: {files:?}",
+                task.name
+            )));
+        }
         Ok(Self {
             files,
             rows,

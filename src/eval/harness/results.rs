@@ -107,7 +107,11 @@ fn row(name: &str, figures: Vec<(Metric, Figure)>) -> Value {
         row.insert(format!("{},none", metric.name()), json!(figure.value));
         row.insert(
             format!("{}_stderr,none", metric.name()),
-            json!(figure.standard_error),
+            // As the peer writes what one document cannot tell.
+            match figure.standard_error.is_finite() {
+                true => json!(figure.standard_error),
+                false => json!("N/A"),
+            },
         );
         row.insert("sample_len".into(), json!(figure.count));
     }
@@ -126,12 +130,15 @@ pub fn markdown(results: &[TaskResult]) -> String {
             "↓"
         };
         text += &format!(
-            "|{name}|{}|{}|{}|{arrow}|{:.4}|±|{:.4}|\n",
+            "|{name}|{}|{}|{}|{arrow}|{:.4}|±|{}|\n",
             result.task.version,
             result.num_fewshot,
             metric.name(),
             figure.value,
-            figure.standard_error
+            match figure.standard_error.is_finite() {
+                true => format!("{:.4}", figure.standard_error),
+                false => "N/A".into(),
+            }
         );
     };
     for result in results {
