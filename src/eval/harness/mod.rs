@@ -107,6 +107,8 @@ pub fn run_task(
     config: &HarnessConfig,
     observe: Observe,
 ) -> Result<TaskResult> {
+    // It may have to be downloaded.
+    observe(&format!("{}: data", task.name), 0, 0);
     let dataset = Dataset::open(&config.data, task, task.split)?;
     let examples = match (task.examples, num_fewshot) {
         (_, 0) => None,
