@@ -87,6 +87,18 @@ fn every_task_equals_lm_evaluation_harness() {
     compare("embedded", Path::new("assets/teacher"), &data, None);
 }
 
+#[test]
+fn a_hybrid_equals_lm_evaluation_harness() {
+    let folder = tempfile::tempdir().unwrap();
+    let hybrid = folder.path().join("hybrid");
+    let place = hybrid.to_str().unwrap();
+    let plan = "--init reference --seed 1 --mla 1 --kv-rank 16 --rope-dim 8";
+    let args = ["compose", "assets/teacher", place].into_iter();
+    crate::cli::succeeds(&args.chain(plan.split(' ')).collect::<Vec<_>>());
+    let data = Path::new(FOLDER).join("data");
+    compare("embedded-hybrid", &hybrid, &data, None);
+}
+
 /// Real documents, a real teacher and a hybrid of the reference implementation.
 #[test]
 fn real_documents_equal_lm_evaluation_harness() {

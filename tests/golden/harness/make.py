@@ -2,9 +2,11 @@
 
     pip install "lm-eval[hf]==0.4.13" torch transformers safetensors
     python tests/golden/harness/make.py            # own documents, the embedded teacher
-    python tests/golden/harness/make.py SHARED     # real documents, stories260K and a golden hybrid
+    python tests/golden/harness/make.py SHARED     # real documents, stories260K and a golden hybrid; own documents, a hybrid of
+                                                   # the embedded teacher (zebra_torch.py of SHARED/tools renders hybrids)
 """
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +20,9 @@ from lm_eval.tasks import TaskManager
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+NAMED = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "mmlu", "lambada_openai", "blimp", "race", "truthfulqa_mc1", "truthfulqa_mc2")
+# The hybrid that tests/golden/harness.rs composes, too.
+HYBRID = ("--init", "reference", "--seed", "1", "--mla", "1", "--kv-rank", "16", "--rope-dim", "8")
 NAMES, COLOURS = ["Tom", "Mia", "Ben", "Lucy", "Max", "Emma"], ["red", "blue", "green", "pink", "white", "black"]
 TOYS, PLACES = ["ball", "kite", "boat", "drum", "cup", "bell"], ["park", "river", "forest", "lake", "school", "farm"]
 
@@ -143,11 +148,20 @@ def main():
         wanted = [(n, 0) for n in ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "mmlu", "lambada_openai", "blimp")]
         teacher = shared / "teachers/stories260K"
         load = lambda kind: kind(pretrained=str(teacher), dtype="float32", device="cpu", batch_size=16)
-        folder = shared / "golden/zebra-2mla3m2"
-        c, hc = (json.loads((folder / n).read_text()) for n in ("config.json", "hybrid_config.json"))
-        hybrid = z.LM(c, [(z.MLA if i in hc["mla_layers"] else z.Mamba2)(hc) for i in range(c["num_hidden_layers"])])
-        hybrid.load_state_dict(z.load(folder / "model.safetensors"))
-        for name, lm in [("stories260K", load(HFLM)), ("zebra-2mla3m2", load(Peer).attach(hybrid.eval()))]:
+        def hybrid(folder, tokenizer):
+            c, hc = (json.loads((folder / n).read_text()) for n in ("config.json", "hybrid_config.json"))
+            lm = z.LM(c, [(z.MLA if i in hc["mla_layers"] else z.Mamba2)(hc) for i in range(c["num_hidden_layers"])])
+            lm.load_state_dict(z.load(folder / "model.safetensors"))
+            return Peer(pretrained=str(tokenizer), dtype="float32", device="cpu", batch_size=16).attach(lm.eval())
+
+        with tempfile.TemporaryDirectory() as scratch:
+            zebroid = lambda *args: subprocess.run(["cargo", "run", "--release", "--quiet", "--", *args], cwd=ROOT, check=True)
+            zebroid("compose", "assets/teacher", f"{scratch}/own", *HYBRID)
+            zebroid("export", f"{scratch}/own", f"{scratch}/amd", "--format", "amd")
+            own = hybrid(Path(scratch) / "amd", ROOT / "assets/teacher")
+        write("embedded-hybrid", record(own, HERE / "data", [(n, 0) for n in NAMED] + [("arc_easy", 3)], None))
+        golden = hybrid(shared / "golden/zebra-2mla3m2", teacher)
+        for name, lm in [("stories260K", load(HFLM)), ("zebra-2mla3m2", golden)]:
             write(f"shared-{name}", record(lm, shared / "data/eval", wanted, 3))
         return
     data = HERE / "data"
@@ -157,8 +171,7 @@ def main():
         path.write_text("".join(json.dumps(r) + "\n" for r in lines))
     parquet(data, {"arc_easy_test": "ARC-Easy/test", "arc_easy_train": "ARC-Easy/train", "mmlu_test": "all/test",
                    "blimp/toys_one": "toys_one/train", "blimp/toys_two": "toys_two/train"})
-    names = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "mmlu", "lambada_openai", "blimp", "race", "truthfulqa_mc1", "truthfulqa_mc2")
-    wanted = [(n, 0) for n in names] + [("arc_easy", 3), ("winogrande", 2), ("mmlu", 5), ("race", 1)]
+    wanted = [(n, 0) for n in NAMED] + [("arc_easy", 3), ("winogrande", 2), ("mmlu", 5), ("race", 1)]
     lm = HFLM(pretrained=str(ROOT / "assets/teacher"), dtype="float32", device="cpu", batch_size=4)
     write("embedded", record(lm, data, wanted, None))
 
