@@ -12,7 +12,7 @@ use super::{cache, interrupt};
 use crate::checkpoint::{self, Checkpoint, write_atomic};
 use crate::data::Tokenizer;
 use crate::eval::harness::{
-    HarnessConfig, Hub, Source, TaskResult, cache_folder, markdown, max_length, run_task, to_json,
+    FEWSHOT_SEED, HarnessConfig, Hub, Source, TaskResult, markdown, max_length, run_task, to_json,
 };
 use crate::eval::task::{Examples, GROUPS, Task, find};
 use crate::hash::Hash;
@@ -71,10 +71,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let weights = checkpoint.weights(DType::F32, &device)?;
     let fingerprint = checkpoint::fingerprint(&checkpoint.config, &weights)?;
     let lm = crate::model::Lm::new(&checkpoint.config, &weights)?;
-    let folder = cache_folder(&cache::folder());
-    if args.fresh && folder.exists() {
-        std::fs::remove_dir_all(&folder).map_err(Error::io("cannot remove", &folder))?;
-    }
     let config = HarnessConfig {
         data: match args.data_dir.clone() {
             Some(folder) => Source::Folder(folder),
@@ -84,7 +80,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         batch_tokens: args.batch_tokens.max(1),
         max_length: max_length(&lm, args.max_length)?,
         lossy: args.lossy,
-        cache: folder,
+        cache: cache::folder().join("harness"),
+        fresh: args.fresh,
         model: Hash::of(format!("{fingerprint} {}", tokenizer.hash()).as_bytes()).to_string(),
     };
     interrupt::install();
@@ -124,7 +121,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "limit": args.limit,
             "batch_tokens": config.batch_tokens,
             "max_length": config.max_length,
-            "fewshot_seed": 1234,
+            "fewshot_seed": FEWSHOT_SEED,
             "model_hash": config.model,
             "kv_per_token": cost.kv_per_token,
             "state": cost.state,
@@ -141,22 +138,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 /// Tasks by name, groups taken apart, each with its number of examples.
 fn tasks(names: &[String], num_fewshot: Option<usize>) -> Result<Vec<(&'static Task, usize)>> {
     let mut tasks: Vec<(&'static Task, usize)> = Vec::new();
+    let mut add = |name: &str, own: Option<usize>| -> Result<()> {
+        let task = find(name)?;
+        let asked = match task.examples {
+            // Its prompt has examples already.
+            Examples::None => 0,
+            _ => num_fewshot.or(own).unwrap_or(0),
+        };
+        tasks.push((task, asked));
+        Ok(())
+    };
     for name in names {
         match GROUPS.iter().find(|g| g.name == name) {
-            Some(group) => {
-                for (name, own, _) in group.tasks {
-                    tasks.push((find(name)?, num_fewshot.or(*own).unwrap_or(0)));
-                }
-            }
-            None => {
-                let task = find(name)?;
-                let asked = match task.examples {
-                    // Its prompt has examples already.
-                    Examples::None => 0,
-                    _ => num_fewshot.unwrap_or(0),
-                };
-                tasks.push((task, asked));
-            }
+            Some(group) => (group.tasks.iter()).try_for_each(|(name, own, _)| add(name, *own))?,
+            None => add(name, None)?,
         }
     }
     Ok(tasks)
@@ -169,5 +164,32 @@ fn resumable(error: Error, task: &Task) -> Error {
             task.name
         )),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn examples_are_the_groups_unless_asked_for() {
+        let shots = |num_fewshot| -> Vec<(&str, usize)> {
+            let found = tasks(&["fewshot".into()], num_fewshot).unwrap();
+            found.iter().map(|(task, n)| (task.name, *n)).collect()
+        };
+        let own = [25, 10, 5, 5, 0];
+        let names = [
+            "arc_challenge",
+            "hellaswag",
+            "mmlu",
+            "winogrande",
+            "truthfulqa_mc2",
+        ];
+        assert_eq!(shots(None), names.into_iter().zip(own).collect::<Vec<_>>());
+        // TruthfulQA's prompt has its examples.
+        assert_eq!(
+            shots(Some(3))[3..],
+            [("winogrande", 3), ("truthfulqa_mc2", 0)]
+        );
     }
 }

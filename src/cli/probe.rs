@@ -75,11 +75,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&cells)?);
         return Ok(());
     }
-    for probe in &wanted.probes {
-        let (headers, rows) = grid(*probe, &wanted.lengths, &cells);
-        let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
-        println!("{} (chance {:.1} %)", probe.name(), 100.0 * probe.chance());
-        println!("{}", table(&headers, &rows));
+    for grid in grids(&wanted, &cells) {
+        let mut headers = vec!["depth"];
+        headers.extend(grid.lengths.iter().map(String::as_str));
+        let rows = grid.depths.iter().zip(&grid.accuracies);
+        let rows = rows.map(|(depth, accuracies)| {
+            let mut row = vec![depth.clone()];
+            row.extend(accuracies.iter().map(|a| format!("{:.1} %", 100.0 * a)));
+            row
+        });
+        println!("{}", grid.title);
+        println!("{}", table(&headers, &rows.collect::<Vec<_>>()));
     }
     Ok(())
 }
@@ -91,28 +97,44 @@ fn lengths(most: usize) -> Vec<usize> {
     lengths
 }
 
-/// Depths down, lengths across, per cent.
-fn grid(probe: Probe, lengths: &[usize], cells: &[Cell]) -> (Vec<String>, Vec<Vec<String>>) {
-    let own: Vec<&Cell> = cells.iter().filter(|c| c.probe == probe).collect();
-    let mut depths: Vec<f64> = own.iter().map(|c| c.depth).collect();
-    depths.sort_by(f64::total_cmp);
-    depths.dedup();
-    let mut headers = vec!["depth".to_owned()];
-    headers.extend(lengths.iter().map(|l| format!("{l} tokens")));
-    let row = |depth: &f64| {
-        let mut row = vec![match probe.has_depth() {
+/// One probe's accuracies, depths down, lengths across.
+struct Grid {
+    title: String,
+    depths: Vec<String>,
+    lengths: Vec<String>,
+    accuracies: Vec<Vec<f64>>,
+}
+
+fn grids(wanted: &Sweep, cells: &[Cell]) -> Vec<Grid> {
+    let grid = |probe: &Probe| {
+        let own: Vec<&Cell> = cells.iter().filter(|c| c.probe == *probe).collect();
+        let mut depths: Vec<f64> = own.iter().map(|c| c.depth).collect();
+        depths.sort_by(f64::total_cmp);
+        depths.dedup();
+        let row = |depth: &f64| {
+            let at = |length: &usize| {
+                let mut own = own.iter();
+                let cell = own.find(|c| c.length == *length && c.depth == *depth);
+                cell.map_or(f64::NAN, |c| c.accuracy)
+            };
+            wanted.lengths.iter().map(at).collect()
+        };
+        let name = |depth: &f64| match probe.has_depth() {
             true => format!("{:.0} %", 100.0 * depth),
             false => "all".into(),
-        }];
-        row.extend(lengths.iter().map(|length| {
-            let cell = own
+        };
+        Grid {
+            title: format!("{} (chance {:.1} %)", probe.name(), 100.0 * probe.chance()),
+            depths: depths.iter().map(name).collect(),
+            lengths: wanted
+                .lengths
                 .iter()
-                .find(|c| c.length == *length && c.depth == *depth);
-            cell.map_or("-".into(), |c| format!("{:.1} %", 100.0 * c.accuracy))
-        }));
-        row
+                .map(|l| format!("{l} tokens"))
+                .collect(),
+            accuracies: depths.iter().map(row).collect(),
+        }
     };
-    (headers, depths.iter().map(row).collect())
+    wanted.probes.iter().map(grid).collect()
 }
 
 fn page(args: &Args, wanted: &Sweep, cells: &[Cell]) -> Report {
@@ -122,25 +144,10 @@ fn page(args: &Args, wanted: &Sweep, cells: &[Cell]) -> Report {
         args.checkpoint.display(),
         wanted.count
     ));
-    for probe in &wanted.probes {
-        let (headers, rows) = grid(*probe, &wanted.lengths, cells);
-        let values = rows.iter().map(|row| {
-            let share = |cell: &String| {
-                let number = cell.trim_end_matches(" %").parse::<f64>();
-                number.map_or(f64::NAN, |percent| percent / 100.0)
-            };
-            row[1..].iter().map(share).collect::<Vec<f64>>()
-        });
-        let names: Vec<&str> = rows.iter().map(|row| row[0].as_str()).collect();
-        let headers: Vec<&str> = headers[1..].iter().map(String::as_str).collect();
-        let title = format!("{} (chance {:.1} %)", probe.name(), 100.0 * probe.chance());
-        report.heat_map(
-            &title,
-            "depth",
-            &headers,
-            &names,
-            &values.collect::<Vec<_>>(),
-        );
+    for grid in grids(wanted, cells) {
+        let lengths: Vec<&str> = grid.lengths.iter().map(String::as_str).collect();
+        let depths: Vec<&str> = grid.depths.iter().map(String::as_str).collect();
+        report.heat_map(&grid.title, "depth", &lengths, &depths, &grid.accuracies);
     }
     report
 }

@@ -18,7 +18,7 @@ use crate::train::stage::dpo::{Dpo, DpoConfig};
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
 use crate::train::{
-    RunOptions, Stage, StepMetrics, TrainConfig, Validation, partial_folder, train,
+    Figures, RunOptions, Stage, StepMetrics, TrainConfig, Validation, partial_folder, train,
 };
 use crate::{Error, Result};
 
@@ -122,18 +122,17 @@ impl TrainArgs {
                 ));
             }
         };
-        let measure = |student: &Lm| -> Result<Vec<(String, f64)>> {
-            let Some((teacher, corpus)) = &held_out else {
-                return Ok(Vec::new());
-            };
-            let (rows, len) = (self.config.batch_size, self.config.seq_len);
-            let found = kl::evaluate(teacher, student, corpus, rows, len, &mut |_, _| {})?;
-            Ok(vec![
-                ("eval_kl".into(), found.kl),
-                ("eval_ce".into(), found.ce_student),
-                ("eval_agreement".into(), found.agreement),
-            ])
-        };
+        let measure = held_out.as_ref().map(|(teacher, corpus)| {
+            move |student: &Lm| -> Result<Figures> {
+                let (rows, len) = (self.config.batch_size, self.config.seq_len);
+                let found = kl::evaluate(teacher, student, corpus, rows, len, &mut |_, _| {})?;
+                Ok(vec![
+                    ("eval_kl".into(), found.kl),
+                    ("eval_ce".into(), found.ce_student),
+                    ("eval_agreement".into(), found.agreement),
+                ])
+            }
+        });
         interrupt::install();
         let bar = progress(name, 0);
         let mut observe = |metrics: &StepMetrics, steps: u64| {
@@ -155,9 +154,9 @@ impl TrainArgs {
                 tokenizer: tokenizer.to_owned(),
                 force: self.force,
                 save_every: self.save_every,
-                validation: Some(Validation {
+                validation: measure.as_ref().map(|measure| Validation {
                     every: self.eval_every,
-                    measure: &measure,
+                    measure,
                 }),
                 stop: &interrupt::asked,
                 observe: &mut observe,

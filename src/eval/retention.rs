@@ -138,11 +138,10 @@ fn figure(results: &Value, task: &str, metric: Metric) -> Option<(f64, f64)> {
 /// Student minus base of every document, if both logged the same ones.
 fn differences(base: &Value, student: &Value, task: &str, metric: Metric) -> Option<Vec<f64>> {
     let (base, student) = (scores(base, task, metric)?, scores(student, task, metric)?);
-    let same = base.len() == student.len() && !base.is_empty();
+    let same = base.keys().eq(student.keys()) && !base.is_empty();
     same.then(|| {
-        base.iter()
-            .filter_map(|(document, score)| Some(student.get(document)? - score))
-            .collect()
+        let pairs = base.values().zip(student.values());
+        pairs.map(|(base, student)| student - base).collect()
     })
 }
 
@@ -233,6 +232,17 @@ mod tests {
             assert!(found.retention > 0.99, "{}", found.retention);
             assert_eq!(found.hidden, ["mmlu"]);
         }
+    }
+
+    /// Logs of as many documents, but others, are not paired.
+    #[test]
+    fn other_documents_are_no_pairs() {
+        let run = |doc_id: u64| {
+            json!({ "results": { "piqa": { "acc_norm,none": 1.0, "acc_norm_stderr,none": "N/A" } },
+                    "samples": { "piqa": [{ "doc_id": doc_id, "acc_norm": 1.0 }] } })
+        };
+        let found = retention(&run(0), &run(1), None).unwrap();
+        assert!(!found.tasks[0].paired && !found.tasks[0].significant_loss);
     }
 
     /// Paired documents see a loss that two standard errors do not.

@@ -32,15 +32,27 @@ pub fn f32(x: &Tensor) -> Tensor {
     x.to_dtype(DType::F32).unwrap()
 }
 
-/// The greatest difference, relative to the greatest entry of `b`.
+/// The greatest absolute entry; not a number if one is not.
+fn greatest(x: &Tensor) -> f64 {
+    let x = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
+    let entries = x.to_vec1::<f64>().unwrap().into_iter().map(f64::abs);
+    entries.max_by(f64::total_cmp).unwrap_or(0.0)
+}
+
+/// The greatest difference of `a` from `b`, in f64.
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    let [a, b] = [a, b].map(|t| t.to_dtype(DType::F64).unwrap());
+    greatest(&(a - b).unwrap())
+}
+
+/// `max |a − b| / max |b|`.
 pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.dims(), b.dims());
-    let greatest = |x: &Tensor| -> Result<f64> { x.abs()?.flatten_all()?.max(0)?.to_scalar() };
-    let distance = || -> Result<f64> {
-        let (a, b) = (a.to_dtype(DType::F64)?, b.to_dtype(DType::F64)?);
-        Ok(greatest(&(a - &b)?)? / greatest(&b)?.max(1e-30))
-    };
-    distance().unwrap()
+    difference(a, b) / greatest(b).max(1e-30)
+}
+
+/// `max |a − b| / (1 + max |b|)`.
+pub fn gap(a: &Tensor, b: &Tensor) -> f64 {
+    difference(a, b) / (1.0 + greatest(b))
 }
 
 /// Documents of lengths 1, 2, 3, … in every row, row `b` beginning with length `b + 1`.
@@ -56,16 +68,6 @@ pub fn short_documents(b: usize, t: usize) -> Documents {
         }
     }
     Documents::new(starts, t)
-}
-
-/// `max |a − b| / (1 + max |b|)`.
-pub fn gap(a: &Tensor, b: &Tensor) -> f64 {
-    let max = |t: &Tensor| -> Result<f64> { t.abs()?.flatten_all()?.max(0)?.to_scalar() };
-    let gap = || -> Result<f64> {
-        let (a, b) = (a.to_dtype(DType::F64)?, b.to_dtype(DType::F64)?);
-        Ok(max(&(a - &b)?)? / (1.0 + max(&b)?))
-    };
-    gap().unwrap()
 }
 
 /// The value of `op` at `inputs` and the gradients of `Σ op · probe`, all in `dtype`.

@@ -33,6 +33,7 @@ fn compare(recorded: &str, checkpoint: &Path, data: &Path, limit: Option<usize>)
         batch_tokens: 2048,
         lossy: true,
         max_length: lm.config.max_position_embeddings,
+        fresh: false,
         cache: cache.path().to_owned(),
         model: String::new(),
     };

@@ -2,7 +2,7 @@
 //! tokens, scores and standard errors, item by item.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -43,6 +43,8 @@ pub struct HarnessConfig {
     pub lossy: bool,
     /// Where results of parts are kept, so that an interrupted evaluation goes on.
     pub cache: PathBuf,
+    /// Score again what is kept there.
+    pub fresh: bool,
     /// A fingerprint of model and tokenizer.
     pub model: String,
 }
@@ -92,7 +94,8 @@ pub struct Figure {
 /// Told how far a task is; says whether to go on.
 pub type Observe<'a> = &'a mut dyn FnMut(&str, usize, usize) -> bool;
 
-const FEWSHOT_SEED: u32 = 1234;
+/// Of the few-shot samples, as the peer's default.
+pub const FEWSHOT_SEED: u32 = 1234;
 
 /// Runs one task; parts that an earlier call finished are read from the cache.
 ///
@@ -202,7 +205,7 @@ impl Part<'_> {
         observe: Observe,
     ) -> Result<PartResult> {
         let path = config.cache.join(format!("{}.json", self.key(config)));
-        if path.exists() {
+        if !config.fresh && path.exists() {
             let text = std::fs::read_to_string(&path).map_err(Error::io("cannot read", &path))?;
             if let Ok(found) = serde_json::from_str(&text) {
                 return Ok(found);
@@ -443,9 +446,4 @@ pub fn max_length(lm: &Lm, asked: Option<usize>) -> Result<usize> {
         Some(length) => Ok(length),
         None => Ok(lm.config.max_position_embeddings),
     }
-}
-
-/// Where results are kept under a cache folder.
-pub fn cache_folder(cache: &Path) -> PathBuf {
-    cache.join("harness")
 }

@@ -7,7 +7,7 @@ mod plot;
 use std::fmt::Write;
 use std::path::Path;
 
-pub use plot::{Bars, Series};
+pub use plot::{Bars, Series, line_svg};
 
 use crate::Result;
 use crate::checkpoint::write_atomic;
@@ -148,17 +148,6 @@ impl Report {
         _ = self.body.write_fmt(html);
         self
     }
-}
-
-/// Curves as a picture of their own, legend included.
-pub fn line_svg(
-    title: &str,
-    x_label: &str,
-    y_label: &str,
-    series: &[Series],
-    log_y: bool,
-) -> String {
-    plot::standalone(title, x_label, y_label, series, log_y)
 }
 
 /// Digits with the signs and units that go with them: `-1.5`, `12 %`, `3.2 MiB`, `1e-4`.

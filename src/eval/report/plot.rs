@@ -203,7 +203,7 @@ pub fn lines(title: &str, x_label: &str, y_label: &str, series: &[Series], log_y
 }
 
 /// [`lines`] as a file of its own: style, background, title and legend are inside.
-pub fn standalone(
+pub fn line_svg(
     title: &str,
     x_label: &str,
     y_label: &str,

@@ -295,7 +295,7 @@ pub fn find(name: &str) -> Result<&'static Task> {
         let groups = GROUPS.iter().map(|g| g.name);
         TASKS.iter().map(|t| t.name).chain(groups)
     };
-    let mut near: Vec<(usize, &str)> = names().map(|n| (distance(n, name), n)).collect();
+    let mut near: Vec<(usize, &str)> = names().map(|n| (strsim::levenshtein(n, name), n)).collect();
     near.sort_unstable();
     let near: Vec<&str> = near.iter().take(3).map(|(_, n)| *n).collect();
     Err(Error::invalid(format!(
@@ -303,22 +303,6 @@ pub fn find(name: &str) -> Result<&'static Task> {
         near.join(", "),
         names().collect::<Vec<_>>().join(", ")
     )))
-}
-
-/// Edits from one word to the other (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut corner = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = corner + usize::from(x != *y);
-            corner = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(corner + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
