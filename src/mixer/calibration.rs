@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use faer::Mat;
 use faer::linalg::solvers::Solve;
 
-use super::linalg::{matrix, svd, tensor};
+use super::linalg::{matrix, tensor};
 use super::{AttentionWeights, Mixer, MixerConfig};
 use crate::op::Documents;
 use crate::weights::Weights;
@@ -151,19 +151,4 @@ pub fn fit_output(
     let error = square(&gap)? / square(&target)?;
     tensors[slot].1 = fitted;
     Ok(Fitted { tensors, error })
-}
-
-/// The symmetric root of a positive semi-definite matrix and the root's inverse. Directions that hardly
-/// occur are lifted to a thousandth of the mean, so that the inverse stays bounded.
-pub fn root(m: &Mat<f64>) -> Result<(Mat<f64>, Mat<f64>)> {
-    let n = m.nrows();
-    let decomposed = svd(m)?;
-    let floor = 1e-3 * decomposed.s.iter().sum::<f64>() / n as f64 + f64::MIN_POSITIVE;
-    let power = |p: f64| {
-        let scaled = Mat::from_fn(n, n, |i, j| {
-            decomposed.u[(i, j)] * (decomposed.s[j] + floor).powf(p)
-        });
-        scaled * decomposed.u.transpose()
-    };
-    Ok((power(0.5), power(-0.5)))
 }

@@ -18,7 +18,7 @@ fn random(shape: &[usize], scale: f64, rng: &mut ChaCha8Rng) -> Tensor {
 }
 
 /// A teacher's layer with `g` key heads of 8 dims, and a sample of it.
-fn teacher(g: usize) -> (AttentionWeights, Sample) {
+pub(super) fn teacher(g: usize) -> (AttentionWeights, Sample) {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let config = AttentionConfig {
         num_attention_heads: 2,

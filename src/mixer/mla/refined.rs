@@ -9,12 +9,13 @@
 //! - the output projection is fitted in closed form.
 
 use candle_core::Tensor;
-use faer::Mat;
+use faer::prelude::ReborrowMut;
+use faer::{Mat, MatRef, Scale};
 
 use super::{MlaConfig, Spectrum};
 use crate::Result;
-use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output, root};
-use crate::mixer::linalg::{matrix, svd, tensor};
+use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output};
+use crate::mixer::linalg::{eigen, floor, matrix, root, svd, tensor};
 use crate::mixer::{AttentionWeights, MixerConfig};
 
 /// Weights of the keys' block against the values' that are tried.
@@ -58,7 +59,10 @@ pub fn spectrum(
     let queries = teacher.queries(c, &pairs, &plain, &factors);
     let (latent, _) = teacher.weighted(c, &plain, KEY_WEIGHTS[1])?;
     let energies = |m: &Mat<f64>| -> Result<Vec<f64>> {
-        Ok(svd(&(m * &teacher.root))?.s.iter().map(|s| s * s).collect())
+        let mut energies = eigen(&teacher.covariance(m))?.values;
+        // A matrix has no more of them than columns.
+        energies.truncate(m.ncols());
+        Ok(energies)
     };
     Ok(Spectrum {
         kv: energies(&latent)?,
@@ -66,42 +70,89 @@ pub fn spectrum(
     })
 }
 
-/// A teacher's layer in matrices.
+/// A matrix whose rows belong to heads, `dim` rows each.
+struct Heads {
+    rows: Mat<f64>,
+    dim: usize,
+}
+
+impl Heads {
+    fn new(weight: &Tensor, dim: usize) -> Result<Self> {
+        Ok(Self {
+            rows: matrix(weight)?,
+            dim,
+        })
+    }
+
+    fn head(&self, head: usize) -> MatRef<'_, f64> {
+        self.rows.as_ref().subrows(head * self.dim, self.dim)
+    }
+
+    fn each(&self) -> impl Iterator<Item = MatRef<'_, f64>> {
+        (0..self.rows.nrows() / self.dim).map(|head| self.head(head))
+    }
+}
+
+/// A teacher's layer in matrices, and what all candidates need of them.
 struct Teacher<'a> {
     attention: &'a AttentionWeights,
-    q: Mat<f64>,
-    k: Mat<f64>,
-    v: Mat<f64>,
-    o: Mat<f64>,
+    q: Heads,
+    k: Heads,
+    v: Heads,
     statistics: &'a Statistics,
-    /// `E[x xᵀ]`, its root and the root's inverse.
-    moment: &'a Mat<f64>,
-    root: Mat<f64>,
-    unroot: Mat<f64>,
+    /// `E[x xᵀ]`, rare directions lifted ([`floor`]).
+    moment: Mat<f64>,
+    /// `E[q qᵀ]` of every query head, `[hd, hd]`.
+    asked: Vec<Mat<f64>>,
+    /// `E[k kᵀ]` of all key heads, `[G·hd, G·hd]`.
+    keys: Mat<f64>,
+    /// `Oᵀ O` of every query head's columns of the output projection, `[hd, hd]`.
+    made: Vec<Mat<f64>>,
     /// Radians a position of each of the `hd/2` pairs.
     frequencies: Vec<f64>,
 }
 
 impl<'a> Teacher<'a> {
     fn new(attention: &'a AttentionWeights, statistics: &'a Statistics) -> Result<Self> {
-        let moment = &statistics.input_moment;
-        let (root, unroot) = root(moment)?;
         let a = &attention.config;
+        let moment = &statistics.input_moment;
+        let [q, k, v] =
+            [&attention.q, &attention.k, &attention.v].map(|weight| Heads::new(weight, a.head_dim));
+        let (q, k, v) = (q?, k?, v?);
+        let o = Heads::new(&attention.o.t()?.contiguous()?, a.head_dim)?;
+        let spread = Heads {
+            rows: &q.rows * moment,
+            dim: a.head_dim,
+        };
+        let mut lifted = moment.clone();
+        let floor = floor(moment);
+        (0..lifted.nrows()).for_each(|i| lifted[(i, i)] += floor);
         Ok(Self {
             attention,
-            q: matrix(&attention.q)?,
-            k: matrix(&attention.k)?,
-            v: matrix(&attention.v)?,
-            o: matrix(&attention.o)?,
+            asked: (spread.each().zip(q.each()))
+                .map(|(spread, q)| spread * q.transpose())
+                .collect(),
+            keys: &k.rows * moment * k.rows.transpose(),
+            made: o.each().map(|o| o * o.transpose()).collect(),
+            q,
+            k,
+            v,
             statistics,
-            moment,
-            root,
-            unroot,
+            moment: lifted,
             frequencies: match &a.rope {
                 Some(rope) => rope.frequencies(a.head_dim).0,
                 None => vec![0.0; a.head_dim / 2],
             },
         })
+    }
+
+    /// `E[(M x)(M x)ᵀ]`
+    fn covariance(&self, m: &Mat<f64>) -> Mat<f64> {
+        m * &self.moment * m.transpose()
+    }
+
+    fn hidden(&self) -> usize {
+        self.moment.nrows()
     }
 
     fn sizes(&self) -> (usize, usize, usize) {
@@ -137,20 +188,13 @@ impl<'a> Teacher<'a> {
         pairs
     }
 
-    /// `E[(a·x)(b·x)]` of two rows.
-    fn product(&self, a: &Mat<f64>, i: usize, b: &Mat<f64>, j: usize) -> f64 {
-        let d = self.moment.nrows();
-        let weighted = |m: usize| (0..d).map(|n| self.moment[(m, n)] * b[(j, n)]).sum::<f64>();
-        (0..d).map(|m| a[(i, m)] * weighted(m)).sum()
-    }
-
     fn candidate(
         &self,
         c: &MlaConfig,
         pairs: &[usize],
         key_weight: f64,
     ) -> Result<(MlaConfig, Vec<(String, Tensor)>)> {
-        let d = self.moment.nrows();
+        let d = self.hidden();
         let plain = self.plain_dims(pairs, c.qk_nope_head_dim);
         let (shared, factors) = self.shared_keys(pairs)?;
         let queries = self.queries(c, pairs, &plain, &factors);
@@ -197,25 +241,25 @@ impl<'a> Teacher<'a> {
         factors: &[Vec<(f64, f64)>],
     ) -> Mat<f64> {
         let (h, g, hd) = self.sizes();
-        let (nope, d) = (c.qk_nope_head_dim, self.moment.nrows());
+        let (nope, d) = (c.qk_nope_head_dim, self.hidden());
         let magnitude = c.rope.frequencies(c.qk_rope_head_dim).1;
         // The softmax scale of the student over the teacher's.
         let scale = ((nope + c.qk_rope_head_dim) as f64 / hd as f64).sqrt();
         let mut queries = Mat::zeros(h * (nope + 2 * pairs.len()), d);
         for head in 0..h {
+            let own = self.q.head(head);
             let base = head * (nope + 2 * pairs.len());
             for (i, dim) in plain.iter().enumerate() {
                 for n in 0..d {
-                    queries[(base + i, n)] = scale * self.q[(head * hd + dim, n)];
+                    queries[(base + i, n)] = scale * own[(*dim, n)];
                 }
             }
             for (j, pair) in pairs.iter().enumerate() {
                 // (q_a + i q_b) times the conjugate of the head's factor.
                 let (re, im) = factors[j][head * g / h];
-                let (a, b) = (head * hd + pair, head * hd + pair + hd / 2);
                 let scale = scale / (magnitude * magnitude);
                 for n in 0..d {
-                    let (qa, qb) = (self.q[(a, n)], self.q[(b, n)]);
+                    let (qa, qb) = (own[(*pair, n)], own[(pair + hd / 2, n)]);
                     queries[(base + nope + 2 * j, n)] = scale * (qa * re + qb * im);
                     queries[(base + nope + 2 * j + 1, n)] = scale * (qb * re - qa * im);
                 }
@@ -238,7 +282,7 @@ impl<'a> Teacher<'a> {
     #[allow(clippy::type_complexity)]
     fn shared_keys(&self, pairs: &[usize]) -> Result<(Mat<f64>, Vec<Vec<(f64, f64)>>)> {
         let (h, g, hd) = self.sizes();
-        let d = self.moment.nrows();
+        let d = self.hidden();
         let mut rows = Mat::zeros(2 * pairs.len(), d);
         let mut factors = Vec::new();
         for (j, pair) in pairs.iter().enumerate() {
@@ -248,8 +292,8 @@ impl<'a> Teacher<'a> {
                 .map(|group| {
                     let heads = (0..h).filter(|head| head * g / h == group);
                     let asked = heads.map(|head| {
-                        let (a, b) = (head * hd + pair, head * hd + pair + hd / 2);
-                        self.product(&self.q, a, &self.q, a) + self.product(&self.q, b, &self.q, b)
+                        let (asked, other) = (&self.asked[head], pair + hd / 2);
+                        asked[(*pair, *pair)] + asked[(other, other)]
                     });
                     asked.sum::<f64>().sqrt()
                 })
@@ -257,8 +301,8 @@ impl<'a> Teacher<'a> {
             // E[z_m conj(z_n)] of the complex keys z = k_a + i k_b.
             let moment = |m: usize, n: usize| {
                 let ((ma, mb), (na, nb)) = (at(m), at(n));
-                let p = |x: usize, y: usize| self.product(&self.k, x, &self.k, y);
-                (p(ma, na) + p(mb, nb), p(mb, na) - p(ma, nb))
+                let p = &self.keys;
+                (p[(ma, na)] + p[(mb, nb)], p[(mb, na)] - p[(ma, nb)])
             };
             let hermitian: Vec<Vec<(f64, f64)>> = (0..g)
                 .map(|m| (0..g).map(|n| moment(m, n)).collect())
@@ -302,9 +346,9 @@ impl<'a> Teacher<'a> {
                 .sqrt()
                 .max(f64::MIN_POSITIVE);
             for (n, (re, im)) in mix.iter().enumerate() {
-                let (a, b) = at(n);
+                let key = self.k.head(n);
                 for x in 0..d {
-                    let (ka, kb) = (self.k[(a, x)], self.k[(b, x)]);
+                    let (ka, kb) = (key[(*pair, x)], key[(pair + hd / 2, x)]);
                     rows[(2 * j, x)] += size * (re * ka - im * kb);
                     rows[(2 * j + 1, x)] += size * (re * kb + im * ka);
                 }
@@ -314,26 +358,25 @@ impl<'a> Teacher<'a> {
         Ok((rows, factors))
     }
 
-    /// `m ≈ up · down` of a rank, best on the inputs that occur, singular values split evenly.
+    /// `m ≈ up · down` of a rank, best on the inputs that occur, singular values `S` split evenly.
+    ///
+    /// With `m C^½ = U S Vᵀ`, `C` the inputs' moment: `up = U S^½` and `down = S^½ Vᵀ C^-½ = S^-½ Uᵀ m`, so that
+    /// the eigenvectors `U` of `m C mᵀ` are all that is needed.
     fn factored(&self, m: &Mat<f64>, rank: usize) -> Result<(Mat<f64>, Mat<f64>)> {
-        let s = svd(&(m * &self.root))?;
-        let rank_s = s.s.len().min(rank);
-        let value = |j: usize| if j < rank_s { s.s[j].sqrt() } else { 0.0 };
-        let up = Mat::from_fn(m.nrows(), rank, |i, j| {
-            if j < rank_s {
-                s.u[(i, j)] * value(j)
-            } else {
-                0.0
-            }
+        let eigen = eigen(&self.covariance(m))?;
+        // The root of a singular value; 0 where `m` has no more of them.
+        let root = |r: usize| eigen.values.get(r).map_or(0.0, |value| value.powf(0.25));
+        let leading = Mat::from_fn(m.nrows(), rank, |i, r| match root(r) > 0.0 {
+            true => eigen.vectors[(i, r)],
+            false => 0.0,
         });
-        let down = Mat::from_fn(rank, m.ncols(), |i, n| {
-            if i < rank_s {
-                value(i) * s.v[(n, i)]
-            } else {
-                0.0
-            }
-        });
-        Ok((down * &self.unroot, up))
+        let mut down = leading.transpose() * m;
+        let mut up = leading;
+        for r in (0..rank).filter(|r| root(*r) > 0.0) {
+            up.col_mut(r).iter_mut().for_each(|u| *u *= root(r));
+            down.row_mut(r).iter_mut().for_each(|d| *d /= root(r));
+        }
+        Ok((down, up))
     }
 
     /// The latent's rows `[R, D]` and `kv_b_proj`.
@@ -349,19 +392,14 @@ impl<'a> Teacher<'a> {
         let (down, up) = self.factored(&weighted, c.kv_lora_rank)?;
         let mut plain_up = Mat::zeros(weighted.nrows(), c.kv_lora_rank);
         for (head, (key, value)) in unweight.iter().enumerate() {
-            let base = head * block;
-            for r in 0..c.kv_lora_rank {
-                for i in 0..nope {
-                    let sum: f64 = (0..nope).map(|j| key[(i, j)] * up[(base + j, r)]).sum();
-                    plain_up[(base + i, r)] = sum / key_weight;
-                }
-                for i in 0..hd {
-                    let sum: f64 = (0..hd)
-                        .map(|j| value[(i, j)] * up[(base + nope + j, r)])
-                        .sum();
-                    plain_up[(base + nope + i, r)] = sum;
-                }
-            }
+            let rows = up.subrows(head * block, block);
+            let mut own = plain_up.subrows_mut(head * block, block);
+            let keys = key * rows.subrows(0, nope);
+            own.rb_mut()
+                .subrows_mut(0, nope)
+                .copy_from(keys * Scale(1.0 / key_weight));
+            own.subrows_mut(nope, hd)
+                .copy_from(value * rows.subrows(nope, hd));
         }
         Ok((down, plain_up))
     }
@@ -376,47 +414,28 @@ impl<'a> Teacher<'a> {
         key_weight: f64,
     ) -> Result<(Mat<f64>, Vec<(Mat<f64>, Mat<f64>)>)> {
         let (h, g, hd) = self.sizes();
-        let (heads, nope, d) = (c.num_key_value_heads, plain.len(), self.moment.nrows());
+        let (heads, nope) = (c.num_key_value_heads, plain.len());
         let block = nope + hd;
-        let mut weighted = Mat::zeros(heads * block, d);
+        let mut weighted = Mat::zeros(heads * block, self.hidden());
         let mut unweight = Vec::new();
         for head in 0..heads {
             // With full kv heads each query head has a copy of its group's keys and values.
             let group = head * g / heads;
-            let own: Vec<usize> = (0..h).filter(|q| q * heads / h == head).collect();
+            let own = || (0..h).filter(|q| q * heads / h == head);
             let asked = Mat::from_fn(nope, nope, |i, j| {
-                let moment = |q: &usize| {
-                    self.product(&self.q, q * hd + plain[i], &self.q, q * hd + plain[j])
-                };
-                own.iter().map(moment).sum::<f64>() / hd as f64
+                let moment = |q: usize| self.asked[q][(plain[i], plain[j])];
+                own().map(moment).sum::<f64>() / hd as f64
             });
-            let made = Mat::from_fn(hd, hd, |i, j| {
-                let through = |q: &usize| {
-                    (0..d)
-                        .map(|n| self.o[(n, q * hd + i)] * self.o[(n, q * hd + j)])
-                        .sum::<f64>()
-                };
-                own.iter().map(through).sum::<f64>()
-            });
-            let keys = Mat::from_fn(nope, d, |i, n| self.k[(group * hd + plain[i], n)]);
-            let values = Mat::from_fn(hd, d, |i, n| self.v[(group * hd + i, n)]);
+            let made = own().fold(Mat::zeros(hd, hd), |sum, q| sum + &self.made[q]);
+            let (key, value) = (self.k.head(group), self.v.head(group));
+            let (key_root, key_unroot) = root(&asked)?;
             let (value_root, value_unroot) = root(&made)?;
-            let values = value_root * values;
-            let (keys, key_unroot) = match nope {
-                0 => (keys, Mat::zeros(0, 0)),
-                _ => {
-                    let (key_root, key_unroot) = root(&asked)?;
-                    (key_root * keys, key_unroot)
-                }
-            };
-            for n in 0..d {
-                for i in 0..nope {
-                    weighted[(head * block + i, n)] = key_weight * keys[(i, n)];
-                }
-                for i in 0..hd {
-                    weighted[(head * block + nope + i, n)] = values[(i, n)];
-                }
-            }
+            let keys = Mat::from_fn(nope, key.ncols(), |i, n| key_weight * key[(plain[i], n)]);
+            let mut rows = weighted.subrows_mut(head * block, block);
+            rows.rb_mut()
+                .subrows_mut(0, nope)
+                .copy_from(key_root * keys);
+            rows.subrows_mut(nope, hd).copy_from(value_root * value);
             unweight.push((key_unroot, value_unroot));
         }
         Ok((weighted, unweight))
@@ -434,6 +453,100 @@ fn balance(down: &mut Mat<f64>, up: &mut Mat<f64>) {
             let factor = (above / below).powf(0.25);
             (0..columns).for_each(|n| down[(r, n)] *= factor);
             (0..rows).for_each(|i| up[(i, r)] /= factor);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::mixer::{AttentionConfig, RopeConfig};
+    use crate::op::laws::random;
+
+    /// Sums entry by entry, as the formulas have them, beside the products of matrices.
+    #[test]
+    fn moments_of_heads_are_sums_over_entries() {
+        let (h, g, hd, d) = (4, 2, 4, 6);
+        let inputs = random(
+            &[
+                &[h * hd, d],
+                &[g * hd, d],
+                &[g * hd, d],
+                &[d, h * hd],
+                &[9, d],
+            ],
+            3,
+        );
+        let inputs = inputs
+            .iter()
+            .map(|t| t.to_dtype(candle_core::DType::F32).unwrap());
+        let [q, k, v, o, x] = inputs.collect::<Vec<_>>().try_into().unwrap();
+        let rope = Some(RopeConfig::new(100.0));
+        let attention = AttentionWeights {
+            config: AttentionConfig {
+                num_attention_heads: h,
+                num_key_value_heads: g,
+                head_dim: hd,
+                rope,
+            },
+            q,
+            k,
+            v,
+            o,
+        };
+        let zeros = Tensor::zeros((9, d), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let [x, zeros] = [x, zeros].map(|t| t.unsqueeze(0).unwrap());
+        let sums = crate::mixer::calibration::sums(&x, &zeros).unwrap();
+        let statistics = Statistics::new(&attention, 9, sums.each_ref()).unwrap();
+        let teacher = Teacher::new(&attention, &statistics).unwrap();
+        let product = |a: &Mat<f64>, i: usize, b: &Mat<f64>, j: usize| -> f64 {
+            let moment = &statistics.input_moment;
+            let row = |m: usize| (0..d).map(|n| moment[(m, n)] * b[(j, n)]).sum::<f64>();
+            (0..d).map(|m| a[(i, m)] * row(m)).sum()
+        };
+        let near = |found: f64, wanted: f64| {
+            assert!((found - wanted).abs() < 1e-9, "{found} for {wanted}")
+        };
+        for (i, j) in [(0, 0), (1, 3), (2, 1)] {
+            for head in 0..h {
+                let (a, b) = (head * hd + i, head * hd + j);
+                near(
+                    teacher.asked[head][(i, j)],
+                    product(&teacher.q.rows, a, &teacher.q.rows, b),
+                );
+                let o = matrix(&attention.o).unwrap();
+                near(
+                    teacher.made[head][(i, j)],
+                    (0..d).map(|n| o[(n, a)] * o[(n, b)]).sum(),
+                );
+            }
+            let (a, b) = (i, hd + j);
+            near(
+                teacher.keys[(a, b)],
+                product(&teacher.k.rows, a, &teacher.k.rows, b),
+            );
+        }
+    }
+
+    /// Of full rank a factored matrix is the matrix; of a lower one its error is the energy cut off.
+    #[test]
+    fn factors_keep_the_largest_energies() {
+        let (attention, sample) = crate::mixer::calibration_tests::teacher(2);
+        let statistics = Statistics::of(&attention, &sample).unwrap();
+        let teacher = Teacher::new(&attention, &statistics).unwrap();
+        let m = &teacher.q.rows;
+        let energies = eigen(&teacher.covariance(m)).unwrap().values;
+        for rank in [3, m.nrows().min(m.ncols())] {
+            let (down, up) = teacher.factored(m, rank).unwrap();
+            let gap = teacher.covariance(&(m - up * down));
+            let cut: f64 = energies.iter().skip(rank).sum();
+            let left: f64 = (0..m.nrows()).map(|i| gap[(i, i)]).sum();
+            assert!(
+                (left - cut).abs() < 1e-9 * energies[0],
+                "rank {rank}: {left} for {cut}"
+            );
         }
     }
 }
