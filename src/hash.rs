@@ -18,6 +18,11 @@ impl Hash {
         Self::new().with(bytes)
     }
 
+    /// Whether a text is what a hash prints.
+    pub fn is_name(text: &str) -> bool {
+        text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    }
+
     pub fn with(self, bytes: &[u8]) -> Self {
         Hash(bytes.iter().fold(self.0, |hash, &byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
@@ -46,6 +51,7 @@ mod tests {
         assert_eq!(Hash::of(b"").to_string(), "cbf29ce484222325");
         assert_eq!(Hash::of(b"a").to_string(), "af63dc4c8601ec8c");
         assert_eq!(Hash::of(b"foobar").to_string(), "85944171f73967e8");
+        assert!(Hash::is_name("85944171f73967e8") && !Hash::is_name("85944171f73967E8"));
         assert_eq!(Hash::new().with(b"foo").with(b"bar"), Hash::of(b"foobar"));
     }
 }

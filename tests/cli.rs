@@ -258,17 +258,40 @@ fn existing_outputs_are_kept() {
         "{said}"
     );
     assert!(out.join("mine").exists());
-    succeeds(&[
-        "compose",
-        TEACHER,
-        text(&out),
-        "--mla",
-        "1",
-        "--init",
-        "reference",
-        "--force",
-    ]);
-    assert!(out.join("config.json").exists() && !out.join("mine").exists());
+    let compose = |teacher: &Path, out: &Path| {
+        let flags = ["--mla", "1", "--init", "reference", "--force"];
+        let args = ["compose", text(teacher), text(out)]
+            .into_iter()
+            .chain(flags);
+        args.map(String::from).collect::<Vec<_>>()
+    };
+    fn borrowed(args: &[String]) -> Vec<&str> {
+        args.iter().map(String::as_str).collect()
+    }
+    // What zebroid did not write is never removed.
+    let said = fails(2, &borrowed(&compose(Path::new(TEACHER), &out)));
+    assert!(said.contains("mine: not written by zebroid"), "{said}");
+    let said = fails(
+        2,
+        &[
+            "export",
+            TEACHER,
+            text(&out),
+            "--format",
+            "llama",
+            "--force",
+        ],
+    );
+    assert!(said.contains("mine: not written by zebroid"), "{said}");
+    std::fs::remove_file(out.join("mine")).unwrap();
+    succeeds(&borrowed(&compose(Path::new(TEACHER), &out)));
+    succeeds(&borrowed(&compose(Path::new(TEACHER), &out)));
+    assert!(out.join("config.json").exists());
+    // A model does not replace what it is made from.
+    let teacher = copy(folder.path());
+    let said = fails(2, &borrowed(&compose(&teacher, &teacher)));
+    assert!(said.contains("is read"), "{said}");
+    assert!(teacher.join("model.safetensors").exists());
 }
 
 #[test]

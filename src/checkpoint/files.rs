@@ -87,7 +87,7 @@ pub(super) struct TensorFiles {
 }
 
 const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 impl TensorFiles {
     /// `model.safetensors`, or the shards of its index, or every `.safetensors` file (as AMD's loader).

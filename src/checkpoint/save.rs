@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 use serde_json::json;
 
+use super::files::INDEX;
 use super::{Format, amd, llama, write_tensors};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
@@ -25,24 +26,84 @@ const COMPANIONS: &[&str] = &[
 const SHARD: usize = 5_000_000_000;
 
 /// # Errors
-/// When `out` exists and `force` does not allow to replace it, or its parent cannot hold it. To be asked
-/// before long work begins.
-pub fn check_output(out: &Path, force: bool) -> Result<()> {
+/// When `out` exists and `force` does not allow to replace it, holds what zebroid did not write, is one of
+/// `inputs` or stands inside or around one; or its parent cannot hold it. To be asked before long work
+/// begins.
+pub fn check_output(out: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
     if out.file_name().is_none() {
         return Err(Error::file(out, "not a name for an output folder"));
     }
-    if out.exists() && !force {
-        return Err(Error::file(
-            out,
-            "already exists; choose another output, or replace it with --force",
-        ));
+    if let Ok(place) = out.canonicalize() {
+        let clash = |input: &&&Path| {
+            let input = input.canonicalize().unwrap_or_else(|_| input.to_path_buf());
+            place.starts_with(&input) || input.starts_with(&place)
+        };
+        if let Some(input) = inputs.iter().find(clash) {
+            let message = format!("{} is read: choose another output", input.display());
+            return Err(Error::file(out, message));
+        }
     }
+    replaceable(out, force)?;
     let parent = parent(out);
     fs::create_dir_all(&parent).map_err(Error::io("cannot create", &parent))?;
     private(".zebroid-")
         .tempfile_in(&parent)
         .map(drop)
         .map_err(Error::io("cannot write into", &parent))
+}
+
+/// # Errors
+/// When something stands at `out` that must stay: without `force` anything, with it what is no checkpoint,
+/// bank or finished run.
+fn replaceable(out: &Path, force: bool) -> Result<()> {
+    if out.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    if !force {
+        let message = "already exists; choose another output, or replace it with --force";
+        return Err(Error::file(out, message));
+    }
+    if !out.is_dir() || out.is_symlink() {
+        return Err(Error::file(out, "not a folder; choose another output"));
+    }
+    match foreign(out)? {
+        Some(entry) => Err(Error::file(
+            &entry,
+            format!(
+                "not written by zebroid, so --force does not remove it: choose another output than {}, or move it away",
+                out.display()
+            ),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The first entry of a folder that is no part of a checkpoint, or of a bank, whose candidates are folders of
+/// their own.
+fn foreign(folder: &Path) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
+        let path = entry.map_err(Error::io("cannot list", folder))?.path();
+        let found = match path.is_dir() && !path.is_symlink() {
+            // A folder inside a candidate is nobody's.
+            true if path.join("config.json").is_file() => foreign(&path)?,
+            true => Some(path),
+            false => (!written_here(&path)).then_some(path),
+        };
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
+}
+
+fn written_here(file: &Path) -> bool {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let known = ["config.json", "hybrid_config.json", "metrics.jsonl", INDEX];
+    let shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    name == "model.safetensors"
+        || shard
+        || known.contains(&name.as_ref())
+        || COMPANIONS.contains(&name.as_ref())
 }
 
 fn parent(path: &Path) -> PathBuf {
@@ -65,7 +126,8 @@ pub fn save(
     source: Option<&Path>,
     force: bool,
 ) -> Result<()> {
-    check_output(out, force)?;
+    let inputs: Vec<&Path> = source.into_iter().collect();
+    check_output(out, force, &inputs)?;
     let configs = match format {
         Format::Zebroid => vec![("config.json", json!(config))],
         Format::Llama => vec![("config.json", llama::write(config)?)],
@@ -126,10 +188,7 @@ fn write_weights(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize
     }
     let total: usize = shards.iter().map(|(bytes, _)| bytes).sum();
     let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
-    write_atomic(
-        &folder.join("model.safetensors.index.json"),
-        index.to_string().as_bytes(),
-    )
+    write_atomic(&folder.join(INDEX), index.to_string().as_bytes())
 }
 
 /// Moves `folder` to `out` in one rename; what stood there (only with `force`) goes last.
@@ -139,12 +198,7 @@ pub fn replace_folder(folder: &Path, out: &Path, force: bool) -> Result<()> {
     if !out.exists() {
         return rename(folder, out);
     }
-    if !force {
-        return Err(Error::file(
-            out,
-            "already exists; choose another output, or replace it with --force",
-        ));
-    }
+    replaceable(out, force)?;
     let aside = private(".zebroid-old-")
         .tempdir_in(parent(out))
         .map_err(Error::io("cannot write beside", out))?;

@@ -418,9 +418,46 @@ fn an_existing_output_is_kept_unless_forced() {
         "{message}"
     );
     assert!(kept.exists());
-    save(&folder.path, Format::Llama, &config, &all, None, true).unwrap();
-    assert!(!kept.exists() && Checkpoint::open(&folder.path).is_ok());
+    // What zebroid did not write stays, whatever is asked.
+    let force = || save(&folder.path, Format::Llama, &config, &all, None, true);
+    let message = force().unwrap_err().to_string();
+    assert!(
+        message.contains("precious.txt: not written by zebroid"),
+        "{message}"
+    );
+    assert_eq!(fs::read_to_string(&kept).unwrap(), "mine");
+    fs::remove_file(&kept).unwrap();
+    fs::create_dir(folder.path.join("photos")).unwrap();
+    assert!(force().unwrap_err().to_string().contains("photos"));
+    fs::remove_dir(folder.path.join("photos")).unwrap();
+    force().unwrap();
+    assert!(Checkpoint::open(&folder.path).is_ok());
     leaves_nothing_behind(folder.path.parent().unwrap(), 1);
+}
+
+/// A bank is replaced, an input never.
+#[test]
+fn what_is_read_is_not_replaced() {
+    let root = tempfile::tempdir().unwrap();
+    let (config, all) = (config(true), tensors(&config(true)));
+    let bank = root.path().join("bank");
+    for name in ["mla", "mamba2"] {
+        fs::create_dir_all(&bank).unwrap();
+        save(&bank.join(name), Format::Llama, &config, &all, None, false).unwrap();
+    }
+    check_output(&bank, true, &[]).unwrap();
+    for (out, input) in [
+        (&bank, &bank),
+        (&bank, &bank.join("mla")),
+        (&bank.join("mla"), &bank),
+    ] {
+        let dotted = input.join("..").join(input.file_name().unwrap());
+        let message = check_output(out, true, &[&dotted]).unwrap_err().to_string();
+        assert!(message.contains("is read"), "{message}");
+    }
+    fs::write(bank.join("mla").join("notes.txt"), "").unwrap();
+    let message = check_output(&bank, true, &[]).unwrap_err().to_string();
+    assert!(message.contains("notes.txt"), "{message}");
 }
 
 #[test]

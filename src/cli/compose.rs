@@ -1,6 +1,6 @@
 //! `zebroid compose`: a hybrid checkpoint from a teacher.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use serde_json::json;
@@ -54,7 +54,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    checkpoint::check_output(&args.out, args.force)?;
+    let inputs = [Some(&args.teacher), args.bank.as_ref()];
+    let inputs: Vec<&Path> = inputs.into_iter().flatten().map(|p| p.as_path()).collect();
+    checkpoint::check_output(&args.out, args.force, &inputs)?;
     let base = Base::open(&args.teacher, Device::Cpu)?;
     // Sizes that need no weights are refused before the text is read.
     if !args.plan.needs_weights() {

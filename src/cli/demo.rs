@@ -61,7 +61,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let finished = "holds a finished demo; start over with --force, or choose --out";
             return Err(Error::file(out, finished).into());
         }
-        std::fs::remove_dir_all(out).map_err(Error::io("cannot remove", out))?;
+        crate::pipeline::clear(out)?;
+        std::fs::remove_file(&report).map_err(Error::io("cannot remove", &report))?;
     }
     let device = args.device.get()?;
     let recipe = recipe(&args)?;

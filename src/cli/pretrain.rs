@@ -45,7 +45,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let settings = &args.train.config;
     settings.validate()?;
-    checkpoint::check_output(&args.out, args.train.force)?;
+    checkpoint::check_output(&args.out, args.train.force, &[&args.tokenizer, &args.data])?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
     let attention = AttentionConfig {
         num_attention_heads: args.num_heads,

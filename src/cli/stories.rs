@@ -20,7 +20,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    check_output(&args.out, false)?;
+    check_output(&args.out, false, &[])?;
     write(&args)?;
     println!("written to {}", args.out.display());
     Ok(())

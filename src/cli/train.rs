@@ -169,7 +169,9 @@ impl TrainArgs {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     args.train.config.validate()?;
-    checkpoint::check_output(&args.out, args.train.force)?;
+    let models = [&args.teacher, &args.student].into_iter().flatten();
+    let inputs: Vec<&Path> = models.chain([&args.data]).map(|p| p.as_path()).collect();
+    checkpoint::check_output(&args.out, args.train.force, &inputs)?;
     let needed = |path: &Option<PathBuf>, flag: &str| {
         let path = path.clone();
         path.ok_or_else(|| Error::invalid(format!("this stage needs {flag}")))

@@ -10,4 +10,4 @@ mod tests;
 
 pub use base::{Base, open_bank};
 pub use recipe::{Recipe, Teacher, Text};
-pub use run::{Outcome, Progress, StageResult, Surroundings, run, teacher_folder};
+pub use run::{Outcome, Progress, StageResult, Surroundings, clear, run, teacher_folder};

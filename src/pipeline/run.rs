@@ -88,6 +88,33 @@ pub fn teacher_folder(teacher: &Teacher, out: &Path) -> Result<PathBuf> {
     }
 }
 
+/// Removes what [`run`] made in `out`, and nothing else.
+pub fn clear(out: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(out).map_err(Error::io("cannot list", out))? {
+        let path = entry.map_err(Error::io("cannot list", out))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        // A stage's result is named by its key; the rest by what it is of.
+        let stem = name.split('.').next().unwrap_or_default();
+        let keyed = stem
+            .rsplit_once('-')
+            .is_some_and(|(_, key)| Hash::is_name(key));
+        let text = ["stories-", "preferences-"].iter().any(|kind| {
+            let numbers = name
+                .strip_prefix(kind)
+                .and_then(|n| n.strip_suffix(".jsonl"));
+            numbers.is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit() || b == b'-'))
+        });
+        if keyed || text || name == "teacher" {
+            let removed = match path.is_dir() {
+                true => std::fs::remove_dir_all(&path),
+                false => std::fs::remove_file(&path),
+            };
+            removed.map_err(Error::io("cannot remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
 struct Run<'a> {
     recipe: &'a Recipe,
     base: Base,

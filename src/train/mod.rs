@@ -322,7 +322,7 @@ pub fn train(
     options: RunOptions,
 ) -> Result<Vec<StepMetrics>> {
     config.validate()?;
-    checkpoint::check_output(&options.out, options.force)?;
+    checkpoint::check_output(&options.out, options.force, &[&options.tokenizer])?;
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
     let identity = serde_json::json!({
