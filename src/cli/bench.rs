@@ -15,7 +15,7 @@ use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
 use crate::op::adamw::AdamW;
 use crate::train::stage::kd::{Kd, KdConfig};
-use crate::train::{Optimizer, Stage};
+use crate::train::{Optimizer, Shares, Stage};
 use crate::weights::Weights;
 
 #[derive(Debug, clap::Subcommand)]
@@ -89,6 +89,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         String::new(),
         &student,
         &weights,
+        &[],
         KdConfig::default(),
     )?));
     let adamw = AdamW {
@@ -110,10 +111,11 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
             step as u64,
         );
         let started = Instant::now();
-        let mut terms = stage.backward(&batch, 1.0)?;
+        let mut terms = stage.backward(&batch, &Shares::alone())?;
         let optimizing = Instant::now();
         for group in stage.groups_mut() {
-            group.update(1.0, step as u64 + 1, &rules)?;
+            let norm = group.grad_norm()?;
+            group.update(norm, 1.0, &rules)?;
         }
         terms
             .phases

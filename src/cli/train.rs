@@ -196,7 +196,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let (name, stage) = match (args.stage, student) {
                 (StageName::Ild, None) => ("ild", bank(&args, &base)?),
                 (StageName::Ild, Some(student)) => ("ild", base.ild(&student, args.ild)?),
-                (_, Some(student)) => ("kd", base.kd(&student, args.kd)?),
+                (_, Some(student)) => ("kd", base.kd(&student, &[], args.kd)?),
                 (_, None) => return Err(Error::invalid("this stage needs --student").into()),
             };
             (name, stage, Box::new(corpus), teacher, Some(base))

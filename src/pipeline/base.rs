@@ -127,9 +127,11 @@ impl Base {
         Ok(Stage::Ild(ild))
     }
 
-    pub fn kd(&self, student: &Checkpoint, config: KdConfig) -> Result<Stage> {
+    /// KD of `student`, whose layers `settled` an earlier stage has trained.
+    pub fn kd(&self, student: &Checkpoint, settled: &[usize], config: KdConfig) -> Result<Stage> {
         let weights = student.weights(DType::F32, &self.device)?;
-        let kd = Kd::new(self.lm()?, self.hash()?, &student.config, &weights, config)?;
+        let (lm, hash) = (self.lm()?, self.hash()?);
+        let kd = Kd::new(lm, hash, &student.config, &weights, settled, config)?;
         Ok(Stage::Kd(Box::new(kd)))
     }
 }

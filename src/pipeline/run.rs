@@ -21,6 +21,7 @@ use crate::eval::kl::{self, KlReport};
 use crate::eval::sensitivity::{Sensitivity, sensitivity};
 use crate::hash::Hash;
 use crate::train::stage::dpo::Dpo;
+use crate::train::stage::kd::converted;
 use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, train};
 use crate::{Error, Result};
 
@@ -220,13 +221,15 @@ impl<'a> Run<'a> {
             })?;
             stages.push(self.result("ild", &student, metrics, with)?);
         }
+        let mut settled = Vec::new();
         for (i, kd) in recipe.kd.iter().enumerate() {
             let name = format!("kd {}", i + 1);
             if let Some(options) = &kd.plan {
                 student = self.compose(options, None, Some(&student), calibration, with)?;
             }
             let metrics;
-            (student, metrics) = self.kd(&name, kd, &student, with)?;
+            (student, metrics) = self.kd(&name, kd, &student, &settled, with)?;
+            settled = converted(&Checkpoint::config_only(&student.folder)?.0);
             stages.push(self.result(&name, &student, metrics, with)?);
         }
         if let (Some(dpo), Some(pairs)) = (&recipe.dpo, &self.preferences) {
@@ -415,6 +418,7 @@ impl<'a> Run<'a> {
         name: &str,
         kd: &KdStage,
         student: &Student,
+        settled: &[usize],
         with: &mut Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let other = match &kd.teacher {
@@ -425,7 +429,8 @@ impl<'a> Run<'a> {
         let settings = json!({ "kd": kd, "student": student.key, "teacher": teacher.hash()? });
         let key = self.key("kd", settings);
         self.train(name, key, &kd.train, &self.train, with, || {
-            teacher.kd(&Checkpoint::open(&student.folder)?, kd.objective)
+            let student = Checkpoint::open(&student.folder)?;
+            teacher.kd(&student, settled, kd.objective)
         })
     }
 

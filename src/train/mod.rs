@@ -21,7 +21,7 @@ mod state;
 mod tests;
 
 pub use params::{Optimizer, ParamGroup};
-pub use stage::Stage;
+pub use stage::{Shares, Stage};
 
 use crate::op::adamw::AdamW;
 use crate::op::muon::Muon;
@@ -218,6 +218,12 @@ impl TrainConfig {
         self.batch_size * self.accumulation * self.seq_len
     }
 
+    /// Indices of the micro-batches of step `step` (from 0).
+    fn batches_of(&self, step: u64) -> std::ops::Range<u64> {
+        let parts = self.accumulation as u64;
+        step * parts..(step + 1) * parts
+    }
+
     /// The learning rate of step `step` (from 0) of `steps`.
     pub fn lr_at(&self, step: u64, steps: u64) -> f64 {
         self.lr * self.share_at(step, steps)
@@ -334,23 +340,15 @@ pub fn train(
     let mut recent: Vec<(u64, Duration)> = Vec::new();
     while run.step < steps {
         let started = Instant::now();
-        stage.start_step(run.step as f64 / steps as f64);
-        let (loss, mut terms, tokens) = accumulate(stage, data, config, run.step)?;
-        if !loss.is_finite() {
-            return Err(Error::invalid(format!(
-                "the loss is {loss} at step {}: lower --lr (now {}) or --clip (now {}); the save of step {} is in {}",
-                run.step + 1,
-                config.lr,
-                config.clip,
-                run.saved,
-                run.folder.display()
-            )));
-        }
         let step = run.step;
-        let rules = config.rules(step, steps);
-        let mut grad_norm = Vec::new();
-        for group in stage.groups_mut() {
-            grad_norm.push(group.update(config.clip, step + 1, &rules)?);
+        let segment = stage.start_step(step, steps);
+        let (loss, mut terms, tokens) = accumulate(stage, data, config, step)?;
+        // Before any group is updated, so that what is kept is always whole.
+        let diverged = |e| run.diverged(e, step, config);
+        let grad_norm = norms(stage, loss).map_err(diverged)?;
+        let rules = config.rules(step - segment.start, segment.end - segment.start);
+        for (group, norm) in stage.groups_mut().into_iter().zip(&grad_norm) {
+            group.update(*norm, config.clip, &rules)?;
         }
         let elapsed = started.elapsed();
         run.step += 1;
@@ -376,7 +374,13 @@ pub fn train(
         (options.observe)(&metrics, steps);
         run.log(metrics)?;
         let stopped = (options.stop)() && run.step < steps;
-        if stopped || run.step.is_multiple_of(options.save_every.max(1)) {
+        let save = stopped || run.step.is_multiple_of(options.save_every.max(1));
+        if save || run.step == steps {
+            let mut groups = stage.groups_mut().into_iter();
+            let finite = groups.try_for_each(|group| group.check_finite());
+            finite.map_err(|e| run.diverged(e, step, config))?;
+        }
+        if save {
             run.save(stage)?;
         }
         if stopped {
@@ -391,28 +395,42 @@ pub fn train(
     run.finish(stage, &options)
 }
 
-/// Gradients of one step, averaged over its micro-batches, left in the stage's groups. Loss, the stage's
-/// figures, and tokens.
+/// The gradients' norm of every group.
+///
+/// # Errors
+/// A loss or a gradient that is not finite.
+fn norms(stage: &mut Stage, loss: f64) -> Result<Vec<f64>> {
+    if !loss.is_finite() {
+        return Err(Error::invalid(format!("the loss is {loss}")));
+    }
+    let groups = stage.groups_mut();
+    groups.into_iter().map(|group| group.grad_norm()).collect()
+}
+
+/// Gradients of one step, those of one large batch, left in the stage's groups. Loss, the stage's figures,
+/// and tokens.
 fn accumulate(
     stage: &mut Stage,
     data: &dyn Batches,
     config: &TrainConfig,
     step: u64,
 ) -> Result<(f64, serde_json::Map<String, serde_json::Value>, u64)> {
-    let parts = config.accumulation as u64;
+    let batches = config
+        .batches_of(step)
+        .map(|index| data.batch(config.seed, index, config.batch_size, config.seq_len));
+    let batches = batches.collect::<Result<Vec<_>>>()?;
+    let shares = stage.shares(&batches)?;
     let mut loss = 0.0;
     let mut tokens = 0;
     let mut sums: Vec<(String, f64)> = Vec::new();
-    for part in 0..parts {
-        let index = step * parts + part;
-        let batch = data.batch(config.seed, index, config.batch_size, config.seq_len)?;
-        let terms = stage.backward(&batch, 1.0 / parts as f64)?;
+    for (batch, share) in batches.iter().zip(&shares) {
+        let terms = stage.backward(batch, share)?;
         tokens += (batch.rows * batch.len) as u64;
-        loss += terms.loss / parts as f64;
-        for (i, (name, value)) in terms.named.into_iter().enumerate() {
-            match sums.get_mut(i) {
-                Some(sum) => sum.1 += value / parts as f64,
-                None => sums.push((name, value / parts as f64)),
+        loss += terms.loss;
+        for (name, value) in terms.named {
+            match sums.iter_mut().find(|(known, _)| *known == name) {
+                Some(sum) => sum.1 += value,
+                None => sums.push((name, value)),
             }
         }
     }

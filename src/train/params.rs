@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::op::adamw::{AdamW, adamw_step, sum_of_squares};
 use crate::op::muon::{Muon, muon_step};
@@ -23,6 +23,8 @@ struct Param {
     /// First and second moments, `[2, ..]`; Muon uses the first for its momentum.
     moments: Tensor,
     grad: Option<Tensor>,
+    /// Updates so far: AdamW's bias correction counts a parameter's own.
+    steps: u64,
     /// Of the matrices in it ([`MixerConfig::stacked`](crate::mixer::MixerConfig::stacked)).
     rows: Vec<usize>,
 }
@@ -30,6 +32,14 @@ struct Param {
 /// A weight that maps activations to activations: Muon's. Embedding and head map tokens.
 fn is_matrix(name: &str, var: &Var) -> bool {
     var.rank() == 2 && name.starts_with("model.layers.")
+}
+
+/// `value`, unless it is not finite.
+fn finite(value: f64, what: &str, name: &str) -> Result<f64> {
+    match value.is_finite() {
+        true => Ok(value),
+        false => Err(Error::invalid(format!("{what} {name} is not finite"))),
+    }
 }
 
 /// Parameters that are clipped together.
@@ -59,6 +69,7 @@ impl ParamGroup {
                     moments: Tensor::zeros(shape, DType::F32, tensor.device())?,
                     var,
                     grad: None,
+                    steps: 0,
                     rows: stacked.get(name).cloned().unwrap_or_default(),
                 },
             );
@@ -79,14 +90,33 @@ impl ParamGroup {
         Ok(())
     }
 
-    /// Clips, steps and forgets the gradients; returns their norm before clipping. Parameters without a
-    /// gradient stay as they are.
-    pub fn update(&mut self, clip: f64, step: u64, optimizer: &Optimizer) -> Result<f64> {
+    /// The norm of all gradients.
+    ///
+    /// # Errors
+    /// Names the tensor whose gradient is not finite.
+    pub fn grad_norm(&self) -> Result<f64> {
         let mut squares = 0.0;
-        for grad in self.params.values().filter_map(|p| p.grad.as_ref()) {
-            squares += sum_of_squares(grad)?;
+        for (name, param) in &self.params {
+            if let Some(grad) = &param.grad {
+                let square = finite(sum_of_squares(grad)?, "the gradient of", name)?;
+                squares += square;
+            }
         }
-        let norm = squares.sqrt();
+        Ok(squares.sqrt())
+    }
+
+    /// # Errors
+    /// Names the tensor that holds a value which is not finite.
+    pub fn check_finite(&self) -> Result<()> {
+        for (name, param) in &self.params {
+            finite(sum_of_squares(param.var.as_tensor())?, "the trained", name)?;
+        }
+        Ok(())
+    }
+
+    /// Clips gradients of norm `norm` ([`ParamGroup::grad_norm`]), steps and forgets them. Parameters without a
+    /// gradient stay as they are.
+    pub fn update(&mut self, norm: f64, clip: f64, optimizer: &Optimizer) -> Result<()> {
         let scale = if clip > 0.0 && norm > clip {
             clip / norm
         } else {
@@ -96,6 +126,7 @@ impl ParamGroup {
             let Some(grad) = param.grad.take() else {
                 continue;
             };
+            param.steps += 1;
             match optimizer.muon.filter(|_| is_matrix(name, &param.var)) {
                 Some(hyper) => {
                     let momentum = param.moments.get(0)?;
@@ -107,11 +138,11 @@ impl ParamGroup {
                 }
                 None => {
                     let (value, moments) = (param.var.as_tensor(), &param.moments);
-                    adamw_step(value, &grad, moments, scale, step, &optimizer.adamw)?;
+                    adamw_step(value, &grad, moments, scale, param.steps, &optimizer.adamw)?;
                 }
             }
         }
-        Ok(norm)
+        Ok(())
     }
 
     /// The values, by name.
@@ -121,7 +152,7 @@ impl ParamGroup {
             .map(|(name, p)| (name.as_str(), p.var.as_tensor()))
     }
 
-    /// Values and moments under `prefix`, to be saved.
+    /// Values, moments and counts of updates under `prefix`, to be saved.
     pub(super) fn save(&self, prefix: &str, into: &mut BTreeMap<String, Tensor>) -> Result<()> {
         for (name, param) in &self.params {
             into.insert(
@@ -130,23 +161,56 @@ impl ParamGroup {
             );
             into.insert(format!("{prefix}.moments.{name}"), param.moments.copy()?);
         }
+        let steps: Vec<i64> = self.params.values().map(|p| p.steps as i64).collect();
+        let steps = Tensor::from_vec(steps, self.params.len(), &Device::Cpu)?;
+        into.insert(format!("{prefix}.steps"), steps);
         Ok(())
     }
 
+    /// What [`ParamGroup::save`] saved, checked to be of these parameters.
+    ///
     /// # Errors
-    /// Names the tensor that the save lacks.
-    pub(super) fn restore(&mut self, prefix: &str, from: &BTreeMap<String, Tensor>) -> Result<()> {
-        for (name, param) in &mut self.params {
-            let find = |kind: &str| {
-                let name = format!("{prefix}.{kind}.{name}");
-                from.get(&name)
-                    .ok_or_else(|| Error::invalid(format!("the saved run lacks {name}")))
-            };
-            param
-                .var
-                .set(&find("param")?.to_device(param.var.device())?)?;
-            param.moments = find("moments")?.to_device(param.var.device())?.copy()?;
+    /// Names the tensor that the save lacks or that has another shape.
+    pub(super) fn saved(&self, prefix: &str, from: &BTreeMap<String, Tensor>) -> Result<Saved> {
+        let find = |name: String, shape: &[usize]| {
+            let found = from.get(&name);
+            let found = found.ok_or_else(|| Error::invalid(format!("it lacks {name}")))?;
+            match found.dims() == shape {
+                true => Ok(found.clone()),
+                false => Err(Error::invalid(format!(
+                    "{name} has the shape {:?} instead of {shape:?}",
+                    found.dims()
+                ))),
+            }
+        };
+        let mut saved = Saved {
+            steps: find(format!("{prefix}.steps"), &[self.params.len()])?.to_vec1()?,
+            tensors: Vec::new(),
+        };
+        for (name, param) in &self.params {
+            let value = find(format!("{prefix}.param.{name}"), param.var.dims())?;
+            let moments = find(format!("{prefix}.moments.{name}"), param.moments.dims())?;
+            saved.tensors.push((value, moments));
+        }
+        Ok(saved)
+    }
+
+    /// Goes back to what was saved.
+    pub(super) fn restore(&mut self, saved: &Saved) -> Result<()> {
+        let saved = saved.tensors.iter().zip(&saved.steps);
+        for (param, ((value, moments), steps)) in self.params.values_mut().zip(saved) {
+            let device = param.var.device().clone();
+            param.var.set(&value.to_device(&device)?)?;
+            param.moments = moments.to_device(&device)?.copy()?;
+            param.steps = *steps as u64;
         }
         Ok(())
     }
+}
+
+/// A group's parameters as a save has them, in the order of their names.
+pub(super) struct Saved {
+    steps: Vec<i64>,
+    /// Values and moments.
+    tensors: Vec<(Tensor, Tensor)>,
 }

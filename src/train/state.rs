@@ -4,8 +4,9 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use super::params::Saved;
 use super::stage::Stage;
-use super::{RunOptions, StepMetrics, partial_folder};
+use super::{RunOptions, StepMetrics, TrainConfig, partial_folder};
 use crate::checkpoint::{self, read_tensors_with_metadata, write_tensors};
 use crate::{Error, Result};
 
@@ -40,35 +41,23 @@ impl Run {
         let path = folder.join(STATE);
         let mut step = 0;
         if path.exists() {
-            let (tensors, metadata) = read_tensors_with_metadata(&path)?;
-            let before = metadata.get("run").cloned().unwrap_or_default();
-            if before == identity {
-                step = metadata
-                    .get("step")
-                    .and_then(|s| s.parse().ok())
-                    .ok_or_else(|| Error::file(&path, "the saved run does not say its step"))?;
-                for (i, group) in stage.groups_mut().into_iter().enumerate() {
-                    group
-                        .restore(&format!("group{i}"), &tensors)
-                        .map_err(|e| Error::file(&path, e))?;
+            match read_state(&path, &identity, stage) {
+                Ok((at, groups)) => {
+                    step = at;
+                    for (group, saved) in stage.groups_mut().into_iter().zip(&groups) {
+                        group.restore(saved)?;
+                    }
                 }
-            } else if !force {
-                return Err(Error::file(
-                    &folder,
-                    format!(
-                        "an unfinished run with other settings is here ({}); repeat its command to go on, \
-                         choose another output, or drop it with --force",
-                        difference(&before, &identity)
-                    ),
-                ));
+                Err(error) if force => tracing::warn!("starting over: {error}"),
+                Err(error) => return Err(error),
             }
         }
-        let metrics = read_metrics(&folder.join(METRICS), step)?;
         let log_path = folder.join(METRICS);
-        let mut log = fs::File::create(&log_path).map_err(Error::io("cannot write", &log_path))?;
-        for line in &metrics {
-            write_line(&mut log, line, &log_path)?;
-        }
+        let metrics = read_metrics(&log_path, step)?;
+        let lines: String = metrics.iter().map(line).collect();
+        checkpoint::write_atomic(&log_path, lines.as_bytes())?;
+        let log = fs::OpenOptions::new().append(true).open(&log_path);
+        let log = log.map_err(Error::io("cannot write", &log_path))?;
         Ok(Run {
             folder,
             step,
@@ -84,8 +73,27 @@ impl Run {
         self.metrics.last().map_or(0, |m| m.tokens)
     }
 
+    /// Of a value that is not finite in step `step` (from 0): where it came up, and what can be done.
+    pub fn diverged(&self, error: Error, step: u64, config: &TrainConfig) -> Error {
+        let batches = config.batches_of(step);
+        let batches = match config.accumulation {
+            1 => format!("batch {}", batches.start),
+            _ => format!("batches {} to {}", batches.start, batches.end - 1),
+        };
+        Error::invalid(format!(
+            "{error} at step {} ({batches} of seed {}): lower --lr (now {}) or --clip (now {}); the save of step {} is in {}",
+            step + 1,
+            config.seed,
+            config.lr,
+            config.clip,
+            self.saved,
+            self.folder.display()
+        ))
+    }
+
     pub fn log(&mut self, metrics: StepMetrics) -> Result<()> {
-        write_line(&mut self.log, &metrics, &self.folder.join(METRICS))?;
+        let written = self.log.write_all(line(&metrics).as_bytes());
+        written.map_err(Error::io("cannot write", &self.folder.join(METRICS)))?;
         self.metrics.push(metrics);
         Ok(())
     }
@@ -124,9 +132,39 @@ impl Run {
     }
 }
 
-fn write_line(log: &mut fs::File, metrics: &StepMetrics, path: &Path) -> Result<()> {
-    let line = serde_json::to_string(metrics).expect("numbers and names serialise");
-    writeln!(log, "{line}").map_err(Error::io("cannot write", path))
+/// The step of a save and the groups in it.
+///
+/// # Errors
+/// A save of other settings, or one that cannot be read as a whole.
+fn read_state(path: &Path, identity: &str, stage: &mut Stage) -> Result<(u64, Vec<Saved>)> {
+    let damaged = |error: Error| {
+        Error::file(
+            path,
+            format!("this save cannot be gone on from ({error}); start over with --force"),
+        )
+    };
+    let (tensors, metadata) = read_tensors_with_metadata(path).map_err(damaged)?;
+    let before = metadata.get("run").cloned().unwrap_or_default();
+    if before != identity {
+        return Err(Error::file(
+            path.parent().unwrap_or(path),
+            format!(
+                "an unfinished run with other settings is here ({}); repeat its command to go on, \
+                 choose another output, or drop it with --force",
+                difference(&before, identity)
+            ),
+        ));
+    }
+    let step = metadata.get("step").and_then(|s| s.parse().ok());
+    let step = step.ok_or_else(|| damaged(Error::invalid("it does not say its step")))?;
+    let groups = stage.groups_mut().into_iter().enumerate();
+    let groups = groups.map(|(i, group)| group.saved(&format!("group{i}"), &tensors));
+    let groups = groups.collect::<Result<_>>().map_err(damaged)?;
+    Ok((step, groups))
+}
+
+fn line(metrics: &StepMetrics) -> String {
+    serde_json::to_string(metrics).expect("numbers and names serialise") + "\n"
 }
 
 /// The lines up to `step`; a line that a crash cut off lies after the save and is dropped.

@@ -4,10 +4,10 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
 use super::stage::dpo::{Dpo, DpoConfig};
-use super::stage::ild::{Ild, IldConfig, IldInputs, IldLoss};
+use super::stage::ild::{Ild, IldConfig, IldInputs};
 use super::stage::kd::{Kd, KdConfig, Labels, Schedule, Trained};
 use super::stage::pretrain::Pretrain;
 use super::*;
@@ -76,11 +76,22 @@ impl Setting {
         out: &Path,
         stop_after: u64,
     ) -> Result<Vec<StepMetrics>> {
+        self.run_with(stage, config, out, stop_after, false)
+    }
+
+    fn run_with(
+        &self,
+        stage: &mut Stage,
+        config: &TrainConfig,
+        out: &Path,
+        stop_after: u64,
+        force: bool,
+    ) -> Result<Vec<StepMetrics>> {
         let done = Cell::new(0);
         let options = RunOptions {
             out: out.to_owned(),
             tokenizer: self.folder.path().to_owned(),
-            force: false,
+            force,
             save_every: 3,
             validation: None,
             stop: &|| stop_after > 0 && done.get() >= stop_after,
@@ -148,7 +159,7 @@ fn stage(setting: &Setting, name: &str) -> Stage {
     let hybrid = student([mla, mamba2]);
     let kd = |config: KdConfig| {
         let (student, weights) = student([mla, mamba2]);
-        let kd = Kd::new(teacher().0, "t".into(), &student, &weights, config);
+        let kd = Kd::new(teacher().0, "t".into(), &student, &weights, &[], config);
         Stage::Kd(Box::new(kd.unwrap()))
     };
     match name {
@@ -292,31 +303,113 @@ fn every_stage_learns() {
     }
 }
 
+/// Also where the parts of a step count unequally: relative errors, and masks that leave out what is not learned.
 #[test]
 fn accumulation_equals_one_large_batch() {
     let setting = Setting::new();
-    let once = |accumulation: usize, batch_size: usize| {
-        let config = TrainConfig {
-            steps: Some(1),
-            accumulation,
-            batch_size,
-            ..config(1)
-        };
-        let out = setting.out(&format!("{accumulation}"));
-        // Normalised losses are means only of equal parts; take the un-normalised one.
-        let norm = IldConfig {
-            loss: IldLoss::L2Norm,
-            ..IldConfig::default()
-        };
-        let hybrid = student([LayerKind::MLA, LayerKind::Mamba2]);
-        let ild = Ild::student(teacher().0, "t".into(), hybrid, norm);
-        let mut stage = Stage::Ild(ild.unwrap());
-        setting.run(&mut stage, &config, &out, 0).unwrap()[0]
-            .grad_norm
-            .clone()
+    let learned = |index| {
+        let batch = setting.corpus.batch(0, index, 2, 32).unwrap();
+        batch.mask.iter().sum::<f32>()
     };
-    for (a, b) in once(1, 4).iter().zip(once(2, 2)) {
-        assert!((a - b).abs() < 1e-4 * a, "{a} and {b}");
+    assert_ne!(learned(0), learned(1), "parts of one size prove little");
+    for name in NAMES {
+        let once = |accumulation: usize, batch_size: usize| {
+            let config = TrainConfig {
+                accumulation,
+                batch_size,
+                ..config(1)
+            };
+            let out = setting.out(&format!("{name}-{accumulation}"));
+            let mut stage = stage(&setting, name);
+            let metrics = setting.run(&mut stage, &config, &out, 0).unwrap();
+            let terms = metrics[0].terms.iter();
+            let terms = terms.map(|(name, value)| (name.clone(), value.as_f64().unwrap()));
+            let norms = metrics[0].grad_norm.iter();
+            let mut found: Vec<(String, f64)> = norms.map(|n| ("norm".into(), *n)).collect();
+            found.push(("loss".into(), metrics[0].loss));
+            found.extend(terms);
+            found
+        };
+        for ((term, a), (other, b)) in once(1, 4).into_iter().zip(once(2, 2)) {
+            assert_eq!(term, other);
+            assert!(
+                (a - b).abs() <= 2e-5 * a.abs(),
+                "{name} {term}: {a} and {b}"
+            );
+        }
+    }
+}
+
+/// The step is not taken, the run stops by name, and what was saved goes on.
+#[test]
+fn a_step_that_is_not_finite_is_not_taken() {
+    let setting = Setting::new();
+    let (straight, out) = (setting.out("straight"), setting.out("out"));
+    let config = config(5);
+    let mut whole = stage(&setting, "kd");
+    setting.run(&mut whole, &config, &straight, 0).unwrap();
+    setting
+        .run(&mut stage(&setting, "kd"), &config, &out, 3)
+        .unwrap_err();
+    let saved = files(&partial_folder(&out));
+    let (_, weights) = teacher();
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let mut tensors = weights.to_map();
+    let broken = (tensors[name].ones_like().unwrap() * f64::NAN).unwrap();
+    tensors.insert(name.into(), broken);
+    let broken = Lm::new(&teacher_config(), &Weights::new(tensors)).unwrap();
+    let mut stopped = stage(&setting, "kd");
+    let Stage::Kd(kd) = &mut stopped else {
+        unreachable!()
+    };
+    kd.exchange_teacher(broken);
+    let message = setting.run(&mut stopped, &config, &out, 0).unwrap_err();
+    let message = message.to_string();
+    for part in [
+        "the loss is NaN at step 4",
+        "batches 6 to 7 of seed 0",
+        "--lr",
+        "the save of step 3",
+    ] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(
+        saved == files(&partial_folder(&out)),
+        "the save was touched"
+    );
+    setting
+        .run(&mut stage(&setting, "kd"), &config, &out, 0)
+        .unwrap();
+    assert!(files(&straight) == files(&out), "the weights differ");
+}
+
+/// Finite losses can have gradients that are not: the root's slope at 0.
+#[test]
+fn a_gradient_that_is_not_finite_is_named() {
+    for (value, problem) in [(0.0f32, "the gradient of odd"), (1e30, "finite")] {
+        let tensor = |v: f32| Tensor::from_vec(vec![v; 2], 2, &Device::Cpu).unwrap();
+        let tensors = [
+            ("odd".to_owned(), tensor(value)),
+            ("plain".to_owned(), tensor(1.0)),
+        ];
+        let weights = Weights::new(tensors.into_iter().collect());
+        let (mut group, seen) = ParamGroup::new(&weights, |_| true, &BTreeMap::new()).unwrap();
+        let sum = |name: &str| seen.get(name).unwrap().sum_all().unwrap();
+        let loss = (sum("odd").sqrt().unwrap() + sum("plain")).unwrap();
+        assert!(loss.to_scalar::<f32>().unwrap().is_finite());
+        group.add(&loss.backward().unwrap()).unwrap();
+        match group.grad_norm() {
+            Err(error) => assert!(error.to_string().contains(problem), "{error}"),
+            Ok(norm) => {
+                assert!(value > 0.0 && norm.is_finite());
+                // An update that leaves f32's range.
+                let mut rules = config(1).rules(0, 1);
+                rules.adamw.lr = 1e39;
+                group.update(norm, 1.0, &rules).unwrap();
+                let error = group.check_finite().unwrap_err().to_string();
+                assert!(error.contains("the trained odd"), "{error}");
+            }
+        }
     }
 }
 
@@ -403,34 +496,100 @@ fn a_run_is_as_long_as_it_is_said() {
     assert_eq!(config(|c| c.steps = Some(7)), 7);
 }
 
-/// A layer that has not come yet is not trained, and what is not a mixer never is.
+/// A layer that has not come yet is not trained, and what is not a mixer never is; a layer's first step is as long
+/// as a run's first, in a schedule of its own.
 #[test]
 fn a_stepwise_schedule_converts_layer_after_layer() {
     let setting = Setting::new();
-    let mut stage = stage(&setting, "kd-stepwise");
-    let before = tensors(&stage);
-    let batch = setting.corpus.ordered(0, 2, 32).unwrap();
-    let hyper = config(1).rules(0, 1);
-    let mut moved_after = |progress: f64| {
-        stage.start_step(progress);
-        stage.backward(&batch, 1.0).unwrap();
+    let moves = |stage: &mut Stage, step: u64| {
+        let before = tensors(stage);
+        let batch = setting.corpus.ordered(0, 2, 32).unwrap();
+        let turn = stage.start_step(step, 10);
+        let rules = config(1).rules(step - turn.start, turn.end - turn.start);
+        stage.backward(&batch, &Shares::alone()).unwrap();
         for group in stage.groups_mut() {
-            group.update(1.0, 1, &hyper).unwrap();
+            let norm = group.grad_norm().unwrap();
+            group.update(norm, 0.0, &rules).unwrap();
         }
-        let after = tensors(&stage);
+        let after = tensors(stage);
         let moved = |layer: &str| {
-            let own = before.iter().filter(|(n, _)| n.contains(layer));
-            own.clone().count() > 0 && own.into_iter().any(|(n, old)| after[n] != *old)
+            let own = before.iter().filter(|(name, _)| name.contains(layer));
+            let by = own.flat_map(|(name, old)| {
+                let pairs = old.iter().zip(&after[name]);
+                pairs.map(|(old, new)| (old - new).abs())
+            });
+            f64::from(by.fold(0.0, f32::max)) / rules.adamw.lr
         };
-        (moved("layers.0.mla"), moved("layers.1.mamba"))
+        let names = before.keys();
+        assert!({ names }.all(|n| n.contains("mla.") || n.contains("mamba.")));
+        (turn, moved("layers.0.mla"), moved("layers.1.mamba"))
     };
-    assert_eq!(moved_after(0.0), (true, false));
-    assert_eq!(moved_after(0.6), (true, true));
+    let full = |moved: f64| (moved - 1.0).abs() < 0.02;
+    let mut first = stage(&setting, "kd-stepwise");
+    let (turn, mla, mamba) = moves(&mut first, 0);
     assert!(
-        before
-            .keys()
-            .all(|n| n.contains("mla.") || n.contains("mamba."))
+        turn == (0..5) && full(mla) && mamba == 0.0,
+        "{turn:?} {mla} {mamba}"
     );
+    for step in 1..5 {
+        moves(&mut first, step);
+    }
+    let (turn, mla, mamba) = moves(&mut first, 5);
+    assert!(
+        turn == (5..10) && mla > 0.0 && full(mamba),
+        "{turn:?} {mla} {mamba}"
+    );
+
+    // A layer that an earlier stage has trained stays in its place.
+    let (config, weights) = student([LayerKind::MLA, LayerKind::Mamba2]);
+    let stepwise = KdConfig {
+        schedule: Schedule::Stepwise,
+        trained: Trained::Mixers,
+        ..KdConfig::default()
+    };
+    let kd = Kd::new(teacher().0, "t".into(), &config, &weights, &[1], stepwise);
+    let mut second = Stage::Kd(Box::new(kd.unwrap()));
+    let (turn, mla, mamba) = moves(&mut second, 0);
+    assert!(
+        turn == (0..10) && full(mla) && full(mamba),
+        "{turn:?} {mla} {mamba}"
+    );
+}
+
+/// `--lr` is reached by every layer, not only by those that come first.
+#[test]
+fn a_stepwise_run_warms_up_again_for_every_layer() {
+    let setting = Setting::new();
+    let mut stage = stage(&setting, "kd-stepwise");
+    let out = setting.out("stepwise");
+    let metrics = setting.run(&mut stage, &config(10), &out, 0).unwrap();
+    let rates: Vec<f64> = metrics.iter().map(|m| m.lr).collect();
+    assert_eq!(rates[..5], rates[5..]);
+    assert!(rates[5] > 2.0 * rates[4], "{rates:?}");
+}
+
+/// A save that cannot be read is named with what starts over, and `force` starts over.
+#[test]
+fn a_damaged_save_is_told_and_can_be_dropped() {
+    let setting = Setting::new();
+    let (straight, out) = (setting.out("straight"), setting.out("out"));
+    let config = config(4);
+    let run = |out: &Path, stop_after, force| {
+        let mut stage = stage(&setting, "kd");
+        setting.run_with(&mut stage, &config, out, stop_after, force)
+    };
+    run(&straight, 0, false).unwrap();
+    run(&out, 3, false).unwrap_err();
+    let state = partial_folder(&out).join("state.safetensors");
+    let bytes = std::fs::read(&state).unwrap();
+    std::fs::write(&state, &bytes[..bytes.len() / 2]).unwrap();
+    let message = run(&out, 0, false).unwrap_err().to_string();
+    assert!(
+        message.contains("state.safetensors") && message.contains("--force"),
+        "{message}"
+    );
+    run(&out, 0, true).unwrap();
+    assert!(files(&straight) == files(&out), "the weights differ");
 }
 
 fn tensors(stage: &Stage) -> BTreeMap<String, Vec<f32>> {

@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::student::Student;
-use super::{Terms, ids, rows, scalar};
+use super::{Shares, Terms, ids, rows, scalar};
 use crate::checkpoint::{read_tensors_with_metadata, write_tensors};
 use crate::data::{Batch, Batches, Preferences};
 use crate::model::{Lm, ModelConfig};
@@ -155,7 +155,7 @@ impl Dpo {
         }))
     }
 
-    pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+    pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let lm = &self.student.lm;
         let (log_probs, lengths) = answers(lm, batch)?;
         let reference: Vec<f32> = (batch.examples.iter().enumerate())
@@ -163,12 +163,12 @@ impl Dpo {
             .collect();
         let reference = Tensor::from_vec(reference, batch.rows, lm.device())?;
         let (rewards, losses) = self.config.loss(&log_probs, &reference, &lengths)?;
-        let loss = losses.mean_all()?;
-        let grads = (&loss * scale)?.backward()?;
+        let loss = (losses.mean_all()? * shares.rows)?;
+        let grads = loss.backward()?;
         self.student.params.add(&grads)?;
         let rewards = rewards.reshape(((), 2))?.to_vec2::<f32>()?;
         let mean = |of: &dyn Fn(&Vec<f32>) -> f32| {
-            f64::from(rewards.iter().map(of).sum::<f32>()) / rewards.len() as f64
+            shares.rows * f64::from(rewards.iter().map(of).sum::<f32>()) / rewards.len() as f64
         };
         let named = [
             ("accuracy", mean(&|r| f32::from(u8::from(r[0] > r[1])))),

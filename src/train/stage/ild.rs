@@ -8,9 +8,10 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::student::Student;
-use super::{Terms, ids, rows, scalar};
+use super::{Shares, Terms, ids, rows, scalar, share};
 use crate::data::Batch;
 use crate::model::{Lm, ModelConfig, Trace};
+use crate::op::adamw::sum_of_squares;
 use crate::op::loss::{mean_l2, relative_mse};
 use crate::train::params::ParamGroup;
 use crate::weights::Weights;
@@ -163,11 +164,16 @@ impl Ild {
     }
 
     /// Layers do not touch each other, so each is walked back at once and its graph let go.
-    pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+    pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let ids = ids(batch, self.teacher.device())?;
         let documents = Some(&batch.documents);
         let trace = self.teacher.trace(&ids, documents)?;
         let joint = self.config.inputs == IldInputs::Joint;
+        let mut energies = shares.energies.iter();
+        let mut part = |loss: Tensor| -> Result<Tensor> {
+            let share = energies.next().copied().unwrap_or(shares.positions);
+            Ok((loss * share)?)
+        };
         let mut terms = Terms::default();
         for candidate in &mut self.candidates {
             let mut sum = 0.0;
@@ -176,16 +182,14 @@ impl Ild {
                 let goal = Goal::new(&self.teacher, self.config.loss, &trace, i);
                 let taught = layer.forward(&trace.hidden[i], documents)?;
                 let (hidden, mixer) = goal.terms(&taught, &trace.mixer_out[i])?;
-                let mut loss = (hidden + mixer)?;
+                let mut loss = (part(hidden)? + part(mixer)?)?;
                 if joint {
-                    // Towards the teacher's residual stream, whatever is missing from it so far.
-                    let missing = ((&trace.hidden[i] - &own)? + &trace.mixer_out[i])?;
                     let alone = layer.forward(&own, documents)?;
-                    let (hidden, mixer) = goal.terms(&alone, &missing)?;
-                    loss = ((loss + hidden)? + mixer)?.affine(0.5, 0.0)?;
+                    let (hidden, mixer) = goal.terms(&alone, &missing(&trace, i, &own)?)?;
+                    loss = ((loss + part(hidden)?)? + part(mixer)?)?.affine(0.5, 0.0)?;
                     own = alone.0.detach();
                 }
-                let grads = (&loss * scale)?.backward()?;
+                let grads = loss.backward()?;
                 candidate.student.params.add(&grads)?;
                 let loss = scalar(&loss)?;
                 terms
@@ -197,6 +201,43 @@ impl Ild {
             terms.loss += sum;
         }
         Ok(terms)
+    }
+
+    /// The shares of relative errors: each is divided by its target's sum of squares, of which a micro-batch has a
+    /// part.
+    pub(super) fn share_energies(&self, batches: &[Batch], shares: &mut [Shares]) -> Result<()> {
+        if self.config.loss != IldLoss::RelativeMse {
+            return Ok(());
+        }
+        let parts = batches.iter().map(|batch| self.energies(batch));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        for term in 0..parts[0].len() {
+            let of_term = share(parts.iter().map(|energies| energies[term]));
+            for (shares, share) in shares.iter_mut().zip(of_term) {
+                shares.energies.push(share);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sums of squares of a batch's targets, in the order in which [`Ild::backward`] meets them.
+    fn energies(&self, batch: &Batch) -> Result<Vec<f64>> {
+        let ids = ids(batch, self.teacher.device())?;
+        let documents = Some(&batch.documents);
+        let trace = self.teacher.trace(&ids, documents)?;
+        let mut energies = Vec::new();
+        for candidate in &self.candidates {
+            let mut own = trace.hidden[0].clone();
+            for (i, layer) in candidate.student.lm.layers.iter().enumerate() {
+                let hidden = sum_of_squares(&trace.hidden[i + 1])?;
+                energies.extend([hidden, sum_of_squares(&trace.mixer_out[i])?]);
+                if self.config.inputs == IldInputs::Joint {
+                    energies.extend([hidden, sum_of_squares(&missing(&trace, i, &own)?)?]);
+                    own = layer.forward(&own, documents)?.0.detach();
+                }
+            }
+        }
+        Ok(energies)
     }
 
     pub(super) fn only_student(&self) -> Option<&Student> {
@@ -227,6 +268,11 @@ impl Ild {
         }
         Ok(())
     }
+}
+
+/// What a student's mixer that reads `own` is to give: whatever is missing from it to the teacher's residual stream.
+fn missing(trace: &Trace, index: usize, own: &Tensor) -> Result<Tensor> {
+    Ok(((&trace.hidden[index] - own)? + &trace.mixer_out[index])?)
 }
 
 /// What the teacher's layer gave.

@@ -3,11 +3,13 @@
 //! positions, everything trained at once. MambaInLLaMA's stepwise schedule (arXiv 2408.15237) converts
 //! layer after layer and trains mixers only.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::student::Student;
-use super::{Laps, Terms, ids, masked_mean, rows, scalar};
+use super::{Laps, Shares, Terms, ids, masked_mean, rows, scalar};
 use crate::data::Batch;
 use crate::mixer::MixerConfig;
 use crate::model::{Lm, ModelConfig};
@@ -34,7 +36,8 @@ pub enum Schedule {
     /// All from the first step.
     #[default]
     EndToEnd,
-    /// One after the other, first to last, in equal shares of the steps; until then a place keeps the teacher's layer.
+    /// One after the other, first to last, in equal shares of the steps, each with a learning-rate schedule of its
+    /// own; until then a place keeps the teacher's layer.
     Stepwise,
 }
 
@@ -155,13 +158,15 @@ pub struct Kd {
     teacher_hash: String,
     pub student: Student,
     config: KdConfig,
-    /// Layers that are not the teacher's attention, first to last.
-    converted: Vec<usize>,
+    /// Layers that are not in their places from the first step, first to last.
+    late: Vec<usize>,
     /// How many of them are in their places.
     placed: usize,
 }
 
 impl Kd {
+    /// `settled`: layers that an earlier stage converted and trained, in their places from the first step.
+    ///
     /// # Errors
     /// Vocabularies of different sizes, settings out of range, or a stepwise schedule between models whose
     /// layers cannot be exchanged.
@@ -170,6 +175,7 @@ impl Kd {
         teacher_hash: String,
         student: &ModelConfig,
         weights: &Weights,
+        settled: &[usize],
         config: KdConfig,
     ) -> Result<Self> {
         let (t, s) = (teacher.config.vocab_size, student.vocab_size);
@@ -186,14 +192,14 @@ impl Kd {
             ));
         }
         let converted = converted(student);
-        if converted.is_empty() && config != KdConfig::default() {
-            let mixers = config.trained == Trained::Mixers;
-            if mixers || config.schedule == Schedule::Stepwise {
-                return Err(Error::invalid(
-                    "the student has no converted layer to train",
-                ));
-            }
+        let stepwise = config.schedule == Schedule::Stepwise;
+        if converted.is_empty() && (stepwise || config.trained == Trained::Mixers) {
+            return Err(Error::invalid(
+                "the student has no converted layer to train",
+            ));
         }
+        let is_late = |i: &usize| stepwise && !settled.contains(i);
+        let late = converted.iter().copied().filter(is_late).collect();
         let prefixes: Vec<String> = converted
             .iter()
             .map(|i| format!("model.layers.{i}.{}.", student.layers[*i].prefix()))
@@ -206,10 +212,15 @@ impl Kd {
             teacher,
             teacher_hash,
             student: Student::new(student, weights, trained)?,
-            placed: converted.len(),
+            placed: 0,
+            late,
             config,
-            converted,
         })
+    }
+
+    #[cfg(test)]
+    pub fn exchange_teacher(&mut self, teacher: Lm) {
+        self.teacher = teacher;
     }
 
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
@@ -217,22 +228,24 @@ impl Kd {
             "stage": "kd",
             "teacher": self.teacher_hash,
             "student": self.student.hash()?,
+            "late": self.late,
             "kd": self.config,
         }))
     }
 
-    /// `progress`: the share of the steps that is done.
-    pub(super) fn start_step(&mut self, progress: f64) {
-        if self.config.schedule == Schedule::Stepwise {
-            let count = self.converted.len();
-            self.placed = ((progress * count as f64) as usize + 1).min(count);
-        }
+    /// Puts the layers in their places whose turn has come; the steps that the last of them has for its own.
+    pub(super) fn start_step(&mut self, step: u64, steps: u64) -> Range<u64> {
+        let count = self.late.len() as u64;
+        let start = |turn: u64| steps * turn / count.max(1);
+        let turn = (0..count).find(|turn| step < start(turn + 1));
+        self.placed = turn.map_or(self.late.len(), |turn| turn as usize + 1);
+        turn.map_or(0..steps, |turn| start(turn)..start(turn + 1))
     }
 
     /// The student's logits, with the teacher's layers where the student's have not come yet.
     fn forward(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
         let student = &self.student.lm;
-        let waiting = &self.converted[self.placed..];
+        let waiting = &self.late[self.placed..];
         let mut x = student.embed(ids)?;
         for (i, layer) in student.layers.iter().enumerate() {
             let layer = match waiting.contains(&i) {
@@ -244,7 +257,7 @@ impl Kd {
         student.head(&student.normed(&x)?)
     }
 
-    pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+    pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let ids = ids(batch, self.student.lm.device())?;
         let documents = Some(&batch.documents);
         let config = &self.config;
@@ -256,12 +269,16 @@ impl Kd {
         let mut parts = Vec::new();
         let mut named = Vec::new();
         if config.kl_weight > 0.0 {
-            let kl = config.divergence(&target, &logits, batch)?;
+            let share = match config.mask_prompts {
+                true => shares.learned,
+                false => shares.positions,
+            };
+            let kl = (config.divergence(&target, &logits, batch)? * share)?;
             named.push(("kl".to_owned(), scalar(&kl)?));
             parts.push((kl * (config.kl_weight * config.temperature.powi(2)))?);
         }
         if config.ce_weight > 0.0 {
-            let ce = config.cross_entropy(&target, &logits, batch)?;
+            let ce = (config.cross_entropy(&target, &logits, batch)? * shares.learned)?;
             named.push(("ce".to_owned(), scalar(&ce)?));
             parts.push((ce * config.ce_weight)?);
         }
@@ -271,7 +288,7 @@ impl Kd {
             one => one[0].clone(),
         };
         phases.push(("student forward and loss", laps.lap()));
-        let grads = (&loss * scale)?.backward()?;
+        let grads = loss.backward()?;
         self.student.params.add(&grads)?;
         phases.push(("backward", laps.lap()));
         Ok(Terms {
@@ -282,8 +299,8 @@ impl Kd {
     }
 }
 
-/// Layers whose mixer is not attention.
-fn converted(student: &ModelConfig) -> Vec<usize> {
+/// Layers whose mixer is not attention, first to last.
+pub fn converted(student: &ModelConfig) -> Vec<usize> {
     let is = |i: &usize| !matches!(student.layers[*i], MixerConfig::Attention(_));
     (0..student.layers.len()).filter(is).collect()
 }

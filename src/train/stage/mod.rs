@@ -1,5 +1,6 @@
 //! What is trained, and towards what. A stage is a file here and a variant of [`Stage`].
 
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
@@ -27,6 +28,57 @@ pub struct Terms {
     pub named: Vec<(String, f64)>,
     /// Where the time went, in seconds, for `bench train`.
     pub phases: Vec<(&'static str, f64)>,
+}
+
+/// How much of a step's whole a micro-batch is. A loss that is a mean, or relative to a size, of a micro-batch
+/// alone, times the share of what it was divided by, is its part of the whole's.
+#[derive(Debug, Clone)]
+pub struct Shares {
+    /// Of all rows.
+    pub rows: f64,
+    /// Of all positions.
+    pub positions: f64,
+    /// Of the positions whose next token is to be learned.
+    pub learned: f64,
+    /// Of the sums of squares of ILD's targets, in the order of its terms; empty for a batch alone.
+    pub energies: Vec<f64>,
+}
+
+impl Shares {
+    /// Of a step of one batch.
+    pub fn alone() -> Self {
+        Self {
+            rows: 1.0,
+            positions: 1.0,
+            learned: 1.0,
+            energies: Vec::new(),
+        }
+    }
+
+    fn of(batches: &[Batch]) -> Vec<Self> {
+        let learned = |b: &Batch| b.mask.iter().map(|m| f64::from(*m)).sum::<f64>();
+        let rows = share(batches.iter().map(|b| b.rows as f64));
+        let positions = share(batches.iter().map(|b| (b.rows * b.len) as f64));
+        let learned = share(batches.iter().map(learned));
+        let each = |i: usize| Self {
+            rows: rows[i],
+            positions: positions[i],
+            learned: learned[i],
+            energies: Vec::new(),
+        };
+        (0..batches.len()).map(each).collect()
+    }
+}
+
+/// Each part over the sum of all.
+fn share(parts: impl Iterator<Item = f64>) -> Vec<f64> {
+    let parts: Vec<f64> = parts.collect();
+    let whole: f64 = parts.iter().sum();
+    let each = |part: &f64| if whole > 0.0 { part / whole } else { 0.0 };
+    match parts.as_slice() {
+        [_] => vec![1.0],
+        parts => parts.iter().map(each).collect(),
+    }
 }
 
 /// Seconds since the last lap.
@@ -72,20 +124,31 @@ impl Stage {
         }
     }
 
-    /// Told before every step which share of the steps is done.
-    pub fn start_step(&mut self, progress: f64) {
-        if let Stage::Kd(s) = self {
-            s.start_step(progress);
+    /// Told before every step; the steps that have a schedule of the learning rate of their own, of which it is
+    /// one.
+    pub fn start_step(&mut self, step: u64, steps: u64) -> Range<u64> {
+        match self {
+            Stage::Kd(s) => s.start_step(step, steps),
+            _ => 0..steps,
         }
     }
 
-    /// Adds the gradients of `scale` times the batch's loss to the groups.
-    pub fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+    /// What each micro-batch of a step counts, so that their sum is the loss of one large batch.
+    pub fn shares(&self, batches: &[Batch]) -> Result<Vec<Shares>> {
+        let mut shares = Shares::of(batches);
+        if let (Stage::Ild(s), true) = (self, batches.len() > 1) {
+            s.share_energies(batches, &mut shares)?;
+        }
+        Ok(shares)
+    }
+
+    /// Adds the gradients of the batch's part of a step's loss to the groups; the terms are parts too.
+    pub fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         match self {
-            Stage::Ild(s) => s.backward(batch, scale),
-            Stage::Kd(s) => s.backward(batch, scale),
-            Stage::Dpo(s) => s.backward(batch, scale),
-            Stage::Pretrain(s) => s.backward(batch, scale),
+            Stage::Ild(s) => s.backward(batch, shares),
+            Stage::Kd(s) => s.backward(batch, shares),
+            Stage::Dpo(s) => s.backward(batch, shares),
+            Stage::Pretrain(s) => s.backward(batch, shares),
         }
     }
 

@@ -8,7 +8,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::student::Student;
-use super::{Terms, ids, masked_mean, rows, scalar};
+use super::{Shares, Terms, ids, masked_mean, rows, scalar};
 use crate::Result;
 use crate::checkpoint::Format;
 use crate::data::Batch;
@@ -34,12 +34,12 @@ impl Pretrain {
         Ok(serde_json::json!({ "stage": "pretrain", "student": self.student.hash()? }))
     }
 
-    pub(super) fn backward(&mut self, batch: &Batch, scale: f64) -> Result<Terms> {
+    pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let ids = ids(batch, self.student.lm.device())?;
         let logits = rows(&self.student.lm.forward(&ids, Some(&batch.documents))?)?;
         let targets = Tensor::from_slice(&batch.targets, batch.targets.len(), logits.device())?;
-        let loss = masked_mean(&cross_entropy(&logits, &targets)?, batch)?;
-        let grads = (&loss * scale)?.backward()?;
+        let loss = (masked_mean(&cross_entropy(&logits, &targets)?, batch)? * shares.learned)?;
+        let grads = loss.backward()?;
         self.student.params.add(&grads)?;
         Ok(Terms {
             loss: scalar(&loss)?,
