@@ -33,7 +33,7 @@ pub enum Error {
     /// A flag, field or combination that cannot work.
     #[error("{0}")]
     Invalid(String),
-    /// Ctrl-C: the step in progress was finished and saved.
+    /// Ctrl-C: stopped at a safe point. Says what is kept, and what to run again.
     #[error("interrupted; {0}")]
     Interrupted(String),
     /// A failure inside the tensor library (a bug in zebroid if a user meets it).

@@ -17,7 +17,8 @@
 //! | 6 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
 //! | 7 | [`weights`] | named tensors, taken strictly |
 //! | 8 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
-//! | 9 | [`error`], [`hash`] | the error type; content hashes for resume checks |
+//! | 9 | [`watch`] | progress of long work, and the wish to stop it |
+//! | 10 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
 //! # Shape letters
 //! `B` batch, `T` query positions, `S` key positions, `D` hidden size, `H` query heads, `G` key/value
@@ -38,6 +39,7 @@ pub mod model;
 pub mod op;
 pub mod pipeline;
 pub mod train;
+pub mod watch;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -18,11 +18,13 @@ use crate::{Error, Result};
 mod amd;
 mod files;
 mod llama;
+mod lock;
 mod save;
 #[cfg(test)]
 mod tests;
 
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
+pub use lock::{Lock, claim, lock};
 pub use save::{check_output, replace_folder, save, write_atomic};
 
 use files::TensorFiles;

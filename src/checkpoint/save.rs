@@ -106,7 +106,7 @@ fn written_here(file: &Path) -> bool {
         || COMPANIONS.contains(&name.as_ref())
 }
 
-fn parent(path: &Path) -> PathBuf {
+pub(super) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),

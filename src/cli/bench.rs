@@ -9,13 +9,14 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::device::DeviceArg;
-use super::output::{bytes, progress, table, thousands};
+use super::output::{Progress, bytes, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
 use crate::op::adamw::AdamW;
 use crate::train::stage::kd::{Kd, KdConfig};
 use crate::train::{Optimizer, Shares, Stage};
+use crate::watch::Watch;
 use crate::weights::Weights;
 
 #[derive(Debug, clap::Subcommand)]
@@ -76,11 +77,13 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     let teacher = Checkpoint::open(&args.teacher)?;
     let student = plan(&teacher.config, &args.plan)?;
     let weights = teacher.weights(DType::F32, &candle_core::Device::Cpu)?;
+    let watch = Progress::default();
     let composed = compose(
         &teacher.config,
         &weights,
         &student,
         &Init::Reference { seed: 0 },
+        &watch,
     )?;
     let weights = Weights::new(composed.tensors).to_device(&device, DType::F32)?;
     let lm = teacher.model(&device, DType::F32)?;
@@ -100,10 +103,11 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         weight_decay: 0.0,
     };
     let rules = Optimizer { adamw, muon: None };
-    let bar = progress("bench", (args.warmup + args.steps) as u64);
+    let all = args.warmup + args.steps;
+    watch.start("bench", all);
     let mut seconds = Vec::new();
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
-    for step in 0..args.warmup + args.steps {
+    for step in 0..all {
         let batch = random_batch(
             args.batch_size,
             args.seq_len,
@@ -120,7 +124,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         terms
             .phases
             .push(("clip and AdamW", optimizing.elapsed().as_secs_f64()));
-        bar.inc(1);
+        watch.reached(step + 1, all, "steps")?;
         if step < args.warmup {
             continue;
         }
@@ -132,7 +136,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
             }
         }
     }
-    bar.finish_and_clear();
+    drop(watch);
     let step_s = median(seconds);
     let report = Report {
         tokens_per_s: (args.batch_size * args.seq_len) as f64 / step_s,

@@ -6,8 +6,7 @@ use serde_json::json;
 
 use super::cache;
 use super::device::DeviceArg;
-use super::init::calibrate;
-use super::output::{table, thousands};
+use super::output::{Progress, table, thousands};
 use crate::convert::CalibrationConfig;
 use crate::data::{Corpus, Packing};
 use crate::pipeline::Base;
@@ -36,7 +35,9 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let base = Base::open(&args.teacher, args.device.get()?)?;
     let corpus = Corpus::load(&args.data, &base.tokenizer, Packing::Documents)?;
-    let found = calibrate(&base, &corpus, &args.config)?;
+    let watch = Progress::default();
+    let found = base.calibrate(&corpus, &args.config, &cache::folder(), &watch)?;
+    drop(watch);
     let root_mean = |values: &[f64]| (values.iter().sum::<f64>() / values.len() as f64).sqrt();
     let layers: Vec<_> = (found.layers.iter())
         .map(|layer| {

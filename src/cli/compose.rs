@@ -6,16 +6,17 @@ use candle_core::{DType, Device};
 use serde_json::json;
 
 use super::init::InitArgs;
-use super::output::table;
+use super::output::{Progress, table};
 use super::plan::{as_json, as_table};
-use crate::Result;
 use crate::checkpoint::{self, Format};
 use crate::convert::{Calibration, Composed, PlanOptions, compose_from_bank};
 use crate::eval::fidelity::{Fidelity, fidelity};
 use crate::eval::report::{Bars, Report};
 use crate::model::{Lm, ModelConfig};
 use crate::pipeline::{Base, open_bank};
+use crate::watch::Watch;
 use crate::weights::Weights;
+use crate::{Error, Result};
 
 /// Make a hybrid at initialisation, or from the trained layers of an ILD bank.
 #[derive(Debug, clap::Args)]
@@ -56,19 +57,23 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let inputs = [Some(&args.teacher), args.bank.as_ref()];
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(|p| p.as_path()).collect();
-    checkpoint::check_output(&args.out, args.force, &inputs)?;
+    let _lock = checkpoint::claim(&args.out, args.force, &inputs)?;
     let base = Base::open(&args.teacher, Device::Cpu)?;
     // Sizes that need no weights are refused before the text is read.
     if !args.plan.needs_weights() {
         base.plan(&args.plan, None)?;
     }
+    let watch = Progress::default();
     let calibration = match args.bank.is_some() {
-        true => args.init.calibration_if_named(&base)?,
-        false => args.init.calibration(&base, None)?,
+        true => args.init.calibration_if_named(&base, &watch)?,
+        false => args.init.calibration(&base, None, &watch)?,
     };
     let student = base.plan(&args.plan, calibration.as_ref())?;
     let composed = match &args.bank {
-        None => base.compose(&student, &args.init.init(&calibration, true, args.seed))?,
+        None => {
+            let init = args.init.init(&calibration, true, args.seed);
+            base.compose(&student, &init, &watch)?
+        }
         Some(bank) => compose_from_bank(&base.weights, &student, &open_bank(bank)?)?,
     };
     checkpoint::save(
@@ -80,8 +85,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         args.force,
     )?;
     let found = calibration
-        .map(|c| measure(&base, &composed, &c))
-        .transpose()?;
+        .map(|c| measure(&base, &composed, &c, &watch))
+        .transpose()
+        .map_err(|error| written(error, &args.out))?;
+    drop(watch);
     if let (Some(path), Some(found)) = (&args.report, &found) {
         report(base.config(), &composed.config, found).write(path)?;
     }
@@ -100,7 +107,23 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(base: &Base, composed: &Composed, calibration: &Calibration) -> Result<Fidelity> {
+/// When its measurement is interrupted, the hybrid is there.
+fn written(error: Error, out: &Path) -> Error {
+    match error {
+        Error::Interrupted(_) => Error::Interrupted(format!(
+            "{} is written; only its measurement is missing (eval kl makes it)",
+            out.display()
+        )),
+        other => other,
+    }
+}
+
+fn measure(
+    base: &Base,
+    composed: &Composed,
+    calibration: &Calibration,
+    watch: &dyn Watch,
+) -> Result<Fidelity> {
     let weights = Weights::new(composed.tensors.clone()).to_device(&base.device, DType::F32)?;
     let student = Lm::new(&composed.config, &weights)?;
     fidelity(
@@ -108,6 +131,7 @@ fn measure(base: &Base, composed: &Composed, calibration: &Calibration) -> Resul
         &student,
         &calibration.fit,
         &calibration.held_out,
+        watch,
     )
 }
 

@@ -1,14 +1,14 @@
 //! `zebroid demo`: the whole pipeline on the embedded teacher, offline, in minutes.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{table, thousands};
-use super::run::{carry_out, page, rows};
-use crate::checkpoint::Checkpoint;
+use super::output::{Progress, table, thousands};
+use super::run::{page, rows};
+use crate::checkpoint::{self, Checkpoint};
 use crate::convert::Init;
 use crate::data::stories::{Story, StoryGenerator};
 use crate::data::{Corpus, Packing, Tokenizer};
@@ -16,7 +16,7 @@ use crate::eval::kl::{self, KlReport};
 use crate::eval::recall::{RecallReport, recall};
 use crate::generate::{Engine, Generation, SamplingParams};
 use crate::model::Lm;
-use crate::pipeline::{Base, Outcome, Recipe, StageResult, embedded};
+use crate::pipeline::{self, Base, Outcome, Recipe, StageResult, Surroundings, embedded};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -56,35 +56,25 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let out = args.out.as_path();
     let report = out.join(REPORT);
+    let _lock = checkpoint::lock(out)?;
     if report.exists() {
         if !args.force {
             let finished = "holds a finished demo; start over with --force, or choose --out";
             return Err(Error::file(out, finished).into());
         }
-        crate::pipeline::clear(out)?;
+        pipeline::clear(out)?;
         std::fs::remove_file(&report).map_err(Error::io("cannot remove", &report))?;
     }
-    let device = args.device.get()?;
     let recipe = recipe(&args)?;
-    let outcome = carry_out(&recipe, out, device.clone())?;
-    let base = Base::open(&outcome.base, device.clone())?;
-    let distilled = || Checkpoint::open(&outcome.student)?.model(&device, DType::F32);
-    let stories: Vec<Story> = StoryGenerator::new(HELD_OUT.0).take(HELD_OUT.1).collect();
-    let recalls = [
-        recall(&base.lm()?, &base.tokenizer, &stories)?,
-        recall(&distilled()?, &base.tokenizer, &stories)?,
-    ];
-    let texts = [
-        tell(base.lm()?, &base.tokenizer, &stories[0])?,
-        tell(distilled()?, &base.tokenizer, &stories[0])?,
-    ];
-    let results = Results {
-        published: published(&base, &recipe, out)?,
-        outcome,
-        recalls,
-        texts,
-        seconds: started.elapsed().as_secs_f64(),
+    let watch = Progress::default();
+    let with = Surroundings {
+        out,
+        device: args.device.get()?,
+        watch: &watch,
     };
+    let outcome = pipeline::run(&recipe, &with)?;
+    let results = compare(&recipe, outcome, &with, started).map_err(pipeline::kept(out))?;
+    drop(watch);
     print!("{}", results.to_text());
     let mut page = page(&recipe, &results.outcome)?;
     page.heading("Teacher and hybrid")
@@ -97,6 +87,33 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     page.write(&report)?;
     println!("\nreport: {}", report.display());
     Ok(())
+}
+
+/// What the hybrid is like beside its teacher.
+fn compare(
+    recipe: &Recipe,
+    outcome: Outcome,
+    with: &Surroundings,
+    started: Instant,
+) -> Result<Results> {
+    let base = Base::open(&outcome.base, with.device.clone())?;
+    let distilled = || Checkpoint::open(&outcome.student)?.model(&with.device, DType::F32);
+    let stories: Vec<Story> = StoryGenerator::new(HELD_OUT.0).take(HELD_OUT.1).collect();
+    let recalls = [
+        recall(&base.lm()?, &base.tokenizer, &stories, with.watch)?,
+        recall(&distilled()?, &base.tokenizer, &stories, with.watch)?,
+    ];
+    let texts = [
+        tell(base.lm()?, &base.tokenizer, &stories[0])?,
+        tell(distilled()?, &base.tokenizer, &stories[0])?,
+    ];
+    Ok(Results {
+        published: published(&base, recipe, with)?,
+        outcome,
+        recalls,
+        texts,
+        seconds: started.elapsed().as_secs_f64(),
+    })
 }
 
 fn recipe(args: &Args) -> Result<Recipe> {
@@ -115,13 +132,14 @@ fn recipe(args: &Args) -> Result<Recipe> {
 }
 
 /// The same hybrid as the published initialisation makes it, untrained.
-fn published(base: &Base, recipe: &Recipe, out: &Path) -> Result<KlReport> {
+fn published(base: &Base, recipe: &Recipe, with: &Surroundings) -> Result<KlReport> {
     let student = base.plan(&recipe.plan, None)?;
-    let composed = base.compose(&student, &Init::Reference { seed: recipe.seed })?;
+    let init = Init::Reference { seed: recipe.seed };
+    let composed = base.compose(&student, &init, with.watch)?;
     let weights = Weights::new(composed.tensors).to_device(&base.device, DType::F32)?;
     let lm = Lm::new(&composed.config, &weights)?;
     let (seed, count) = HELD_OUT;
-    let text = out.join(format!("stories-{seed}-{count}.jsonl"));
+    let text = with.out.join(format!("stories-{seed}-{count}.jsonl"));
     let corpus = Corpus::load(&text, &base.tokenizer, Packing::Documents)?;
     let eval = &recipe.eval;
     kl::evaluate(
@@ -130,7 +148,7 @@ fn published(base: &Base, recipe: &Recipe, out: &Path) -> Result<KlReport> {
         &corpus,
         eval.batch_size,
         eval.seq_len,
-        &mut |_, _| {},
+        with.watch,
     )
 }
 

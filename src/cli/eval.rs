@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{progress, table, thousands};
+use super::output::{Progress, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::stories::StoryGenerator;
 use crate::data::{Corpus, Packing, Tokenizer};
@@ -88,7 +88,9 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
     let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
-    let report = recall(&lm, &tokenizer, &stories)?;
+    let watch = Progress::default();
+    let report = recall(&lm, &tokenizer, &stories, &watch)?;
+    drop(watch);
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
@@ -112,16 +114,16 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     );
     let tokenizer = Tokenizer::open(&args.teacher)?;
     let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
-    let bar = progress("eval", corpus.windows(args.seq_len) as u64);
+    let watch = Progress::default();
     let report = kl::evaluate(
         &teacher.model(&device, DType::F32)?,
         &student.model(&device, DType::F32)?,
         &corpus,
         args.batch_size,
         args.seq_len,
-        &mut |done, _| bar.set_position(done as u64),
+        &watch,
     )?;
-    bar.finish_and_clear();
+    drop(watch);
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());

@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    checkpoint::check_output(&args.out, args.force, &[&args.checkpoint])?;
+    let _lock = checkpoint::claim(&args.out, args.force, &[&args.checkpoint])?;
     let source = Checkpoint::open(&args.checkpoint)?;
     let tensors = source.raw_tensors()?;
     checkpoint::save(

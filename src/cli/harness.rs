@@ -6,9 +6,9 @@ use std::time::Instant;
 use candle_core::DType;
 use serde_json::json;
 
+use super::cache;
 use super::device::DeviceArg;
-use super::output::progress;
-use super::{cache, interrupt};
+use super::output::Progress;
 use crate::checkpoint::{self, Checkpoint, write_atomic};
 use crate::data::Tokenizer;
 use crate::eval::harness::{
@@ -84,27 +84,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         fresh: args.fresh,
         model: Hash::of(format!("{fingerprint} {}", tokenizer.hash()).as_bytes()).to_string(),
     };
-    interrupt::install();
     let started = Instant::now();
-    let bar = progress("harness", 0);
+    let watch = Progress::default();
     let mut results: Vec<TaskResult> = Vec::new();
     for (task, num_fewshot) in tasks {
-        let result = run_task(
-            &lm,
-            &tokenizer,
-            task,
-            num_fewshot,
-            &config,
-            &mut |name, done, all| {
-                bar.set_length(all as u64);
-                bar.set_position(done as u64);
-                bar.set_message(name.to_owned());
-                !interrupt::asked()
-            },
-        );
+        let result = run_task(&lm, &tokenizer, task, num_fewshot, &config, &watch);
         results.push(result.map_err(|e| resumable(e, task))?);
     }
-    bar.finish_and_clear();
+    drop(watch);
     let documents: usize = results.iter().map(TaskResult::samples).sum();
     let tokens: usize = results.iter().map(TaskResult::tokens).sum();
     let seconds: f64 = results.iter().map(TaskResult::seconds).sum();
@@ -160,7 +147,7 @@ fn tasks(names: &[String], num_fewshot: Option<usize>) -> Result<Vec<(&'static T
 fn resumable(error: Error, task: &Task) -> Error {
     match error {
         Error::Interrupted(what) => Error::Interrupted(format!(
-            "{}: {what}; run the same command again to go on with what is left",
+            "{}: {what} (finished tasks, and parts of this one, are kept)",
             task.name
         )),
         other => other,

@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use super::output::progress;
-use super::{cache, interrupt};
+use super::cache;
 use crate::convert::{Calibration, CalibrationConfig, Init, InitName};
 use crate::data::{Corpus, Packing};
 use crate::pipeline::Base;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, clap::Args)]
@@ -28,7 +28,12 @@ impl InitArgs {
     ///
     /// # Errors
     /// A refined initialisation without text.
-    pub fn calibration(&self, base: &Base, fallback: Option<&Path>) -> Result<Option<Calibration>> {
+    pub fn calibration(
+        &self,
+        base: &Base,
+        fallback: Option<&Path>,
+        watch: &dyn Watch,
+    ) -> Result<Option<Calibration>> {
         let text = match (self.init, self.calibration.as_deref().or(fallback)) {
             (InitName::Reference, _) if self.calibration.is_none() => return Ok(None),
             (_, Some(text)) => text,
@@ -39,13 +44,18 @@ impl InitArgs {
             }
         };
         let corpus = Corpus::load(text, &base.tokenizer, Packing::Documents)?;
-        calibrate(base, &corpus, &self.config).map(Some)
+        base.calibrate(&corpus, &self.config, &cache::folder(), watch)
+            .map(Some)
     }
 
     /// Only if a text is named.
-    pub fn calibration_if_named(&self, base: &Base) -> Result<Option<Calibration>> {
+    pub fn calibration_if_named(
+        &self,
+        base: &Base,
+        watch: &dyn Watch,
+    ) -> Result<Option<Calibration>> {
         match self.calibration {
-            Some(_) => self.calibration(base, None),
+            Some(_) => self.calibration(base, None, watch),
             None => Ok(None),
         }
     }
@@ -65,22 +75,4 @@ impl InitArgs {
             _ => Init::Reference { seed },
         }
     }
-}
-
-/// The pass itself, with a bar and Ctrl-C, kept in the cache.
-pub fn calibrate(base: &Base, corpus: &Corpus, config: &CalibrationConfig) -> Result<Calibration> {
-    interrupt::install();
-    let bar = progress("calibrate", 0);
-    let found = base.calibrate(
-        corpus,
-        config,
-        &cache::folder(),
-        &interrupt::asked,
-        &mut |done, all| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        },
-    );
-    bar.finish_and_clear();
-    found
 }

@@ -13,7 +13,7 @@ pub fn install() {
             if ASKED.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
             }
-            eprintln!("\nfinishing this step and saving; press Ctrl-C again to stop at once");
+            eprintln!("\nstopping at the next safe point; press Ctrl-C again to stop at once");
         });
         if let Err(error) = installed {
             tracing::warn!("Ctrl-C will not be caught: {error}");

@@ -33,7 +33,7 @@ pub mod train;
 #[derive(Debug, Parser)]
 #[command(name = "zebroid", version, arg_required_else_help = true)]
 #[command(after_help = "Start with:  zebroid demo\n\
-    Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted (what was done is saved).")]
+    Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted (it says what is kept).")]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,

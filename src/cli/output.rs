@@ -1,8 +1,13 @@
 //! What commands print: tables and progress.
 
-use indicatif::{ProgressBar, ProgressStyle};
+use std::cell::{Cell, RefCell};
+use std::io::Write;
+use std::time::{Duration, Instant};
 
-use crate::train::StepMetrics;
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+use super::interrupt;
+use crate::watch::Watch;
 
 /// Rows under headers, columns aligned: the first to the left, the others to the right.
 pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
@@ -61,23 +66,152 @@ pub fn bytes(n: usize) -> String {
     }
 }
 
-/// A bar on standard error (hidden where that is no terminal) with time left.
-pub fn progress(what: &str, total: u64) -> ProgressBar {
-    let bar = ProgressBar::new(total);
-    let style =
-        ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
-    bar.set_style(style.expect("a fixed template"));
-    bar.set_prefix(what.to_owned());
-    bar
+/// Time from one line of progress to the next, where there is no terminal; the first comes earlier.
+const EVERY: Duration = Duration::from_secs(10);
+/// A stage below this leaves no trace.
+const SHORT: Duration = Duration::from_secs(2);
+
+/// How far a command is, on standard error: a bar on a terminal, elsewhere a line now and then, whatever
+/// `--verbose` says. From the first stage on, Ctrl-C asks to stop.
+#[derive(Default)]
+pub struct Progress {
+    stage: RefCell<Option<Stage>>,
+    /// When the next line is due; at once, before the first.
+    due: Cell<Option<Instant>>,
 }
 
-/// Shows a training step on its bar.
-pub fn show_step(bar: &ProgressBar, metrics: &StepMetrics) {
-    bar.set_position(metrics.step);
-    bar.set_message(format!(
-        "loss {:.4} {:.0} tokens/s",
-        metrics.loss, metrics.tokens_per_s
-    ));
+/// What is being done.
+struct Stage {
+    name: String,
+    all: usize,
+    done: usize,
+    note: String,
+    started: Instant,
+    /// When the first step was told, and which it was: a resumed stage does not start at 0.
+    first: Option<(Instant, usize)>,
+    /// Hidden where standard error is no terminal.
+    bar: ProgressBar,
+}
+
+impl Watch for Progress {
+    fn start(&self, stage: &str, all: usize) {
+        interrupt::install();
+        self.end();
+        let style =
+            ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
+        let bar = ProgressBar::new(all as u64);
+        bar.set_style(style.expect("a fixed template"));
+        bar.set_prefix(stage.to_owned());
+        bar.tick();
+        let stage = Stage {
+            name: stage.to_owned(),
+            all,
+            done: 0,
+            note: String::new(),
+            started: Instant::now(),
+            first: None,
+            bar,
+        };
+        self.tell(&stage, SHORT);
+        self.stage.replace(Some(stage));
+    }
+
+    fn at(&self, done: usize, note: &str) {
+        if let Some(stage) = self.stage.borrow_mut().as_mut() {
+            stage.at(done, note, Instant::now());
+            self.tell(stage, EVERY);
+        }
+    }
+
+    fn note(&self, text: &str) {
+        match self.stage.borrow().as_ref() {
+            Some(stage) if !stage.bar.is_hidden() => stage.bar.println(text),
+            _ => line(text),
+        }
+    }
+
+    fn stop(&self) -> bool {
+        interrupt::asked()
+    }
+}
+
+impl Progress {
+    /// A line if there is no bar and one is due; the next is due `then` later.
+    fn tell(&self, stage: &Stage, then: Duration) {
+        let now = Instant::now();
+        if stage.bar.is_hidden() && self.due(now, then) {
+            line(&stage.line(now));
+        }
+    }
+
+    fn due(&self, now: Instant, then: Duration) -> bool {
+        let due = self.due.get().is_none_or(|due| now >= due);
+        if due {
+            self.due.set(Some(now + then));
+        }
+        due
+    }
+
+    fn end(&self) {
+        let Some(stage) = self.stage.take() else {
+            return;
+        };
+        let now = Instant::now();
+        match (now - stage.started < SHORT, stage.bar.is_hidden()) {
+            (true, _) => stage.bar.finish_and_clear(),
+            (false, true) => line(&stage.line(now)),
+            (false, false) => stage.bar.abandon(),
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Stage {
+    fn at(&mut self, done: usize, note: &str, now: Instant) {
+        if self.first.is_none() {
+            self.first = Some((now, done));
+            self.bar.set_position(done as u64);
+            self.bar.reset_eta();
+        }
+        (self.done, self.note) = (done, note.to_owned());
+        self.bar.set_position(done as u64);
+        self.bar.set_message(note.to_owned());
+    }
+
+    /// `select: 12/64 windows, 14s, 61s left`
+    fn line(&self, now: Instant) -> String {
+        let mut line = format!("{}:", self.name);
+        if self.all > 0 {
+            line += &format!(" {}/{}", self.done, self.all);
+        }
+        if !self.note.is_empty() {
+            line += &format!(" {}", self.note);
+        }
+        let elapsed = now - self.started;
+        if elapsed < Duration::from_secs(1) {
+            return line;
+        }
+        line += &format!(", {:#}", HumanDuration(elapsed));
+        if let Some((since, from)) = self.first
+            && self.done > from
+            && self.done < self.all
+        {
+            let each = (now - since).as_secs_f64() / (self.done - from) as f64;
+            let left = Duration::from_secs_f64(each * (self.all - self.done) as f64);
+            line += &format!(", {:#} left", HumanDuration(left));
+        }
+        line
+    }
+}
+
+/// A line on standard error. Where it cannot be written there is nobody to tell.
+fn line(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 #[cfg(test)]
@@ -98,5 +232,40 @@ mod tests {
             "name         n\n─────────  ───\na          100\nlong name    2\n"
         );
         assert_eq!(thousands(1_234_567), "1,234,567");
+    }
+
+    #[test]
+    fn the_first_line_comes_at_once_and_the_others_at_intervals() {
+        let (progress, started) = (Progress::default(), Instant::now());
+        let told = (0..60).filter(|second| {
+            let then = if *second == 0 { SHORT } else { EVERY };
+            progress.due(started + Duration::from_secs(*second), then)
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [0, 2, 12, 22, 32, 42, 52]);
+    }
+
+    #[test]
+    fn lines_say_what_how_far_and_how_long() {
+        let started = Instant::now();
+        let after = |seconds| started + Duration::from_secs(seconds);
+        let mut stage = Stage {
+            name: "kd".into(),
+            all: 100,
+            done: 0,
+            note: String::new(),
+            started,
+            first: None,
+            bar: ProgressBar::hidden(),
+        };
+        assert_eq!(stage.line(started), "kd: 0/100");
+        // It goes on from step 39; what came before its first step says nothing of the others.
+        stage.at(40, "loss 2.5", after(30));
+        assert_eq!(stage.line(after(30)), "kd: 40/100 loss 2.5, 30s");
+        stage.at(50, "loss 2.4", after(40));
+        assert_eq!(stage.line(after(40)), "kd: 50/100 loss 2.4, 40s, 50s left");
+        stage.at(100, "loss 2.1", after(90));
+        assert_eq!(stage.line(after(90)), "kd: 100/100 loss 2.1, 90s");
+        (stage.all, stage.done, stage.note) = (0, 0, String::new());
+        assert_eq!(stage.line(started), "kd:");
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{progress, table, thousands};
+use super::output::{Progress, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::{Tokenizer, read_texts};
 use crate::eval::ppl::{PplMode, ppl};
@@ -47,7 +47,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let texts = texts(&args.data)?;
     let window = args.window.unwrap_or(lm.config.max_position_embeddings);
     let stride = args.stride.unwrap_or(window / 2);
-    let bar = progress("ppl", 0);
+    let watch = Progress::default();
     let report = ppl(
         &lm,
         &tokenizer,
@@ -55,12 +55,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         args.mode,
         (window, stride),
         args.batch_tokens,
-        &mut |done, all| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        },
+        &watch,
     )?;
-    bar.finish_and_clear();
+    drop(watch);
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());

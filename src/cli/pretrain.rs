@@ -1,7 +1,8 @@
 //! `zebroid pretrain`: a small Llama from scratch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::output::Progress;
 use super::train::TrainArgs;
 use crate::checkpoint;
 use crate::data::{Corpus, Tokenizer};
@@ -45,7 +46,8 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let settings = &args.train.config;
     settings.validate()?;
-    checkpoint::check_output(&args.out, args.train.force, &[&args.tokenizer, &args.data])?;
+    let inputs: [&Path; 2] = [&args.tokenizer, &args.data];
+    let _lock = checkpoint::claim(&args.out, args.train.force, &inputs)?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
     let attention = AttentionConfig {
         num_attention_heads: args.num_heads,
@@ -78,6 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         &args.out,
         &args.tokenizer,
         None,
+        &Progress::default(),
     )?;
     if let Some(last) = metrics.last() {
         eprintln!(

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::interrupt;
-use super::output::{progress, table};
+use super::output::{Progress, table};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::probe::{Cell, Probe, Sweep, sweep};
@@ -60,14 +59,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         seed: args.seed,
         batch_tokens: args.batch_tokens,
     };
-    interrupt::install();
-    let bar = progress("probe", 0);
-    let cells = sweep(&lm, &tokenizer, &wanted, &mut |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-        !interrupt::asked()
-    })?;
-    bar.finish_and_clear();
+    let watch = Progress::default();
+    let cells = sweep(&lm, &tokenizer, &wanted, &watch)?;
+    drop(watch);
     if let Some(path) = &args.report {
         page(&args, &wanted, &cells).write(path)?;
     }

@@ -2,15 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use indicatif::ProgressBar;
-
 use super::device::DeviceArg;
-use super::interrupt;
-use super::output::{progress, table};
+use super::output::{Progress, table};
 use super::plan::{as_json, as_table};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::eval::report::{Report, Series};
-use crate::pipeline::{self, Outcome, Progress, Recipe, Surroundings, Teacher, Text};
+use crate::pipeline::{self, Outcome, Recipe, Surroundings, Teacher, Text};
 use crate::{Error, Result};
 
 /// Carry out a recipe: calibrate, ILD, select, compose, KD, DPO, evaluation. What is done is not done
@@ -62,7 +59,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.plan {
         return show_plan(&recipe, &out, args.json);
     }
-    let outcome = carry_out(&recipe, &out, args.device.get()?)?;
+    let _lock = checkpoint::lock(&out)?;
+    let watch = Progress::default();
+    let surroundings = Surroundings {
+        out: &out,
+        device: args.device.get()?,
+        watch: &watch,
+    };
+    let outcome = pipeline::run(&recipe, &surroundings)?;
+    drop(watch);
     let report = out.join("report.html");
     page(&recipe, &outcome)?.write(&report)?;
     if args.json {
@@ -100,43 +105,6 @@ fn recipe(args: &Args) -> Result<Recipe> {
         recipe.data.preferences = Some(text.clone());
     }
     Ok(recipe)
-}
-
-/// A run with progress bars and Ctrl-C.
-pub fn carry_out(recipe: &Recipe, out: &Path, device: candle_core::Device) -> Result<Outcome> {
-    interrupt::install();
-    let surroundings = Surroundings {
-        out,
-        device,
-        stop: &interrupt::asked,
-        progress: &mut Bars::default(),
-    };
-    pipeline::run(recipe, surroundings)
-}
-
-#[derive(Default)]
-struct Bars {
-    bar: Option<ProgressBar>,
-}
-
-impl Progress for Bars {
-    fn start(&mut self, stage: &str) {
-        self.bar = Some(progress(stage, 0));
-    }
-
-    fn at(&mut self, done: u64, all: u64, note: &str) {
-        if let Some(bar) = &self.bar {
-            bar.set_length(all);
-            bar.set_position(done);
-            bar.set_message(note.to_owned());
-        }
-    }
-
-    fn end(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish();
-        }
-    }
 }
 
 fn show_plan(recipe: &Recipe, out: &Path, json: bool) -> anyhow::Result<()> {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::device::DeviceArg;
 use super::init::InitArgs;
-use super::output::{bytes, progress, table};
+use super::output::{Progress, bytes, table};
 use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::convert::{
     Choice, Init, LayerKind, PlanOptions, RankRule, Selector, fit_budget, plan, select,
@@ -18,6 +18,7 @@ use crate::eval::sensitivity::{Score, Sensitivity, sensitivity};
 use crate::mixer::Cost;
 use crate::model::Lm;
 use crate::pipeline::Base;
+use crate::watch::Watch;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -121,11 +122,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Method::Greedy => Some(Selector::Greedy),
         Method::Budget => None,
     };
+    let watch = Progress::default();
     let saved = match &args.scores {
         Some(path) => read(path)?,
-        None if selector.is_none() => Saved::Damages(damages(&args)?),
-        None => Saved::Sensitivity(score(&args)?),
+        None if selector.is_none() => Saved::Damages(damages(&args, &watch)?),
+        None => Saved::Sensitivity(score(&args, &watch)?),
     };
+    drop(watch);
     if let Some(path) = &args.save_scores {
         write_atomic(path, serde_json::to_string_pretty(&saved)?.as_bytes())?;
     }
@@ -230,23 +233,19 @@ fn read(path: &Path) -> Result<Saved> {
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not saved scores: {e}")))
 }
 
-/// Scores `other`'s layers in `model`, with a bar.
-fn score_with(args: &Args, base: &Base, model: &Lm, other: &Lm) -> Result<Sensitivity> {
+/// Scores `other`'s layers in `model`.
+fn score_with(
+    args: &Args,
+    base: &Base,
+    model: &Lm,
+    other: &Lm,
+    watch: &dyn Watch,
+) -> Result<Sensitivity> {
     let data = needed(args.data.as_ref(), "--data")?;
     let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;
     let windows = (args.tokens / args.seq_len.max(1)).max(1);
-    let bar = progress("select", windows.min(corpus.windows(args.seq_len)) as u64);
-    let scores = sensitivity(
-        &base.lm()?,
-        model,
-        other,
-        &corpus,
-        windows,
-        args.seq_len,
-        &mut |done| bar.set_position(done as u64),
-    );
-    bar.finish_and_clear();
-    scores
+    let (teacher, len) = (base.lm()?, args.seq_len);
+    sensitivity(&teacher, model, other, &corpus, windows, len, watch)
 }
 
 fn open(args: &Args) -> Result<Base> {
@@ -256,16 +255,16 @@ fn open(args: &Args) -> Result<Base> {
     )
 }
 
-fn score(args: &Args) -> Result<Sensitivity> {
+fn score(args: &Args, watch: &dyn Watch) -> Result<Sensitivity> {
     let bank = needed(args.bank.as_ref(), "--bank")?;
     needed(args.count, "--count")?;
     let base = open(args)?;
     let model = |name: &str| Checkpoint::open(&bank.join(name))?.model(&base.device, DType::F32);
-    score_with(args, &base, &model("mamba2")?, &model("mla")?)
+    score_with(args, &base, &model("mamba2")?, &model("mla")?, watch)
 }
 
 /// Every kind of layer, as the initialisation makes it, in every place of the teacher alone.
-fn damages(args: &Args) -> Result<Damages> {
+fn damages(args: &Args, watch: &dyn Watch) -> Result<Damages> {
     let base = open(args)?;
     let layers = base.config().layers.len();
     let mla = |rank: &usize| LayerKind::Mla {
@@ -284,7 +283,7 @@ fn damages(args: &Args) -> Result<Damages> {
         )));
     }
     let students = kinds.iter().map(sized).collect::<Result<Vec<_>>>()?;
-    let calibration = args.init.calibration(&base, None)?;
+    let calibration = args.init.calibration(&base, None, watch)?;
     let teacher = base.lm()?;
     let mut damages = Damages {
         tokens: 0,
@@ -292,10 +291,10 @@ fn damages(args: &Args) -> Result<Damages> {
     };
     for (kind, student) in kinds.into_iter().zip(students) {
         let init: Init = args.init.init(&calibration, false, 0);
-        let composed = base.compose(&student, &init)?;
+        let composed = base.compose(&student, &init, watch)?;
         let weights = Weights::new(composed.tensors).to_device(&base.device, DType::F32)?;
         let lm = Lm::new(&composed.config, &weights)?;
-        let found = score_with(args, &base, &teacher, &lm)?;
+        let found = score_with(args, &base, &teacher, &lm, watch)?;
         damages.tokens = found.tokens;
         let loss = |s: &Score| Score {
             score: -s.score,

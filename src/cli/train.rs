@@ -6,20 +6,20 @@ use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::init::InitArgs;
-use super::interrupt;
-use super::output::{progress, show_step};
+use super::output::Progress;
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
 use crate::eval::kl;
 use crate::model::Lm;
-use crate::pipeline::Base;
+use crate::pipeline::{Base, start_training, tell_step};
 use crate::train::stage::dpo::{Dpo, DpoConfig};
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
 use crate::train::{
     Figures, RunOptions, Stage, StepMetrics, TrainConfig, Validation, partial_folder, train,
 };
+use crate::watch::{Quiet, Watch};
 use crate::{Error, Result};
 
 /// Train a hybrid. Interrupted runs go on when the same command is given again.
@@ -99,7 +99,7 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
-    /// Runs a stage with a progress bar and Ctrl-C.
+    /// Runs a stage.
     pub fn run(
         &self,
         name: &str,
@@ -108,6 +108,7 @@ impl TrainArgs {
         out: &Path,
         tokenizer: &Path,
         teacher: Option<&Base>,
+        watch: &dyn Watch,
     ) -> Result<Vec<StepMetrics>> {
         let held_out = match (&self.validation, teacher) {
             (None, _) => None,
@@ -125,7 +126,9 @@ impl TrainArgs {
         let measure = held_out.as_ref().map(|(teacher, corpus)| {
             move |student: &Lm| -> Result<Figures> {
                 let (rows, len) = (self.config.batch_size, self.config.seq_len);
-                let found = kl::evaluate(teacher, student, corpus, rows, len, &mut |_, _| {})?;
+                // A step that is not saved yet is not given up for its measurement.
+                let quiet = Quiet::default();
+                let found = kl::evaluate(teacher, student, corpus, rows, len, &quiet)?;
                 Ok(vec![
                     ("eval_kl".into(), found.kl),
                     ("eval_ce".into(), found.ce_student),
@@ -133,11 +136,9 @@ impl TrainArgs {
                 ])
             }
         });
-        interrupt::install();
-        let bar = progress(name, 0);
-        let mut observe = |metrics: &StepMetrics, steps: u64| {
-            bar.set_length(steps);
-            show_step(&bar, metrics);
+        start_training(watch, name, &self.config, data, out)?;
+        let mut observe = |metrics: &StepMetrics, _: u64| {
+            tell_step(watch, metrics);
             if self.json {
                 println!(
                     "{}",
@@ -145,7 +146,7 @@ impl TrainArgs {
                 );
             }
         };
-        let metrics = train(
+        train(
             stage,
             data,
             &self.config,
@@ -158,12 +159,10 @@ impl TrainArgs {
                     every: self.eval_every,
                     measure,
                 }),
-                stop: &interrupt::asked,
+                stop: &|| watch.stop(),
                 observe: &mut observe,
             },
-        );
-        bar.finish();
-        metrics
+        )
     }
 }
 
@@ -171,7 +170,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     args.train.config.validate()?;
     let models = [&args.teacher, &args.student].into_iter().flatten();
     let inputs: Vec<&Path> = models.chain([&args.data]).map(|p| p.as_path()).collect();
-    checkpoint::check_output(&args.out, args.train.force, &inputs)?;
+    let _lock = checkpoint::claim(&args.out, args.train.force, &inputs)?;
+    let watch = Progress::default();
     let needed = |path: &Option<PathBuf>, flag: &str| {
         let path = path.clone();
         path.ok_or_else(|| Error::invalid(format!("this stage needs {flag}")))
@@ -180,7 +180,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     {
         StageName::Dpo => {
             let student = needed(&args.student, "--student")?;
-            let (stage, pairs) = dpo(&args, &student)?;
+            let (stage, pairs) = dpo(&args, &student, &watch)?;
             ("dpo", stage, Box::new(pairs), student, None)
         }
         StageName::Ild | StageName::Kd => {
@@ -194,7 +194,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 .steps(corpus.windows(args.train.config.seq_len))?;
             let student = args.student.as_deref().map(Checkpoint::open).transpose()?;
             let (name, stage) = match (args.stage, student) {
-                (StageName::Ild, None) => ("ild", bank(&args, &base)?),
+                (StageName::Ild, None) => ("ild", bank(&args, &base, &watch)?),
                 (StageName::Ild, Some(student)) => ("ild", base.ild(&student, args.ild)?),
                 (_, Some(student)) => ("kd", base.kd(&student, &[], args.kd)?),
                 (_, None) => return Err(Error::invalid("this stage needs --student").into()),
@@ -209,7 +209,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         &args.out,
         &tokenizer,
         base.as_ref(),
+        &watch,
     );
+    drop(watch);
     if let Some(last) = run?.last() {
         eprintln!(
             "{} steps, {} tokens, last loss {:.4}",
@@ -221,20 +223,19 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// Both candidates for every layer, born from the teacher.
-fn bank(args: &Args, base: &Base) -> Result<Stage> {
-    let calibration = args.init.calibration(base, Some(&args.data))?;
+fn bank(args: &Args, base: &Base, watch: &dyn Watch) -> Result<Stage> {
+    let calibration = (args.init).calibration(base, Some(&args.data), watch)?;
     let init = args.init.init(&calibration, false, args.train.config.seed);
-    base.bank(&args.plan, &init, args.ild)
+    base.bank(&args.plan, &init, args.ild, watch)
 }
 
-fn dpo(args: &Args, student: &Path) -> Result<(Stage, Preferences)> {
+fn dpo(args: &Args, student: &Path, watch: &dyn Watch) -> Result<(Stage, Preferences)> {
     let tokenizer = Tokenizer::open(student)?;
     let pairs = Preferences::load(&args.data, &tokenizer, args.dpo.max_length)?;
     let train = &args.train.config;
     pairs.check(train.batch_size, train.seq_len)?;
     let checkpoint = Checkpoint::open(student)?;
     let weights = checkpoint.weights(DType::F32, &args.train.device.get()?)?;
-    let bar = progress("reference", pairs.len() as u64);
     let stored = partial_folder(&args.out).join("reference.safetensors");
     let dpo = Dpo::new(
         &checkpoint.config,
@@ -242,8 +243,7 @@ fn dpo(args: &Args, student: &Path) -> Result<(Stage, Preferences)> {
         &pairs,
         args.dpo,
         &stored,
-        &mut |done, _| bar.set_position(done as u64),
+        watch,
     )?;
-    bar.finish_and_clear();
     Ok((Stage::Dpo(dpo), pairs))
 }

@@ -15,6 +15,7 @@ use crate::hash::Hash;
 use crate::mixer::AttentionWeights;
 use crate::mixer::calibration::{Statistics, sums};
 use crate::model::{Lm, ModelConfig};
+use crate::watch::Watch;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -129,19 +130,18 @@ const CHUNK: usize = 8;
 const SAVE_EVERY: usize = 16;
 
 /// The calibration of `teacher` on the beginning of `corpus`. It is kept in `folder`, in a file named by
-/// what decides it, and read from there if it was made before. `stop` is asked and `observe` told (done,
-/// all windows) after every pass.
+/// what decides it, and read from there if it was made before.
 ///
 /// # Errors
-/// Too little text, a file that cannot be written, or [`Error::Interrupted`] (what was done is saved).
+/// Too little text, a file that cannot be written or that another process is making, or
+/// [`Error::Interrupted`] (what was done is saved).
 pub fn calibrate(
     teacher: &Lm,
     weights: &Weights,
     corpus: &Corpus,
     config: &CalibrationConfig,
     folder: &Path,
-    stop: &dyn Fn() -> bool,
-    observe: &mut dyn FnMut(usize, usize),
+    watch: &dyn Watch,
 ) -> Result<Calibration> {
     let split = config.split(corpus)?;
     let fit = corpus.ordered(0, split.fit, config.seq_len)?;
@@ -160,7 +160,9 @@ pub fn calibrate(
     if sums.windows == split.all {
         return finished(&sums);
     }
+    let _lock = checkpoint::lock(&file)?;
     sums.restore(&partial)?;
+    watch.start("calibrate", split.all);
     let mut passes = 0;
     while sums.windows < split.all {
         let count = CHUNK.min(split.all - sums.windows);
@@ -169,8 +171,8 @@ pub fn calibrate(
             &corpus.ordered(sums.windows, count, config.seq_len)?,
         )?;
         passes += 1;
-        observe(sums.windows, split.all);
-        let stopped = stop() && sums.windows < split.all;
+        watch.at(sums.windows, "windows");
+        let stopped = watch.stop() && sums.windows < split.all;
         if stopped || passes % SAVE_EVERY == 0 {
             sums.save(&partial)?;
         }
@@ -291,11 +293,10 @@ impl Sums {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-
     use super::*;
     use crate::checkpoint::Checkpoint;
     use crate::data::{Packing, Tokenizer, stories};
+    use crate::watch::Quiet;
 
     #[test]
     fn an_interrupted_pass_goes_on_and_ends_the_same() {
@@ -313,24 +314,27 @@ mod tests {
             held_out_tokens: 256,
             seq_len: 64,
         };
-        let passes = Cell::new(0);
-        let run = |folder: &Path, stop_after: usize| {
-            let first = passes.get();
-            let stop = || stop_after > 0 && passes.get() - first >= stop_after;
-            let mut count = |_, _| passes.set(passes.get() + 1);
-            calibrate(&lm, &weights, &corpus, &config, folder, &stop, &mut count)
+        let run = |folder: &Path, watch: &Quiet| {
+            calibrate(&lm, &weights, &corpus, &config, folder, watch)
         };
-        let straight = run(&folder.path().join("straight"), 0).unwrap();
-        assert_eq!(straight.tokens, 4096);
+        let quiet = Quiet::default();
+        let straight = run(&folder.path().join("straight"), &quiet).unwrap();
+        assert_eq!((straight.tokens, quiet.steps()), (4096, 8));
         let broken = folder.path().join("broken");
-        let stopped = run(&broken, 3).unwrap_err();
+        let stopped = run(&broken, &Quiet::stop_after(3)).unwrap_err();
         assert!(matches!(stopped, Error::Interrupted(_)), "{stopped}");
-        let before = passes.get();
-        let resumed = run(&broken, 0).unwrap();
-        assert_eq!(passes.get() - before, 5, "three of eight passes were saved");
+        // Another process that goes on with it is not disturbed.
+        let held = std::fs::read_dir(&broken).unwrap().next().unwrap().unwrap();
+        let held = checkpoint::lock(&held.path().with_extension("safetensors")).unwrap();
+        let refused = run(&broken, &quiet).unwrap_err().to_string();
+        assert!(refused.contains("another zebroid process"), "{refused}");
+        drop(held);
+        let rest = Quiet::default();
+        let resumed = run(&broken, &rest).unwrap();
+        assert_eq!(rest.steps(), 5, "three of eight passes were saved");
         assert_eq!(std::fs::read_dir(&broken).unwrap().count(), 1);
-        let again = run(&broken, 0).unwrap();
-        assert_eq!(passes.get() - before, 5, "nothing is read twice");
+        let again = run(&broken, &rest).unwrap();
+        assert_eq!(rest.steps(), 5, "nothing is read twice");
         for other in [&resumed, &again] {
             for (a, b) in straight.layers.iter().zip(&other.layers) {
                 assert_eq!(a.input_moment, b.input_moment);

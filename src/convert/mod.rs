@@ -11,6 +11,7 @@ use crate::mixer::calibration::{Sample, fit_output};
 use crate::mixer::{self, AttentionWeights, Mixer, MixerConfig};
 use crate::model::{Lm, ModelConfig};
 use crate::op::Documents;
+use crate::watch::Watch;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -60,13 +61,16 @@ pub struct Composed {
 /// in f32 on the CPU, layer by layer.
 ///
 /// # Errors
-/// When a layer of the plan cannot be born from the teacher's layer.
+/// When a layer of the plan cannot be born from the teacher's layer, or [`Error::Interrupted`].
 pub fn compose(
     teacher: &ModelConfig,
     weights: &Weights,
     student: &ModelConfig,
     init: &Init,
+    watch: &dyn Watch,
 ) -> Result<Composed> {
+    let layers = student.layers.len();
+    watch.start("compose", layers);
     let mut composed = Composed {
         config: student.clone(),
         tensors: BTreeMap::new(),
@@ -120,13 +124,18 @@ pub fn compose(
                 Init::Refined {
                     own_inputs: true, ..
                 },
-            ) => teaching.follow(i, &composed.config.layers[i], born)?,
+            ) => {
+                // Half of the layer's time is still to come.
+                watch.reached(i, layers, "layers")?;
+                teaching.follow(i, &composed.config.layers[i], born)?
+            }
             _ => born,
         };
         for (name, tensor) in born {
             let name = format!("{prefix}.{}.{name}", config.prefix());
             composed.tensors.insert(name, tensor);
         }
+        watch.reached(i + 1, layers, "layers")?;
     }
     Ok(composed)
 }

@@ -7,6 +7,7 @@ use super::kl::{KlReport, evaluate_batch};
 use crate::Result;
 use crate::data::Batch;
 use crate::model::Lm;
+use crate::watch::Watch;
 
 /// Relative squared errors, `Σ(x − t)² / Σ t²`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -33,11 +34,17 @@ const AT_ONCE: usize = 8;
 /// On the text that the student was fitted to, and on other text.
 ///
 /// # Errors
-/// Models of different vocabularies.
-pub fn fidelity(teacher: &Lm, student: &Lm, fit: &Batch, held_out: &Batch) -> Result<Fidelity> {
-    let whole = evaluate_batch(teacher, student, held_out, AT_ONCE)?;
-    let fitted = walk(teacher, student, fit)?;
-    let held_out = walk(teacher, student, held_out)?;
+/// Models of different vocabularies, or [`crate::Error::Interrupted`].
+pub fn fidelity(
+    teacher: &Lm,
+    student: &Lm,
+    fit: &Batch,
+    held_out: &Batch,
+    watch: &dyn Watch,
+) -> Result<Fidelity> {
+    let whole = evaluate_batch(teacher, student, held_out, AT_ONCE, watch)?;
+    let fitted = walk(teacher, student, fit, watch)?;
+    let held_out = walk(teacher, student, held_out, watch)?;
     let names = student.config.layers.iter().map(|layer| layer.name());
     Ok(Fidelity {
         layers: names
@@ -56,7 +63,9 @@ pub fn fidelity(teacher: &Lm, student: &Lm, fit: &Batch, held_out: &Batch) -> Re
 }
 
 /// Of every layer: the error of its mixer on the teacher's input, and of the stream after it.
-fn walk(teacher: &Lm, student: &Lm, batch: &Batch) -> Result<Vec<(f64, f64)>> {
+fn walk(teacher: &Lm, student: &Lm, batch: &Batch, watch: &dyn Watch) -> Result<Vec<(f64, f64)>> {
+    let layers = student.layers.len();
+    watch.start("layer errors", layers);
     let documents = Some(&batch.documents);
     let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, batch.len), teacher.device())?;
     let (mut taught, mut own) = (teacher.embed(&ids)?, student.embed(&ids)?);
@@ -69,6 +78,7 @@ fn walk(teacher: &Lm, student: &Lm, batch: &Batch) -> Result<Vec<(f64, f64)>> {
         taught = theirs.finish(&taught, &output)?;
         own = ours.forward(&own, documents)?.0;
         errors.push((mixer, relative(&own, &taught)?));
+        watch.reached(errors.len(), layers, "layers")?;
     }
     Ok(errors)
 }
@@ -86,6 +96,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
     use crate::data::{Corpus, Packing, Tokenizer, stories};
+    use crate::watch::Quiet;
 
     #[test]
     fn a_teacher_is_faithful_to_itself() {
@@ -98,7 +109,7 @@ mod tests {
         let tokenizer = Tokenizer::open(&teacher.folder).unwrap();
         let corpus = Corpus::load(&data, &tokenizer, Packing::Documents).unwrap();
         let part = |from| corpus.ordered(from, 8, 64).unwrap();
-        let found = fidelity(&lm, &lm, &part(0), &part(8)).unwrap();
+        let found = fidelity(&lm, &lm, &part(0), &part(8), &Quiet::default()).unwrap();
         assert!(found.whole.kl == 0.0 && found.whole.agreement == 1.0);
         for layer in found.layers {
             assert_eq!(

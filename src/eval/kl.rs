@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::{Batch, Corpus};
 use crate::model::Lm;
 use crate::op::loss::{cross_entropy, forward_kl};
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 /// Means over tokens; `kl` over all positions, the cross-entropies over those with a next token.
@@ -29,26 +30,27 @@ impl KlReport {
     }
 }
 
-/// Every window of `corpus` once, `batch_size` at a time; `observe` is told (done, all) windows.
+/// Every window of `corpus` once, `batch_size` at a time.
 ///
 /// # Errors
-/// Models with different vocabularies, or a corpus without a window.
+/// Models with different vocabularies, a corpus without a window, or [`Error::Interrupted`].
 pub fn evaluate(
     teacher: &Lm,
     student: &Lm,
     corpus: &Corpus,
     batch_size: usize,
     seq_len: usize,
-    observe: &mut dyn FnMut(usize, usize),
+    watch: &dyn Watch,
 ) -> Result<KlReport> {
     let windows = corpus.windows(seq_len);
     let mut sums = Sums::new(teacher, student)?;
     let mut done = 0;
+    watch.start("eval", windows);
     while done < windows {
         let batch = corpus.ordered(done, batch_size, seq_len)?;
         sums.add(&batch)?;
         done += batch.rows;
-        observe(done, windows);
+        watch.reached(done, windows, "windows")?;
     }
     sums.report()
 }
@@ -62,10 +64,14 @@ pub fn evaluate_batch(
     student: &Lm,
     batch: &Batch,
     at_once: usize,
+    watch: &dyn Watch,
 ) -> Result<KlReport> {
+    let at_once = at_once.max(1);
     let mut sums = Sums::new(teacher, student)?;
-    for from in (0..batch.rows).step_by(at_once.max(1)) {
-        sums.add(&batch.part(from, at_once.max(1)))?;
+    watch.start("eval", batch.rows);
+    for from in (0..batch.rows).step_by(at_once) {
+        sums.add(&batch.part(from, at_once))?;
+        watch.reached((from + at_once).min(batch.rows), batch.rows, "windows")?;
     }
     sums.report()
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::{Batch, Tokenizer};
 use crate::model::Lm;
 use crate::op::loss::cross_entropy;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 /// What a token may see.
@@ -44,7 +45,8 @@ struct Window {
 /// it: it is scored only behind the begin token that the tokenizer adds.
 ///
 /// # Errors
-/// A window of fewer than two tokens, a stride that leaves tokens out, or no token to score.
+/// A window of fewer than two tokens, a stride that leaves tokens out, no token to score, or
+/// [`Error::Interrupted`].
 pub fn ppl(
     lm: &Lm,
     tokenizer: &Tokenizer,
@@ -52,7 +54,7 @@ pub fn ppl(
     mode: PplMode,
     (window, stride): (usize, usize),
     batch_tokens: usize,
-    observe: &mut dyn FnMut(usize, usize),
+    watch: &dyn Watch,
 ) -> Result<PplReport> {
     if window < 2 || stride == 0 || stride >= window {
         return Err(Error::invalid(format!(
@@ -81,6 +83,7 @@ pub fn ppl(
     // Windows of like length are read together.
     windows.sort_by_key(|w| std::cmp::Reverse(w.ids.len()));
     let (mut sum, mut tokens, mut at) = (0.0, 0, 0);
+    watch.start("ppl", windows.len());
     while at < windows.len() {
         let len = windows[at].ids.len();
         let rows = (batch_tokens / len).max(1).min(windows.len() - at);
@@ -88,7 +91,7 @@ pub fn ppl(
         sum += found;
         tokens += count;
         at += rows;
-        observe(at, windows.len());
+        watch.reached(at, windows.len(), "windows")?;
     }
     if tokens == 0 {
         return Err(Error::invalid(
@@ -141,6 +144,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::Checkpoint;
+    use crate::watch::Quiet;
 
     #[test]
     fn windows_score_every_token_once() {
@@ -160,7 +164,7 @@ mod tests {
                 mode,
                 (window, stride),
                 batch,
-                &mut |_, _| {},
+                &Quiet::default(),
             )
             .unwrap()
         };

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::harness::{Tokens, log_likelihoods, tokens};
 use crate::data::Tokenizer;
 use crate::model::Lm;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -239,12 +240,13 @@ pub struct Sweep {
 }
 
 /// # Errors
-/// A length that the model's context cannot hold, or that no question is as short as.
+/// A length that the model's context cannot hold, or that no question is as short as, or
+/// [`Error::Interrupted`].
 pub fn sweep(
     lm: &Lm,
     tokenizer: &Tokenizer,
     sweep: &Sweep,
-    observe: &mut dyn FnMut(usize, usize) -> bool,
+    watch: &dyn Watch,
 ) -> Result<Vec<Cell>> {
     let most = lm.config.max_position_embeddings;
     if let Some(length) = sweep.lengths.iter().find(|l| **l > most) {
@@ -275,10 +277,15 @@ pub fn sweep(
     for (probe, length, depth) in wanted {
         let mut random = ChaCha8Rng::seed_from_u64(sweep.seed);
         random.set_stream(cells.len() as u64);
+        let stage = format!(
+            "{} of {length} tokens, cell {} of {all}",
+            probe.name(),
+            cells.len() + 1
+        );
         let questions: Vec<Tokens> = (0..sweep.count.max(1))
             .map(|_| fitting(tokenizer, probe, length, depth, &mut random))
             .collect::<Result<_>>()?;
-        let found = log_likelihoods(lm, &questions, sweep.batch_tokens, &mut |_| true)?;
+        let found = log_likelihoods(lm, &questions, sweep.batch_tokens, &stage, watch)?;
         let right = found.iter().filter(|(_, greedy)| *greedy).count();
         let answers: usize = questions.iter().map(|q| q.continuation.len()).sum();
         let size = |q: &Tokens| q.context.len() + q.continuation.len();
@@ -291,12 +298,6 @@ pub fn sweep(
             count: questions.len(),
             tokens: questions.iter().map(size).sum::<usize>() as f64 / questions.len() as f64,
         });
-        if !observe(cells.len(), all) {
-            return Err(Error::Interrupted(format!(
-                "{} of {all} cells were done",
-                cells.len()
-            )));
-        }
     }
     Ok(cells)
 }

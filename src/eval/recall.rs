@@ -7,6 +7,7 @@ use crate::Result;
 use crate::data::Tokenizer;
 use crate::data::stories::Story;
 use crate::model::Lm;
+use crate::watch::Watch;
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct RecallReport {
@@ -17,9 +18,18 @@ pub struct RecallReport {
 }
 
 /// Reads every story once and looks at each of its answers.
-pub fn recall(lm: &Lm, tokenizer: &Tokenizer, stories: &[Story]) -> Result<RecallReport> {
+///
+/// # Errors
+/// A tokenizer that cannot say the stories, or [`crate::Error::Interrupted`].
+pub fn recall(
+    lm: &Lm,
+    tokenizer: &Tokenizer,
+    stories: &[Story],
+    watch: &dyn Watch,
+) -> Result<RecallReport> {
     let (mut right, mut answers) = (0, 0);
-    for story in stories {
+    watch.start("recall", stories.len());
+    for (done, story) in stories.iter().enumerate() {
         let (ids, asked) = story.encode(tokenizer)?;
         let input = Tensor::from_slice(&ids, (1, ids.len()), lm.device())?;
         let logits = lm.forward(&input, None)?.squeeze(0)?;
@@ -32,6 +42,7 @@ pub fn recall(lm: &Lm, tokenizer: &Tokenizer, stories: &[Story]) -> Result<Recal
             .filter(|at| likeliest[**at - 1] == ids[**at])
             .count();
         answers += asked.len();
+        watch.reached(done + 1, stories.len(), "stories")?;
     }
     Ok(RecallReport {
         accuracy: right as f64 / (answers as f64).max(1.0),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::Corpus;
 use crate::model::{Layer, Lm};
 use crate::op::loss::forward_kl;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,11 +28,10 @@ pub struct Score {
     pub standard_error: f64,
 }
 
-/// Scores of replacing each layer of `model` by that of `other`, on the first `windows` windows of `corpus`; `observe` is told how many are
-/// done.
+/// Scores of replacing each layer of `model` by that of `other`, on the first `windows` windows of `corpus`.
 ///
 /// # Errors
-/// Models of different depths or vocabularies, or no window.
+/// Models of different depths or vocabularies, no window, or [`Error::Interrupted`].
 pub fn sensitivity(
     teacher: &Lm,
     model: &Lm,
@@ -39,7 +39,7 @@ pub fn sensitivity(
     corpus: &Corpus,
     windows: usize,
     seq_len: usize,
-    observe: &mut dyn FnMut(usize),
+    watch: &dyn Watch,
 ) -> Result<Sensitivity> {
     let sizes = |lm: &Lm| (lm.layers.len(), lm.config.vocab_size);
     if sizes(model) != sizes(teacher) || sizes(other) != sizes(teacher) {
@@ -50,6 +50,7 @@ pub fn sensitivity(
     let windows = windows.min(corpus.windows(seq_len));
     let mut base = Vec::new();
     let mut gains: Vec<Vec<f64>> = vec![Vec::new(); model.layers.len()];
+    watch.start("select", windows);
     for window in 0..windows {
         let batch = corpus.ordered(window, 1, seq_len)?;
         let documents = Some(&batch.documents);
@@ -79,7 +80,7 @@ pub fn sensitivity(
         for (gains, replaced) in gains.iter_mut().zip(replaced) {
             gains.push(all - replaced);
         }
-        observe(window + 1);
+        watch.reached(window + 1, windows, "windows")?;
     }
     if base.is_empty() {
         return Err(Error::invalid("the data fills no window: nothing to score"));

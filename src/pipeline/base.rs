@@ -16,6 +16,7 @@ use crate::model::{Lm, ModelConfig};
 use crate::train::Stage;
 use crate::train::stage::ild::{Ild, IldConfig};
 use crate::train::stage::kd::{Kd, KdConfig};
+use crate::watch::Watch;
 use crate::weights::Weights;
 
 /// A Llama checkpoint, opened once.
@@ -63,11 +64,9 @@ impl Base {
         corpus: &Corpus,
         config: &CalibrationConfig,
         folder: &Path,
-        stop: &dyn Fn() -> bool,
-        observe: &mut dyn FnMut(usize, usize),
+        watch: &dyn Watch,
     ) -> Result<Calibration> {
-        let lm = self.lm()?;
-        calibrate(&lm, &self.weights, corpus, config, folder, stop, observe)
+        calibrate(&self.lm()?, &self.weights, corpus, config, folder, watch)
     }
 
     /// The student's config; ranks that depend on weights are settled.
@@ -80,15 +79,26 @@ impl Base {
         plan(self.config(), &settled)
     }
 
-    pub fn compose(&self, student: &ModelConfig, init: &Init) -> Result<Composed> {
-        compose(self.config(), &self.weights, student, init)
+    pub fn compose(
+        &self,
+        student: &ModelConfig,
+        init: &Init,
+        watch: &dyn Watch,
+    ) -> Result<Composed> {
+        compose(self.config(), &self.weights, student, init, watch)
     }
 
     /// ILD of both candidates (MLA and Mamba2) for every layer.
     ///
     /// # Errors
     /// A budget for ranks: it is for one hybrid, not for all layers.
-    pub fn bank(&self, options: &PlanOptions, init: &Init, config: IldConfig) -> Result<Stage> {
+    pub fn bank(
+        &self,
+        options: &PlanOptions,
+        init: &Init,
+        config: IldConfig,
+        watch: &dyn Watch,
+    ) -> Result<Stage> {
         if let Some(rule @ (RankRule::Share(_) | RankRule::Bytes(_))) = options.kv_lora_rank {
             return Err(Error::invalid(format!(
                 "the rank {rule} is for the layers of one hybrid, a bank has all of them as MLA: \
@@ -110,7 +120,7 @@ impl Base {
         ];
         let candidates = candidates.map(|(name, kinds)| {
             let student = self.plan(&options.with_layers(kinds), calibration)?;
-            let composed = self.compose(&student, init)?;
+            let composed = self.compose(&student, init, watch)?;
             let weights = Weights::new(composed.tensors).to_device(&self.device, DType::F32)?;
             Ok((name.to_owned(), composed.config, weights))
         });

@@ -7,7 +7,9 @@ mod recipe;
 mod run;
 #[cfg(test)]
 mod tests;
+mod training;
 
 pub use base::{Base, open_bank};
 pub use recipe::{Recipe, Teacher, Text};
-pub use run::{Outcome, Progress, StageResult, Surroundings, clear, run, teacher_folder};
+pub use run::{Outcome, StageResult, Surroundings, clear, kept, run, teacher_folder};
+pub use training::{start_training, tell_step};

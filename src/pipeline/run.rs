@@ -12,6 +12,7 @@ use serde_json::json;
 use super::base::{Base, open_bank};
 use super::embedded;
 use super::recipe::{DpoStage, IldStage, IldTarget, KdStage, Recipe, SelectStage, Teacher, Text};
+use super::training::{start_training, tell_step};
 use crate::checkpoint::{self, Checkpoint, Format};
 use crate::convert::{
     Calibration, Composed, Init, InitName, PlanOptions, compose_from_bank, grow, select,
@@ -23,23 +24,14 @@ use crate::hash::Hash;
 use crate::train::stage::dpo::Dpo;
 use crate::train::stage::kd::converted;
 use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, train};
+use crate::watch::Watch;
 use crate::{Error, Result};
-
-/// Where a run shows how far it is.
-pub trait Progress {
-    /// A stage begins (or is found done, with nothing to do).
-    fn start(&mut self, stage: &str);
-    fn at(&mut self, done: u64, all: u64, note: &str);
-    fn end(&mut self);
-}
 
 /// What the surroundings of a run decide; none of it changes the result.
 pub struct Surroundings<'a> {
     pub out: &'a Path,
     pub device: Device,
-    /// Asked often: true saves and stops.
-    pub stop: &'a dyn Fn() -> bool,
-    pub progress: &'a mut dyn Progress,
+    pub watch: &'a dyn Watch,
 }
 
 /// A result of a run, and the figures of what was trained.
@@ -70,9 +62,20 @@ pub struct Outcome {
 /// # Errors
 /// A recipe that does not fit its teacher or data (before anything is made), or [`Error::Interrupted`]
 /// (what was done is kept).
-pub fn run(recipe: &Recipe, mut surroundings: Surroundings) -> Result<Outcome> {
-    let run = Run::open(recipe, &mut surroundings)?;
-    run.all(&mut surroundings)
+pub fn run(recipe: &Recipe, with: &Surroundings) -> Result<Outcome> {
+    let run = Run::open(recipe, with)?;
+    run.all(with).map_err(kept(with.out))
+}
+
+/// What an interrupted run keeps besides what its stage says.
+pub fn kept(out: &Path) -> impl Fn(Error) -> Error {
+    move |error| match error {
+        Error::Interrupted(what) => Error::Interrupted(format!(
+            "{what} (finished stages are kept in {})",
+            out.display()
+        )),
+        other => other,
+    }
 }
 
 /// The teacher's folder; the embedded one is written into `out`.
@@ -133,7 +136,7 @@ struct Student {
 }
 
 impl<'a> Run<'a> {
-    fn open(recipe: &'a Recipe, with: &mut Surroundings) -> Result<Self> {
+    fn open(recipe: &'a Recipe, with: &Surroundings) -> Result<Self> {
         std::fs::create_dir_all(with.out).map_err(Error::io("cannot create", with.out))?;
         let folder = teacher_folder(&recipe.teacher, with.out)?;
         let base = Base::open(&folder, with.device.clone())?;
@@ -185,7 +188,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn all(&self, with: &mut Surroundings) -> Result<Outcome> {
+    fn all(&self, with: &Surroundings) -> Result<Outcome> {
         let recipe = self.recipe;
         let calibration = self.calibrate(with)?;
         let calibration = calibration.as_ref();
@@ -266,7 +269,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn calibrate(&self, with: &mut Surroundings) -> Result<Option<Calibration>> {
+    fn calibrate(&self, with: &Surroundings) -> Result<Option<Calibration>> {
         let ranks = |plan: &PlanOptions| plan.needs_weights();
         let needed = self.recipe.init == InitName::Refined
             || ranks(&self.recipe.plan)
@@ -279,17 +282,9 @@ impl<'a> Run<'a> {
         if !needed {
             return Ok(None);
         }
-        with.progress.start("calibrate");
-        let progress = &mut *with.progress;
-        let found = self.base.calibrate(
-            &self.train,
-            &self.recipe.calibration,
-            with.out,
-            with.stop,
-            &mut |done, all| progress.at(done as u64, all as u64, "windows"),
-        );
-        with.progress.end();
-        found.map(Some)
+        let config = &self.recipe.calibration;
+        let found = (self.base).calibrate(&self.train, config, with.out, with.watch)?;
+        Ok(Some(found))
     }
 
     fn init<'c>(&self, calibration: Option<&'c Calibration>, own_inputs: bool) -> Init<'c> {
@@ -317,7 +312,7 @@ impl<'a> Run<'a> {
         &self,
         ild: &IldStage,
         calibration: Option<&Calibration>,
-        with: &mut Surroundings,
+        with: &Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let plan = &self.recipe.plan;
         let key = self.key(
@@ -326,7 +321,7 @@ impl<'a> Run<'a> {
         );
         self.train("bank", key, &ild.train, &self.train, with, || {
             let init = self.init(calibration, false);
-            self.base.bank(plan, &init, ild.objective)
+            self.base.bank(plan, &init, ild.objective, with.watch)
         })
     }
 
@@ -334,28 +329,25 @@ impl<'a> Run<'a> {
         &self,
         stage: &SelectStage,
         bank: &Student,
-        with: &mut Surroundings,
+        with: &Surroundings,
     ) -> Result<(Vec<usize>, Sensitivity)> {
         let sample = json!([bank.key, stage.tokens, self.validation.hash()]);
         let path = with
             .out
             .join(format!("scores-{}.json", self.key("scores", sample)));
         let seq_len = self.recipe.eval.seq_len;
-        let scores: Sensitivity = self.once(&path, "select", with, |run, with| {
+        let scores: Sensitivity = self.once(&path, || {
             let open = |name: &str| {
                 Checkpoint::open(&bank.folder.join(name))?.model(&with.device, DType::F32)
             };
-            let windows = (stage.tokens / seq_len).max(1);
-            let all = windows.min(run.validation.windows(seq_len)) as u64;
-            let progress = &mut *with.progress;
             sensitivity(
-                &run.base.lm()?,
+                &self.base.lm()?,
                 &open("mamba2")?,
                 &open("mla")?,
-                &run.validation,
-                windows,
+                &self.validation,
+                (stage.tokens / seq_len).max(1),
                 seq_len,
-                &mut |done| progress.at(done as u64, all, "windows"),
+                with.watch,
             )
         })?;
         let values: Vec<f64> = scores.layers.iter().map(|s| s.score).collect();
@@ -369,7 +361,7 @@ impl<'a> Run<'a> {
         bank: Option<&Student>,
         before: Option<&Student>,
         calibration: Option<&Calibration>,
-        with: &mut Surroundings,
+        with: &Surroundings,
     ) -> Result<Student> {
         let settings = json!({
             "plan": options,
@@ -380,7 +372,6 @@ impl<'a> Run<'a> {
         let key = self.key("compose", settings);
         let folder = with.out.join(format!("hybrid-{key}"));
         if !folder.exists() {
-            with.progress.start("compose");
             let student = self.base.plan(options, calibration)?;
             let composed: Composed = match (bank, before) {
                 (Some(bank), _) => {
@@ -389,9 +380,11 @@ impl<'a> Run<'a> {
                 // What has been trained since is not what layers could be fitted to: they get the teacher's inputs.
                 (None, before) => {
                     let own_inputs = before.is_none();
-                    let mut composed = self
-                        .base
-                        .compose(&student, &self.init(calibration, own_inputs))?;
+                    let mut composed = self.base.compose(
+                        &student,
+                        &self.init(calibration, own_inputs),
+                        with.watch,
+                    )?;
                     if let Some(before) = before {
                         let before = Checkpoint::open(&before.folder)?;
                         let weights = before.weights(DType::F32, &Device::Cpu)?;
@@ -408,7 +401,6 @@ impl<'a> Run<'a> {
                 Some(self.base.folder()),
                 false,
             )?;
-            with.progress.end();
         }
         Ok(Student { folder, key })
     }
@@ -419,7 +411,7 @@ impl<'a> Run<'a> {
         kd: &KdStage,
         student: &Student,
         settled: &[usize],
-        with: &mut Surroundings,
+        with: &Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let other = match &kd.teacher {
             Some(folder) => Some(Base::open(folder, with.device.clone())?),
@@ -439,7 +431,7 @@ impl<'a> Run<'a> {
         dpo: &DpoStage,
         pairs: &Path,
         student: &Student,
-        with: &mut Surroundings,
+        with: &Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let pairs = Preferences::load(pairs, &self.base.tokenizer, dpo.objective.max_length)?;
         let settings = json!({ "dpo": dpo, "student": student.key, "pairs": pairs.hash() });
@@ -456,7 +448,7 @@ impl<'a> Run<'a> {
                 &pairs,
                 config,
                 &stored,
-                &mut |_, _| {},
+                with.watch,
             );
             Ok(Stage::Dpo(dpo?))
         })
@@ -469,7 +461,7 @@ impl<'a> Run<'a> {
         key: String,
         config: &TrainConfig,
         data: &dyn Batches,
-        with: &mut Surroundings,
+        with: &Surroundings,
         stage: impl FnOnce() -> Result<Stage>,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let config = self.seeded(config);
@@ -477,10 +469,10 @@ impl<'a> Run<'a> {
         let metrics = match folder.exists() {
             true => read_metrics(&folder.join("metrics.jsonl"))?,
             false => {
-                with.progress.start(name);
-                let progress = &mut *with.progress;
-                let metrics = train(
-                    &mut stage()?,
+                let (mut stage, watch) = (stage()?, with.watch);
+                start_training(watch, name, &config, data, &folder)?;
+                train(
+                    &mut stage,
                     data,
                     &config,
                     RunOptions {
@@ -489,15 +481,10 @@ impl<'a> Run<'a> {
                         force: false,
                         save_every: 100,
                         validation: None,
-                        stop: with.stop,
-                        observe: &mut |m, steps| {
-                            let note = format!("loss {:.4} {:.0} tokens/s", m.loss, m.tokens_per_s);
-                            progress.at(m.step, steps, &note);
-                        },
+                        stop: &|| watch.stop(),
+                        observe: &mut |metrics, _| tell_step(watch, metrics),
                     },
-                );
-                with.progress.end();
-                metrics?
+                )?
             }
         };
         Ok((Student { folder, key }, metrics))
@@ -508,23 +495,22 @@ impl<'a> Run<'a> {
         name: &str,
         student: &Student,
         metrics: Vec<StepMetrics>,
-        with: &mut Surroundings,
+        with: &Surroundings,
     ) -> Result<StageResult> {
         let settings = json!([student.key, self.recipe.eval, self.validation.hash()]);
         let path = with
             .out
             .join(format!("eval-{}.json", self.key("eval", settings)));
         let eval = &self.recipe.eval;
-        let kl = self.once(&path, "eval", with, |run, with| {
+        let kl = self.once(&path, || {
             let lm = Checkpoint::open(&student.folder)?.model(&with.device, DType::F32)?;
-            let progress = &mut *with.progress;
             kl::evaluate(
-                &run.base.lm()?,
+                &self.base.lm()?,
                 &lm,
-                &run.validation,
+                &self.validation,
                 eval.batch_size,
                 eval.seq_len,
-                &mut |done, all| progress.at(done as u64, all as u64, "windows"),
+                with.watch,
             )
         })?;
         Ok(StageResult {
@@ -539,18 +525,13 @@ impl<'a> Run<'a> {
     fn once<T: Serialize + DeserializeOwned>(
         &self,
         path: &Path,
-        name: &str,
-        with: &mut Surroundings,
-        make: impl FnOnce(&Self, &mut Surroundings) -> Result<T>,
+        make: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
         if path.exists() {
             let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
             return serde_json::from_str(&text).map_err(|e| Error::file(path, e));
         }
-        with.progress.start(name);
-        let made = make(self, with);
-        with.progress.end();
-        let made = made?;
+        let made = make()?;
         let text = serde_json::to_string_pretty(&made).expect("results serialise");
         checkpoint::write_atomic(path, text.as_bytes())?;
         Ok(made)

@@ -16,6 +16,7 @@ use crate::convert::{Init, LayerKind, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
+use crate::watch::Quiet;
 use crate::weights::Weights;
 
 fn teacher_config() -> ModelConfig {
@@ -141,6 +142,7 @@ fn student(kinds: [LayerKind; 2]) -> (ModelConfig, Weights) {
         &weights,
         &student,
         &Init::Reference { seed: 1 },
+        &Quiet::default(),
     )
     .unwrap();
     (student, Weights::new(composed.tensors))
@@ -194,14 +196,13 @@ fn stage(setting: &Setting, name: &str) -> Stage {
             };
             let stored = setting.out("reference.safetensors");
             let (student, weights) = hybrid;
-            let mut quiet = |_, _| {};
             let dpo = Dpo::new(
                 &student,
                 &weights,
                 &setting.pairs,
                 config,
                 &stored,
-                &mut quiet,
+                &Quiet::default(),
             );
             Stage::Dpo(dpo.unwrap())
         }
@@ -607,18 +608,17 @@ fn reference_log_probabilities_are_computed_once() {
     let stored = setting.out("reference.safetensors");
     let (config, weights) = student([LayerKind::MLA, LayerKind::Mamba2]);
     let computed = |pairs: &Preferences| {
-        let mut calls = 0;
-        let mut count = |_, _| calls += 1;
+        let watch = Quiet::default();
         Dpo::new(
             &config,
             &weights,
             pairs,
             DpoConfig::default(),
             &stored,
-            &mut count,
+            &watch,
         )
         .unwrap();
-        calls
+        watch.steps()
     };
     assert_eq!(computed(&setting.pairs), 5, "40 pairs, 8 a pass");
     assert_eq!(computed(&setting.pairs), 0);

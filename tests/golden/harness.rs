@@ -9,6 +9,7 @@ use zebroid::checkpoint::Checkpoint;
 use zebroid::data::Tokenizer;
 use zebroid::eval::harness::{HarnessConfig, Source, run_task, to_json};
 use zebroid::eval::task::find;
+use zebroid::watch::Quiet;
 
 const FOLDER: &str = "tests/golden/harness";
 
@@ -49,7 +50,7 @@ fn compare(recorded: &str, checkpoint: &Path, data: &Path, limit: Option<usize>)
     let mut compared = 0;
     for (name, shots) in tasks {
         let task = find(name).unwrap();
-        let result = run_task(&lm, &tokenizer, task, shots, &config, &mut |_, _, _| true).unwrap();
+        let result = run_task(&lm, &tokenizer, task, shots, &config, &Quiet::default()).unwrap();
         let json = to_json(
             std::slice::from_ref(&result),
             "m",

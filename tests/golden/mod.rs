@@ -15,6 +15,7 @@ use zebroid::model::{Lm, Trace};
 use zebroid::op::loss::forward_kl;
 use zebroid::op::rms_norm::rms_norm;
 use zebroid::train::stage::ild::{Goal, IldLoss};
+use zebroid::watch::Quiet;
 use zebroid::weights::Weights;
 
 use crate::shared;
@@ -147,6 +148,7 @@ fn initialise(shared: &Path, name: &str) -> Initialised {
             &rounded,
             &student,
             &Init::Reference { seed: 0 },
+            &Quiet::default(),
         )
         .unwrap()
         .tensors,

@@ -14,6 +14,7 @@ use crate::checkpoint::write_atomic;
 use crate::data::Tokenizer;
 use crate::hash::Hash;
 use crate::model::Lm;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 mod data;
@@ -91,9 +92,6 @@ pub struct Figure {
     pub count: usize,
 }
 
-/// Told how far a task is; says whether to go on.
-pub type Observe<'a> = &'a mut dyn FnMut(&str, usize, usize) -> bool;
-
 /// Of the few-shot samples, as the peer's default.
 pub const FEWSHOT_SEED: u32 = 1234;
 
@@ -108,10 +106,10 @@ pub fn run_task(
     task: &'static Task,
     num_fewshot: usize,
     config: &HarnessConfig,
-    observe: Observe,
+    watch: &dyn Watch,
 ) -> Result<TaskResult> {
     // It may have to be downloaded.
-    observe(&format!("{}: data", task.name), 0, 0);
+    watch.start(&format!("{} data", task.name), 0);
     let dataset = Dataset::open(&config.data, task, task.split)?;
     let examples = match (task.examples, num_fewshot) {
         (_, 0) => None,
@@ -141,7 +139,7 @@ pub fn run_task(
             shots: &shots,
             num_fewshot,
         };
-        parts.push(part.run(lm, tokenizer, config, observe)?);
+        parts.push(part.run(lm, tokenizer, config, watch)?);
     }
     Ok(TaskResult {
         task,
@@ -202,7 +200,7 @@ impl Part<'_> {
         lm: &Lm,
         tokenizer: &Tokenizer,
         config: &HarnessConfig,
-        observe: Observe,
+        watch: &dyn Watch,
     ) -> Result<PartResult> {
         let path = config.cache.join(format!("{}.json", self.key(config)));
         if !config.fresh && path.exists() {
@@ -237,10 +235,7 @@ impl Part<'_> {
                 config.max_length
             );
         }
-        let all = requests.len();
-        let found = log_likelihoods(lm, &requests, config.batch_tokens, &mut |done| {
-            observe(self.name, done, all)
-        })?;
+        let found = log_likelihoods(lm, &requests, config.batch_tokens, self.name, watch)?;
         let mut rest = found.as_slice();
         let samples = documents.iter().enumerate().map(|(doc_id, (_, document))| {
             let (own, others) = rest.split_at(document.requests.len());

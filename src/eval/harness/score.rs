@@ -8,6 +8,7 @@ use candle_core::{D, DType, Tensor};
 
 use crate::data::Tokenizer;
 use crate::model::{Lm, LmState};
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 /// A request in tokens; neither part is empty.
@@ -84,16 +85,17 @@ struct Shared<'a> {
     followers: Vec<(usize, &'a [u32])>,
 }
 
-/// The log-likelihood of every continuation, and whether it is the likeliest token by token. `observe` is
-/// told how many are done and says whether to go on.
+/// The log-likelihood of every continuation, and whether it is the likeliest token by token; `stage` is
+/// what they are watched as.
 ///
 /// # Errors
-/// [`Error::Interrupted`] when `observe` says so.
+/// [`Error::Interrupted`].
 pub fn log_likelihoods(
     lm: &Lm,
     requests: &[Tokens],
     batch_tokens: usize,
-    observe: &mut dyn FnMut(usize) -> bool,
+    stage: &str,
+    watch: &dyn Watch,
 ) -> Result<Vec<(f64, bool)>> {
     let mut shared: BTreeMap<&[u32], Vec<(usize, &[u32])>> = BTreeMap::new();
     for (i, request) in requests.iter().enumerate() {
@@ -105,6 +107,9 @@ pub fn log_likelihoods(
         .collect();
     // The longest first: what does not fit shows at once, and the time left is not underestimated.
     shared.sort_by_key(|s| std::cmp::Reverse(s.context.len()));
+    watch.start(stage, requests.len());
+    // All may be one batch, and this one of many calls.
+    watch.reached(0, requests.len(), "requests")?;
     let mut found = vec![(0.0, false); requests.len()];
     let mut done = 0;
     let mut at = 0;
@@ -119,12 +124,7 @@ pub fn log_likelihoods(
             found[request] = score;
             done += 1;
         }
-        if !observe(done) {
-            return Err(Error::Interrupted(format!(
-                "{done} of {} requests of this task were done",
-                requests.len()
-            )));
-        }
+        watch.reached(done, requests.len(), "requests")?;
     }
     Ok(found)
 }

@@ -16,6 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::task::find;
 use crate::model::{Lm, ModelConfig};
+use crate::watch::Quiet;
 
 fn teacher() -> (Lm, Tokenizer) {
     let folder = Path::new("assets/teacher");
@@ -55,7 +56,8 @@ fn shared_contexts_score_as_each_request_alone() {
     let checkpoint = Checkpoint::open(Path::new("assets/teacher")).unwrap();
     let weights = checkpoint.weights(DType::F32, &Device::Cpu).unwrap();
     let init = crate::convert::Init::Reference { seed: 1 };
-    let composed = crate::convert::compose(&lm.config, &weights, &config, &init).unwrap();
+    let composed =
+        crate::convert::compose(&lm.config, &weights, &config, &init, &Quiet::default()).unwrap();
     let hybrid = Lm::new(&config, &crate::weights::Weights::new(composed.tensors)).unwrap();
     let texts = [
         (
@@ -74,7 +76,8 @@ fn shared_contexts_score_as_each_request_alone() {
         .collect();
     for lm in [&lm, &hybrid] {
         for batch_tokens in [1, 24, 4096] {
-            let found = log_likelihoods(lm, &requests, batch_tokens, &mut |_| true).unwrap();
+            let found =
+                log_likelihoods(lm, &requests, batch_tokens, "", &Quiet::default()).unwrap();
             for (request, (sum, greedy)) in requests.iter().zip(found) {
                 let (true_sum, true_greedy) = plainly(lm, request);
                 assert!((sum - true_sum).abs() < 2e-4, "{sum} for {true_sum}");

@@ -13,6 +13,7 @@ use crate::checkpoint::{read_tensors_with_metadata, write_tensors};
 use crate::data::{Batch, Batches, Preferences};
 use crate::model::{Lm, ModelConfig};
 use crate::op::loss::cross_entropy;
+use crate::watch::Watch;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -115,17 +116,16 @@ pub struct Dpo {
 
 impl Dpo {
     /// `stored`: a file of reference log-probabilities; read if it is of this model and data, else written.
-    /// `observe` is told (done, all) pairs while they are computed.
     ///
     /// # Errors
-    /// Settings that cannot work, or a file that cannot be written.
+    /// Settings that cannot work, a file that cannot be written, or [`Error::Interrupted`].
     pub fn new(
         student: &ModelConfig,
         weights: &Weights,
         pairs: &Preferences,
         config: DpoConfig,
         stored: &Path,
-        observe: &mut dyn FnMut(usize, usize),
+        watch: &dyn Watch,
     ) -> Result<Self> {
         config.validate()?;
         let student = Student::new(student, weights, |_| true)?;
@@ -133,7 +133,7 @@ impl Dpo {
         let reference = match read_reference(stored, &identity)? {
             Some(reference) => reference,
             None => {
-                let reference = reference(&student.snapshot()?, pairs, observe)?;
+                let reference = reference(&student.snapshot()?, pairs, watch)?;
                 write_reference(stored, &identity, &reference)?;
                 reference
             }
@@ -197,18 +197,15 @@ fn answers(lm: &Lm, batch: &Batch) -> Result<(Tensor, Tensor)> {
 /// Pairs a forward pass of the reference.
 const REFERENCE_BATCH: usize = 8;
 
-fn reference(
-    lm: &Lm,
-    pairs: &Preferences,
-    observe: &mut dyn FnMut(usize, usize),
-) -> Result<Vec<[f32; 2]>> {
+fn reference(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Vec<[f32; 2]>> {
+    watch.start("dpo reference", pairs.len());
     let order: Vec<usize> = (0..pairs.len()).collect();
     let mut found = Vec::with_capacity(order.len());
     for chunk in order.chunks(REFERENCE_BATCH) {
         let (log_probs, _) = answers(lm, &pairs.rows(chunk))?;
         let values = log_probs.to_dtype(DType::F32)?.to_vec1::<f32>()?;
         found.extend(values.chunks(2).map(|pair| [pair[0], pair[1]]));
-        observe(found.len(), order.len());
+        watch.reached(found.len(), order.len(), "pairs")?;
     }
     Ok(found)
 }
