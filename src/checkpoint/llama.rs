@@ -124,6 +124,16 @@ pub(super) fn read_scaling(path: &Path, value: &Value) -> Result<Option<RopeScal
         Some(_) => f.number("factor", 1.0),
         None => Err(Error::file(path, "rope_scaling: factor is missing")),
     };
+    // Of YaRN, as DeepSeek's code reads it; only what follows from the factor is computed here.
+    for (field, usual) in [("mscale", 1.0), ("mscale_all_dim", 0.0)] {
+        let found = f.number(field, usual)?;
+        if found != usual {
+            return Err(Error::file(
+                path,
+                format!("rope_scaling: {field} {found} is not supported, only {usual}"),
+            ));
+        }
+    }
     Ok(match kind {
         "default" => None,
         "linear" => Some(RopeScaling::Linear { factor: factor()? }),

@@ -372,6 +372,11 @@ fn configs_that_cannot_work_are_named() {
         ),
         (
             "rope_scaling",
+            serde_json::json!({"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}),
+            "mscale 0.7 is not supported",
+        ),
+        (
+            "rope_scaling",
             serde_json::json!({"factor": 2.0}),
             "rope_type is missing",
         ),
