@@ -24,8 +24,8 @@ pub enum Error {
         line: usize,
         message: String,
     },
-    /// A checkpoint whose tensors do not fit its config; every problem is listed.
-    #[error("{}: {} tensor problem(s)\n  {}", path.display(), problems.len(), problems.join("\n  "))]
+    /// A checkpoint whose tensors do not fit its config: every problem, of which the first are printed.
+    #[error("{}: {} tensor problem(s)\n  {}", path.display(), problems.len(), listed(problems))]
     Tensors {
         path: PathBuf,
         problems: Vec<String>,
@@ -39,6 +39,16 @@ pub enum Error {
     /// A failure inside the tensor library (a bug in zebroid if a user meets it).
     #[error("tensor library: {0}")]
     Tensor(#[from] candle_core::Error),
+}
+
+/// One a line, as far as a person reads.
+fn listed(problems: &[String]) -> String {
+    const SHOWN: usize = 40;
+    let shown = problems[..problems.len().min(SHOWN)].join("\n  ");
+    match problems.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown}\n  and {more} more"),
+    }
 }
 
 impl Error {

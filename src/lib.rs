@@ -20,6 +20,17 @@
 //! | 9 | [`watch`] | progress of long work, and the wish to stop it |
 //! | 10 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
+//! # Unsafe code
+//! Denied but in these files; every block says why it is sound. `tests/arrows.rs` guards the list.
+//!
+//! | file | for |
+//! |---|---|
+//! | `op/matmul.rs` | the product of matrices, by pointers into checked slices |
+//! | `op/ssd/cpu.rs` | columns of one buffer that threads write apart |
+//! | `op/ssd/backward.rs` | the same, for gradients |
+//! | `op/runtime.rs` | the process: its environment, its allocator |
+//! | `checkpoint/files.rs` | the memory map of a file of tensors |
+//!
 //! # Shape letters
 //! `B` batch, `T` query positions, `S` key positions, `D` hidden size, `H` query heads, `G` key/value
 //! heads (groups), `K` head dim of queries and keys, `V` head dim of values or vocabulary, `P` Mamba2

@@ -58,6 +58,40 @@ fn walk(folder: &Path, own: &str, problems: &mut Vec<String>) {
     }
 }
 
+/// Files under `src` that allow unsafe code.
+fn unsafe_files(folder: &Path, found: &mut Vec<String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            unsafe_files(&path, found);
+        } else if fs::read_to_string(&path).is_ok_and(|text| text.contains("(unsafe_code")) {
+            let name = path.strip_prefix("src").unwrap();
+            found.push(name.to_str().unwrap().to_owned());
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_is_where_the_map_says() {
+    let map = fs::read_to_string("src/lib.rs").unwrap();
+    let (_, rest) = map.split_once("# Unsafe code").unwrap();
+    let (table, _) = rest.split_once("# Shape letters").unwrap();
+    let rows = table
+        .lines()
+        .filter_map(|line| line.strip_prefix("//! | `"));
+    let mut listed: Vec<&str> = rows.map(|row| row.split_once('`').unwrap().0).collect();
+    let mut found = Vec::new();
+    unsafe_files(Path::new("src"), &mut found);
+    found.sort();
+    listed.sort_unstable();
+    assert_eq!(
+        found, listed,
+        "files of src/ that allow unsafe code, and those that src/lib.rs lists"
+    );
+    let manifest = fs::read_to_string("Cargo.toml").unwrap();
+    assert!(manifest.contains("unsafe_code = \"deny\""));
+}
+
 #[test]
 fn modules_use_only_what_stands_below_them() {
     let mut problems = Vec::new();

@@ -404,3 +404,39 @@ fn curves_of_runs_become_a_picture() {
         "{said}"
     );
 }
+
+/// Said before memory is taken for them.
+#[test]
+fn more_layers_than_any_model_has_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let teacher = copy(root.path());
+    let config = teacher.join("config.json");
+    let whole = std::fs::read_to_string(&config).unwrap();
+    for layers in ["2147483648", "2000000"] {
+        let field = format!("\"num_hidden_layers\": {layers}");
+        let changed = whole.replace("\"num_hidden_layers\": 4", &field);
+        assert_ne!(changed, whole);
+        std::fs::write(&config, changed).unwrap();
+        let said = fails(2, &["plan", text(&teacher), "--mla", "1"]);
+        let wanted = format!("num_hidden_layers {layers} is above 1024");
+        assert!(said.contains(&wanted) && said.lines().count() < 4, "{said}");
+    }
+    let (out, data) = (root.path().join("out"), root.path().join("data.jsonl"));
+    std::fs::write(&data, "{\"text\": \"One day.\"}\n").unwrap();
+    let pretrain = [
+        "pretrain",
+        text(&out),
+        "--data",
+        text(&data),
+        "--tokenizer",
+        TEACHER,
+    ];
+    let said = fails(
+        2,
+        &[&pretrain[..], &["--num-layers", "1099511627776"]].concat(),
+    );
+    assert!(
+        said.contains("--num-layers 1099511627776 is above 1024"),
+        "{said}"
+    );
+}

@@ -6,6 +6,7 @@ mod cli;
 mod eval;
 mod golden;
 mod pipeline;
+mod recipes;
 mod watch;
 
 use std::path::PathBuf;

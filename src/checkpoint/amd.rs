@@ -27,6 +27,7 @@ pub(super) fn read(
         path,
         object: value,
     };
+    llama::supported(&f)?;
     let attention = config.attention(0)?.clone();
     let agrees = [
         ("hidden_size", config.hidden_size),
@@ -34,7 +35,6 @@ pub(super) fn read(
         ("intermediate_size", config.intermediate_size),
         ("n_layer", config.layers.len()),
         ("num_attention_heads", attention.num_attention_heads),
-        ("num_key_value_heads", attention.num_key_value_heads),
     ];
     for (field, wanted) in agrees {
         let found = f.size(field)?;
@@ -44,6 +44,18 @@ pub(super) fn read(
                 format!("{field} is {found}, config.json says {wanted}"),
             ));
         }
+    }
+    let full = f.flag("use_full_kv_head")?;
+    let (all, base) = (attention.num_attention_heads, attention.num_key_value_heads);
+    let found = f.size("num_key_value_heads")?;
+    // AMD's says as many as query heads then; zebroid 0.1 wrote the base's.
+    if found != base && !(full && found == all) {
+        return Err(Error::file(
+            path,
+            format!(
+                "num_key_value_heads is {found} and use_full_kv_head {full}; config.json has {base}, of {all} heads"
+            ),
+        ));
     }
     let mla = mla(path, &f, &attention)?;
     let mamba2 = mamba2(path, &f)?;
@@ -66,16 +78,14 @@ pub(super) fn read(
 }
 
 fn mla(path: &Path, f: &Fields, attention: &AttentionConfig) -> Result<MlaConfig> {
-    let scaling = match f.given("rope_scaling") {
+    let scaling = match f.object("rope_scaling")? {
         Some(scaling) => llama::read_scaling(path, scaling)?,
         None => None,
     };
     Ok(MlaConfig {
         num_attention_heads: attention.num_attention_heads,
-        num_key_value_heads: match f.flag("use_full_kv_head")? {
-            true => attention.num_attention_heads,
-            false => attention.num_key_value_heads,
-        },
+        num_key_value_heads: attention.num_key_value_heads,
+        use_full_kv_head: f.flag("use_full_kv_head")?,
         q_lora_rank: f.size("q_lora_rank")?,
         kv_lora_rank: f.size("kv_lora_rank")?,
         qk_nope_head_dim: f.size("qk_nope_head_dim")?,
@@ -91,7 +101,7 @@ fn mla(path: &Path, f: &Fields, attention: &AttentionConfig) -> Result<MlaConfig
 }
 
 fn mamba2(path: &Path, f: &Fields) -> Result<Mamba2Config> {
-    let Some(ssm) = f.given("ssm_cfg").filter(|v| v.is_object()) else {
+    let Some(ssm) = f.object("ssm_cfg")? else {
         return Err(f.wrong("ssm_cfg", "an object"));
     };
     let ssm = Fields { path, object: ssm };
@@ -153,12 +163,25 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
             return refuse(i, "has other sizes than the first of its kind");
         }
     }
-    // Where one kind is absent, its fields follow from the other's heads.
+    // Where one kind is absent, its fields follow from the other's heads: those of the base.
     let (heads, kv_heads, head_dim) = match (mamba2, mla) {
         (Some(c), _) => (c.num_heads, c.num_kv_heads, c.head_dim),
         (None, Some(c)) => (c.num_attention_heads, c.num_key_value_heads, c.v_head_dim),
         (None, None) => unreachable!("a model has layers, and each is one of the two"),
     };
+    // zebroid 0.1 kept no `use_full_kv_head`: its `num_key_value_heads` were the query heads.
+    let full = mla.is_some_and(|c| c.use_full_kv_head || c.num_key_value_heads != kv_heads);
+    let mla_kv_heads = if full { heads } else { kv_heads };
+    if let Some(c) = mla
+        && (c.num_attention_heads, c.kv_heads()) != (heads, mla_kv_heads)
+    {
+        return Err(Error::invalid(format!(
+            "mla layers have {} query and {} key/value heads, mamba2 layers {heads} and {kv_heads}: AMD's format \
+             cannot say it, use --format zebroid",
+            c.num_attention_heads,
+            c.kv_heads()
+        )));
+    }
     let attention = AttentionConfig {
         num_attention_heads: heads,
         num_key_value_heads: kv_heads,
@@ -168,6 +191,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
     let standard = MlaConfig {
         num_attention_heads: heads,
         num_key_value_heads: kv_heads,
+        use_full_kv_head: false,
         q_lora_rank: config.hidden_size,
         kv_lora_rank: head_dim,
         qk_nope_head_dim: head_dim / 2,
@@ -176,7 +200,6 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
         use_lora_layer_norm: false,
         rope: RopeConfig::new(10_000.0),
     };
-    let full = mla.is_some_and(|c| c.num_key_value_heads != kv_heads);
     let m = mla.unwrap_or(&standard);
     let layers: Vec<usize> = (0..config.layers.len())
         .filter(|i| config.layers[*i].name() == "mla")
@@ -189,7 +212,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
         "mla_layers": layers,
         "rms_norm_eps": config.rms_norm_eps,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": mla_kv_heads,
         "kv_lora_rank": m.kv_lora_rank,
         "q_lora_rank": m.q_lora_rank,
         "use_lora_layer_norm": m.use_lora_layer_norm,
@@ -229,4 +252,201 @@ fn scaling(mla: &MlaConfig) -> Value {
         }
     }
     value
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+    use crate::checkpoint::{Checkpoint, Format, read_json, save};
+
+    /// What AMD's trainer writes for a base of 4 query and 2 key/value heads of 8 dims.
+    fn release(mla_layers: &[usize], full: bool, norm: bool) -> (Value, Value) {
+        let base = json!({
+            "model_type": "llama", "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 24,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+            "tie_word_embeddings": true, "vocab_size": 20, "bos_token_id": 1, "eos_token_id": [2, 3],
+        });
+        let hybrid = json!({
+            "hidden_size": 32, "intermediate_size": 24, "hidden_act": "silu", "n_layer": 3,
+            "mla_layers": mla_layers, "rms_norm_eps": 1e-5, "num_attention_heads": 4,
+            "num_key_value_heads": if full { 4 } else { 2 }, "kv_lora_rank": 16, "q_lora_rank": 24,
+            "use_lora_layer_norm": norm, "use_full_kv_head": full, "qk_rope_head_dim": 4,
+            "v_head_dim": 8, "qk_nope_head_dim": 4, "qkv_rank_divisor": 8, "max_position_embeddings": 64,
+            "rope_theta": 500000.0,
+            "rope_scaling": {"factor": 32.0, "original_max_position_embeddings": 64, "rope_type": "yarn"},
+            "attention_bias": false, "attention_dropout": 0.0, "rope_type": "yarn", "d_model": 32,
+            "ssm_cfg": {"expand": 1, "ngroups": 4, "d_state": 8, "repeat_kv_before_conv": false},
+            "d_inner": 32, "d_xb": 16,
+        });
+        (base, hybrid)
+    }
+
+    /// Its tensors (spec 1.9), shape by shape.
+    fn shapes(mla_layers: &[usize], full: bool, norm: bool) -> BTreeMap<String, Vec<usize>> {
+        let mut all = BTreeMap::from([
+            ("model.embed_tokens.weight".to_owned(), vec![20, 32]),
+            ("model.norm.weight".to_owned(), vec![32]),
+        ]);
+        for i in 0..3 {
+            let mut add = |name: &str, shape: &[usize]| {
+                all.insert(format!("model.layers.{i}.{name}"), shape.to_vec());
+            };
+            add("input_layernorm.weight", &[32]);
+            add("post_attention_layernorm.weight", &[32]);
+            add("mlp.gate_proj.weight", &[24, 32]);
+            add("mlp.up_proj.weight", &[24, 32]);
+            add("mlp.down_proj.weight", &[32, 24]);
+            if mla_layers.contains(&i) {
+                let kv_heads = if full { 4 } else { 2 };
+                add("mla.q_a_proj.weight", &[24, 32]);
+                add("mla.q_b_proj.weight", &[32, 24]);
+                add("mla.kv_a_proj_with_mqa.weight", &[20, 32]);
+                add("mla.kv_b_proj.weight", &[kv_heads * 12, 16]);
+                add("mla.out_proj.weight", &[32, 32]);
+                if norm {
+                    add("mla.q_a_layernorm.weight", &[24]);
+                    add("mla.kv_a_layernorm.weight", &[16]);
+                }
+            } else {
+                add("mamba.in_proj.weight", &[2 * 32 + 2 * 16 + 4, 32]);
+                add("mamba.conv1d.weight", &[64, 1, 4]);
+                add("mamba.conv1d.bias", &[64]);
+                add("mamba.dt_bias", &[4]);
+                add("mamba.A_log", &[4]);
+                add("mamba.D", &[4]);
+                add("mamba.norm.weight", &[32]);
+                add("mamba.out_proj.weight", &[32, 32]);
+            }
+        }
+        all
+    }
+
+    const PLACES: [&[usize]; 3] = [&[0, 2], &[0, 1, 2], &[]];
+
+    fn each(check: impl Fn(&[usize], bool, bool)) {
+        for place in PLACES {
+            for (full, norm) in [(false, false), (false, true), (true, false), (true, true)] {
+                // Without an MLA layer nothing tells how it would be.
+                if !place.is_empty() || (full, norm) == (false, false) {
+                    check(place, full, norm);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn releases_are_read_and_written_as_they_are() {
+        each(|place, full, norm| {
+            let (base, hybrid) = release(place, full, norm);
+            let path = Path::new("hybrid_config.json");
+            let config = read(Path::new("config.json"), &base, path, &hybrid).unwrap();
+            let own: BTreeMap<_, _> = config.params().into_iter().collect();
+            let case = format!("mla {place:?}, full {full}, norm {norm}");
+            assert_eq!(own, shapes(place, full, norm), "{case}");
+            let (base_again, hybrid_again) = write(&config).unwrap();
+            if place.is_empty() {
+                assert_eq!(hybrid_again["d_xb"], hybrid["d_xb"]);
+                return;
+            }
+            assert_eq!(hybrid_again, hybrid, "{case}");
+            for (field, value) in base.as_object().unwrap() {
+                assert_eq!(&base_again[field], value, "{case}: {field}");
+            }
+        });
+    }
+
+    #[test]
+    fn folders_go_from_amd_to_ours_and_back() {
+        each(|place, full, norm| {
+            let root = tempfile::tempdir().unwrap();
+            let [amd, ours, again] = ["amd", "ours", "again"].map(|name| root.path().join(name));
+            let (base, hybrid) = release(place, full, norm);
+            std::fs::create_dir(&amd).unwrap();
+            std::fs::write(amd.join("config.json"), base.to_string()).unwrap();
+            std::fs::write(amd.join("hybrid_config.json"), hybrid.to_string()).unwrap();
+            let tensors = shapes(place, full, norm).into_iter().map(|(name, shape)| {
+                (name, Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap())
+            });
+            let file = amd.join("model.safetensors");
+            crate::checkpoint::write_tensors(&file, &tensors.collect(), Default::default())
+                .unwrap();
+            let step = |from: &Path, to: &Path, format: Format| {
+                let read = Checkpoint::open(from).unwrap();
+                save(
+                    to,
+                    format,
+                    &read.config,
+                    &read.raw_tensors().unwrap(),
+                    None,
+                    false,
+                )
+                .unwrap();
+                read.config
+            };
+            let config = step(&amd, &ours, Format::Zebroid);
+            assert_eq!(step(&ours, &again, Format::Amd), config);
+            assert_eq!(Checkpoint::open(&again).unwrap().config, config);
+            if !place.is_empty() {
+                assert_eq!(
+                    read_json(&again.join("hybrid_config.json")).unwrap(),
+                    hybrid
+                );
+            }
+        });
+    }
+
+    /// Hybrids of zebroid 0.1: full key/value heads were told by `num_key_value_heads` alone.
+    #[test]
+    fn older_hybrids_of_full_heads_are_read_and_written() {
+        let path = Path::new("hybrid_config.json");
+        let (base, mut hybrid) = release(&[0, 2], true, false);
+        let now = read(Path::new("config.json"), &base, path, &hybrid).unwrap();
+        hybrid["num_key_value_heads"] = json!(2);
+        assert_eq!(
+            read(Path::new("config.json"), &base, path, &hybrid).unwrap(),
+            now
+        );
+        let mut before = now.clone();
+        for layer in &mut before.layers {
+            if let MixerConfig::Mla(c) = layer {
+                (c.num_key_value_heads, c.use_full_kv_head) = (4, false);
+            }
+        }
+        assert_eq!(before.params(), now.params());
+        assert_eq!(write(&before).unwrap(), write(&now).unwrap());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let path = Path::new("hybrid_config.json");
+        let say = |field: &str, value: Value| {
+            let (base, mut hybrid) = release(&[0], true, false);
+            hybrid[field] = value;
+            let read = read(Path::new("config.json"), &base, path, &hybrid);
+            read.unwrap_err().to_string()
+        };
+        for (field, value, part) in [
+            ("num_key_value_heads", json!(3), "num_key_value_heads is 3"),
+            ("use_full_kv_head", json!(false), "num_key_value_heads is 4"),
+            ("hidden_act", json!("gelu"), "hidden_act"),
+            ("rope_scaling", json!(3), "rope_scaling"),
+        ] {
+            let message = say(field, value);
+            assert!(
+                message.contains(part) && message.contains("hybrid_config.json"),
+                "{message}"
+            );
+        }
+        let (base, hybrid) = release(&[0], false, false);
+        let mut odd = read(Path::new("config.json"), &base, path, &hybrid).unwrap();
+        if let MixerConfig::Mla(c) = &mut odd.layers[0] {
+            c.num_attention_heads = 2;
+        }
+        assert!(write(&odd).unwrap_err().to_string().contains("2 query"));
+    }
 }

@@ -1,13 +1,15 @@
 //! safetensors files, distrusted: headers are checked against the file before a tensor is made.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
+use std::{fmt, fs};
 
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
+use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::save::write_atomic;
 use crate::{Error, Result};
@@ -25,19 +27,22 @@ struct TensorFile {
 impl TensorFile {
     fn open(path: &Path) -> Result<Self> {
         let file = fs::File::open(path).map_err(Error::io("cannot open", path))?;
-        // SAFETY: the map is read-only; a file that another process cuts while it is mapped is the one
-        // way to fault, as with every reader of safetensors.
-        #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("cannot map", path))?;
+        let map = map(&file).map_err(Error::io("cannot map", path))?;
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| {
             Error::file(
                 path,
                 format!("not a whole safetensors file ({e}); download or write it again"),
             )
         })?;
+        let data_start = size_of::<u64>() + header_len;
+        // The parser above keeps the last of two tensors with one name and forgets the other.
+        serde_json::from_slice::<Distinct<Distinct<IgnoredAny>>>(
+            &map[size_of::<u64>()..data_start],
+        )
+        .map_err(|e| Error::file(path, format!("the header {e}; write the file again")))?;
         Ok(Self {
             path: path.to_owned(),
-            data_start: header_len + size_of::<u64>(),
+            data_start,
             map,
             header,
         })
@@ -62,6 +67,43 @@ impl TensorFile {
             &info.shape,
             &Device::Cpu,
         )?)
+    }
+}
+
+/// One of the places where unsafe code is allowed (see `src/lib.rs`).
+#[allow(unsafe_code)]
+fn map(file: &fs::File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is read-only; a file that another process cuts while it is mapped is the one way to
+    // fault, as with every reader of safetensors.
+    unsafe { Mmap::map(file) }
+}
+
+/// A JSON object that names nothing twice; its values are read as `V` and dropped.
+struct Distinct<V>(PhantomData<V>);
+
+impl<'de, V: Deserialize<'de>> Deserialize<'de> for Distinct<V> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self(PhantomData))
+    }
+}
+
+impl<'de, V: Deserialize<'de>> Visitor<'de> for Distinct<V> {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
+        let mut seen = HashSet::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if seen.contains(&name) {
+                return Err(de::Error::custom(format!("names {name} twice")));
+            }
+            seen.insert(name);
+            map.next_value::<V>()?;
+        }
+        Ok(self)
     }
 }
 

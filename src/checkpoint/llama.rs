@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::Fields;
+use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
 use crate::model::{FORMAT_VERSION, ModelConfig};
 use crate::{Error, Result};
@@ -16,20 +17,9 @@ pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
         path,
         object: value,
     };
-    for field in ["attention_bias", "mlp_bias"] {
-        if f.flag(field)? {
-            return Err(Error::file(path, format!("{field}: true is not supported")));
-        }
-    }
-    match f.given("hidden_act").and_then(Value::as_str) {
-        None | Some("silu") => {}
-        Some(other) => {
-            return Err(Error::file(
-                path,
-                format!("hidden_act {other} is not supported, only silu"),
-            ));
-        }
-    }
+    supported(&f)?;
+    let layers = f.size("num_hidden_layers")?;
+    bounded("num_hidden_layers", layers, MAX_LAYERS).map_err(|e| Error::file(path, e))?;
     let hidden = f.size("hidden_size")?;
     let heads = f.size("num_attention_heads")?;
     let head_dim = match f.maybe_size("head_dim")? {
@@ -61,16 +51,43 @@ pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
         tie_word_embeddings: f.flag("tie_word_embeddings")?,
         bos_token_id: f.ids("bos_token_id")?.first().copied(),
         eos_token_id: f.ids("eos_token_id")?,
-        layers: vec![MixerConfig::Attention(attention); f.size("num_hidden_layers")?],
+        layers: vec![MixerConfig::Attention(attention); layers],
     };
     config.validate().map_err(|e| Error::file(path, e))?;
     Ok(config)
 }
 
+/// # Errors
+/// Names the field that asks for what no layer here computes.
+pub(super) fn supported(f: &Fields) -> Result<()> {
+    for field in ["attention_bias", "mlp_bias"] {
+        if f.flag(field)? {
+            return Err(Error::file(
+                f.path,
+                format!("{field}: true is not supported"),
+            ));
+        }
+    }
+    match f.given("hidden_act") {
+        Some(other) if other != "silu" => Err(Error::file(
+            f.path,
+            format!("hidden_act {other} is not supported, only \"silu\""),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// `rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both.
 fn rope(path: &Path, value: &Value) -> Result<RopeConfig> {
-    let parameters = value.get("rope_parameters").filter(|v| v.is_object());
-    let scaling = parameters.or_else(|| value.get("rope_scaling").filter(|v| v.is_object()));
+    let f = Fields {
+        path,
+        object: value,
+    };
+    let parameters = f.object("rope_parameters")?;
+    let scaling = match parameters {
+        Some(parameters) => Some(parameters),
+        None => f.object("rope_scaling")?,
+    };
     let theta = Fields {
         path,
         object: parameters.unwrap_or(value),
@@ -90,21 +107,43 @@ pub(super) fn read_scaling(path: &Path, value: &Value) -> Result<Option<RopeScal
         path,
         object: value,
     };
-    let kind = f.given("rope_type").or_else(|| f.given("type"));
+    let kind = match f.given("rope_type").or_else(|| f.given("type")) {
+        Some(Value::String(kind)) => kind.as_str(),
+        Some(other) => {
+            return Err(Error::file(
+                path,
+                format!("rope_scaling: rope_type must be a name, not {other}"),
+            ));
+        }
+        None if f.given("factor").is_some() => {
+            return Err(Error::file(path, "rope_scaling: rope_type is missing"));
+        }
+        None => "default",
+    };
     let factor = || match f.given("factor") {
         Some(_) => f.number("factor", 1.0),
         None => Err(Error::file(path, "rope_scaling: factor is missing")),
     };
-    Ok(match kind.and_then(Value::as_str) {
-        None | Some("default") => None,
-        Some("linear") => Some(RopeScaling::Linear { factor: factor()? }),
-        Some("llama3") => Some(RopeScaling::Llama3 {
+    // Of YaRN, as DeepSeek's code reads it; only what follows from the factor is computed here.
+    for (field, usual) in [("mscale", 1.0), ("mscale_all_dim", 0.0)] {
+        let found = f.number(field, usual)?;
+        if found != usual {
+            return Err(Error::file(
+                path,
+                format!("rope_scaling: {field} {found} is not supported, only {usual}"),
+            ));
+        }
+    }
+    Ok(match kind {
+        "default" => None,
+        "linear" => Some(RopeScaling::Linear { factor: factor()? }),
+        "llama3" => Some(RopeScaling::Llama3 {
             factor: factor()?,
             low_freq_factor: f.number("low_freq_factor", 1.0)?,
             high_freq_factor: f.number("high_freq_factor", 4.0)?,
             original_max_position_embeddings: f.size("original_max_position_embeddings")?,
         }),
-        Some("yarn") => Some(RopeScaling::Yarn {
+        "yarn" => Some(RopeScaling::Yarn {
             factor: factor()?,
             original_max_position_embeddings: f.size("original_max_position_embeddings")?,
             beta_fast: f.number("beta_fast", 32.0)?,
@@ -114,7 +153,7 @@ pub(super) fn read_scaling(path: &Path, value: &Value) -> Result<Option<RopeScal
                 None => None,
             },
         }),
-        Some(other) => {
+        other => {
             return Err(Error::file(
                 path,
                 format!("rope_scaling type {other} is not supported: none, linear, llama3 or yarn"),

@@ -19,13 +19,15 @@ mod amd;
 mod files;
 mod llama;
 mod lock;
+mod replace;
 mod save;
 #[cfg(test)]
 mod tests;
 
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
 pub use lock::{Lock, claim, lock};
-pub use save::{check_output, replace_folder, save, write_atomic};
+pub use replace::replace_folder;
+pub use save::{check_output, save, write_atomic};
 
 use files::TensorFiles;
 
@@ -178,7 +180,7 @@ impl<'a> Fields<'a> {
         };
         let size = value.as_u64().and_then(|n| u32::try_from(n).ok());
         size.map(|n| Some(n as usize))
-            .ok_or_else(|| self.wrong(field, "a whole number"))
+            .ok_or_else(|| self.wrong(field, "a whole number below 2^32"))
     }
 
     fn size(&self, field: &str) -> Result<usize> {
@@ -190,6 +192,13 @@ impl<'a> Fields<'a> {
         match self.given(field) {
             None => Ok(default),
             Some(value) => value.as_f64().ok_or_else(|| self.wrong(field, "a number")),
+        }
+    }
+
+    fn object(&self, field: &str) -> Result<Option<&'a serde_json::Value>> {
+        match self.given(field) {
+            Some(value) if !value.is_object() => Err(self.wrong(field, "an object")),
+            found => Ok(found),
         }
     }
 

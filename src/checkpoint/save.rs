@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use serde_json::json;
 
 use super::files::INDEX;
-use super::{Format, amd, llama, write_tensors};
+use super::{Format, amd, llama, replace, write_tensors};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
 
@@ -55,7 +55,7 @@ pub fn check_output(out: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
 /// # Errors
 /// When something stands at `out` that must stay: without `force` anything, with it what is no checkpoint,
 /// bank or finished run.
-fn replaceable(out: &Path, force: bool) -> Result<()> {
+pub(super) fn replaceable(out: &Path, force: bool) -> Result<()> {
     if out.symlink_metadata().is_err() {
         return Ok(());
     }
@@ -154,7 +154,7 @@ pub fn save(
             fs::copy(&from, folder.join(name)).map_err(Error::io("cannot copy", &from))?;
         }
     }
-    replace_folder(folder, out, force)?;
+    replace::replace_folder(folder, out, force)?;
     // The folder has moved; there is nothing left to remove.
     let _ = partial.keep();
     Ok(())
@@ -191,27 +191,7 @@ fn write_weights(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize
     write_atomic(&folder.join(INDEX), index.to_string().as_bytes())
 }
 
-/// Moves `folder` to `out` in one rename; what stood there (only with `force`) goes last.
-pub fn replace_folder(folder: &Path, out: &Path, force: bool) -> Result<()> {
-    let rename =
-        |from: &Path, to: &Path| fs::rename(from, to).map_err(Error::io("cannot rename", from));
-    if !out.exists() {
-        return rename(folder, out);
-    }
-    replaceable(out, force)?;
-    let aside = private(".zebroid-old-")
-        .tempdir_in(parent(out))
-        .map_err(Error::io("cannot write beside", out))?;
-    let old = aside.path().join("old");
-    rename(out, &old)?;
-    if let Err(error) = rename(folder, out) {
-        rename(&old, out)?;
-        return Err(error);
-    }
-    Ok(())
-}
-
-fn private(prefix: &str) -> tempfile::Builder<'_, 'static> {
+pub(super) fn private(prefix: &str) -> tempfile::Builder<'_, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(prefix);
     builder
@@ -233,7 +213,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
-        Ok(())
+        replace::sync_folder(&parent)
     };
     write().map_err(Error::io("cannot write", path))
 }

@@ -354,8 +354,49 @@ fn configs_that_cannot_work_are_named() {
         ),
         ("attention_bias", serde_json::json!(true), "attention_bias"),
         ("hidden_act", serde_json::json!("gelu"), "gelu"),
+        ("hidden_act", serde_json::json!(2), "hidden_act 2"),
+        (
+            "rope_scaling",
+            serde_json::json!(3),
+            "rope_scaling must be an object, not 3",
+        ),
+        (
+            "rope_parameters",
+            serde_json::json!([]),
+            "rope_parameters must be an object",
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": 7, "factor": 2.0}),
+            "rope_type must be a name, not 7",
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}),
+            "mscale 0.7 is not supported",
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"factor": 2.0}),
+            "rope_type is missing",
+        ),
         ("num_hidden_layers", serde_json::json!(0), "layers"),
         ("rms_norm_eps", serde_json::json!(-1.0), "rms_norm_eps -1"),
+        (
+            "rms_norm_eps",
+            serde_json::json!(1e308),
+            "rms_norm_eps 1e308",
+        ),
+        (
+            "bos_token_id",
+            serde_json::json!(10),
+            "bos_token_id 10 is outside the vocabulary: vocab_size is 10",
+        ),
+        (
+            "eos_token_id",
+            serde_json::json!([2, 4_000_000_000u32]),
+            "eos_token_id 4000000000 is outside",
+        ),
     ] {
         let folder = Folder::whole();
         folder.set(
@@ -374,6 +415,97 @@ fn configs_that_cannot_work_are_named() {
             message.contains(part) && message.contains("config.json"),
             "{field}: {message}"
         );
+    }
+}
+
+/// The field, its value and the bound are said, at once and before memory is taken.
+#[test]
+fn sizes_beyond_reason_are_named() {
+    for (field, most) in [
+        ("num_hidden_layers", 1 << 10),
+        ("num_attention_heads", 1 << 12),
+        ("hidden_size", 1 << 20),
+        ("intermediate_size", 1 << 20),
+        ("head_dim", 1 << 20),
+        ("vocab_size", 1 << 24),
+        ("max_position_embeddings", 1 << 31),
+    ] {
+        for value in [most + 1, u32::MAX as usize] {
+            let folder = Folder::whole();
+            folder.set(field, serde_json::json!(value));
+            let said = folder.error();
+            let wanted = format!("{field} {value} is above {most}");
+            assert!(
+                said.contains(&wanted) && said.contains("config.json"),
+                "{said}"
+            );
+        }
+    }
+    let folder = Folder::whole();
+    folder.set("num_hidden_layers", serde_json::json!(1u64 << 40));
+    assert!(
+        folder
+            .error()
+            .contains("num_hidden_layers must be a whole number below 2^32")
+    );
+    // Each in its bounds, together too wide.
+    let folder = Folder::whole();
+    folder.set("num_attention_heads", serde_json::json!(1 << 12));
+    folder.set("head_dim", serde_json::json!(1 << 10));
+    assert!(
+        folder
+            .error()
+            .contains("4096 heads of 1024 are wider than 1048576")
+    );
+}
+
+/// Our own config says sizes layer by layer; sums of them wrap nowhere.
+#[test]
+fn sizes_beyond_reason_are_named_in_our_own_config() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("m");
+    let (config, all) = (config(true), tensors(&config(true)));
+    save(&path, Format::Zebroid, &config, &all, None, false).unwrap();
+    let file = path.join("config.json");
+    let mut json = read_json(&file).unwrap();
+    json["layers"][1] = serde_json::json!({
+        "mixer": "mla", "num_attention_heads": 2, "num_key_value_heads": 1, "q_lora_rank": 4,
+        "kv_lora_rank": 4, "qk_nope_head_dim": 2, "qk_rope_head_dim": (1u64 << 63) - 2, "v_head_dim": 4,
+        "rope": {"theta": 10000.0},
+    });
+    fs::write(&file, json.to_string()).unwrap();
+    let said = Checkpoint::open(&path).unwrap_err().to_string();
+    let wanted = "layer 1 (mla): qk_rope_head_dim 9223372036854775806 is above 1048576";
+    assert!(
+        said.contains(wanted) && said.contains("config.json"),
+        "{said}"
+    );
+}
+
+/// The parser alone would keep one of the two and not say which.
+#[test]
+fn a_tensor_named_twice_is_refused() {
+    let folder = Folder::whole();
+    let whole = fs::read(folder.weights()).unwrap();
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&whole[8..8 + length])
+        .unwrap()
+        .trim_end();
+    let norm = header.find(r#""model.norm.weight""#).unwrap();
+    let entry = &header[norm..=norm + header[norm..].find('}').unwrap()];
+    for (doubled, name) in [
+        (format!("{{{entry},{}", &header[1..]), "model.norm.weight"),
+        (
+            header.replacen(r#""format":"pt""#, r#""format":"pt","format":"pt""#, 1),
+            "format",
+        ),
+    ] {
+        let mut bytes = (doubled.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(doubled.as_bytes());
+        bytes.extend(&whole[8 + length..]);
+        fs::write(folder.weights(), bytes).unwrap();
+        let wanted = format!("names {name} twice");
+        assert!(folder.error().contains(&wanted), "{}", folder.error());
     }
 }
 

@@ -264,7 +264,7 @@ mod tests {
         stage.at(50, "loss 2.4", after(40));
         assert_eq!(stage.line(after(40)), "kd: 50/100 loss 2.4, 40s, 50s left");
         stage.at(100, "loss 2.1", after(90));
-        assert_eq!(stage.line(after(90)), "kd: 100/100 loss 2.1, 90s");
+        assert_eq!(stage.line(after(90)), "kd: 100/100 loss 2.1, 2m");
         (stage.all, stage.done, stage.note) = (0, 0, String::new());
         assert_eq!(stage.line(started), "kd:");
     }

@@ -6,6 +6,7 @@ use super::output::Progress;
 use super::train::TrainArgs;
 use crate::checkpoint;
 use crate::data::{Corpus, Tokenizer};
+use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig};
 use crate::train::Stage;
@@ -57,6 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             .unwrap_or(args.hidden_size / args.num_heads.max(1)),
         rope: Some(RopeConfig::new(args.rope_theta)),
     };
+    bounded("--num-layers", args.num_layers, MAX_LAYERS)?;
     let config = ModelConfig {
         model_type: ModelConfig::MODEL_TYPE.into(),
         format_version: FORMAT_VERSION,

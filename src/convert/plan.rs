@@ -131,7 +131,8 @@ pub struct PlanOptions {
     /// Repeat x and B to all heads before the convolution.
     #[arg(long)]
     pub repeat_kv_before_conv: bool,
-    /// YaRN in MLA layers: factor over the original window, e.g. 32,8192.
+    /// YaRN in MLA layers: factor over the original window, e.g. 32,8192. As published; refined layers turn as
+    /// the teacher's do.
     #[arg(long, value_name = "FACTOR,WINDOW", value_parser = yarn)]
     pub yarn: Option<(f64, usize)>,
     /// Positions a chunk of the Mamba2 scan.
@@ -283,7 +284,6 @@ fn mla(
     let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
     let rounded = |n: usize| n.div_ceil(RANK_STEP) * RANK_STEP;
     let full_q_rank = teacher.hidden_size.min(h * hd);
-    let kv_heads = if options.use_full_kv_head { h } else { g };
     let (rope_dims, nope) = options.head_dims(hd);
     let Some(rope) = &a.rope else {
         return Err(Error::invalid(
@@ -302,7 +302,8 @@ fn mla(
     let default_kv = rounded(2 * g * hd / 8).min(teacher.hidden_size);
     Ok(MlaConfig {
         num_attention_heads: h,
-        num_key_value_heads: kv_heads,
+        num_key_value_heads: g,
+        use_full_kv_head: options.use_full_kv_head,
         q_lora_rank: settled(q_rank, &options.q_lora_rank, default_q)?,
         kv_lora_rank: settled(kv_rank, &options.kv_lora_rank, default_kv)?,
         qk_nope_head_dim: nope,

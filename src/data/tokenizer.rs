@@ -81,6 +81,7 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|e| Error::invalid(format!("not a tokenizer ({e})")))?
             .with_padding(None);
+        distinct(&inner)?;
         Ok(Self {
             inner: Arc::new(inner),
             bos: None,
@@ -158,6 +159,24 @@ impl Tokenizer {
     /// Hash of `tokenizer.json`.
     pub fn hash(&self) -> Hash {
         self.hash
+    }
+}
+
+/// # Errors
+/// When two tokens have one id, so that the id would be decoded as either.
+fn distinct(tokenizer: &tokenizers::Tokenizer) -> Result<()> {
+    let mut tokens: Vec<(u32, String)> = tokenizer
+        .get_vocab(true)
+        .into_iter()
+        .map(|(token, id)| (id, token))
+        .collect();
+    tokens.sort_unstable();
+    match tokens.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        Some(pair) => Err(Error::invalid(format!(
+            "tokens {:?} and {:?} both have id {}",
+            pair[0].1, pair[1].1, pair[0].0
+        ))),
+        None => Ok(()),
     }
 }
 
@@ -380,6 +399,20 @@ mod tests {
         assert!(message().contains("config.json: eos_token_id is \"2\", not a token id"));
         write("config.json", r#"{"eos_token_id": 999}"#);
         assert!(message().contains("999"));
+    }
+
+    #[test]
+    fn two_tokens_with_one_id_are_named() {
+        let mut json = llama_json();
+        json["model"]["vocab"]["b"] = 4.into();
+        let read = Tokenizer::from_json(json.to_string().as_bytes());
+        let message = read.unwrap_err().to_string();
+        assert!(
+            message.contains(r#"tokens "a" and "b" both have id 4"#),
+            "{message}"
+        );
+        // A token of the vocabulary that is added as well is one token.
+        assert_eq!(llama().id("</s>"), Some(2));
     }
 
     #[test]

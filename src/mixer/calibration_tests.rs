@@ -19,12 +19,16 @@ fn random(shape: &[usize], scale: f64, rng: &mut ChaCha8Rng) -> Tensor {
 
 /// A teacher's layer with `g` key heads of 8 dims, and a sample of it.
 pub(super) fn teacher(g: usize) -> (AttentionWeights, Sample) {
+    turning_teacher(g, RopeConfig::new(100.0))
+}
+
+fn turning_teacher(g: usize, rope: RopeConfig) -> (AttentionWeights, Sample) {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let config = AttentionConfig {
         num_attention_heads: 2,
         num_key_value_heads: g,
         head_dim: 8,
-        rope: Some(RopeConfig::new(100.0)),
+        rope: Some(rope),
     };
     let params = MixerConfig::Attention(config.clone()).params(HIDDEN);
     let tensors = params
@@ -46,6 +50,7 @@ fn mla(g: usize, rope: usize, rank: usize) -> MlaConfig {
     MlaConfig {
         num_attention_heads: 2,
         num_key_value_heads: g,
+        use_full_kv_head: false,
         q_lora_rank: HIDDEN,
         kv_lora_rank: rank,
         qk_nope_head_dim: 8 - rope,
@@ -56,24 +61,87 @@ fn mla(g: usize, rope: usize, rank: usize) -> MlaConfig {
     }
 }
 
-/// One key head, every pair rotated, full ranks: nothing is lost, so MLA is the attention, rotation and
-/// all; also through YaRN's magnitude, which is divided out.
-#[test]
-fn full_rank_mla_of_one_key_head_equals_the_attention() {
-    let (attention, sample) = teacher(1);
-    let plain = mla(1, 8, 8);
-    let mut yarn = plain.clone();
-    yarn.rope.scaling = Some(RopeScaling::Yarn {
-        factor: 1.0,
-        original_max_position_embeddings: 1024,
+fn yarn(factor: f64, attention_factor: Option<f64>) -> Option<RopeScaling> {
+    Some(RopeScaling::Yarn {
+        factor,
+        original_max_position_embeddings: 64,
         beta_fast: 32.0,
         beta_slow: 1.0,
-        attention_factor: Some(1.3),
-    });
-    for config in [plain, yarn] {
+        attention_factor,
+    })
+}
+
+/// No scaling, and each that moves frequencies or the magnitude.
+fn scalings() -> [Option<RopeScaling>; 6] {
+    let llama3 = RopeScaling::Llama3 {
+        factor: 32.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 64,
+    };
+    let linear = RopeScaling::Linear { factor: 2.0 };
+    [
+        None,
+        yarn(1.0, Some(1.3)),
+        yarn(4.0, None),
+        yarn(32.0, None),
+        Some(llama3),
+        Some(linear),
+    ]
+}
+
+fn scaled(theta: f64, scaling: Option<RopeScaling>) -> RopeConfig {
+    RopeConfig {
+        scaling,
+        ..RopeConfig::new(theta)
+    }
+}
+
+/// One key head, every pair rotated, full ranks: nothing is lost, so MLA is the attention, rotation and
+/// all, however the teacher's or its own frequencies and magnitude are scaled.
+#[test]
+fn full_rank_mla_of_one_key_head_equals_the_attention() {
+    for of_teacher in scalings() {
+        let (attention, sample) = turning_teacher(1, scaled(100.0, of_teacher.clone()));
         let statistics = Statistics::of(&attention, &sample).unwrap();
-        let (_, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
-        assert!(fitted.error < 1e-5, "{}", fitted.error);
+        for own in scalings() {
+            let mut config = mla(1, 8, 8);
+            config.rope = scaled(100.0, own);
+            let (_, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
+            let error = fitted.error;
+            assert!(error < 1e-5, "{of_teacher:?}, {:?}: {error}", config.rope);
+        }
+    }
+}
+
+/// Cut ranks and pairs: the start is the same with as without a scaling of its own.
+#[test]
+fn refined_starts_as_well_with_as_without_scaling() {
+    for of_teacher in scalings() {
+        let (attention, sample) = turning_teacher(2, scaled(100.0, of_teacher.clone()));
+        let statistics = Statistics::of(&attention, &sample).unwrap();
+        let start = |theta: f64, own: Option<RopeScaling>| {
+            let mut config = mla(2, 4, 6);
+            config.rope = scaled(theta, own);
+            let (config, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
+            (config.rope.frequencies(4).0, fitted.error)
+        };
+        let (turns, without) = start(100.0, None);
+        for (theta, own) in scalings()
+            .into_iter()
+            .map(|own| (100.0, own))
+            .chain([(7.0, None)])
+        {
+            let (own_turns, with) = start(theta, own.clone());
+            assert_eq!(own_turns.len(), turns.len());
+            for (a, b) in own_turns.iter().zip(&turns) {
+                assert!((a - b).abs() <= 1e-9 * b, "{own:?}: {a} for {b}");
+            }
+            assert!(
+                (with - without).abs() < 1e-4 * without,
+                "{own:?}: {with} for {without}"
+            );
+        }
     }
 }
 

@@ -20,6 +20,7 @@ pub mod linalg;
 pub mod mamba2;
 pub mod mla;
 pub mod rotary;
+pub mod sizes;
 #[cfg(test)]
 mod tests;
 

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::sizes::{MAX_POSITIONS, bounded};
 use crate::{Error, Result};
 
 /// `rope_theta` with an optional scaling, or frequencies given one by one.
@@ -14,7 +15,8 @@ pub struct RopeConfig {
     pub theta: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scaling: Option<RopeScaling>,
-    /// Replaces `theta^(−2i/dim)` (radians a position, before scaling), one a rotated pair.
+    /// Replaces `theta^(−2i/dim)` (radians a position, before scaling), one a rotated pair. Written without a
+    /// scaling ([`RopeConfig::turning`]); hybrids of zebroid 0.1 may have both and were trained so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inv_freq: Option<Vec<f64>>,
 }
@@ -63,6 +65,26 @@ impl RopeConfig {
         }
     }
 
+    /// With pairs that turn by `wanted` radians a position, whatever this config asks for: its own spelling where
+    /// it gives just these, else the frequencies one by one, as they are, without a scaling of theirs.
+    pub fn turning(&self, wanted: Vec<f64>) -> Self {
+        let gives = |config: &Self| {
+            let (found, _) = config.frequencies(2 * wanted.len());
+            let mut pairs = found.iter().zip(&wanted);
+            pairs.all(|(found, wanted)| (found - wanted).abs() <= 1e-9 * wanted.abs())
+        };
+        let (theta, plain) = (self.theta, Self::new(self.theta));
+        match (gives(self), gives(&plain)) {
+            (true, _) => self.clone(),
+            (false, true) => plain,
+            (false, false) => Self {
+                theta,
+                scaling: None,
+                inv_freq: Some(wanted),
+            },
+        }
+    }
+
     /// # Errors
     /// Names the field whose value no table can be made from. `dim` is the number of rotated dims.
     pub fn validate(&self, dim: usize) -> Result<()> {
@@ -106,16 +128,31 @@ impl RopeConfig {
             Some(RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings,
-                ..
-            }) => (*factor, *original_max_position_embeddings),
+                beta_fast,
+                beta_slow,
+                attention_factor,
+            }) => {
+                if !(*beta_slow > 0.0 && beta_slow < beta_fast) {
+                    return bad(format!(
+                        "rope_scaling: beta_slow {beta_slow} must be above 0 and below beta_fast {beta_fast}"
+                    ));
+                }
+                if let Some(m) = attention_factor.filter(|m| !(m.is_finite() && *m > 0.0)) {
+                    return bad(format!(
+                        "rope_scaling: attention_factor {m} must be a number above 0"
+                    ));
+                }
+                (*factor, *original_max_position_embeddings)
+            }
         };
         if !(factor.is_finite() && factor >= 1.0) {
             return bad(format!("rope_scaling: factor {factor} must be at least 1"));
         }
-        if window == 0 {
-            return bad("rope_scaling: original_max_position_embeddings must not be 0".into());
-        }
-        Ok(())
+        bounded(
+            "rope_scaling: original_max_position_embeddings",
+            window,
+            MAX_POSITIONS,
+        )
     }
 
     /// Radians a position for each of the `dim / 2` pairs, and the factor on cos and sin.
@@ -284,6 +321,37 @@ mod tests {
         let scaled = config.frequencies(64).0;
         assert_eq!(scaled[0], plain[0]);
         assert!((scaled[31] - plain[31] / 32.0).abs() < 1e-15);
+    }
+
+    /// A hybrid of zebroid 0.1 with frequencies of its own and a scaling turns as it was trained.
+    #[test]
+    fn older_files_turn_as_they_did() {
+        let text = r#"{"theta": 10000.0, "inv_freq": [0.5, 0.25, 0.125, 0.0625], "scaling":
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}"#;
+        let config: RopeConfig = serde_json::from_str(text).unwrap();
+        config.validate(8).unwrap();
+        // The ramp runs over pairs 0 to 2.
+        let (found, magnitude) = config.frequencies(8);
+        let wanted = [0.5, 0.25 * 0.625, 0.125 / 4.0, 0.0625 / 4.0];
+        assert!(
+            found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-12),
+            "{found:?}"
+        );
+        assert!((magnitude - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn wanted_frequencies_are_spelled_shortly() {
+        let scaled = RopeConfig {
+            scaling: Some(RopeScaling::Linear { factor: 2.0 }),
+            ..RopeConfig::new(100.0)
+        };
+        let plain = RopeConfig::new(100.0);
+        let turns = |config: &RopeConfig| config.frequencies(8).0;
+        assert_eq!(scaled.turning(turns(&scaled)), scaled);
+        assert_eq!(scaled.turning(turns(&plain)), plain);
+        let own = scaled.turning(vec![0.5, 0.25]);
+        assert_eq!((own.scaling, own.inv_freq), (None, Some(vec![0.5, 0.25])));
     }
 
     #[test]

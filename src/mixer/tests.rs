@@ -36,7 +36,8 @@ fn variants() -> Vec<MixerConfig> {
     let mla = |g: usize, nope: usize, rope_dims: usize, norm: bool, rope: RopeConfig| {
         MixerConfig::Mla(MlaConfig {
             num_attention_heads: 4,
-            num_key_value_heads: g,
+            num_key_value_heads: 2,
+            use_full_kv_head: g == 4,
             q_lora_rank: 10,
             kv_lora_rank: 8,
             qk_nope_head_dim: nope,
@@ -155,6 +156,33 @@ fn any_split_into_chunks_equals_forward() {
                 let gap = difference(&y, &whole.narrow(1, from, *len).unwrap());
                 assert!(gap < 1e-4, "{config:?}, split {split:?}: {gap} from {from}");
                 from += len;
+            }
+        }
+    }
+}
+
+/// Continuations of one beginning, a step of each in turn, are what each is alone.
+#[test]
+fn a_cloned_state_goes_on_alone() {
+    for config in variants() {
+        let (mixer, x) = case(&config);
+        let beginning = x.narrow(1, 0, 6).unwrap();
+        let ends =
+            [1.0, -1.0, 0.5].map(|scale| (x.narrow(1, 6, LEN - 6).unwrap() * scale).unwrap());
+        let wholes = ends.each_ref().map(|end| {
+            let whole = Tensor::cat(&[&beginning, end], 1).unwrap();
+            mixer.forward(&whole, None).unwrap()
+        });
+        let mut first = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
+        mixer.prefill(&beginning, &mut first).unwrap();
+        let mut states = [first.clone(), first.clone(), first];
+        for t in 0..LEN - 6 {
+            for (i, state) in states.iter_mut().enumerate() {
+                let y = mixer
+                    .step(&ends[i].narrow(1, t, 1).unwrap(), state)
+                    .unwrap();
+                let gap = difference(&y, &wholes[i].narrow(1, 6 + t, 1).unwrap());
+                assert!(gap < 1e-4, "{config:?}: continuation {i}, token {t}: {gap}");
             }
         }
     }
@@ -350,6 +378,7 @@ fn full_rank_mla_without_rotary_dims_equals_attention_without_rope() {
     let mla = MlaConfig {
         num_attention_heads: 4,
         num_key_value_heads: 2,
+        use_full_kv_head: false,
         q_lora_rank: HIDDEN,
         kv_lora_rank: HIDDEN,
         qk_nope_head_dim: 6,

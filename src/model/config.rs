@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::mixer::sizes::{MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH, bounded};
 use crate::mixer::{AttentionConfig, Cost, MixerConfig};
 use crate::{Error, Result};
 
@@ -37,22 +38,28 @@ impl ModelConfig {
     /// # Errors
     /// Names the field (and layer) whose value cannot work.
     pub fn validate(&self) -> Result<()> {
-        for (name, value) in [
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("vocab_size", self.vocab_size),
-            ("max_position_embeddings", self.max_position_embeddings),
-            ("number of layers", self.layers.len()),
-        ] {
-            if value == 0 {
-                return Err(Error::invalid(format!("{name} must not be 0")));
-            }
-        }
-        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
+        let positions = self.max_position_embeddings;
+        bounded("hidden_size", self.hidden_size, MAX_WIDTH)?;
+        bounded("intermediate_size", self.intermediate_size, MAX_WIDTH)?;
+        bounded("vocab_size", self.vocab_size, MAX_VOCAB)?;
+        bounded("max_position_embeddings", positions, MAX_POSITIONS)?;
+        bounded("number of layers", self.layers.len(), MAX_LAYERS)?;
+        // In f32 less than that is 0, and a row of zeros would be divided by it.
+        if !(1e-30..1.0).contains(&self.rms_norm_eps) {
             let eps = self.rms_norm_eps;
             return Err(Error::invalid(format!(
-                "rms_norm_eps {eps} must be above 0"
+                "rms_norm_eps {eps:e} must be at least 1e-30 and below 1"
             )));
+        }
+        let bos = self.bos_token_id.iter().map(|id| ("bos_token_id", id));
+        let eos = self.eos_token_id.iter().map(|id| ("eos_token_id", id));
+        for (name, id) in bos.chain(eos) {
+            if *id as usize >= self.vocab_size {
+                return Err(Error::invalid(format!(
+                    "{name} {id} is outside the vocabulary: vocab_size is {}",
+                    self.vocab_size
+                )));
+            }
         }
         for (i, layer) in self.layers.iter().enumerate() {
             layer

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
 use super::rotary::{RopeConfig, Rotary};
+use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
 use crate::op::attention::causal_attention;
@@ -39,10 +40,10 @@ pub(super) fn validate_heads(heads: usize, kv_heads: usize) -> Result<()> {
 
 impl AttentionConfig {
     pub(super) fn validate(&self) -> Result<()> {
+        at_most("num_attention_heads", self.num_attention_heads, MAX_HEADS)?;
         validate_heads(self.num_attention_heads, self.num_key_value_heads)?;
-        if self.head_dim == 0 {
-            return Err(Error::invalid("head_dim must not be 0"));
-        }
+        bounded("head_dim", self.head_dim, MAX_WIDTH)?;
+        bounded_heads("head_dim", self.num_attention_heads, self.head_dim)?;
         match &self.rope {
             Some(rope) => rope.validate(self.head_dim),
             None => Ok(()),

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::attention::{AttentionConfig, validate_heads};
+use super::sizes::{MAX_HEADS, MAX_POSITIONS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
 use crate::op::causal_conv::{causal_conv, causal_conv_resume};
@@ -82,18 +83,14 @@ impl Mamba2Config {
     }
 
     pub(super) fn validate(&self) -> Result<()> {
+        at_most("num_heads", self.num_heads, MAX_HEADS)?;
         validate_heads(self.num_heads, self.num_kv_heads)?;
-        for (name, value) in [
-            ("head_dim", self.head_dim),
-            ("d_state", self.d_state),
-            ("d_conv", self.d_conv),
-            ("chunk_size", self.chunk_size),
-        ] {
-            if value == 0 {
-                return Err(Error::invalid(format!("{name} must not be 0")));
-            }
-        }
-        Ok(())
+        bounded("head_dim", self.head_dim, MAX_WIDTH)?;
+        bounded("d_state", self.d_state, MAX_WIDTH)?;
+        bounded("d_conv", self.d_conv, MAX_WIDTH)?;
+        bounded("chunk_size", self.chunk_size, MAX_POSITIONS)?;
+        bounded_heads("head_dim", self.num_heads, self.head_dim)?;
+        bounded_heads("d_state", self.num_heads, self.d_state)
     }
 
     /// # Errors

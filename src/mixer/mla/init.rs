@@ -33,15 +33,15 @@ pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
         .collect();
     let q_up = Mat::from_fn(q_rows.len(), c.q_lora_rank, |i, j| q.u[(q_rows[i], j)]);
 
-    let keys = repeat_heads(&matrix(&attention.k)?, g, c.num_key_value_heads);
-    let values = repeat_heads(&matrix(&attention.v)?, g, c.num_key_value_heads);
+    let keys = repeat_heads(&matrix(&attention.k)?, g, c.kv_heads());
+    let values = repeat_heads(&matrix(&attention.v)?, g, c.kv_heads());
     let (key_rows, d) = (keys.nrows(), keys.ncols());
     let joint = svd(&Mat::from_fn(2 * key_rows, d, |i, j| match i < key_rows {
         true => keys[(i, j)],
         false => values[(i - key_rows, j)],
     }))?;
     let latent = scaled_rows(&joint.s, &joint.v, c.kv_lora_rank);
-    let kv_rows: Vec<usize> = (0..c.num_key_value_heads)
+    let kv_rows: Vec<usize> = (0..c.kv_heads())
         .flat_map(|head| {
             let key = (0..nope).map(move |row| head * hd + row);
             key.chain((0..hd).map(move |row| key_rows + head * hd + row))
@@ -52,7 +52,7 @@ pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
     });
 
     // The mean over heads is the same before and after repeating them.
-    let heads = c.num_key_value_heads;
+    let heads = c.kv_heads();
     let down = Mat::from_fn(c.kv_lora_rank + rope, d, |i, j| match i < c.kv_lora_rank {
         true => latent[(i, j)],
         false => {

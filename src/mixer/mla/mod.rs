@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::attention::{AttentionConfig, validate_heads};
 use super::cache::Cache;
 use super::rotary::{RopeConfig, Rotary};
+use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
 use crate::op::attention::causal_attention;
@@ -41,8 +42,11 @@ const LORA_NORM_EPS: f64 = 1e-6;
 pub struct MlaConfig {
     /// `H`
     pub num_attention_heads: usize,
-    /// `G`: heads of the un-rotated keys and the values.
+    /// Of the attention it takes the place of.
     pub num_key_value_heads: usize,
+    /// Un-rotated keys and values for every query head, not for `num_key_value_heads`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub use_full_kv_head: bool,
     pub q_lora_rank: usize,
     /// `R`
     pub kv_lora_rank: usize,
@@ -57,21 +61,38 @@ pub struct MlaConfig {
 
 impl MlaConfig {
     fn qk_head_dim(&self) -> usize {
-        self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.qk_nope_head_dim.saturating_add(self.qk_rope_head_dim)
+    }
+
+    /// `G`: heads of the un-rotated keys and the values.
+    pub fn kv_heads(&self) -> usize {
+        match self.use_full_kv_head {
+            true => self.num_attention_heads,
+            false => self.num_key_value_heads,
+        }
     }
 
     pub(super) fn validate(&self) -> Result<()> {
+        at_most("num_attention_heads", self.num_attention_heads, MAX_HEADS)?;
         validate_heads(self.num_attention_heads, self.num_key_value_heads)?;
         for (name, value) in [
             ("q_lora_rank", self.q_lora_rank),
             ("kv_lora_rank", self.kv_lora_rank),
             ("v_head_dim", self.v_head_dim),
-            ("qk_nope_head_dim + qk_rope_head_dim", self.qk_head_dim()),
         ] {
-            if value == 0 {
-                return Err(Error::invalid(format!("{name} must not be 0")));
-            }
+            bounded(name, value, MAX_WIDTH)?;
         }
+        at_most("qk_nope_head_dim", self.qk_nope_head_dim, MAX_WIDTH)?;
+        at_most("qk_rope_head_dim", self.qk_rope_head_dim, MAX_WIDTH)?;
+        let of_query = "qk_nope_head_dim + qk_rope_head_dim";
+        bounded(of_query, self.qk_head_dim(), MAX_WIDTH)?;
+        bounded_heads(of_query, self.num_attention_heads, self.qk_head_dim())?;
+        let of_value = self.qk_nope_head_dim + self.v_head_dim;
+        bounded_heads(
+            "qk_nope_head_dim + v_head_dim",
+            self.num_attention_heads,
+            of_value,
+        )?;
         if !self.qk_nope_head_dim.is_multiple_of(2) {
             return Err(Error::invalid(format!(
                 "qk_nope_head_dim {} must be even (rotary pairs start after it)",
@@ -86,7 +107,7 @@ impl MlaConfig {
     /// above what its matrices have, head dims above its own.
     pub fn fits(&self, a: &AttentionConfig, hidden: usize) -> Result<()> {
         let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
-        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        let (heads, kv_heads) = (self.num_attention_heads, self.kv_heads());
         let q_rank = hidden.min(h * hd);
         let kv_rank = hidden.min(2 * kv_heads * hd);
         let problem = if self.q_lora_rank > q_rank {
@@ -120,7 +141,7 @@ impl MlaConfig {
     }
 
     pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
-        let (h, g) = (self.num_attention_heads, self.num_key_value_heads);
+        let (h, g) = (self.num_attention_heads, self.kv_heads());
         let kv = g * (self.qk_nope_head_dim + self.v_head_dim);
         let mut params = vec![
             ("q_a_proj.weight".into(), vec![self.q_lora_rank, hidden]),
@@ -148,7 +169,7 @@ impl MlaConfig {
     }
 
     pub(super) fn cost(&self, hidden: usize) -> Cost {
-        let (h, g) = (self.num_attention_heads, self.num_key_value_heads);
+        let (h, g) = (self.num_attention_heads, self.kv_heads());
         let (rq, r, rope) = (self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim);
         let query = rq * (hidden + h * self.qk_head_dim());
         let key_value = (r + rope) * hidden + g * (self.qk_nope_head_dim + self.v_head_dim) * r;
@@ -183,7 +204,7 @@ pub struct Mla {
 
 impl Mla {
     pub(super) fn new(c: &MlaConfig, weights: &Weights) -> Result<Self> {
-        let (g, r) = (c.num_key_value_heads, c.kv_lora_rank);
+        let (g, r) = (c.kv_heads(), c.kv_lora_rank);
         let (nope, rope, v) = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim);
         let down = weights.get("kv_a_proj_with_mqa.weight")?;
         let up = weights.get("kv_b_proj.weight")?.reshape((g, nope + v, r))?;
@@ -256,7 +277,7 @@ impl Mla {
     ) -> Result<Tensor> {
         let c = &self.config;
         let (b, s, r) = latent.dims3()?;
-        let (g, nope, v) = (c.num_key_value_heads, c.qk_nope_head_dim, c.v_head_dim);
+        let (g, nope, v) = (c.kv_heads(), c.qk_nope_head_dim, c.v_head_dim);
         let expand = |up: &Tensor, dim: usize| -> Result<Tensor> {
             let flat = linear(latent, &up.reshape((g * dim, r))?)?;
             Ok(flat.reshape((b, s, g, dim))?)
@@ -305,7 +326,7 @@ impl Mla {
     /// multi-query over the cache itself, and values leave the latent space afterwards (spec 1.11).
     pub(super) fn step(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
         let c = &self.config;
-        let (h, g, r) = (c.num_attention_heads, c.num_key_value_heads, c.kv_lora_rank);
+        let (h, g, r) = (c.num_attention_heads, c.kv_heads(), c.kv_lora_rank);
         let q = self.queries(x, cache.len())?;
         let all = self.remember(x, cache)?;
         let (nope, rope) = (c.qk_nope_head_dim, c.qk_rope_head_dim);

@@ -1,11 +1,12 @@
 //! MLA fitted to the teacher's attention on real text. Against [`super::reference`]:
 //!
-//! - rotary pairs stay pairs, turned by the teacher's own frequencies; which pairs, the sample decides;
+//! - rotary pairs stay pairs, turned by the teacher's own frequencies (its scaling in them, and no other: what
+//!   the config asks for would turn them otherwise than the teacher); which pairs, the sample decides;
 //! - the shared rotary key is the complex principal component over key heads of each frequency (a
 //!   complex factor commutes with rotation), and each head's factor is folded into its queries;
 //! - the latent comes from the un-rotated keys and the values only, by an SVD weighted on both sides: by
 //!   the inputs that occur, by what queries ask of keys, by what the output projection makes of values;
-//! - down- and up-projections are balanced, and YaRN's magnitude is divided out;
+//! - down- and up-projections are balanced, and a magnitude of cos and sin is divided out;
 //! - the output projection is fitted in closed form.
 
 use candle_core::Tensor;
@@ -16,7 +17,7 @@ use super::{MlaConfig, Spectrum};
 use crate::Result;
 use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output};
 use crate::mixer::linalg::{eigen, floor, matrix, root, svd, tensor};
-use crate::mixer::{AttentionWeights, MixerConfig};
+use crate::mixer::{AttentionWeights, MixerConfig, RopeConfig};
 
 /// Weights of the keys' block against the values' that are tried.
 const KEY_WEIGHTS: [f64; 3] = [0.1, 0.3, 1.0];
@@ -56,7 +57,8 @@ pub fn spectrum(
     let pairs = teacher.most_energetic(c.qk_rope_head_dim / 2);
     let plain = teacher.plain_dims(&pairs, c.qk_nope_head_dim);
     let (_, factors) = teacher.shared_keys(&pairs)?;
-    let queries = teacher.queries(c, &pairs, &plain, &factors);
+    let rope = teacher.rope(c, &pairs);
+    let queries = teacher.queries(c, &rope, &pairs, &plain, &factors);
     let (latent, _) = teacher.weighted(c, &plain, KEY_WEIGHTS[1])?;
     let energies = |m: &Mat<f64>| -> Result<Vec<f64>> {
         let mut energies = eigen(&teacher.covariance(m))?.values;
@@ -110,6 +112,8 @@ struct Teacher<'a> {
     made: Vec<Mat<f64>>,
     /// Radians a position of each of the `hd/2` pairs.
     frequencies: Vec<f64>,
+    /// Of cos and sin.
+    magnitude: f64,
 }
 
 impl<'a> Teacher<'a> {
@@ -127,6 +131,10 @@ impl<'a> Teacher<'a> {
         let mut lifted = moment.clone();
         let floor = floor(moment);
         (0..lifted.nrows()).for_each(|i| lifted[(i, i)] += floor);
+        let (frequencies, magnitude) = match &a.rope {
+            Some(rope) => rope.frequencies(a.head_dim),
+            None => (vec![0.0; a.head_dim / 2], 1.0),
+        };
         Ok(Self {
             attention,
             asked: (spread.each().zip(q.each()))
@@ -139,10 +147,8 @@ impl<'a> Teacher<'a> {
             v,
             statistics,
             moment: lifted,
-            frequencies: match &a.rope {
-                Some(rope) => rope.frequencies(a.head_dim).0,
-                None => vec![0.0; a.head_dim / 2],
-            },
+            frequencies,
+            magnitude,
         })
     }
 
@@ -197,7 +203,9 @@ impl<'a> Teacher<'a> {
         let d = self.hidden();
         let plain = self.plain_dims(pairs, c.qk_nope_head_dim);
         let (shared, factors) = self.shared_keys(pairs)?;
-        let queries = self.queries(c, pairs, &plain, &factors);
+        let mut config = c.clone();
+        config.rope = self.rope(c, pairs);
+        let queries = self.queries(c, &config.rope, pairs, &plain, &factors);
         let (mut q_down, mut q_up) = self.factored(&queries, c.q_lora_rank)?;
         let (mut latent, mut kv_up) = self.latent(c, &plain, key_weight)?;
         balance(&mut q_down, &mut q_up);
@@ -207,19 +215,6 @@ impl<'a> Teacher<'a> {
             true => latent[(i, n)],
             false => shared[(i - r, n)],
         });
-        let mut config = c.clone();
-        let chosen: Vec<f64> = pairs.iter().map(|i| self.frequencies[*i]).collect();
-        config.rope.inv_freq = None;
-        let mut unscaled = config.rope.clone();
-        unscaled.scaling = None;
-        let standard = unscaled.frequencies(c.qk_rope_head_dim).0;
-        if standard
-            .iter()
-            .zip(&chosen)
-            .any(|(s, f)| (s - f).abs() > 1e-9 * s)
-        {
-            config.rope.inv_freq = Some(chosen);
-        }
         let mut tensors = vec![
             ("q_a_proj.weight".to_owned(), tensor(&q_down)?),
             ("q_b_proj.weight".to_owned(), tensor(&q_up)?),
@@ -231,20 +226,32 @@ impl<'a> Teacher<'a> {
         Ok((config, tensors))
     }
 
+    /// The chosen pairs turn as the teacher's.
+    fn rope(&self, c: &MlaConfig, pairs: &[usize]) -> RopeConfig {
+        let chosen = pairs.iter().map(|i| self.frequencies[*i]).collect();
+        let asked = RopeConfig {
+            inv_freq: None,
+            ..c.rope.clone()
+        };
+        asked.turning(chosen)
+    }
+
     /// The queries' rows, head by head: un-rotated dims, then the rotated pairs times the conjugate of the
     /// head's factor, scaled so that scores are the teacher's.
     fn queries(
         &self,
         c: &MlaConfig,
+        rope: &RopeConfig,
         pairs: &[usize],
         plain: &[usize],
         factors: &[Vec<(f64, f64)>],
     ) -> Mat<f64> {
         let (h, g, hd) = self.sizes();
         let (nope, d) = (c.qk_nope_head_dim, self.hidden());
-        let magnitude = c.rope.frequencies(c.qk_rope_head_dim).1;
-        // The softmax scale of the student over the teacher's.
+        let magnitude = rope.frequencies(c.qk_rope_head_dim).1;
+        // The softmax scale of the student over the teacher's, whose dims all turn.
         let scale = ((nope + c.qk_rope_head_dim) as f64 / hd as f64).sqrt();
+        let scale = scale * self.magnitude * self.magnitude;
         let mut queries = Mat::zeros(h * (nope + 2 * pairs.len()), d);
         for head in 0..h {
             let own = self.q.head(head);
@@ -414,7 +421,7 @@ impl<'a> Teacher<'a> {
         key_weight: f64,
     ) -> Result<(Mat<f64>, Vec<(Mat<f64>, Mat<f64>)>)> {
         let (h, g, hd) = self.sizes();
-        let (heads, nope) = (c.num_key_value_heads, plain.len());
+        let (heads, nope) = (c.kv_heads(), plain.len());
         let block = nope + hd;
         let mut weighted = Mat::zeros(heads * block, self.hidden());
         let mut unweight = Vec::new();
@@ -462,7 +469,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::mixer::{AttentionConfig, RopeConfig};
+    use crate::mixer::AttentionConfig;
     use crate::op::laws::random;
 
     /// Sums entry by entry, as the formulas have them, beside the products of matrices.
