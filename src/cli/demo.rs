@@ -195,12 +195,15 @@ impl Results {
                 ),
             ]);
         }
+        rows.push(row(
+            "recall accuracy",
+            percent(teacher.accuracy),
+            percent(hybrid.accuracy),
+        ));
+        // The same stories for both.
+        let shortcuts = teacher.shortcuts.rows();
+        rows.extend(shortcuts.map(|(name, share)| row(name, percent(share), percent(share))));
         rows.extend([
-            row(
-                "recall accuracy",
-                percent(teacher.accuracy),
-                percent(hybrid.accuracy),
-            ),
             row("ILD tokens/s", String::new(), speed("ild")),
             row("KD tokens/s", String::new(), speed("kd 1")),
             row(

@@ -93,13 +93,10 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }
-    let rows = [
-        vec![
-            "recall accuracy".into(),
-            format!("{:.2} %", 100.0 * report.accuracy),
-        ],
-        vec!["answers".into(), thousands(report.answers)],
-    ];
+    let percent = |name: &str, share: f64| vec![name.into(), format!("{:.2} %", 100.0 * share)];
+    let mut rows = vec![percent("recall accuracy", report.accuracy)];
+    rows.extend((report.shortcuts.rows()).map(|(name, share)| percent(name, share)));
+    rows.push(vec!["answers".into(), thousands(report.answers)]);
     print!("{}", table(&["measure", "value"], &rows));
     Ok(())
 }

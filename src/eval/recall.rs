@@ -1,11 +1,13 @@
-//! Whether a model remembers what a story told it.
+//! Whether a model remembers what a story told it, beside what answers that ignore names would get.
+
+use std::collections::BTreeSet;
 
 use candle_core::{D, DType, Tensor};
 use serde::Serialize;
 
 use crate::Result;
 use crate::data::Tokenizer;
-use crate::data::stories::Story;
+use crate::data::stories::{Kind, Story};
 use crate::model::Lm;
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -14,6 +16,30 @@ pub struct RecallReport {
     pub accuracy: f64,
     /// Answers asked for.
     pub answers: usize,
+    pub shortcuts: Shortcuts,
+}
+
+/// Share of right answers that ways of answering get that never look whose thing it is. A recall that is not above
+/// them does not show that a name was bound to anything.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Shortcuts {
+    /// The word of the answer's kind that was mentioned last.
+    pub last: f64,
+    /// Any of the words of the answer's kind that were mentioned, all as likely.
+    pub any: f64,
+    /// After a colour what followed that colour before, otherwise as `any`.
+    pub follower: f64,
+}
+
+impl Shortcuts {
+    /// Each with the words that tell it in a table.
+    pub fn rows(&self) -> [(&'static str, f64); 3] {
+        [
+            ("- the last word of its kind", self.last),
+            ("- any mentioned word of its kind", self.any),
+            ("- what followed the colour, else any", self.follower),
+        ]
+    }
 }
 
 /// Reads every story once and looks at each of its answers.
@@ -36,5 +62,98 @@ pub fn recall(lm: &Lm, tokenizer: &Tokenizer, stories: &[Story]) -> Result<Recal
     Ok(RecallReport {
         accuracy: right as f64 / (answers as f64).max(1.0),
         answers,
+        shortcuts: shortcuts(stories),
     })
+}
+
+/// The expected accuracy of each shortcut on these stories.
+pub fn shortcuts(stories: &[Story]) -> Shortcuts {
+    let mut sums = Shortcuts {
+        last: 0.0,
+        any: 0.0,
+        follower: 0.0,
+    };
+    let mut answers: f64 = 0.0;
+    for story in stories {
+        for (start, end) in &story.recall {
+            let answer = story.text[*start..*end].trim_start();
+            let before = story.text[..*start].split(|c: char| !c.is_alphabetic());
+            let before: Vec<&str> = before.filter(|word| !word.is_empty()).collect();
+            let kind = Kind::of(answer);
+            let mut mentioned = before.iter().filter(|word| Kind::of(word) == kind);
+            let different: BTreeSet<&&str> = mentioned.clone().collect();
+            let hit = |right: bool| f64::from(u8::from(right));
+            let any = hit(different.contains(&answer)) / (different.len() as f64).max(1.0);
+            sums.any += any;
+            sums.last += hit(mentioned.next_back() == Some(&answer));
+            let colour = before.last().filter(|w| Kind::of(w) == Some(Kind::Colour));
+            let mut pairs = before.windows(2).rev();
+            let followed = colour.and_then(|colour| pairs.find(|pair| pair[0] == *colour));
+            sums.follower += followed.map_or(any, |pair| hit(pair[1] == answer));
+            answers += 1.0;
+        }
+    }
+    let share = |sum: f64| sum / answers.max(1.0);
+    Shortcuts {
+        last: share(sums.last),
+        any: share(sums.any),
+        follower: share(sums.follower),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn story(text: &str) -> Story {
+        // `[word]` is an answer.
+        let (mut plain, mut recall) = (String::new(), Vec::new());
+        for piece in text.split_inclusive(['[', ']']) {
+            match piece.strip_suffix(']') {
+                Some(answer) => {
+                    recall.push((plain.len() - 1, plain.len() + answer.len()));
+                    plain += answer;
+                }
+                None => plain += piece.trim_end_matches('['),
+            }
+        }
+        Story {
+            text: plain,
+            recall,
+        }
+    }
+
+    /// By hand: the colour is one of two and not the last; the toy is one of two, not the last, and followed red
+    /// before; there is one place. The second story's last toy is the answer; green has not been told before.
+    #[test]
+    fn shortcuts_by_hand() {
+        let first = story(
+            "Tom met Mia at the park. Tom had a red ball. Mia had a blue kite. Tom loved the [red] [ball]. \
+             They liked the [park].",
+        );
+        assert_eq!(&first.text[first.recall[1].0..first.recall[1].1], " ball");
+        let found = shortcuts(std::slice::from_ref(&first));
+        assert_eq!(found.last, 1.0 / 3.0);
+        assert_eq!(found.any, (0.5 + 0.5 + 1.0) / 3.0);
+        assert_eq!(found.follower, (0.5 + 1.0 + 1.0) / 3.0);
+        let second = story("Tom had a red ball. Mia had a kite. Mia took the green [kite].");
+        let found = shortcuts(&[first, second]);
+        assert_eq!(found.last, (1.0 + 1.0) / 4.0);
+        assert_eq!(found.any, (2.0 + 0.5) / 4.0);
+        assert_eq!(found.follower, (2.5 + 0.5) / 4.0);
+    }
+
+    /// On the generator's stories, in which every place is the only one and every colour has one toy.
+    #[test]
+    fn the_generators_stories_allow_shortcuts() {
+        let stories: Vec<Story> = crate::data::stories::StoryGenerator::new(3)
+            .take(400)
+            .collect();
+        let found = shortcuts(&stories);
+        assert!((found.any - 0.556).abs() < 0.01, "{found:?}");
+        assert!(
+            found.last < found.any && found.any < found.follower,
+            "{found:?}"
+        );
+    }
 }
