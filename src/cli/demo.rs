@@ -195,12 +195,9 @@ impl Results {
                 ),
             ]);
         }
-        rows.push(row(
-            "recall accuracy",
-            percent(teacher.accuracy),
-            percent(hybrid.accuracy),
-        ));
-        // The same stories for both.
+        let recalled = teacher.rows().into_iter().zip(hybrid.rows());
+        rows.extend(recalled.map(|((name, a), (_, b))| row(name, percent(a), percent(b))));
+        // Of the same stories, whoever answers.
         let shortcuts = teacher.shortcuts.rows();
         rows.extend(shortcuts.map(|(name, share)| row(name, percent(share), percent(share))));
         rows.extend([

@@ -94,8 +94,8 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     let percent = |name: &str, share: f64| vec![name.into(), format!("{:.2} %", 100.0 * share)];
-    let mut rows = vec![percent("recall accuracy", report.accuracy)];
-    rows.extend((report.shortcuts.rows()).map(|(name, share)| percent(name, share)));
+    let figures = report.rows().into_iter().chain(report.shortcuts.rows());
+    let mut rows: Vec<_> = figures.map(|(name, share)| percent(name, share)).collect();
     rows.push(vec!["answers".into(), thousands(report.answers)]);
     print!("{}", table(&["measure", "value"], &rows));
     Ok(())

@@ -1,6 +1,6 @@
 //! Whether a model remembers what a story told it, beside what answers that ignore names would get.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{D, DType, Tensor};
 use serde::Serialize;
@@ -10,13 +10,35 @@ use crate::data::Tokenizer;
 use crate::data::stories::{Kind, Story};
 use crate::model::Lm;
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RecallReport {
     /// Share of answers that are the likeliest token, given the story before them.
     pub accuracy: f64,
+    /// The same, of the answers that are a colour, a toy, a place.
+    pub kinds: BTreeMap<Kind, f64>,
     /// Answers asked for.
     pub answers: usize,
     pub shortcuts: Shortcuts,
+}
+
+impl RecallReport {
+    /// Accuracies, each with the words that tell it in a table.
+    pub fn rows(&self) -> Vec<(&'static str, f64)> {
+        let named = |(kind, share): (&Kind, &f64)| {
+            let name = match kind {
+                Kind::Name => "- of names",
+                Kind::Colour => "- of colours",
+                Kind::Toy => "- of toys",
+                Kind::Place => "- of places",
+            };
+            (name, *share)
+        };
+        let whole = ("recall accuracy", self.accuracy);
+        [whole]
+            .into_iter()
+            .chain(self.kinds.iter().map(named))
+            .collect()
+    }
 }
 
 /// Share of right answers that ways of answering get that never look whose thing it is. A recall that is not above
@@ -35,15 +57,19 @@ impl Shortcuts {
     /// Each with the words that tell it in a table.
     pub fn rows(&self) -> [(&'static str, f64); 3] {
         [
-            ("- the last word of its kind", self.last),
-            ("- any mentioned word of its kind", self.any),
-            ("- what followed the colour, else any", self.follower),
+            ("shortcut: the last word of its kind", self.last),
+            ("shortcut: any mentioned word of its kind", self.any),
+            (
+                "shortcut: what followed the colour, else any",
+                self.follower,
+            ),
         ]
     }
 }
 
 /// Reads every story once and looks at each of its answers.
 pub fn recall(lm: &Lm, tokenizer: &Tokenizer, stories: &[Story]) -> Result<RecallReport> {
+    let mut kinds: BTreeMap<Kind, (usize, usize)> = BTreeMap::new();
     let (mut right, mut answers) = (0, 0);
     for story in stories {
         let (ids, asked) = story.encode(tokenizer)?;
@@ -53,14 +79,22 @@ pub fn recall(lm: &Lm, tokenizer: &Tokenizer, stories: &[Story]) -> Result<Recal
             .argmax(D::Minus1)?
             .to_dtype(DType::U32)?
             .to_vec1::<u32>()?;
-        right += asked
-            .iter()
-            .filter(|at| likeliest[**at - 1] == ids[**at])
-            .count();
-        answers += asked.len();
+        for (at, (start, end)) in asked.iter().zip(&story.recall) {
+            let hit = usize::from(likeliest[at - 1] == ids[*at]);
+            (right, answers) = (right + hit, answers + 1);
+            if let Some(kind) = Kind::of(story.text[*start..*end].trim_start()) {
+                let (right, answers) = kinds.entry(kind).or_default();
+                (*right, *answers) = (*right + hit, *answers + 1);
+            }
+        }
     }
+    let share = |right: usize, answers: usize| right as f64 / (answers as f64).max(1.0);
     Ok(RecallReport {
-        accuracy: right as f64 / (answers as f64).max(1.0),
+        accuracy: share(right, answers),
+        kinds: kinds
+            .into_iter()
+            .map(|(k, (r, n))| (k, share(r, n)))
+            .collect(),
         answers,
         shortcuts: shortcuts(stories),
     })
@@ -141,6 +175,41 @@ mod tests {
         assert_eq!(found.last, (1.0 + 1.0) / 4.0);
         assert_eq!(found.any, (2.0 + 0.5) / 4.0);
         assert_eq!(found.follower, (2.5 + 0.5) / 4.0);
+    }
+
+    /// All kinds that the generator asks for are counted, and the whole is their mean by size.
+    #[test]
+    fn kinds_make_the_whole() {
+        let folder = std::path::Path::new("assets/teacher");
+        let lm = crate::checkpoint::Checkpoint::open(folder).unwrap();
+        let lm = lm.model(&candle_core::Device::Cpu, DType::F32).unwrap();
+        let tokenizer = Tokenizer::open(folder).unwrap();
+        let stories: Vec<Story> = crate::data::stories::StoryGenerator::new(3)
+            .take(20)
+            .collect();
+        let found = recall(&lm, &tokenizer, &stories).unwrap();
+        let kinds: Vec<Kind> = found.kinds.keys().copied().collect();
+        assert_eq!(kinds, [Kind::Colour, Kind::Toy, Kind::Place]);
+        let count = |kind: Kind| {
+            let texts = stories
+                .iter()
+                .flat_map(|s| s.recall.iter().map(|(a, b)| &s.text[*a..*b]));
+            texts
+                .filter(|t| Kind::of(t.trim_start()) == Some(kind))
+                .count() as f64
+        };
+        let whole: f64 = found
+            .kinds
+            .iter()
+            .map(|(kind, share)| share * count(*kind))
+            .sum();
+        assert!(
+            (whole / found.answers as f64 - found.accuracy).abs() < 1e-12,
+            "{found:?}"
+        );
+        let rows = found.rows();
+        assert_eq!(rows[0], ("recall accuracy", found.accuracy));
+        assert_eq!(rows[3], ("- of places", found.kinds[&Kind::Place]));
     }
 
     /// On the generator's stories, in which every place is the only one and every colour has one toy.
