@@ -24,7 +24,8 @@ def measure(model, data, name, batch_size, limit):
         start = time.time()
         task = tasks_of(manager, data, name, 0, scratch)
         opened = time.time()
-        out = evaluator.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
+        # Not `simple_evaluate`, which collects facts about the machine afterwards.
+        out = evaluator.evaluate(lm, manager.load([task]), limit=limit, bootstrap_iters=0, log_samples=False)
         end = time.time()
     documents = sum(n["effective"] for n in out["n-samples"].values())
     print(documents, f"{end - start:.2f}", f"{end - opened:.2f}")
