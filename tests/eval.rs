@@ -27,11 +27,11 @@ fn harness_and_retention() {
     .concat();
     let table = succeeds(&asked);
     assert!(
-        table.contains("|winogrande") && table.contains("- blimp_toys_one"),
+        table.contains("|winogrande") && table.contains("- blimp_anaphor_number_agreement"),
         "{table}"
     );
     let results = read(&json);
-    assert_eq!(results["n-samples"]["blimp_toys_two"]["effective"], 4);
+    assert_eq!(results["n-samples"]["blimp_wh_island"]["effective"], 4);
     assert_eq!(
         results["samples"]["winogrande"].as_array().unwrap().len(),
         6

@@ -1,20 +1,30 @@
 #!/usr/bin/env bash
-# Documents a second of `eval harness` and of `lm_eval --model hf` on ARC-Easy and BLiMP, in turn on one machine.
-#   recipes/peer/harness_speed.sh MODEL DATA [PYTHON]      PYTHON: one with lm-eval[hf]==0.4.13 and pyarrow
+# Documents a second of `eval harness` and of `lm_eval --model hf`, f32, 2 threads each, in turn on one machine.
+#   recipes/peer/harness_speed.sh MODEL DATA "TASK:LIMIT .." "BATCH_SIZE .." TURNS [PYTHON] | tee LINES
+#   recipes/peer/harness_speed.py < LINES
+# LIMIT: documents of the task, or of each of its parts (BLiMP). PYTHON: one with lm-eval[hf]==0.4.13 and pyarrow. A line a
+# measurement: task, program, documents, seconds from the data on disk to the scores (the model is loaded), seconds
+# of these without opening the data, and the machine's load average before it.
+# The rows of docs/results.md: stories260K with "arc_easy:10000 blimp:100" "64 1" 3; the model that random_llama.py makes with
+# "arc_easy:200 blimp:10" "64 8 1" 3.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-model=$1 data=$2 python=${3:-python3}
-cargo build --release --quiet
-for turn in 1 2; do
-  for task in arc_easy blimp; do
-    # ARC-Easy: all documents; BLiMP: so many of every paradigm.
-    limit=10000
-    [ $task = arc_easy ] || limit=100
-    echo "$task, turn $turn, zebroid:" \
-      "$(RAYON_NUM_THREADS=2 target/release/zebroid eval harness "$model" --tasks $task --data-dir "$data" --fresh --limit $limit 2> /dev/null | tail -n 1)"
-    for batch in 1 64; do
-      echo "$task, turn $turn, lm_eval, batch size $batch:" \
-        "$("$python" recipes/peer/harness_speed.py "$model" "$data" $task $batch $limit 2> /dev/null | tail -n 1)"
+model=$1 data=$2 tasks=$3 batches=$4 turns=$5 python=${6:-python3}
+zebroid=${ZEBROID:-target/release/zebroid}
+export RAYON_NUM_THREADS=2 OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1
+load() { cut -d' ' -f1 /proc/loadavg; }
+for _ in $(seq "$turns"); do
+  for task in $tasks; do
+    name=${task%:*} limit=${task#*:}
+    before=$(load)
+    # "N documents, R a second (S s of scoring, A s in all)"; the model is loaded before "in all" begins.
+    line=$("$zebroid" eval harness "$model" --tasks "$name" --data-dir "$data" --fresh --lossy --limit "$limit" 2> /dev/null | tail -n 1)
+    numbers=($(grep -o '[0-9.]\+' <<< "${line//,/ }"))
+    printf '%s\tzebroid\t%s\t%s\t%s\t%s\n' "$name" "${numbers[0]}" "${numbers[3]}" "${numbers[2]}" "$before"
+    for batch in $batches; do
+      before=$(load)
+      numbers=($("$python" recipes/peer/harness_speed.py "$model" "$data" "$name" "$batch" "$limit" 2> /dev/null | tail -n 1))
+      printf '%s\tlm_eval, batch size %s\t%s\t%s\t%s\t%s\n' "$name" "$batch" "${numbers[@]}" "$before"
     done
   done
 done

@@ -213,12 +213,12 @@ impl Results {
                 ),
             ]);
         }
+        let recalled = teacher.rows().into_iter().zip(hybrid.rows());
+        rows.extend(recalled.map(|((name, a), (_, b))| row(name, percent(a), percent(b))));
+        // Of the same stories, whoever answers.
+        let shortcuts = teacher.shortcuts.rows();
+        rows.extend(shortcuts.map(|(name, share)| row(name, percent(share), percent(share))));
         rows.extend([
-            row(
-                "recall accuracy",
-                percent(teacher.accuracy),
-                percent(hybrid.accuracy),
-            ),
             row("ILD tokens/s", String::new(), speed("ild")),
             row("KD tokens/s", String::new(), speed("kd 1")),
             row(

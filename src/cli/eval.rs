@@ -95,13 +95,10 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }
-    let rows = [
-        vec![
-            "recall accuracy".into(),
-            format!("{:.2} %", 100.0 * report.accuracy),
-        ],
-        vec!["answers".into(), thousands(report.answers)],
-    ];
+    let percent = |name: &str, share: f64| vec![name.into(), format!("{:.2} %", 100.0 * share)];
+    let figures = report.rows().into_iter().chain(report.shortcuts.rows());
+    let mut rows: Vec<_> = figures.map(|(name, share)| percent(name, share)).collect();
+    rows.push(vec!["answers".into(), thousands(report.answers)]);
     print!("{}", table(&["measure", "value"], &rows));
     Ok(())
 }

@@ -3,6 +3,7 @@
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 
 use super::Story;
 
@@ -120,12 +121,36 @@ impl Iterator for StoryGenerator {
     }
 }
 
+/// What a word of the generator's lists stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Name,
+    Colour,
+    Toy,
+    Place,
+}
+
+impl Kind {
+    const LISTS: [(Kind, &[&str]); 4] = [
+        (Kind::Name, &NAMES),
+        (Kind::Colour, &COLOURS),
+        (Kind::Toy, &TOYS),
+        (Kind::Place, &PLACES),
+    ];
+
+    /// `None` for the words of the templates.
+    pub fn of(word: &str) -> Option<Self> {
+        let found = Self::LISTS.iter().find(|(_, list)| list.contains(&word));
+        found.map(|(kind, _)| *kind)
+    }
+}
+
 /// Another word of the same kind, for an answer that is wrong.
 pub(super) fn another(word: &str) -> Option<&'static str> {
-    let kinds: [&[&'static str]; 4] = [&NAMES, &COLOURS, &TOYS, &PLACES];
-    kinds.into_iter().find_map(|kind| {
-        let at = kind.iter().position(|w| *w == word)?;
-        Some(kind[(at + 1) % kind.len()])
+    Kind::LISTS.into_iter().find_map(|(_, list)| {
+        let at = list.iter().position(|w| *w == word)?;
+        Some(list[(at + 1) % list.len()])
     })
 }
 

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::{Preference, Tokenizer};
 use crate::{Error, Result};
 
-pub use generator::StoryGenerator;
+pub use generator::{Kind, StoryGenerator};
 pub use vocabulary::{tokenizer, write_tokenizer};
 
 /// A text with the places where an earlier fact decides the next word.

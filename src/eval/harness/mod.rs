@@ -110,45 +110,75 @@ pub fn run_task(
 ) -> Result<TaskResult> {
     // It may have to be downloaded.
     watch.start(&format!("{} data", task.name), 0);
-    let dataset = Dataset::open(&config.data, task, task.split)?;
-    let examples = match (task.examples, num_fewshot) {
-        (_, 0) => None,
-        (Examples::None, n) => {
-            return Err(Error::invalid(format!(
-                "{} has its examples in its prompt: {n} more cannot be given",
-                task.name
-            )));
-        }
-        (Examples::Random(split) | Examples::First(split), _) => {
-            Some(Dataset::open(&config.data, task, split)?)
-        }
-    };
-    let mut parts = Vec::new();
-    let (split_rows, names) = divide(task, &dataset)?;
-    for (name, rows) in names.iter().zip(&split_rows) {
-        let shots = match &examples {
-            None => Vec::new(),
-            Some(examples) => fewshot_rows(task, examples, name)?,
-        };
-        let part = Part {
-            task,
-            name,
-            dataset: &dataset,
-            rows,
-            examples: examples.as_ref(),
-            shots: &shots,
-            num_fewshot,
-        };
-        parts.push(part.run(lm, tokenizer, config, watch)?);
-    }
+    let opened = Opened::new(task, num_fewshot, &config.data)?;
+    let parts = opened
+        .parts()
+        .map(|part| part.run(lm, tokenizer, config, watch))
+        .collect::<Result<_>>()?;
     Ok(TaskResult {
         task,
         num_fewshot,
         parts,
-        data_hash: dataset.hash,
-        data_files: dataset.files,
-        revision: dataset.revision,
+        data_hash: opened.dataset.hash,
+        data_files: opened.dataset.files,
+        revision: opened.dataset.revision,
     })
+}
+
+/// A task's documents, where its examples come from, and its parts.
+struct Opened {
+    task: &'static Task,
+    num_fewshot: usize,
+    dataset: Dataset,
+    examples: Option<Dataset>,
+    /// Name, row numbers in `dataset`, row numbers in `examples`.
+    parts: Vec<(String, Vec<usize>, Vec<usize>)>,
+}
+
+impl Opened {
+    fn new(task: &'static Task, num_fewshot: usize, source: &Source) -> Result<Self> {
+        let dataset = Dataset::open(source, task, task.split)?;
+        let examples = match (task.examples, num_fewshot) {
+            (_, 0) => None,
+            (Examples::None, n) => {
+                return Err(Error::invalid(format!(
+                    "{} has its examples in its prompt: {n} more cannot be given",
+                    task.name
+                )));
+            }
+            (Examples::Random(split) | Examples::First(split), _) => {
+                Some(Dataset::open(source, task, split)?)
+            }
+        };
+        let (rows, names) = divide(task, &dataset)?;
+        let parts = names.into_iter().zip(rows).map(|(name, rows)| {
+            let shots = match &examples {
+                None => Vec::new(),
+                Some(examples) => fewshot_rows(task, examples, &name)?,
+            };
+            Ok((name, rows, shots))
+        });
+        let parts = parts.collect::<Result<_>>()?;
+        Ok(Self {
+            task,
+            num_fewshot,
+            dataset,
+            examples,
+            parts,
+        })
+    }
+
+    fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        self.parts.iter().map(|(name, rows, shots)| Part {
+            task: self.task,
+            name,
+            dataset: &self.dataset,
+            rows,
+            examples: self.examples.as_ref(),
+            shots,
+            num_fewshot: self.num_fewshot,
+        })
+    }
 }
 
 /// Row numbers of every part, and the parts' names.
@@ -302,7 +332,8 @@ impl Part<'_> {
     }
 
     /// The examples of a document, as text. As lm-evaluation-harness draws them: tasks without a test split
-    /// draw one more and leave out the document itself; the others may draw it (RACE, LAMBADA).
+    /// draw one more and leave out the document itself (and draw again among all others where its doubles leave
+    /// too few); the others may draw it (RACE, LAMBADA).
     fn sample(&self, document: &Value, random: &mut PythonRandom) -> Result<Vec<String>> {
         let (Some(examples), n) = (self.examples, self.num_fewshot) else {
             return Ok(Vec::new());
@@ -313,20 +344,30 @@ impl Part<'_> {
             Examples::First(_) => n,
             _ => n + spare,
         };
-        if wanted > pool.len() {
-            return Err(Error::invalid(format!(
-                "{n} examples for {} asked for, {} has {}",
+        let enough = |there: usize, wanted: usize| match there < wanted {
+            true => Err(Error::invalid(format!(
+                "{n} examples for {} asked for, {} has {there}",
                 self.name,
-                examples.name(),
-                pool.len()
-            )));
-        }
+                examples.name()
+            ))),
+            false => Ok(()),
+        };
+        enough(pool.len(), wanted)?;
         let picked: Vec<usize> = match self.task.examples {
             Examples::First(_) => (0..n).collect(),
             _ => {
                 let drawn = random.sample(pool.len(), wanted).into_iter();
                 let other = |at: &usize| spare == 0 || examples.rows[pool[*at]] != *document;
-                drawn.filter(other).take(n).collect()
+                let kept: Vec<usize> = drawn.filter(other).take(n).collect();
+                match kept.len() == n {
+                    true => kept,
+                    false => {
+                        let others: Vec<usize> = (0..pool.len()).filter(other).collect();
+                        enough(others.len(), n)?;
+                        let drawn = random.sample(others.len(), n).into_iter();
+                        drawn.map(|at| others[at]).collect()
+                    }
+                }
             }
         };
         let name = examples.name();

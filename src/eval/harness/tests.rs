@@ -1,5 +1,6 @@
 //! Requests are scored right however they are batched; samples, files and results are those of the harness.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::Path;
@@ -9,12 +10,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
+use super::Opened;
 use super::data::{Dataset, Source};
 use super::hub::Hub;
 use super::score::{Tokens, log_likelihoods, survives, tokens};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
-use crate::eval::task::find;
+use crate::eval::task::{TASKS, find};
+use crate::hash::Hash;
 use crate::model::{Lm, ModelConfig};
 use crate::watch::Quiet;
 
@@ -153,12 +156,12 @@ fn serve(requests: Arc<AtomicUsize>) -> String {
                         "ARC-Easy/test",
                         "ARC-Easy/train",
                         "all/test",
-                        "toys_one/train",
-                        "toys_two/train",
+                        "anaphor_number_agreement/train",
+                        "wh_island/train",
                     ];
                     let files = files
                         .iter()
-                        .filter(|f| path.contains("blimp") == f.starts_with("toys"));
+                        .filter(|f| path.contains("blimp") == f.contains('_'));
                     let files = files.map(|f| json!({ "rfilename": format!("{f}/0000.parquet") }));
                     Some(
                         json!({ "sha": "abc123", "siblings": files.collect::<Vec<_>>() })
@@ -234,4 +237,68 @@ fn the_hub_gives_the_same_rows_once() {
     assert_eq!(rows.len(), 6);
     let message = say(&hub, "race", "test");
     assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+}
+
+/// Description, examples, contexts and continuations of every document, letter by letter, are those that
+/// lm-evaluation-harness's own task definitions rendered; the models of the recordings do not matter here.
+#[test]
+fn prompts_are_the_harnesss_own() {
+    #[derive(serde::Deserialize)]
+    struct Recorded {
+        /// Of every document; groups have none.
+        #[serde(default)]
+        prompts: Vec<String>,
+    }
+    let mut compared = 0;
+    for name in ["embedded", "embedded-fewshot"] {
+        let path = format!("tests/golden/harness/recorded/{name}.json");
+        let text = std::fs::read_to_string(path).unwrap();
+        let recorded: BTreeMap<String, Recorded> = serde_json::from_str(&text).unwrap();
+        for task in TASKS {
+            for shots in [0, 1, 2, 3, 5, 10, 25] {
+                let key = format!("{}@{shots}", task.name);
+                if !recorded.contains_key(&key) {
+                    continue;
+                }
+                for part in Opened::new(task, shots, &folder()).unwrap().parts() {
+                    let theirs = &recorded[&format!("{}@{shots}", part.name)].prompts;
+                    let ours = part.documents(None).unwrap();
+                    assert_eq!(ours.len(), theirs.len(), "{}, {shots} examples", part.name);
+                    for ((prefix, document), theirs) in ours.iter().zip(theirs) {
+                        let found = document.requests.iter().fold(Hash::new(), |hash, (c, a)| {
+                            hash.with(format!("{prefix}{c}\0{a}\0").as_bytes())
+                        });
+                        let requests = &document.requests;
+                        assert_eq!(
+                            found.to_string(),
+                            *theirs,
+                            "{}, {shots} examples:\n{prefix}{requests:?}",
+                            part.name
+                        );
+                        compared += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(compared > 150, "{compared}");
+}
+
+/// A document that is among its own examples several times is shown other ones, as many as asked for.
+#[test]
+fn doubles_of_a_document_are_no_examples_of_it() {
+    let opened = Opened::new(find("winogrande").unwrap(), 5, &folder()).unwrap();
+    let part = opened.parts().next().unwrap();
+    let documents = part.documents(None).unwrap();
+    for (prefix, document) in &documents {
+        assert_eq!(prefix.matches("\n\n").count(), 5);
+        assert!(!prefix.contains(&document.example), "{prefix}");
+    }
+    // Eight rows, two of them the first document: six others are too few for seven.
+    let opened = Opened::new(find("winogrande").unwrap(), 7, &folder()).unwrap();
+    let error = opened.parts().next().unwrap().documents(None).unwrap_err();
+    assert!(
+        error.to_string().contains("winogrande_train.jsonl has 6"),
+        "{error}"
+    );
 }
