@@ -17,7 +17,8 @@
 //! | 6 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
 //! | 7 | [`weights`] | named tensors, taken strictly |
 //! | 8 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
-//! | 9 | [`error`], [`hash`] | the error type; content hashes for resume checks |
+//! | 9 | [`numerics`] | what results that are kept depend on besides their inputs |
+//! | 10 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
 //! # Shape letters
 //! `B` batch, `T` query positions, `S` key positions, `D` hidden size, `H` query heads, `G` key/value
@@ -35,6 +36,7 @@ pub mod generate;
 pub mod hash;
 pub mod mixer;
 pub mod model;
+pub mod numerics;
 pub mod op;
 pub mod pipeline;
 pub mod train;

@@ -14,6 +14,7 @@ const RANKS: &[&[&str]] = &[
     &["mixer"],
     &["weights"],
     &["op"],
+    &["numerics"],
     &["error", "hash"],
 ];
 
