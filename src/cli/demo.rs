@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::output::{table, thousands};
-use super::run::{carry_out, page, rows};
+use super::run::{SAVE_EVERY, carry_out, page, rows};
 use crate::checkpoint::Checkpoint;
 use crate::convert::Init;
 use crate::data::stories::{Story, StoryGenerator};
@@ -41,6 +41,9 @@ pub struct Args {
     mla: Option<Vec<usize>>,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Optimizer steps between saves, which a killed demo goes on from.
+    #[arg(long, default_value_t = SAVE_EVERY)]
+    save_every: u64,
     #[command(flatten)]
     device: DeviceArg,
     /// Start over if OUT holds a finished demo.
@@ -66,7 +69,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let device = args.device.get()?;
     let recipe = recipe(&args)?;
-    let outcome = carry_out(&recipe, out, device.clone())?;
+    let outcome = carry_out(&recipe, out, device.clone(), args.save_every)?;
     let base = Base::open(&outcome.base, device.clone())?;
     let distilled = || Checkpoint::open(&outcome.student)?.model(&device, DType::F32);
     let stories: Vec<Story> = StoryGenerator::new(HELD_OUT.0).take(HELD_OUT.1).collect();

@@ -42,9 +42,12 @@ pub struct Args {
     /// Preference pairs, instead of the recipe's.
     #[arg(long)]
     preferences: Option<Text>,
-    /// Only check the recipe against the teacher's config and show stages and sizes.
+    /// Show stages and sizes, and check the recipe, its teachers and texts as a run does; nothing is made.
     #[arg(long)]
     plan: bool,
+    /// Optimizer steps between saves, which a killed run goes on from.
+    #[arg(long, default_value_t = SAVE_EVERY)]
+    save_every: u64,
     #[command(flatten)]
     device: DeviceArg,
     /// One JSON object instead of the tables.
@@ -60,9 +63,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| Path::new("runs").join(name));
     if args.plan {
-        return show_plan(&recipe, &out, args.json);
+        show_plan(&recipe, args.json)?;
+        return Ok(pipeline::check(&recipe, &out)?);
     }
-    let outcome = carry_out(&recipe, &out, args.device.get()?)?;
+    let outcome = carry_out(&recipe, &out, args.device.get()?, args.save_every)?;
     let report = out.join("report.html");
     page(&recipe, &outcome)?.write(&report)?;
     if args.json {
@@ -102,12 +106,21 @@ fn recipe(args: &Args) -> Result<Recipe> {
     Ok(recipe)
 }
 
+/// Unless said otherwise.
+pub const SAVE_EVERY: u64 = 100;
+
 /// A run with progress bars and Ctrl-C.
-pub fn carry_out(recipe: &Recipe, out: &Path, device: candle_core::Device) -> Result<Outcome> {
+pub fn carry_out(
+    recipe: &Recipe,
+    out: &Path,
+    device: candle_core::Device,
+    save_every: u64,
+) -> Result<Outcome> {
     interrupt::install();
     let surroundings = Surroundings {
         out,
         device,
+        save_every,
         stop: &interrupt::asked,
         progress: &mut Bars::default(),
     };
@@ -139,8 +152,10 @@ impl Progress for Bars {
     }
 }
 
-fn show_plan(recipe: &Recipe, out: &Path, json: bool) -> anyhow::Result<()> {
-    let (teacher, _) = Checkpoint::config_only(&pipeline::teacher_folder(&recipe.teacher, out)?)?;
+fn show_plan(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let folder = pipeline::teacher_folder(&recipe.teacher, scratch.path())?;
+    let (teacher, _) = Checkpoint::config_only(&folder)?;
     let students = recipe.check(&teacher)?;
     let last = students
         .last()
@@ -155,8 +170,12 @@ fn show_plan(recipe: &Recipe, out: &Path, json: bool) -> anyhow::Result<()> {
     }
     println!("stages: {}\n", stages(recipe).join(", "));
     print!("{}", as_table(&teacher, last));
-    if recipe.select.is_some() {
-        println!("(places of MLA are chosen after ILD; a uniform placement is shown)");
+    match &recipe.select {
+        Some(select) if select.method.selector().is_some() => {
+            println!("(places of MLA are chosen after ILD; a uniform placement is shown)");
+        }
+        Some(_) => println!("(mixers are chosen by what they cost; one choice that fits is shown)"),
+        None => {}
     }
     Ok(())
 }
@@ -173,7 +192,9 @@ fn stages(recipe: &Recipe) -> Vec<String> {
         stages.push(format!("ild ({})", length(&ild.train)));
     }
     if let Some(select) = &recipe.select {
-        stages.push(format!("select {} ({:?})", select.count, select.method));
+        let name = format!("{:?}", select.method).to_lowercase();
+        let count = select.count.map(|count| format!("{count} MLA, "));
+        stages.push(format!("select ({}{name})", count.unwrap_or_default()));
     }
     stages.push("compose".into());
     for kd in &recipe.kd {

@@ -2,6 +2,8 @@
 //! and carrying it out.
 
 mod base;
+mod budget;
+mod check;
 pub mod embedded;
 mod recipe;
 mod run;
@@ -9,5 +11,7 @@ mod run;
 mod tests;
 
 pub use base::{Base, open_bank};
-pub use recipe::{Recipe, Teacher, Text};
-pub use run::{Outcome, Progress, StageResult, Surroundings, clear, run, teacher_folder};
+pub use budget::{Budget, Damage, Damages, candidates, damages};
+pub use check::{check, teacher_folder};
+pub use recipe::{Method, Recipe, Teacher, Text};
+pub use run::{Outcome, Progress, StageResult, Surroundings, clear, run};

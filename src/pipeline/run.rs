@@ -10,18 +10,20 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
 use super::base::{Base, open_bank};
-use super::embedded;
-use super::recipe::{DpoStage, IldStage, IldTarget, KdStage, Recipe, SelectStage, Teacher, Text};
+use super::budget::{Damages, damages};
+use super::check::Checked;
+use super::recipe::{DpoStage, IldStage, IldTarget, KdStage, Recipe, SelectStage};
 use crate::checkpoint::{self, Checkpoint, Format};
 use crate::convert::{
     Calibration, Composed, Init, InitName, PlanOptions, compose_from_bank, grow, select,
 };
-use crate::data::{Batches, Corpus, Packing, Preferences, stories};
+use crate::data::{Batches, Corpus, Preferences};
 use crate::eval::kl::{self, KlReport};
 use crate::eval::sensitivity::{Sensitivity, sensitivity};
 use crate::hash::Hash;
+use crate::numerics;
 use crate::train::stage::dpo::Dpo;
-use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, train};
+use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, partial_folder, train};
 use crate::{Error, Result};
 
 /// Where a run shows how far it is.
@@ -36,6 +38,8 @@ pub trait Progress {
 pub struct Surroundings<'a> {
     pub out: &'a Path,
     pub device: Device,
+    /// Optimizer steps between saves.
+    pub save_every: u64,
     /// Asked often: true saves and stops.
     pub stop: &'a dyn Fn() -> bool,
     pub progress: &'a mut dyn Progress,
@@ -61,7 +65,10 @@ pub struct Outcome {
     /// The last checkpoint.
     pub student: PathBuf,
     pub kv_ratio: f64,
+    /// Of a bank's layers, where they were selected by them.
     pub scores: Option<Sensitivity>,
+    /// What a budget was filled by.
+    pub damages: Option<Damages>,
 }
 
 /// Carries out what is not done yet.
@@ -72,20 +79,6 @@ pub struct Outcome {
 pub fn run(recipe: &Recipe, mut surroundings: Surroundings) -> Result<Outcome> {
     let run = Run::open(recipe, &mut surroundings)?;
     run.all(&mut surroundings)
-}
-
-/// The teacher's folder; the embedded one is written into `out`.
-pub fn teacher_folder(teacher: &Teacher, out: &Path) -> Result<PathBuf> {
-    match teacher {
-        Teacher::Folder(folder) => Ok(folder.clone()),
-        Teacher::Embedded => {
-            let folder = out.join("teacher");
-            if !folder.exists() {
-                embedded::write_teacher(&folder)?;
-            }
-            Ok(folder)
-        }
-    }
 }
 
 /// Removes what [`run`] made in `out`, and nothing else.
@@ -122,7 +115,7 @@ struct Run<'a> {
     hash: String,
     train: Corpus,
     validation: Corpus,
-    preferences: Option<PathBuf>,
+    preferences: Option<Preferences>,
 }
 
 /// A checkpoint on the way, and what decided it.
@@ -133,54 +126,15 @@ struct Student {
 
 impl<'a> Run<'a> {
     fn open(recipe: &'a Recipe, with: &mut Surroundings) -> Result<Self> {
-        std::fs::create_dir_all(with.out).map_err(Error::io("cannot create", with.out))?;
-        let folder = teacher_folder(&recipe.teacher, with.out)?;
-        let base = Base::open(&folder, with.device.clone())?;
-        recipe.check(base.config())?;
-        let file = |text: &Text, preferences: bool| -> Result<PathBuf> {
-            match text {
-                Text::File(path) => Ok(path.clone()),
-                Text::Stories { seed, count } => {
-                    let kind = if preferences {
-                        "preferences"
-                    } else {
-                        "stories"
-                    };
-                    let path = with.out.join(format!("{kind}-{seed}-{count}.jsonl"));
-                    let lines = match preferences {
-                        true => stories::preferences_to_jsonl(*seed, *count),
-                        false => stories::to_jsonl(*seed, *count),
-                    };
-                    checkpoint::write_atomic(&path, lines.as_bytes())?;
-                    Ok(path)
-                }
-            }
-        };
-        let data = &recipe.data;
-        let load = |text: &Text, packing: Packing| -> Result<Corpus> {
-            Corpus::load(&file(text, false)?, &base.tokenizer, packing)
-        };
-        let (train, validation) = (
-            load(&data.train, data.packing)?,
-            load(&data.validation, Packing::Documents)?,
-        );
-        let trained = recipe.ild.iter().map(|s| &s.train);
-        for config in trained.chain(recipe.kd.iter().map(|s| &s.train)) {
-            train.check(config.batch_size, config.seq_len)?;
-            config.steps(train.windows(config.seq_len))?;
-        }
-        validation.check(1, recipe.eval.seq_len)?;
-        let preferences = match (&recipe.dpo, &data.preferences) {
-            (Some(_), Some(text)) => Some(file(text, true)?),
-            _ => None,
-        };
+        let checked = Checked::open(recipe, with.out, with.out)?;
+        let base = Base::open(&checked.teacher, with.device.clone())?;
         Ok(Self {
             hash: base.hash()?,
             recipe,
             base,
-            train,
-            validation,
-            preferences,
+            train: checked.train,
+            validation: checked.validation,
+            preferences: checked.preferences,
         })
     }
 
@@ -189,7 +143,7 @@ impl<'a> Run<'a> {
         let calibration = self.calibrate(with)?;
         let calibration = calibration.as_ref();
         let mut stages = Vec::new();
-        let mut scores = None;
+        let (mut scores, mut damages) = (None, None);
         let bank = match &recipe.ild {
             Some(ild) if ild.target == IldTarget::Bank => {
                 let (bank, metrics) = self.bank(ild, calibration, with)?;
@@ -204,15 +158,27 @@ impl<'a> Run<'a> {
             _ => None,
         };
         let mut options = recipe.plan.clone();
-        if let (Some(stage), Some(bank)) = (&recipe.select, &bank) {
-            let (placement, found) = self.select(stage, bank, with)?;
-            options.mla = placement;
-            scores = Some(found);
+        if let Some(stage) = &recipe.select {
+            match (stage.method.selector(), &bank) {
+                (Some(selector), Some(bank)) => {
+                    let found = self.scores(stage, bank, with)?;
+                    let values: Vec<f64> = found.layers.iter().map(|s| s.score).collect();
+                    options.mla = select(selector, &values, stage.count()?)?;
+                    scores = Some(found);
+                }
+                _ => {
+                    let found = self.damages(stage, calibration, with)?;
+                    let chosen = found.choose(stage.budget())?;
+                    options = options.with_layers(chosen.iter().map(|c| c.kind).collect());
+                    damages = Some(found);
+                }
+            }
         }
         let mut student = self.compose(&options, bank.as_ref(), None, calibration, with)?;
         stages.push(self.result("compose", &student, Vec::new(), with)?);
         if let (Some(ild), None) = (&recipe.ild, &bank) {
-            let key = self.key("ild", json!({ "ild": ild, "student": student.key }));
+            let settings = json!({ "ild": ild, "student": student.key });
+            let key = self.key(numerics::Stage::Ild, "ild", settings);
             let metrics;
             (student, metrics) = self.train("ild", key, &ild.train, &self.train, with, || {
                 self.base
@@ -241,14 +207,16 @@ impl<'a> Run<'a> {
             student: student.folder,
             stages,
             scores,
+            damages,
         })
     }
 
-    /// The hash of everything that decides a result; teacher and training text are always part of it.
-    fn key(&self, stage: &str, settings: serde_json::Value) -> String {
+    /// The hash of everything that decides a result; teacher, training text, what the program computes and on which kind
+    /// of device are always part of it.
+    fn key(&self, stage: numerics::Stage, name: &str, settings: serde_json::Value) -> String {
         let all = json!({
-            "stage": stage,
-            "version": env!("CARGO_PKG_VERSION"),
+            "stage": name,
+            "numerics": numerics::version(stage, &self.base.device),
             "base": self.hash,
             "data": self.train.hash(),
             "settings": settings,
@@ -258,22 +226,13 @@ impl<'a> Run<'a> {
 
     fn seeded(&self, train: &TrainConfig) -> TrainConfig {
         TrainConfig {
-            seed: train.seed + self.recipe.seed,
+            seed: train.seed.wrapping_add(self.recipe.seed),
             ..train.clone()
         }
     }
 
     fn calibrate(&self, with: &mut Surroundings) -> Result<Option<Calibration>> {
-        let ranks = |plan: &PlanOptions| plan.needs_weights();
-        let needed = self.recipe.init == InitName::Refined
-            || ranks(&self.recipe.plan)
-            || self
-                .recipe
-                .kd
-                .iter()
-                .filter_map(|kd| kd.plan.as_ref())
-                .any(ranks);
-        if !needed {
+        if !self.recipe.needs_calibration() {
             return Ok(None);
         }
         with.progress.start("calibrate");
@@ -303,10 +262,15 @@ impl<'a> Run<'a> {
 
     /// What decides an initialisation.
     fn birth(&self) -> serde_json::Value {
+        let device = &self.base.device;
         json!({
             "init": self.recipe.init,
             "calibration": self.recipe.calibration,
             "seed": self.recipe.seed,
+            "numerics": [
+                numerics::version(numerics::Stage::Calibration, device),
+                numerics::version(numerics::Stage::Init, device),
+            ],
         })
     }
 
@@ -317,28 +281,26 @@ impl<'a> Run<'a> {
         with: &mut Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let plan = &self.recipe.plan;
-        let key = self.key(
-            "bank",
-            json!({ "ild": ild, "plan": plan, "birth": self.birth() }),
-        );
+        let settings = json!({ "ild": ild, "plan": plan, "birth": self.birth() });
+        let key = self.key(numerics::Stage::Ild, "bank", settings);
         self.train("bank", key, &ild.train, &self.train, with, || {
             let init = self.init(calibration, false);
             self.base.bank(plan, &init, ild.objective)
         })
     }
 
-    fn select(
+    /// SMART's scores of a bank.
+    fn scores(
         &self,
         stage: &SelectStage,
         bank: &Student,
         with: &mut Surroundings,
-    ) -> Result<(Vec<usize>, Sensitivity)> {
-        let sample = json!([bank.key, stage.tokens, self.validation.hash()]);
-        let path = with
-            .out
-            .join(format!("scores-{}.json", self.key("scores", sample)));
+    ) -> Result<Sensitivity> {
         let seq_len = self.recipe.eval.seq_len;
-        let scores: Sensitivity = self.once(&path, "select", with, |run, with| {
+        let sample = json!([bank.key, stage.tokens, seq_len, self.validation.hash()]);
+        let key = self.key(numerics::Stage::Scores, "scores", sample);
+        let path = with.out.join(format!("scores-{key}.json"));
+        self.once(&path, "select", with, |run, with| {
             let open = |name: &str| {
                 Checkpoint::open(&bank.folder.join(name))?.model(&with.device, DType::F32)
             };
@@ -354,9 +316,37 @@ impl<'a> Run<'a> {
                 seq_len,
                 &mut |done| progress.at(done as u64, all, "windows"),
             )
-        })?;
-        let values: Vec<f64> = scores.layers.iter().map(|s| s.score).collect();
-        Ok((select(stage.method, &values, stage.count)?, scores))
+        })
+    }
+
+    /// What each kind of layer costs the teacher.
+    fn damages(
+        &self,
+        stage: &SelectStage,
+        calibration: Option<&Calibration>,
+        with: &mut Surroundings,
+    ) -> Result<Damages> {
+        let seq_len = self.recipe.eval.seq_len;
+        let settings = json!({
+            "plan": self.recipe.plan,
+            "ranks": stage.ranks,
+            "birth": self.birth(),
+            "sample": [stage.tokens, seq_len],
+            "validation": self.validation.hash(),
+        });
+        let key = self.key(numerics::Stage::Scores, "damages", settings);
+        let path = with.out.join(format!("damages-{key}.json"));
+        self.once(&path, "select", with, |run, with| {
+            let progress = &mut *with.progress;
+            damages(
+                &run.base,
+                &run.recipe.plan,
+                &stage.ranks,
+                &run.init(calibration, false),
+                (&run.validation, stage.tokens, seq_len),
+                &mut |done, all| progress.at(done as u64, all as u64, "windows"),
+            )
+        })
     }
 
     /// A hybrid from the teacher, from a bank, or by converting more layers of `before`.
@@ -374,7 +364,7 @@ impl<'a> Run<'a> {
             "bank": bank.map(|b| &b.key),
             "before": before.map(|b| &b.key),
         });
-        let key = self.key("compose", settings);
+        let key = self.key(numerics::Stage::Init, "compose", settings);
         let folder = with.out.join(format!("hybrid-{key}"));
         if !folder.exists() {
             with.progress.start("compose");
@@ -423,7 +413,7 @@ impl<'a> Run<'a> {
         };
         let teacher = other.as_ref().unwrap_or(&self.base);
         let settings = json!({ "kd": kd, "student": student.key, "teacher": teacher.hash()? });
-        let key = self.key("kd", settings);
+        let key = self.key(numerics::Stage::Kd, "kd", settings);
         self.train(name, key, &kd.train, &self.train, with, || {
             teacher.kd(&Checkpoint::open(&student.folder)?, kd.objective)
         })
@@ -432,23 +422,22 @@ impl<'a> Run<'a> {
     fn dpo(
         &self,
         dpo: &DpoStage,
-        pairs: &Path,
+        pairs: &Preferences,
         student: &Student,
         with: &mut Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
-        let pairs = Preferences::load(pairs, &self.base.tokenizer, dpo.objective.max_length)?;
         let settings = json!({ "dpo": dpo, "student": student.key, "pairs": pairs.hash() });
-        let key = self.key("dpo", settings);
+        let key = self.key(numerics::Stage::Dpo, "dpo", settings);
         let stored = with.out.join(format!("reference-{key}.safetensors"));
         let device = with.device.clone();
-        self.train("dpo", key, &dpo.train, &pairs, with, || {
+        self.train("dpo", key, &dpo.train, pairs, with, || {
             let student = Checkpoint::open(&student.folder)?;
             let weights = student.weights(DType::F32, &device)?;
             let config = dpo.objective;
             let dpo = Dpo::new(
                 &student.config,
                 &weights,
-                &pairs,
+                pairs,
                 config,
                 &stored,
                 &mut |_, _| {},
@@ -470,7 +459,14 @@ impl<'a> Run<'a> {
         let config = self.seeded(config);
         let folder = with.out.join(format!("{}-{key}", name.replace(' ', "")));
         let metrics = match folder.exists() {
-            true => read_metrics(&folder.join("metrics.jsonl"))?,
+            true => {
+                // Killed between its last two acts, a run leaves its workplace.
+                let left = partial_folder(&folder);
+                if left.exists() {
+                    std::fs::remove_dir_all(&left).map_err(Error::io("cannot remove", &left))?;
+                }
+                read_metrics(&folder.join("metrics.jsonl"))?
+            }
             false => {
                 with.progress.start(name);
                 let progress = &mut *with.progress;
@@ -482,7 +478,7 @@ impl<'a> Run<'a> {
                         out: folder.clone(),
                         tokenizer: self.base.folder().to_owned(),
                         force: false,
-                        save_every: 100,
+                        save_every: with.save_every,
                         validation: None,
                         stop: with.stop,
                         observe: &mut |m, steps| {
@@ -506,9 +502,8 @@ impl<'a> Run<'a> {
         with: &mut Surroundings,
     ) -> Result<StageResult> {
         let settings = json!([student.key, self.recipe.eval, self.validation.hash()]);
-        let path = with
-            .out
-            .join(format!("eval-{}.json", self.key("eval", settings)));
+        let key = self.key(numerics::Stage::Kl, "eval", settings);
+        let path = with.out.join(format!("eval-{key}.json"));
         let eval = &self.recipe.eval;
         let kl = self.once(&path, "eval", with, |run, with| {
             let lm = Checkpoint::open(&student.folder)?.model(&with.device, DType::F32)?;
