@@ -6,15 +6,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 teachers=$1 data=$2 seeds=${3:-0}
 cargo build --release --quiet
-mkdir -p runs/ild
+# What another program made is not used: folders are named by what this one computes.
+runs=runs/ild/$(target/release/zebroid --version | grep -o '[0-9a-f]\{16\}')
+mkdir -p "$runs"
 while read -r teacher kv rope lr; do
   for seed in $seeds; do
     for init in reference refined; do
-      out=runs/ild/$teacher-$init-$seed
+      out=$runs/$teacher-$init-$seed
       [ -d "$out" ] || target/release/zebroid train --stage ild --teacher "$teachers/$teacher" --data "$data/train.jsonl" "$out" \
         --kv-rank "$kv" --rope-dim "$rope" --tokens 400000 --lr "$lr" --init $init --seed "$seed"
     done
-    python3 - "runs/ild/$teacher-reference-$seed" "runs/ild/$teacher-refined-$seed" <<'PY'
+    python3 - "$runs/$teacher-reference-$seed" "$runs/$teacher-refined-$seed" <<'PY'
 import json, sys
 lines = [[json.loads(l) for l in open(f + "/metrics.jsonl")] for f in sys.argv[1:]]
 for name in ("mla", "mamba2"):

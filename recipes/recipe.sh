@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 teachers=$1 data=$2 seeds=${3:-0 1 2}
 cargo build --release --quiet
 zebroid=target/release/zebroid
-out=runs/recipe
+# What another program made is not used: folders are named by what this one computes.
+out=runs/recipe/$($zebroid --version | grep -o '[0-9a-f]\{16\}')
 mkdir -p "$out"
 while read -r teacher kv rope way lr_ild kd; do
   case $way in

@@ -7,11 +7,13 @@ cd "$(dirname "$0")/.."
 teachers=$1 data=$2 seeds=${3:-0 1 2}
 cargo build --release --quiet
 zebroid=target/release/zebroid
-out=runs/smart
+# What another program made is not used: folders are named by what this one computes.
+numerics=$($zebroid --version | grep -o '[0-9a-f]\{16\}')
+out=runs/smart/$numerics
 mkdir -p "$out"
 while read -r teacher kv rope rates; do
   for seed in $seeds; do
-    bank=runs/recipe/$teacher-refined-$seed-bank scores=$out/$teacher-$seed.json
+    bank=runs/recipe/$numerics/$teacher-refined-$seed-bank scores=$out/$teacher-$seed.json
     base=(--teacher "$teachers/$teacher")
     [ -f "$scores" ] || $zebroid select "${base[@]}" --bank "$bank" --data "$data/validation.jsonl" --count 1 --tokens 32768 \
       --save-scores "$scores" > /dev/null 2>&1

@@ -17,6 +17,7 @@
 //! | 6 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
 //! | 7 | [`weights`] | named tensors, taken strictly |
 //! | 8 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
+//! | 9 | [`numerics`] | what results that are kept depend on besides their inputs |
 //! | 9 | [`watch`] | progress of long work, and the wish to stop it |
 //! | 10 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
@@ -47,6 +48,7 @@ pub mod generate;
 pub mod hash;
 pub mod mixer;
 pub mod model;
+pub mod numerics;
 pub mod op;
 pub mod pipeline;
 pub mod train;

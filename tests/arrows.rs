@@ -14,7 +14,7 @@ const RANKS: &[&[&str]] = &[
     &["mixer"],
     &["weights"],
     &["op"],
-    &["watch"],
+    &["numerics", "watch"],
     &["error", "hash"],
 ];
 

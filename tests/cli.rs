@@ -118,23 +118,39 @@ fn plans_from_a_config_alone() {
     assert!(table.contains("KV ratio 3.91 %"), "{table}");
 }
 
-/// The shipped recipes show what they would do without a weight or a text.
+/// The shipped recipes show what they would do without a weight or a text, and what they lack to do it.
 #[test]
 fn recipes_plan_without_data() {
     let recipe = "recipes/zebra-llama/3b-6mla-22m2.toml";
-    let said = succeeds(&["run", recipe, "--plan"]);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let output = zebroid(&["run", recipe, "--plan", "--out", text(&out)]);
+    let shown = String::from_utf8_lossy(&output.stdout);
     for part in [
         "3B, 6 MLA and 22 Mamba2",
         "dpo (1 epochs)",
         "KV ratio 2.01 %",
     ] {
-        assert!(said.contains(part), "{said}");
+        assert!(shown.contains(part), "{shown}");
     }
-    // Carried out, it asks for what is not there.
-    let folder = tempfile::tempdir().unwrap();
-    let said = fails(2, &["run", recipe, "--out", text(folder.path())]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(!out.exists());
+    // Carried out, it asks for the same.
+    let said = fails(2, &["run", recipe, "--out", text(&out)]);
+    assert_eq!(said, String::from_utf8_lossy(&output.stderr));
     assert!(
         said.contains("llama-3.2-3b") && said.contains("safetensors"),
+        "{said}"
+    );
+    let said = succeeds(&[
+        "run",
+        "recipes/demo.toml",
+        "--plan",
+        "--out",
+        text(&folder.path().join("demo")),
+    ]);
+    assert!(
+        said.contains("KV ratio 7.81 %") && !folder.path().join("demo").exists(),
         "{said}"
     );
     let broken = folder.path().join("broken.toml");
@@ -144,6 +160,33 @@ fn recipes_plan_without_data() {
         said.contains("broken.toml") && said.contains("trian"),
         "{said}"
     );
+}
+
+/// Results of programs with the same figures may be exchanged: scripts name folders by them.
+#[test]
+fn the_version_tells_what_is_computed() {
+    let said = succeeds(&["--version"]);
+    let figures = zebroid::numerics::fingerprint();
+    let expected = format!("zebroid {} (numerics {figures})", env!("CARGO_PKG_VERSION"));
+    assert_eq!(said.trim_end(), expected);
+}
+
+#[test]
+fn scripts_reuse_only_what_this_program_would_make() {
+    let mut reusing = 0;
+    for entry in std::fs::read_dir("recipes").unwrap() {
+        let path = entry.unwrap().path();
+        // Its folder is the caller's choice.
+        if path.extension().is_none_or(|e| e != "sh") || path.ends_with("proof.sh") {
+            continue;
+        }
+        let script = std::fs::read_to_string(&path).unwrap();
+        if script.contains("[ -d ") || script.contains("[ -f ") {
+            assert!(script.contains("zebroid --version"), "{}", path.display());
+            reusing += 1;
+        }
+    }
+    assert_eq!(reusing, 3);
 }
 
 #[test]

@@ -296,3 +296,191 @@ fn an_interrupted_training_goes_on() {
         |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();
     assert_eq!(weights(&straight), weights(&broken));
 }
+
+/// Small texts, and a recipe that reads them.
+fn small_recipe(root: &Path, stages: &str) -> String {
+    let at = |name: &str| root.join(name).to_str().unwrap().to_owned();
+    for (name, count, seed) in [("train", "150", "2"), ("held-out", "20", "3")] {
+        succeeds(&["stories", &at(name), "--count", count, "--seed", seed]);
+    }
+    let recipe = format!(
+        r#"
+teacher = "embedded"
+[data]
+train = "train/stories.jsonl"
+validation = "held-out/stories.jsonl"
+preferences = "held-out/preferences.jsonl"
+[calibration]
+tokens = 4096
+fit_tokens = 2048
+held_out_tokens = 256
+seq_len = 64
+[eval]
+seq_len = 64
+batch_size = 4
+{stages}"#
+    );
+    std::fs::write(root.join("recipe.toml"), recipe).unwrap();
+    at("recipe.toml")
+}
+
+/// What a budget chooses from a recipe is what `select` chooses.
+#[test]
+fn a_recipe_fills_a_budget_as_select_does() {
+    let root = tempfile::tempdir().unwrap();
+    let recipe = small_recipe(
+        root.path(),
+        r#"
+[plan]
+qk_rope_head_dim = 8
+[select]
+method = "budget"
+kv_bytes = 100
+state_bytes = 50000
+ranks = [16, 24]
+tokens = 256
+"#,
+    );
+    let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+    let out = at("out");
+    let carried = json(&succeeds(&["run", &recipe, "--out", &out, "--json"]));
+    let (train, held_out) = (at("train/stories.jsonl"), at("held-out/stories.jsonl"));
+    let line = format!(
+        "select --method budget --teacher {TEACHER} --data {held_out} --calibration {train} --kv-bytes 100 \
+         --state-bytes 50000 --ranks 16,24 --rope-dim 8 --tokens 256 --seq-len 64 --calibration-tokens 4096 \
+         --fit-tokens 2048 --held-out-tokens 256 --calibration-seq-len 64 --json"
+    );
+    let found = json(&succeeds(&line.split_whitespace().collect::<Vec<_>>()));
+    assert_eq!(carried["damages"], found["damages"]);
+    let student = Path::new(carried["student"].as_str().unwrap()).join("config.json");
+    let config = json(&std::fs::read_to_string(student).unwrap());
+    let name = |layer: &serde_json::Value| layer["mixer"].as_str().unwrap_or_default().to_owned();
+    let made: Vec<String> = config["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(name)
+        .collect();
+    let kind = |layer: &serde_json::Value| {
+        layer
+            .as_str()
+            .unwrap()
+            .split(':')
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    let chosen: Vec<String> = found["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(kind)
+        .collect();
+    assert_eq!(made, chosen);
+}
+
+/// Every file of a finished run by its place inside. What was measured in seconds is left out, and files that a killed
+/// process was writing (they have private names).
+#[cfg(unix)]
+fn finished_files(folder: &Path) -> std::collections::BTreeMap<std::path::PathBuf, Vec<u8>> {
+    let mut found = std::collections::BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = std::path::PathBuf::from(path.file_name().unwrap());
+        if name.to_string_lossy().starts_with(".zebroid-") {
+            continue;
+        }
+        if path.is_dir() {
+            let inside = finished_files(&path).into_iter();
+            found.extend(inside.map(|(place, bytes)| (name.join(place), bytes)));
+            continue;
+        }
+        let mut bytes = std::fs::read(&path).unwrap();
+        if name.ends_with("metrics.jsonl") {
+            let lines = String::from_utf8(bytes).unwrap();
+            let steps = lines.lines().map(|line| {
+                let mut step = json(line);
+                step.as_object_mut().unwrap().remove("tokens_per_s");
+                step.to_string() + "\n"
+            });
+            bytes = steps.collect::<String>().into_bytes();
+        }
+        found.insert(name, bytes);
+    }
+    found
+}
+
+/// Killed without a warning, again and again, at any moment: what it ends with is what an undisturbed run ends with.
+#[test]
+#[cfg(unix)]
+fn a_run_survives_being_killed_at_any_moment() {
+    use std::process::{Command, Stdio};
+    use std::time::{Duration, Instant};
+    let root = tempfile::tempdir().unwrap();
+    let recipe = small_recipe(
+        root.path(),
+        r#"
+[plan]
+kv_lora_rank = 16
+q_lora_rank = 64
+qk_rope_head_dim = 8
+[ild]
+train = { steps = 12, seq_len = 64, batch_size = 4, lr = 3e-3 }
+[select]
+count = 1
+tokens = 512
+[[kd]]
+train = { steps = 16, seq_len = 64, batch_size = 4, lr = 1e-3 }
+[dpo]
+objective = { beta = 0.1, max_length = 96 }
+train = { steps = 8, batch_size = 4, lr = 1e-4 }
+"#,
+    );
+    let start = |out: &Path| {
+        Command::new(env!("CARGO_BIN_EXE_zebroid"))
+            .args(["run", &recipe, "--save-every", "2", "--out"])
+            .arg(out)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let (straight, broken) = (root.path().join("straight"), root.path().join("broken"));
+    let began = Instant::now();
+    assert!(start(&straight).wait().unwrap().success());
+    let whole = began.elapsed();
+    // Any moments will do; these are spread over the run. Where the first run was slowed by others, they come too late and
+    // are taken again, earlier.
+    let mut kills = 0;
+    for slowed in 0..5 {
+        kills = 0;
+        for share in [0.11, 0.37, 0.23, 0.05, 0.31, 0.17] {
+            let mut child = start(&broken);
+            let until = Instant::now() + whole.mul_f64(share / f64::from(1 << slowed));
+            while Instant::now() < until && child.try_wait().unwrap().is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if child.try_wait().unwrap().is_some() {
+                break;
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            kills += 1;
+        }
+        if kills >= 4 {
+            break;
+        }
+        std::fs::remove_dir_all(&broken).unwrap();
+    }
+    assert!(kills >= 4, "it was killed {kills} times only");
+    assert!(start(&broken).wait().unwrap().success());
+    let (straight, broken) = (finished_files(&straight), finished_files(&broken));
+    let names = |files: &std::collections::BTreeMap<_, _>| {
+        files.keys().cloned().collect::<Vec<std::path::PathBuf>>()
+    };
+    assert_eq!(names(&straight), names(&broken));
+    for (name, bytes) in &straight {
+        assert!(broken[name] == *bytes, "{} differs", name.display());
+    }
+    assert!(straight.len() > 20, "{:?}", names(&straight));
+}

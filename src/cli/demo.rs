@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::output::{Progress, table, thousands};
-use super::run::{page, rows};
+use super::run::{SAVE_EVERY, page, rows};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::Init;
 use crate::data::stories::{Story, StoryGenerator};
@@ -41,6 +41,9 @@ pub struct Args {
     mla: Option<Vec<usize>>,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Optimizer steps between saves, which a killed demo goes on from.
+    #[arg(long, default_value_t = SAVE_EVERY)]
+    save_every: u64,
     #[command(flatten)]
     device: DeviceArg,
     /// Start over if OUT holds a finished demo.
@@ -70,6 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let with = Surroundings {
         out,
         device: args.device.get()?,
+        save_every: args.save_every,
         watch: &watch,
     };
     let outcome = pipeline::run(&recipe, &with)?;

@@ -1,8 +1,11 @@
 //! The command line: one file per command.
 
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 use clap::{Parser, Subcommand};
+
+use crate::numerics;
 
 pub mod bench;
 pub mod cache;
@@ -31,7 +34,7 @@ pub mod train;
 
 /// Compose efficient hybrid (MLA + Mamba2) language models from pretrained Llama checkpoints.
 #[derive(Debug, Parser)]
-#[command(name = "zebroid", version, arg_required_else_help = true)]
+#[command(name = "zebroid", version = version(), arg_required_else_help = true)]
 #[command(after_help = "Start with:  zebroid demo\n\
     Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted (it says what is kept).")]
 pub struct Cli {
@@ -40,6 +43,18 @@ pub struct Cli {
     /// More of what happens on standard error (RUST_LOG has the last word).
     #[arg(short, long, global = true)]
     pub verbose: bool,
+}
+
+/// With the fingerprint of what is computed: equal figures, equal results.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| {
+        format!(
+            "{} (numerics {})",
+            env!("CARGO_PKG_VERSION"),
+            numerics::fingerprint()
+        )
+    });
+    &VERSION
 }
 
 #[derive(Debug, Subcommand)]

@@ -39,9 +39,12 @@ pub struct Args {
     /// Preference pairs, instead of the recipe's.
     #[arg(long)]
     preferences: Option<Text>,
-    /// Only check the recipe against the teacher's config and show stages and sizes.
+    /// Show stages and sizes, and check the recipe, its teachers and texts as a run does; nothing is made.
     #[arg(long)]
     plan: bool,
+    /// Optimizer steps between saves, which a killed run goes on from.
+    #[arg(long, default_value_t = SAVE_EVERY)]
+    save_every: u64,
     #[command(flatten)]
     device: DeviceArg,
     /// One JSON object instead of the tables.
@@ -57,13 +60,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| Path::new("runs").join(name));
     if args.plan {
-        return show_plan(&recipe, &out, args.json);
+        show_plan(&recipe, args.json)?;
+        return Ok(pipeline::check(&recipe, &out)?);
     }
     let _lock = checkpoint::lock(&out)?;
     let watch = Progress::default();
     let surroundings = Surroundings {
         out: &out,
         device: args.device.get()?,
+        save_every: args.save_every,
         watch: &watch,
     };
     let outcome = pipeline::run(&recipe, &surroundings)?;
@@ -107,8 +112,13 @@ fn recipe(args: &Args) -> Result<Recipe> {
     Ok(recipe)
 }
 
-fn show_plan(recipe: &Recipe, out: &Path, json: bool) -> anyhow::Result<()> {
-    let (teacher, _) = Checkpoint::config_only(&pipeline::teacher_folder(&recipe.teacher, out)?)?;
+/// Unless said otherwise.
+pub const SAVE_EVERY: u64 = 100;
+
+fn show_plan(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let folder = pipeline::teacher_folder(&recipe.teacher, scratch.path())?;
+    let (teacher, _) = Checkpoint::config_only(&folder)?;
     let students = recipe.check(&teacher)?;
     let last = students
         .last()
@@ -123,8 +133,12 @@ fn show_plan(recipe: &Recipe, out: &Path, json: bool) -> anyhow::Result<()> {
     }
     println!("stages: {}\n", stages(recipe).join(", "));
     print!("{}", as_table(&teacher, last));
-    if recipe.select.is_some() {
-        println!("(places of MLA are chosen after ILD; a uniform placement is shown)");
+    match &recipe.select {
+        Some(select) if select.method.selector().is_some() => {
+            println!("(places of MLA are chosen after ILD; a uniform placement is shown)");
+        }
+        Some(_) => println!("(mixers are chosen by what they cost; one choice that fits is shown)"),
+        None => {}
     }
     Ok(())
 }
@@ -141,7 +155,9 @@ fn stages(recipe: &Recipe) -> Vec<String> {
         stages.push(format!("ild ({})", length(&ild.train)));
     }
     if let Some(select) = &recipe.select {
-        stages.push(format!("select {} ({:?})", select.count, select.method));
+        let name = format!("{:?}", select.method).to_lowercase();
+        let count = select.count.map(|count| format!("{count} MLA, "));
+        stages.push(format!("select ({}{name})", count.unwrap_or_default()));
     }
     stages.push("compose".into());
     for kd in &recipe.kd {

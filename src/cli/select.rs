@@ -10,16 +10,12 @@ use super::device::DeviceArg;
 use super::init::InitArgs;
 use super::output::{Progress, bytes, table};
 use crate::checkpoint::{Checkpoint, write_atomic};
-use crate::convert::{
-    Choice, Init, LayerKind, PlanOptions, RankRule, Selector, fit_budget, plan, select,
-};
+use crate::convert::{PlanOptions, Selector, select};
 use crate::data::{Corpus, Packing};
 use crate::eval::sensitivity::{Score, Sensitivity, sensitivity};
 use crate::mixer::Cost;
-use crate::model::Lm;
-use crate::pipeline::Base;
+use crate::pipeline::{Base, Budget, Damages, Method, candidates, damages};
 use crate::watch::Watch;
-use crate::weights::Weights;
 use crate::{Error, Result};
 
 /// Choose the places of MLA from an ILD bank (smart, greedy, uniform), or mixer and rank of every layer
@@ -78,20 +74,6 @@ pub struct Args {
     init: InitArgs,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-enum Method {
-    /// Zebra-Llama's: ends kept, near-uniform gaps, the largest total score.
-    Smart,
-    /// Evenly spaced, whatever the scores.
-    Uniform,
-    /// The largest scores, wherever they stand.
-    Greedy,
-    /// Mixer and rank of every layer: least KL within the bytes given. Each layer alone is replaced in the
-    /// teacher, and damages are taken to add up.
-    Budget,
-}
-
 /// What `--save-scores` keeps.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
@@ -100,32 +82,12 @@ enum Saved {
     Sensitivity(Sensitivity),
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Damages {
-    tokens: usize,
-    options: Vec<Damage>,
-}
-
-/// One kind of layer, in each place alone.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Damage {
-    kind: LayerKind,
-    cost: Cost,
-    /// KL that the teacher loses.
-    layers: Vec<Score>,
-}
-
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let selector = match args.method {
-        Method::Smart => Some(Selector::Smart),
-        Method::Uniform => Some(Selector::Uniform),
-        Method::Greedy => Some(Selector::Greedy),
-        Method::Budget => None,
-    };
+    let selector = args.method.selector();
     let watch = Progress::default();
     let saved = match &args.scores {
         Some(path) => read(path)?,
-        None if selector.is_none() => Saved::Damages(damages(&args, &watch)?),
+        None if selector.is_none() => Saved::Damages(measure(&args, &watch)?),
         None => Saved::Sensitivity(score(&args, &watch)?),
     };
     drop(watch);
@@ -168,21 +130,11 @@ fn show_places(args: &Args, selector: Selector, scores: &Sensitivity) -> anyhow:
 }
 
 fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
-    let layers = damages.options.first().map_or(0, |o| o.layers.len());
-    let choices = |i: usize| -> Vec<Choice> {
-        let choice = |option: &Damage| Choice {
-            kind: option.kind,
-            cost: option.cost,
-            damage: option.layers[i].score,
-        };
-        damages.options.iter().map(choice).collect()
+    let budget = Budget {
+        kv_bytes: args.kv_bytes,
+        state_bytes: args.state_bytes,
     };
-    let choices: Vec<_> = (0..layers).map(choices).collect();
-    let chosen = fit_budget(
-        &choices,
-        args.kv_bytes.map(|b| b / 2),
-        args.state_bytes.map(|b| b / 4),
-    )?;
+    let chosen = damages.choose(budget)?;
     let cost = chosen.iter().fold(Cost::default(), |sum, c| sum + c.cost);
     let damage: f64 = chosen.iter().map(|c| c.damage).sum();
     let kinds: Vec<String> = chosen.iter().map(|c| c.kind.to_string()).collect();
@@ -202,7 +154,7 @@ fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
     let mut headers = vec!["layer"];
     headers.extend(names.iter().map(String::as_str));
     headers.push("choice");
-    let rows = (0..layers).map(|i| {
+    let rows = (0..kinds.len()).map(|i| {
         let mut row = vec![i.to_string()];
         row.extend(damages.options.iter().map(|o| show(&o.layers[i])));
         row.push(kinds[i].clone());
@@ -233,78 +185,32 @@ fn read(path: &Path) -> Result<Saved> {
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not saved scores: {e}")))
 }
 
-/// Scores `other`'s layers in `model`.
-fn score_with(
-    args: &Args,
-    base: &Base,
-    model: &Lm,
-    other: &Lm,
-    watch: &dyn Watch,
-) -> Result<Sensitivity> {
-    let data = needed(args.data.as_ref(), "--data")?;
-    let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;
-    let windows = (args.tokens / args.seq_len.max(1)).max(1);
-    let (teacher, len) = (base.lm()?, args.seq_len);
-    sensitivity(&teacher, model, other, &corpus, windows, len, watch)
-}
-
-fn open(args: &Args) -> Result<Base> {
-    Base::open(
+fn open(args: &Args) -> Result<(Base, Corpus)> {
+    let base = Base::open(
         needed(args.teacher.as_ref(), "--teacher")?,
         args.device.get()?,
-    )
+    )?;
+    let data = needed(args.data.as_ref(), "--data")?;
+    let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;
+    Ok((base, corpus))
 }
 
 fn score(args: &Args, watch: &dyn Watch) -> Result<Sensitivity> {
     let bank = needed(args.bank.as_ref(), "--bank")?;
     needed(args.count, "--count")?;
-    let base = open(args)?;
+    let (base, corpus) = open(args)?;
     let model = |name: &str| Checkpoint::open(&bank.join(name))?.model(&base.device, DType::F32);
-    score_with(args, &base, &model("mamba2")?, &model("mla")?, watch)
+    let windows = (args.tokens / args.seq_len.max(1)).max(1);
+    let (teacher, len) = (base.lm()?, args.seq_len);
+    let [mamba2, mla] = [model("mamba2")?, model("mla")?];
+    sensitivity(&teacher, &mamba2, &mla, &corpus, windows, len, watch)
 }
 
-/// Every kind of layer, as the initialisation makes it, in every place of the teacher alone.
-fn damages(args: &Args, watch: &dyn Watch) -> Result<Damages> {
-    let base = open(args)?;
-    let layers = base.config().layers.len();
-    let mla = |rank: &usize| LayerKind::Mla {
-        kv_lora_rank: Some(*rank),
-        q_lora_rank: None,
-    };
-    let mut kinds = vec![LayerKind::Mamba2];
-    kinds.extend(args.ranks.iter().map(mla));
-    // All sizes are checked before the first is made.
-    let sized = |kind: &LayerKind| plan(base.config(), &args.plan.with_layers(vec![*kind; layers]));
-    if let Some(rule @ (RankRule::Energy(_) | RankRule::Share(_) | RankRule::Bytes(_))) =
-        args.plan.kv_lora_rank
-    {
-        return Err(Error::invalid(format!(
-            "--kv-rank {rule}: the budget method chooses among --ranks"
-        )));
-    }
-    let students = kinds.iter().map(sized).collect::<Result<Vec<_>>>()?;
+fn measure(args: &Args, watch: &dyn Watch) -> Result<Damages> {
+    let (base, corpus) = open(args)?;
+    candidates(base.config(), &args.plan, &args.ranks)?;
     let calibration = args.init.calibration(&base, None, watch)?;
-    let teacher = base.lm()?;
-    let mut damages = Damages {
-        tokens: 0,
-        options: Vec::new(),
-    };
-    for (kind, student) in kinds.into_iter().zip(students) {
-        let init: Init = args.init.init(&calibration, false, 0);
-        let composed = base.compose(&student, &init, watch)?;
-        let weights = Weights::new(composed.tensors).to_device(&base.device, DType::F32)?;
-        let lm = Lm::new(&composed.config, &weights)?;
-        let found = score_with(args, &base, &teacher, &lm, watch)?;
-        damages.tokens = found.tokens;
-        let loss = |s: &Score| Score {
-            score: -s.score,
-            standard_error: s.standard_error,
-        };
-        damages.options.push(Damage {
-            kind,
-            cost: student.layers[0].cost(student.hidden_size),
-            layers: found.layers.iter().map(loss).collect(),
-        });
-    }
-    Ok(damages)
+    let init = args.init.init(&calibration, false, 0);
+    let text = (&corpus, args.tokens, args.seq_len);
+    damages(&base, &args.plan, &args.ranks, &init, text, watch)
 }

@@ -231,7 +231,12 @@ fn bank(args: &Args, base: &Base, watch: &dyn Watch) -> Result<Stage> {
 
 fn dpo(args: &Args, student: &Path, watch: &dyn Watch) -> Result<(Stage, Preferences)> {
     let tokenizer = Tokenizer::open(student)?;
-    let pairs = Preferences::load(&args.data, &tokenizer, args.dpo.max_length)?;
+    let pairs = Preferences::load(
+        &args.data,
+        &tokenizer,
+        args.dpo.max_prompt,
+        args.dpo.max_length,
+    )?;
     let train = &args.train.config;
     pairs.check(train.batch_size, train.seq_len)?;
     let checkpoint = Checkpoint::open(student)?;

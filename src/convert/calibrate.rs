@@ -15,6 +15,7 @@ use crate::hash::Hash;
 use crate::mixer::AttentionWeights;
 use crate::mixer::calibration::{Statistics, sums};
 use crate::model::{Lm, ModelConfig};
+use crate::numerics;
 use crate::watch::Watch;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -72,6 +73,12 @@ struct Split {
 impl CalibrationConfig {
     /// # Errors
     /// A window of no tokens, or a text that does not fill one window to fit and one to hold out.
+    pub fn check(&self, corpus: &Corpus) -> Result<()> {
+        self.split(corpus).map(|_| ())
+    }
+
+    /// # Errors
+    /// As [`CalibrationConfig::check`].
     fn split(&self, corpus: &Corpus) -> Result<Split> {
         if self.seq_len == 0 {
             return Err(Error::invalid("the calibration's seq_len must not be 0"));
@@ -109,15 +116,16 @@ pub struct Calibration {
     pub tokens: usize,
 }
 
-/// What decides a calibration: teacher, text and settings.
+/// What decides a calibration: teacher, text, settings, and what the program computes from them where.
 fn identity(
-    teacher: &ModelConfig,
+    teacher: &Lm,
     weights: &Weights,
     corpus: &Corpus,
     config: &CalibrationConfig,
 ) -> Result<String> {
     let parts = serde_json::json!({
-        "teacher": checkpoint::fingerprint(teacher, weights)?,
+        "numerics": numerics::version(numerics::Stage::Calibration, teacher.device()),
+        "teacher": checkpoint::fingerprint(&teacher.config, weights)?,
         "data": corpus.hash(),
         "calibration": config,
     });
@@ -146,7 +154,7 @@ pub fn calibrate(
     let split = config.split(corpus)?;
     let fit = corpus.ordered(0, split.fit, config.seq_len)?;
     let held_out = corpus.ordered(split.all, split.held_out, config.seq_len)?;
-    let identity = identity(&teacher.config, weights, corpus, config)?;
+    let identity = identity(teacher, weights, corpus, config)?;
     let mut sums = Sums {
         identity,
         windows: 0,
@@ -156,8 +164,14 @@ pub fn calibrate(
         |sums: &Sums| sums.calibration(&teacher.config, weights, fit.clone(), held_out.clone());
     let file = folder.join(format!("calibration-{}.safetensors", sums.identity));
     let partial = file.with_extension("partial");
+    let drop_partial = || match partial.exists() {
+        true => std::fs::remove_file(&partial).map_err(Error::io("cannot remove", &partial)),
+        false => Ok(()),
+    };
     sums.restore(&file)?;
     if sums.windows == split.all {
+        // Killed after its last save, an earlier pass left it.
+        drop_partial()?;
         return finished(&sums);
     }
     let _lock = checkpoint::lock(&file)?;
@@ -186,9 +200,7 @@ pub fn calibrate(
         }
     }
     sums.save(&file)?;
-    if partial.exists() {
-        std::fs::remove_file(&partial).map_err(Error::io("cannot remove", &partial))?;
-    }
+    drop_partial()?;
     finished(&sums)
 }
 

@@ -23,7 +23,7 @@ mod select;
 pub use budget::{Choice, fit_budget};
 pub use calibrate::{Calibration, CalibrationConfig, calibrate};
 pub use plan::{LayerKind, PlanOptions, plan};
-pub use ranks::{RankRule, settle_ranks};
+pub use ranks::{RankRule, check_ranks, settle_ranks};
 pub use select::{Selector, select, smart_feasible};
 
 /// How mixers are born from attention weights, as flags and recipes say it.
@@ -250,12 +250,11 @@ pub fn compose_from_bank(
     Ok(composed)
 }
 
-/// Goes on from a trained student: layers that `before` has with the same mixer are taken whole, of the
-/// others everything but the new mixer, and the embedding, final norm and head.
+/// Whether a student `before` can go on as `after`.
 ///
 /// # Errors
-/// When `before` has other sizes than the composed model.
-pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) -> Result<()> {
+/// Other sizes, or a layer that was converted already.
+pub fn check_growth(after: &ModelConfig, before: &ModelConfig) -> Result<()> {
     let sizes = |c: &ModelConfig| {
         (
             c.layers.len(),
@@ -264,21 +263,35 @@ pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) ->
             c.vocab_size,
         )
     };
-    if sizes(&composed.config) != sizes(before) {
+    if sizes(after) != sizes(before) {
         return Err(Error::invalid(
             "the student to go on from has other sizes than the plan",
         ));
     }
+    for (i, (after, before)) in after.layers.iter().zip(&before.layers).enumerate() {
+        let converted = !matches!(before, MixerConfig::Attention(_));
+        if converted && after.name() != before.name() {
+            return Err(Error::invalid(format!(
+                "layer {i} is {} already: only attention can be converted",
+                before.name()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Goes on from a trained student: layers that `before` has with the same mixer are taken whole, of the
+/// others everything but the new mixer, and the embedding, final norm and head.
+///
+/// # Errors
+/// As [`check_growth`].
+pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) -> Result<()> {
+    check_growth(&composed.config, before)?;
     for (i, layer) in before.layers.iter().enumerate() {
         let own = format!("model.layers.{i}.{}.", composed.config.layers[i].prefix());
         let kept = composed.config.layers[i].name() == layer.name();
         if kept {
             composed.config.layers[i] = layer.clone();
-        } else if !matches!(layer, MixerConfig::Attention(_)) {
-            return Err(Error::invalid(format!(
-                "layer {i} is {} already: only attention can be converted",
-                layer.name()
-            )));
         }
         for (name, tensor) in &mut composed.tensors {
             if name.starts_with(&format!("model.layers.{i}.")) && (kept || !name.starts_with(&own))

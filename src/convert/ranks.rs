@@ -109,21 +109,9 @@ pub fn settle_ranks(
     if !options.needs_weights() {
         return Ok(options.clone());
     }
-    if let Some(rule @ (RankRule::Share(_) | RankRule::Bytes(_))) = options.q_lora_rank {
-        return Err(Error::invalid(format!(
-            "the queries' rank {rule}: queries are not cached; give a number or energy:SHARE"
-        )));
-    }
+    let budget = check_ranks(teacher, options)?;
     let mut kinds = options.kinds(teacher.layers.len())?;
-    // Any ranks will do to learn the other sizes.
-    let sized = plan(
-        teacher,
-        &PlanOptions {
-            kv_lora_rank: Some(RankRule::Fixed(1)),
-            q_lora_rank: Some(RankRule::Fixed(1)),
-            ..options.clone()
-        },
-    )?;
+    let sized = any_ranks(teacher, options)?;
     let mut spectra: Vec<(usize, Spectrum)> = Vec::new();
     for (i, layer) in sized.layers.iter().enumerate() {
         let MixerConfig::Mla(config) = layer else {
@@ -138,35 +126,18 @@ pub fn settle_ranks(
         };
         spectra.push((i, found));
     }
-    let rope = |i: usize| match &sized.layers[i] {
-        MixerConfig::Mla(c) => c.qk_rope_head_dim,
-        _ => 0,
-    };
     // No latent is wider than what it is made from.
     let limit = |energies: &[f64]| energies.len().min(teacher.hidden_size);
-    let cached = |scalars: usize| -> Result<Vec<usize>> {
-        let open: Vec<&Vec<f64>> = spectra.iter().map(|(_, s)| &s.kv).collect();
-        let rotary: usize = spectra.iter().map(|(i, _)| rope(*i)).sum();
-        let least = rotary + open.len() * RANK_STEP;
-        if scalars < least {
-            return Err(Error::invalid(format!(
-                "a budget of {scalars} cached scalars a token ({} bytes in bf16) is below the {least} that {} MLA layers of rank {RANK_STEP} need with their rotary keys",
-                2 * scalars,
-                open.len()
-            )));
-        }
-        Ok(distribute(&open, scalars - rotary))
-    };
-    let kv: Option<Vec<usize>> = match options.kv_lora_rank {
-        None | Some(RankRule::Fixed(_)) => None,
-        Some(RankRule::Energy(share)) => {
+    let kv: Option<Vec<usize>> = match (options.kv_lora_rank, budget) {
+        (Some(RankRule::Energy(share)), _) => {
             let rank = |(_, s): &(usize, Spectrum)| energy_rank(&s.kv, share).min(limit(&s.kv));
             Some(spectra.iter().map(rank).collect())
         }
-        Some(RankRule::Share(share)) => Some(cached(
-            (share * teacher.cost().kv_per_token as f64) as usize,
-        )?),
-        Some(RankRule::Bytes(bytes)) => Some(cached(bytes / 2)?),
+        (_, Some(scalars)) => {
+            let open: Vec<&Vec<f64>> = spectra.iter().map(|(_, s)| &s.kv).collect();
+            Some(distribute(&open, scalars))
+        }
+        _ => None,
     };
     for (at, (i, spectrum)) in spectra.iter().enumerate() {
         if let LayerKind::Mla {
@@ -190,6 +161,49 @@ pub fn settle_ranks(
     settled.kv_lora_rank = number(options.kv_lora_rank);
     settled.q_lora_rank = number(options.q_lora_rank);
     Ok(settled)
+}
+
+/// The sizes that do not depend on ranks: with some that every teacher can give.
+fn any_ranks(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
+    let options = PlanOptions {
+        kv_lora_rank: Some(RankRule::Fixed(1)),
+        q_lora_rank: Some(RankRule::Fixed(1)),
+        ..options.clone()
+    };
+    plan(teacher, &options)
+}
+
+/// What can be said of the ranks before weights are read. Gives a budget's scalars a token for all latents together, the
+/// rotary keys taken off.
+///
+/// # Errors
+/// A budget that the MLA layers' least latents already exceed; a budget for queries.
+pub fn check_ranks(teacher: &ModelConfig, options: &PlanOptions) -> Result<Option<usize>> {
+    if let Some(rule @ (RankRule::Share(_) | RankRule::Bytes(_))) = options.q_lora_rank {
+        return Err(Error::invalid(format!(
+            "the queries' rank {rule}: queries are not cached; give a number or energy:SHARE"
+        )));
+    }
+    let scalars = match options.kv_lora_rank {
+        Some(RankRule::Share(share)) => (share * teacher.cost().kv_per_token as f64) as usize,
+        Some(RankRule::Bytes(bytes)) => bytes / 2,
+        None | Some(RankRule::Fixed(_) | RankRule::Energy(_)) => return Ok(None),
+    };
+    let rope = |layer: &MixerConfig| match layer {
+        MixerConfig::Mla(c) => Some(c.qk_rope_head_dim),
+        _ => None,
+    };
+    let sized = any_ranks(teacher, options)?;
+    let ropes: Vec<usize> = sized.layers.iter().filter_map(rope).collect();
+    let (rotary, open) = (ropes.iter().sum::<usize>(), ropes.len());
+    let least = rotary + open * RANK_STEP;
+    match scalars < least {
+        true => Err(Error::invalid(format!(
+            "a budget of {scalars} cached scalars a token ({} bytes in bf16) is below the {least} that {open} MLA layers of rank {RANK_STEP} need with their rotary keys",
+            2 * scalars,
+        ))),
+        false => Ok(Some(scalars - rotary)),
+    }
 }
 
 /// X-EcoMLA's rule (spec systems 2.3).

@@ -57,8 +57,8 @@ pub(super) fn shuffled(count: usize, seed: u64, index: u64, rows: usize) -> Vec<
 #[derive(Debug, Clone)]
 pub struct Corpus {
     tokens: Vec<u32>,
-    /// For every token, where its document begins in `tokens`.
-    starts: Vec<u32>,
+    /// Where documents begin in `tokens`, in order; a stream has one.
+    starts: Vec<usize>,
     /// For every token, whether it is to be learned: all, but those of a prompt.
     learned: Vec<bool>,
 }
@@ -120,13 +120,11 @@ impl Corpus {
 
     /// A document's ids, and whether each is to be learned.
     fn push(&mut self, document: impl Iterator<Item = (u32, bool)>, packing: Packing) {
-        let start = match packing {
-            Packing::Documents => self.tokens.len() as u32,
-            Packing::Stream => 0,
-        };
+        if packing == Packing::Documents || self.starts.is_empty() {
+            self.starts.push(self.tokens.len());
+        }
         for (id, learned) in document {
             self.tokens.push(id);
-            self.starts.push(start);
             self.learned.push(learned);
         }
     }
@@ -162,14 +160,27 @@ impl Corpus {
             let from = window * len;
             ids.extend_from_slice(&self.tokens[from..from + len]);
             learned.extend_from_slice(&self.learned[from..from + len]);
-            let own = |start: &u32| (*start as usize).saturating_sub(from) as u32;
-            starts.extend(self.starts[from..from + len].iter().map(own));
+            starts.extend(starts_within(&self.starts, from, len));
         }
         Batch {
             examples: windows.to_vec(),
             ..Batch::new(ids, starts, &learned, len)
         }
     }
+}
+
+/// For each of the `len` tokens from token `from` on, where its document begins in that window: 0 if it began
+/// before. `starts`: where documents begin, counted from the corpus' first token, in order.
+fn starts_within(starts: &[usize], from: usize, len: usize) -> Vec<u32> {
+    let mut within = vec![0; len];
+    let first = starts.partition_point(|start| *start <= from);
+    for start in starts[first..].iter().map(|start| start - from) {
+        if start >= len {
+            break;
+        }
+        within[start..].fill(start as u32);
+    }
+    within
 }
 
 impl Batch {
@@ -232,12 +243,14 @@ impl Batches for Corpus {
     }
 
     fn hash(&self) -> String {
-        let values = self.tokens.iter().chain(&self.starts);
-        let hash = values.fold(Hash::new(), |hash, v| hash.with(&v.to_le_bytes()));
-        // A corpus without prompts keeps the fingerprint that it had before there were any.
         let prompts = self.learned.iter().enumerate().filter(|(_, l)| !**l);
-        prompts
-            .fold(hash, |hash, (at, _)| hash.with(&at.to_le_bytes()))
+        let places = self.starts.iter().copied().chain(prompts.map(|(at, _)| at));
+        let sizes = [self.tokens.len(), self.starts.len()];
+        let hash =
+            (sizes.iter()).fold(Hash::new(), |hash, n| hash.with(&(*n as u64).to_le_bytes()));
+        let hash = (self.tokens.iter()).fold(hash, |hash, id| hash.with(&id.to_le_bytes()));
+        places
+            .fold(hash, |hash, at| hash.with(&(at as u64).to_le_bytes()))
             .to_string()
     }
 
@@ -271,6 +284,18 @@ mod tests {
             .unwrap();
         assert_eq!(stream.documents.row(0), [0; 6]);
         assert_eq!(stream.mask, [1., 1., 1., 1., 1., 0.]);
+    }
+
+    /// Five documents on both sides of token 2^32, where 32 bits end.
+    #[test]
+    fn documents_keep_their_borders_past_four_billion_tokens() {
+        let far = 1usize << 32;
+        let starts = [0, far - 3, far, far + 2, far + 9];
+        let within = |from: usize| starts_within(&starts, from, 6);
+        assert_eq!(within(far - 4), [0, 1, 1, 1, 4, 4]);
+        assert_eq!(within(far), [0, 0, 2, 2, 2, 2]);
+        assert_eq!(within(far + 3), [0; 6]);
+        assert_eq!(within(far - 10), [0; 6]);
     }
 
     #[test]

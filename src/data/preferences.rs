@@ -36,12 +36,18 @@ pub struct Preferences {
 }
 
 impl Preferences {
-    /// Reads JSON lines. Each answer ends with the tokenizer's first end token, if it has one. A pair that is longer than
-    /// `max_length` tokens loses the beginning of its prompt, then the end of its answer (as TRL truncates).
+    /// Reads JSON lines. Each answer ends with the tokenizer's first end token, if it has one. Of a prompt the last
+    /// `max_prompt` tokens are kept (TRL's `max_prompt_length`); a pair that is still longer than `max_length`
+    /// tokens loses more of its prompt's beginning, then the end of its answer.
     ///
     /// # Errors
     /// Names the line that cannot be used: other fields, an empty answer, twice the same answer.
-    pub fn load(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self> {
+    pub fn load(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        max_prompt: usize,
+        max_length: usize,
+    ) -> Result<Self> {
         const WANTED: &str = "a JSON object with \"prompt\", \"chosen\" and \"rejected\" strings";
         let lines: Vec<Preference> = read_lines(path, WANTED)?;
         let pairs = lines.iter().enumerate().map(|(i, line)| {
@@ -56,7 +62,8 @@ impl Preferences {
             if line.chosen == line.rejected {
                 return Err(wrong("the chosen answer is the rejected one"));
             }
-            let answer = |text: &str| Answer::new(tokenizer, &line.prompt, text, max_length);
+            let answer =
+                |text: &str| Answer::new(tokenizer, &line.prompt, text, (max_prompt, max_length));
             Ok([answer(&line.chosen)?, answer(&line.rejected)?])
         });
         Ok(Self {
@@ -102,7 +109,12 @@ impl Preferences {
 }
 
 impl Answer {
-    fn new(tokenizer: &Tokenizer, prompt: &str, answer: &str, max_length: usize) -> Result<Self> {
+    fn new(
+        tokenizer: &Tokenizer,
+        prompt: &str,
+        answer: &str,
+        (max_prompt, max_length): (usize, usize),
+    ) -> Result<Self> {
         let text = format!("{prompt}{answer}");
         let tokens = tokenizer.encode_with_offsets(&text)?;
         // A token across the border holds the answer's beginning.
@@ -113,9 +125,9 @@ impl Answer {
         let mut ids: Vec<u32> = tokens.into_iter().map(|(id, _)| id).collect();
         ids.extend(tokenizer.eos().first());
         // One token stays before the answer, so that its first can be predicted.
-        let cut = ids
-            .len()
-            .saturating_sub(max_length)
+        let too_long = from.saturating_sub(max_prompt);
+        let cut = (ids.len().saturating_sub(max_length))
+            .max(too_long)
             .min(from.saturating_sub(1));
         ids.drain(..cut);
         from -= cut;
@@ -168,12 +180,20 @@ mod tests {
     use crate::data::stories;
 
     fn load(lines: &str, max_length: usize) -> Result<(Preferences, Tokenizer)> {
+        load_with(lines, (max_length, max_length))
+    }
+
+    fn load_with(
+        lines: &str,
+        (prompt, length): (usize, usize),
+    ) -> Result<(Preferences, Tokenizer)> {
         let folder = tempfile::tempdir().unwrap();
         stories::write_tokenizer(folder.path()).unwrap();
         let tokenizer = Tokenizer::open(folder.path()).unwrap();
         let path = folder.path().join("pairs.jsonl");
         std::fs::write(&path, lines).unwrap();
-        Ok((Preferences::load(&path, &tokenizer, max_length)?, tokenizer))
+        let pairs = Preferences::load(&path, &tokenizer, prompt, length)?;
+        Ok((pairs, tokenizer))
     }
 
     const PAIR: &str = r#"{"prompt": "Tom had a red ball. Tom loved the", "chosen": " red ball.", "rejected": " blue ball. He"}"#;
@@ -202,6 +222,24 @@ mod tests {
         let (whole, short) = (whole.rows(&[0]), short.rows(&[0]));
         assert_eq!(short.len, 8);
         assert_eq!(count(&whole), count(&short));
+    }
+
+    /// Whatever room there is for them.
+    #[test]
+    fn of_a_prompt_the_last_tokens_are_kept() {
+        let (whole, tokenizer) = load(PAIR, 100).unwrap();
+        let (short, _) = load_with(PAIR, (3, 100)).unwrap();
+        let prompt = tokenizer
+            .encode("Tom had a red ball. Tom loved the")
+            .unwrap();
+        for (whole, short) in whole.pairs[0].iter().zip(&short.pairs[0]) {
+            assert_eq!(whole.prompt, prompt.len());
+            assert_eq!(short.prompt, 3);
+            assert_eq!(short.ids, whole.ids[prompt.len() - 3..]);
+        }
+        // A shorter prompt stays whole.
+        let (same, _) = load_with(PAIR, (prompt.len(), 100)).unwrap();
+        assert_eq!(same.hash(), whole.hash());
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! Needle in a haystack; multi-query associative recall (MQAR, arXiv 2312.04927); phonebook lookup and
 //! copying (arXiv 2402.01032, 2406.07887); variable tracking (RULER, arXiv 2404.06654).
 
-use rand::seq::{IndexedRandom, SliceRandom};
+use rand::seq::IndexedRandom;
+use rand::seq::index::sample;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,12 @@ pub struct Question {
     pub text: String,
     /// With the space before it.
     pub answer: String,
+}
+
+impl Question {
+    fn tokens(&self, tokenizer: &Tokenizer) -> Result<Tokens> {
+        tokens(tokenizer, &self.text, &self.answer, usize::MAX - 1)
+    }
 }
 
 const WORDS: [&str; 24] = [
@@ -113,45 +120,14 @@ impl Probe {
                 }
             }
             Probe::Mqar => {
-                // Keys are pairs of words, so that there are enough of them.
-                let mut keys: Vec<(usize, usize)> = (0..WORDS.len() * WORDS.len())
-                    .map(|i| (i / WORDS.len(), i % WORDS.len()))
-                    .collect();
-                keys.shuffle(random);
-                let pairs: Vec<(String, &str)> = (0..parts)
-                    .map(|i| {
-                        let (a, b) = keys[i % keys.len()];
-                        (format!("{} {}", WORDS[a], WORDS[b]), pick(&WORDS, random))
-                    })
-                    .collect();
-                let lines: Vec<String> = pairs.iter().map(|(k, v)| format!("{k}: {v}.")).collect();
-                let (key, value) = &pairs[at];
-                Question {
-                    text: format!("{} {key}:", lines.join(" ")),
-                    answer: format!(" {value}"),
-                }
+                let keys = keys(&WORDS, parts, random);
+                let values: Vec<&str> = (0..parts).map(|_| pick(&WORDS, random)).collect();
+                lookup(&keys, &values, at)
             }
             Probe::Phonebook => {
-                let entries: Vec<(String, String)> = (0..parts)
-                    .map(|i| {
-                        let name = format!(
-                            "{} {}",
-                            NAMES[i % NAMES.len()],
-                            NAMES[i / NAMES.len() % NAMES.len()]
-                        );
-                        (name, digits(random))
-                    })
-                    .collect();
-                let mut order: Vec<usize> = (0..parts).collect();
-                order.shuffle(random);
-                let lines: Vec<String> = (order.iter())
-                    .map(|i| format!("{}: {}.", entries[*i].0, entries[*i].1))
-                    .collect();
-                let (name, number) = &entries[order[at]];
-                Question {
-                    text: format!("{} {name}:", lines.join(" ")),
-                    answer: format!(" {number}"),
-                }
+                let names = keys(&NAMES, parts, random);
+                let numbers: Vec<String> = (0..parts).map(|_| digits(random)).collect();
+                lookup(&names, &numbers, at)
             }
             Probe::Copying => {
                 let words: Vec<&str> = (0..parts).map(|_| pick(&WORDS, random)).collect();
@@ -209,6 +185,30 @@ impl Probe {
                 Some(text[at..].split('.').next()?.to_owned())
             }
         }
+    }
+}
+
+/// `count` different keys in random order. All have as many words, two or, for more keys than there are pairs,
+/// as many as are needed: so no key ends another one.
+fn keys(words: &[&str], count: usize, random: &mut ChaCha8Rng) -> Vec<String> {
+    let (mut length, mut all) = (2, words.len() * words.len());
+    while all < count {
+        (length, all) = (length + 1, all * words.len());
+    }
+    let key = |number: usize| {
+        let place = |i: u32| words[number / words.len().pow(i) % words.len()];
+        (0..length).map(place).collect::<Vec<_>>().join(" ")
+    };
+    sample(random, all, count).iter().map(key).collect()
+}
+
+/// Keys with their values, and the question for one of them.
+fn lookup(keys: &[String], values: &[impl AsRef<str>], at: usize) -> Question {
+    let line = |i: usize| format!("{}: {}.", keys[i], values[i].as_ref());
+    let lines: Vec<String> = (0..keys.len()).map(line).collect();
+    Question {
+        text: format!("{} {}:", lines.join(" "), keys[at]),
+        answer: format!(" {}", values[at].as_ref()),
     }
 }
 
@@ -283,12 +283,14 @@ pub fn sweep(
             cells.len() + 1
         );
         let questions: Vec<Tokens> = (0..sweep.count.max(1))
-            .map(|_| fitting(tokenizer, probe, length, depth, &mut random))
+            .map(|_| {
+                let question = fitting(tokenizer, probe, length, depth, &mut random)?;
+                question.tokens(tokenizer)
+            })
             .collect::<Result<_>>()?;
         let found = log_likelihoods(lm, &questions, sweep.batch_tokens, &stage, watch)?;
         let right = found.iter().filter(|(_, greedy)| *greedy).count();
         let answers: usize = questions.iter().map(|q| q.continuation.len()).sum();
-        let size = |q: &Tokens| q.context.len() + q.continuation.len();
         cells.push(Cell {
             probe,
             length,
@@ -296,7 +298,8 @@ pub fn sweep(
             accuracy: right as f64 / questions.len() as f64,
             log_likelihood: found.iter().map(|(sum, _)| sum).sum::<f64>() / answers as f64,
             count: questions.len(),
-            tokens: questions.iter().map(size).sum::<usize>() as f64 / questions.len() as f64,
+            tokens: questions.iter().map(Tokens::size).sum::<usize>() as f64
+                / questions.len() as f64,
         });
     }
     Ok(cells)
@@ -309,32 +312,29 @@ fn fitting(
     length: usize,
     depth: f64,
     random: &mut ChaCha8Rng,
-) -> Result<Tokens> {
+) -> Result<Question> {
     // The same draws for every size that is tried.
-    let of = |parts: usize| -> Result<Tokens> {
-        let question = probe.question(parts, depth, &mut random.clone());
-        tokens(tokenizer, &question.text, &question.answer, usize::MAX - 1)
-    };
-    let size = |t: &Tokens| t.context.len() + t.continuation.len();
+    let of = |parts: usize| probe.question(parts, depth, &mut random.clone());
+    let size = |parts: usize| -> Result<usize> { Ok(of(parts).tokens(tokenizer)?.size()) };
     let (mut low, mut high) = (2, 4);
-    if size(&of(low)?) > length {
+    if size(low)? > length {
         return Err(Error::invalid(format!(
             "no {} question fits into {length} tokens: the shortest has {}",
             probe.name(),
-            size(&of(low)?)
+            size(low)?
         )));
     }
-    while size(&of(high)?) <= length && high < 1 << 20 {
+    while size(high)? <= length && high < 1 << 20 {
         (low, high) = (high, 2 * high);
     }
     while high - low > 1 {
         let middle = low.midpoint(high);
-        match size(&of(middle)?) <= length {
+        match size(middle)? <= length {
             true => low = middle,
             false => high = middle,
         }
     }
-    let found = of(low)?;
+    let found = of(low);
     // The next question draws anew.
     random.random::<u64>();
     Ok(found)
@@ -361,6 +361,40 @@ mod tests {
         }
     }
 
+    /// At the lengths of the README's sweep too, where there are thousands of keys.
+    #[test]
+    fn a_copying_oracle_is_right_at_every_length() {
+        let tokenizer = Tokenizer::open(Path::new("assets/teacher")).unwrap();
+        let mut random = ChaCha8Rng::seed_from_u64(4);
+        for probe in Probe::ALL {
+            for length in [1024, 4096, 16_384] {
+                for depth in [0.0, 0.5, 1.0] {
+                    let question = fitting(&tokenizer, probe, length, depth, &mut random).unwrap();
+                    let found = probe.oracle(&question.text);
+                    assert_eq!(
+                        found.as_ref(),
+                        Some(&question.answer),
+                        "{probe:?} of {length} tokens, depth {depth}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn keys_are_different_however_many_there_are() {
+        let mut random = ChaCha8Rng::seed_from_u64(5);
+        for (count, words) in [(2, 2), (256, 2), (257, 3), (5000, 4)] {
+            let keys = keys(&NAMES, count, &mut random);
+            let different: std::collections::BTreeSet<_> = keys.iter().collect();
+            assert_eq!(different.len(), count);
+            assert!(
+                keys.iter().all(|k| k.split(' ').count() == words),
+                "{count}"
+            );
+        }
+    }
+
     #[test]
     fn depth_moves_the_answer() {
         let mut random = ChaCha8Rng::seed_from_u64(2);
@@ -383,7 +417,7 @@ mod tests {
         for probe in Probe::ALL {
             for length in [80, 200] {
                 let found = fitting(&tokenizer, probe, length, 0.5, &mut random).unwrap();
-                let size = found.context.len() + found.continuation.len();
+                let size = found.tokens(&tokenizer).unwrap().size();
                 assert!(
                     size <= length && size + 40 > length,
                     "{probe:?}: {size} of {length}"

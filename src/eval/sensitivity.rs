@@ -100,3 +100,92 @@ pub fn sensitivity(
         tokens: windows * seq_len,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::Packing;
+    use crate::mixer::{AttentionConfig, MixerConfig};
+    use crate::model::ModelConfig;
+    use crate::weights::Weights;
+
+    /// Two tokens, embedded as (1, 1) and (1, -1); two layers, whose values multiply the first and second dim by these
+    /// factors and whose MLPs give 0; the logits are the normed hidden state itself.
+    fn model(layers: [[f32; 2]; 2]) -> Lm {
+        let attention = AttentionConfig {
+            num_attention_heads: 1,
+            num_key_value_heads: 1,
+            head_dim: 2,
+            rope: None,
+        };
+        let config = ModelConfig {
+            model_type: ModelConfig::MODEL_TYPE.into(),
+            format_version: crate::model::FORMAT_VERSION,
+            hidden_size: 2,
+            intermediate_size: 1,
+            vocab_size: 2,
+            max_position_embeddings: 8,
+            rms_norm_eps: 1e-12,
+            tie_word_embeddings: false,
+            bos_token_id: None,
+            eos_token_id: Vec::new(),
+            layers: vec![MixerConfig::Attention(attention); 2],
+        };
+        let tensors = config.params().into_iter().map(|(name, shape)| {
+            let count = shape.iter().product();
+            let layer = |i: usize| name.starts_with(&format!("model.layers.{i}."));
+            let values: Vec<f32> = match name.rsplit('.').nth(1).unwrap() {
+                "embed_tokens" => vec![1.0, 1.0, 1.0, -1.0],
+                "o_proj" | "lm_head" => vec![1.0, 0.0, 0.0, 1.0],
+                "v_proj" => {
+                    let [a, b] = layers[usize::from(layer(1))];
+                    vec![a, 0.0, 0.0, b]
+                }
+                norm if norm.contains("norm") => vec![1.0; count],
+                _ => vec![0.0; count],
+            };
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+            (name, tensor)
+        });
+        Lm::new(&config, &Weights::new(tensors.collect())).unwrap()
+    }
+
+    /// Windows of one token: attention gives the value itself. The norm makes (x, y) into (x, y) / sqrt((x² + y²) / 2),
+    /// and 49 + 1 = 2 · 5². Differences of the two logits:
+    ///
+    /// | token | model | layer 0 adds 6 to x | layer 1 adds 6 to y (-6 for the second token) |
+    /// |---|---|---|---|
+    /// | (1, 1) | (1, 1): 0 | (7, 1)/5: 1.2 | (1, 7)/5: -1.2 |
+    /// | (1, -1) | (1, -1): 2 | (7, -1)/5: 1.6 | (1, -7)/5: 1.6 |
+    ///
+    /// The teacher is the model with layer 0 replaced. KL of logit differences a to b, with p = 1/(1 + e^-a):
+    /// p ln(p/q) + (1 - p) ln((1 - p)/(1 - q)). First token: KL(1.2, 0) = 0.1520945, KL(1.2, 1.2) = 0,
+    /// KL(1.2, -1.2) = 0.6444595; second: KL(1.6, 2) = 0.0102199, and twice KL(1.6, 1.6) = 0.
+    #[test]
+    fn scores_are_what_a_hand_computes() {
+        let (none, x, y) = ([0.0, 0.0], [6.0, 0.0], [0.0, 6.0]);
+        let (teacher, all, other) = (model([x, none]), model([none, none]), model([x, y]));
+        let corpus = Corpus::new(&[vec![0, 1]], Packing::Documents);
+        let found = sensitivity(
+            &teacher,
+            &all,
+            &other,
+            &corpus,
+            2,
+            1,
+            &crate::watch::Quiet::default(),
+        )
+        .unwrap();
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 2e-6, "{a} for {b}: {found:?}");
+        // Means of 0.1520945 and 0.0102199; of two values the standard error is half their distance.
+        close(found.kl, 0.0811572);
+        close(found.layers[0].score, 0.0811572);
+        close(found.layers[0].standard_error, 0.0709373);
+        // Of 0.1520945 - 0.6444595 = -0.4923650 and 0.0102199.
+        close(found.layers[1].score, -0.2410726);
+        close(found.layers[1].standard_error, 0.2512925);
+        assert_eq!((found.layers.len(), found.tokens), (2, 2));
+    }
+}

@@ -91,7 +91,7 @@ impl Engine {
             let hidden = self.lm.resume(&input, &mut state)?;
             let last = hidden.narrow(1, next.len() - 1, 1)?;
             let logits = self.lm.head(&last)?.flatten_all()?.to_dtype(DType::F32)?;
-            let token = sampler.sample(&logits.to_vec1::<f32>()?);
+            let token = sampler.sample(&logits.to_vec1::<f32>()?)?;
             if completion_tokens == 0 {
                 first = started.elapsed();
             }

@@ -66,11 +66,24 @@ impl Sampler {
         }
     }
 
-    /// The next token of `logits [V]`.
-    pub fn sample(&mut self, logits: &[f32]) -> u32 {
+    /// The next token of `logits [V]`; `-inf` is never drawn.
+    ///
+    /// # Errors
+    /// Logits of which one is not a number or infinite: the weights are broken.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        if let Some(token) = logits
+            .iter()
+            .position(|l| l.is_nan() || *l == f32::INFINITY)
+        {
+            return Err(Error::invalid(format!(
+                "the model gives {} for token {token}: its weights, or what they compute, are not finite; \
+                 go back to a checkpoint from before",
+                logits[token]
+            )));
+        }
         let p = &self.params;
         if p.temperature == 0.0 {
-            return argmax(logits);
+            return Ok(argmax(logits));
         }
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         let logit = |i: u32| logits[i as usize];
@@ -98,13 +111,13 @@ impl Sampler {
             left -= w;
             left < 0.0
         });
-        order[chosen.unwrap_or(nucleus - 1)]
+        Ok(order[chosen.unwrap_or(nucleus - 1)])
     }
 }
 
-/// The first of the largest; entries that are not numbers never win.
-pub fn argmax(logits: &[f32]) -> u32 {
-    let better = |best: usize, i: usize| match logits[i] > logits[best] || logits[best].is_nan() {
+/// The first of the largest.
+fn argmax(logits: &[f32]) -> u32 {
+    let better = |best: usize, i: usize| match logits[i] > logits[best] {
         true => i,
         false => best,
     };
@@ -121,7 +134,7 @@ mod tests {
         let mut sampler = Sampler::new(&params);
         let mut counts = [0; 4];
         for _ in 0..4000 {
-            counts[sampler.sample(&LOGITS) as usize] += 1;
+            counts[sampler.sample(&LOGITS).unwrap() as usize] += 1;
         }
         counts
     }
@@ -129,7 +142,23 @@ mod tests {
     #[test]
     fn greedy_takes_the_likeliest() {
         assert_eq!(drawn(SamplingParams::default()), [0, 4000, 0, 0]);
-        assert_eq!(argmax(&[f32::NAN, 1.0, 1.0]), 1);
+        assert_eq!(argmax(&[0.0, 1.0, 1.0]), 1);
+    }
+
+    #[test]
+    fn logits_that_are_not_numbers_are_an_error() {
+        for temperature in [0.0, 1.0] {
+            let params = SamplingParams {
+                temperature,
+                ..Default::default()
+            };
+            let sample = |logits: &[f32]| Sampler::new(&params).sample(logits);
+            for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+                let message = sample(&[0.0, bad, 1.0]).unwrap_err().to_string();
+                assert!(message.contains("for token 1"), "{message}");
+            }
+            assert_eq!(sample(&[f32::NEG_INFINITY, 0.0]).unwrap(), 1);
+        }
     }
 
     #[test]
@@ -176,7 +205,9 @@ mod tests {
         };
         let draw = || {
             let mut sampler = Sampler::new(&params);
-            (0..50).map(|_| sampler.sample(&LOGITS)).collect::<Vec<_>>()
+            (0..50)
+                .map(|_| sampler.sample(&LOGITS).unwrap())
+                .collect::<Vec<_>>()
         };
         assert_eq!(draw(), draw());
     }

@@ -2,6 +2,8 @@
 //! and carrying it out.
 
 mod base;
+mod budget;
+mod check;
 pub mod embedded;
 mod recipe;
 mod run;
@@ -10,6 +12,8 @@ mod tests;
 mod training;
 
 pub use base::{Base, open_bank};
-pub use recipe::{Recipe, Teacher, Text};
-pub use run::{Outcome, StageResult, Surroundings, clear, kept, run, teacher_folder};
+pub use budget::{Budget, Damage, Damages, candidates, damages};
+pub use check::{check, teacher_folder};
+pub use recipe::{Method, Recipe, Teacher, Text};
+pub use run::{Outcome, StageResult, Surroundings, clear, kept, run};
 pub use training::{start_training, tell_step};

@@ -7,13 +7,18 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::convert::{CalibrationConfig, InitName, PlanOptions, RankRule, Selector, plan};
+use super::budget::{self, Budget};
+use crate::convert::{
+    CalibrationConfig, InitName, PlanOptions, RankRule, Selector, check_growth, check_ranks, plan,
+    select,
+};
 use crate::data::Packing;
+use crate::mixer::MixerConfig;
 use crate::model::ModelConfig;
 use crate::train::TrainConfig;
 use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
-use crate::train::stage::kd::KdConfig;
+use crate::train::stage::kd::{KdConfig, Schedule, Trained};
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -151,20 +156,120 @@ pub struct IldStage {
     pub train: TrainConfig,
 }
 
+/// How mixers are chosen. The same on the command line and in a recipe's `[select]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// Zebra-Llama's: ends kept, near-uniform gaps, the largest total score.
+    #[default]
+    Smart,
+    /// Evenly spaced, whatever the scores.
+    Uniform,
+    /// The largest scores, wherever they stand.
+    Greedy,
+    /// Mixer and rank of every layer: least KL within the bytes given. Each layer alone is replaced in the
+    /// teacher, and damages are taken to add up.
+    Budget,
+}
+
+impl Method {
+    /// How places are chosen from a bank's scores; a budget needs no bank.
+    pub fn selector(self) -> Option<Selector> {
+        match self {
+            Method::Smart => Some(Selector::Smart),
+            Method::Uniform => Some(Selector::Uniform),
+            Method::Greedy => Some(Selector::Greedy),
+            Method::Budget => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct SelectStage {
-    #[serde(default)]
-    pub method: Selector,
-    /// Layers to become MLA.
-    pub count: usize,
+    pub method: Method,
+    /// Layers to become MLA (all methods but budget).
+    pub count: Option<usize>,
+    /// Most bytes of KV cache a token, bf16 (budget).
+    pub kv_bytes: Option<usize>,
+    /// Most bytes of recurrent state a sequence, f32 (budget).
+    pub state_bytes: Option<usize>,
+    /// Ranks of the latent to choose from (budget).
+    pub ranks: Vec<usize>,
     /// Tokens of the validation text to score on.
-    #[serde(default = "sixteen_thousand")]
     pub tokens: usize,
 }
 
-fn sixteen_thousand() -> usize {
-    16_384
+impl Default for SelectStage {
+    fn default() -> Self {
+        Self {
+            method: Method::Smart,
+            count: None,
+            kv_bytes: None,
+            state_bytes: None,
+            ranks: vec![8, 16, 32],
+            tokens: 16_384,
+        }
+    }
+}
+
+impl SelectStage {
+    pub fn budget(&self) -> Budget {
+        Budget {
+            kv_bytes: self.kv_bytes,
+            state_bytes: self.state_bytes,
+        }
+    }
+
+    /// A plan as this stage could choose it; what is measured decides among such.
+    fn likely(
+        &self,
+        teacher: &ModelConfig,
+        options: &PlanOptions,
+        bank: bool,
+    ) -> Result<PlanOptions> {
+        if !(options.mla.is_empty() && options.layers.is_none()) {
+            return Err(Error::invalid(
+                "[plan] names the MLA layers already: leave mla and layers out of it, or [select]",
+            ));
+        }
+        if self.method == Method::Budget {
+            if bank {
+                return Err(Error::invalid(
+                    "a budget chooses ranks, and a bank has one for all: leave [ild] out, or its target must be hybrid",
+                ));
+            }
+            if self.count.is_some() || !options.attention.is_empty() {
+                return Err(Error::invalid(
+                    "a budget decides every layer: leave out count, and attention in [plan]",
+                ));
+            }
+            let kinds = budget::fitting(teacher, options, &self.ranks, self.budget())?;
+            return Ok(options.with_layers(kinds));
+        }
+        if !bank {
+            return Err(Error::invalid(
+                "places are chosen from an ILD bank: [ild] target must be bank",
+            ));
+        }
+        if self.budget() != Budget::default() {
+            return Err(Error::invalid(
+                "kv_bytes and state_bytes are for method = \"budget\"",
+            ));
+        }
+        let scores = vec![0.0; teacher.layers.len()];
+        Ok(PlanOptions {
+            mla: select(Selector::Uniform, &scores, self.count()?)?,
+            ..options.clone()
+        })
+    }
+
+    /// # Errors
+    /// When it is missing.
+    pub fn count(&self) -> Result<usize> {
+        let missing = || Error::invalid("count is missing: how many layers become MLA");
+        self.count.ok_or_else(missing)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -199,6 +304,38 @@ impl Default for EvalStage {
             seq_len: 256,
         }
     }
+}
+
+impl EvalStage {
+    /// # Errors
+    /// Names the field that cannot work.
+    fn validate(&self) -> Result<()> {
+        // The rules of a batch are the same as in training.
+        let batch = TrainConfig {
+            batch_size: self.batch_size,
+            seq_len: self.seq_len,
+            ..TrainConfig::default()
+        };
+        batch.validate()
+    }
+}
+
+/// # Errors
+/// Windows of more tokens than the model has positions for.
+pub(super) fn check_context(model: &ModelConfig, seq_len: usize) -> Result<()> {
+    let context = model.max_position_embeddings;
+    match seq_len > context {
+        true => Err(Error::invalid(format!(
+            "seq_len {seq_len} is above the teacher's context of {context}"
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// What of a recipe an error is about.
+pub(super) fn at(stage: &str) -> impl Fn(Error) -> Error + use<> {
+    let stage = stage.to_owned();
+    move |e| Error::invalid(format!("[{stage}] {e}"))
 }
 
 impl Recipe {
@@ -238,52 +375,70 @@ impl Recipe {
         toml::from_str(text).map_err(Error::invalid)
     }
 
-    /// What each KD stage makes of the layers: the student's configs, the first before any KD, one for each
-    /// stage after it. Placements that `select` will choose are taken to be uniform.
+    /// Whether anything is fitted to the teacher's activations.
+    pub fn needs_calibration(&self) -> bool {
+        let mut plans = std::iter::once(&self.plan).chain(self.kd.iter().flat_map(|kd| &kd.plan));
+        self.init == InitName::Refined || plans.any(PlanOptions::needs_weights)
+    }
+
+    /// Whether ILD trains candidates for every layer.
+    pub fn has_bank(&self) -> bool {
+        let bank = |ild: &IldStage| ild.target == IldTarget::Bank;
+        self.ild.as_ref().is_some_and(bank)
+    }
+
+    /// What can be said of the recipe from the teacher's config alone. Gives what each KD stage makes of the layers: the
+    /// student's configs, the first before any KD, one for each stage after it. Of what `select` will choose, one
+    /// possible outcome is taken: a uniform placement, or anything within the budget.
     ///
     /// # Errors
     /// Names the stage and the setting that cannot work with this teacher.
     pub fn check(&self, teacher: &ModelConfig) -> Result<Vec<ModelConfig>> {
-        let at = |stage: &str| {
-            let stage = stage.to_owned();
-            move |e: Error| Error::invalid(format!("[{stage}] {e}"))
-        };
-        let layers = teacher.layers.len();
-        let bank = self
-            .ild
-            .as_ref()
-            .is_some_and(|ild| ild.target == IldTarget::Bank);
+        let window = |seq_len: usize| check_context(teacher, seq_len);
+        self.eval.validate().map_err(at("eval"))?;
+        window(self.eval.seq_len).map_err(at("eval"))?;
+        if self.needs_calibration() {
+            window(self.calibration.seq_len).map_err(at("calibration"))?;
+        }
+        let bank = self.has_bank();
         if let Some(ild) = &self.ild {
             ild.train.validate().map_err(at("ild.train"))?;
+            window(ild.train.seq_len).map_err(at("ild.train"))?;
         }
-        let mut options = self.plan.clone();
-        if let Some(select) = &self.select {
-            if !bank {
-                return Err(at("select")(Error::invalid(
-                    "places are chosen from an ILD bank: [ild] target must be bank",
-                )));
-            }
-            if !(self.plan.mla.is_empty() && self.plan.layers.is_none()) {
-                return Err(at("select")(Error::invalid(
-                    "[plan] names the MLA layers already: leave mla and layers out of it, or [select]",
-                )));
-            }
-            let scores = vec![0.0; layers];
-            options.mla = crate::convert::select(Selector::Uniform, &scores, select.count)
-                .map_err(at("select"))?;
+        let options = match &self.select {
+            Some(select) => select
+                .likely(teacher, &self.plan, bank)
+                .map_err(at("select"))?,
+            None => self.plan.clone(),
+        };
+        let first = sized(teacher, &options).map_err(at("plan"))?;
+        if bank {
+            check_bank(&first, &options).map_err(at("plan"))?;
         }
-        let mut students = vec![sized(teacher, &options).map_err(at("plan"))?];
+        let mut students = vec![first];
         for (i, kd) in self.kd.iter().enumerate() {
-            let stage = format!("kd {}", i + 1);
-            kd.train.validate().map_err(at(&stage))?;
-            kd.objective
-                .validate(teacher.vocab_size)
-                .map_err(at(&stage))?;
+            let at = at(&format!("kd {}", i + 1));
+            kd.train.validate().map_err(&at)?;
+            kd.objective.validate(teacher.vocab_size).map_err(&at)?;
+            window(kd.train.seq_len).map_err(&at)?;
             let before = students.last().expect("starts with one");
             let student = match &kd.plan {
-                Some(options) => sized(teacher, options).map_err(at(&stage))?,
+                Some(options) => {
+                    let student = sized(teacher, options).map_err(&at)?;
+                    check_growth(&student, before).map_err(&at)?;
+                    student
+                }
                 None => before.clone(),
             };
+            let kept = |layer| matches!(layer, &MixerConfig::Attention(_));
+            let (schedule, trained) = (kd.objective.schedule, kd.objective.trained);
+            if student.layers.iter().all(kept)
+                && (schedule == Schedule::Stepwise || trained == Trained::Mixers)
+            {
+                return Err(at(Error::invalid(
+                    "the student has no converted layer to train",
+                )));
+            }
             students.push(student);
         }
         if let Some(dpo) = &self.dpo {
@@ -299,8 +454,27 @@ impl Recipe {
     }
 }
 
+/// # Errors
+/// A hybrid that cannot be composed of a bank's layers.
+fn check_bank(student: &ModelConfig, options: &PlanOptions) -> Result<()> {
+    let kept = |layer: &MixerConfig| matches!(layer, MixerConfig::Attention(_));
+    if let Some(i) = student.layers.iter().position(kept) {
+        return Err(Error::invalid(format!(
+            "layer {i} keeps its attention, and a bank has MLA and Mamba2 only: [ild] target must be hybrid"
+        )));
+    }
+    if let Some(rule @ (RankRule::Share(_) | RankRule::Bytes(_))) = options.kv_lora_rank {
+        return Err(Error::invalid(format!(
+            "the rank {rule} is for the layers of one hybrid, a bank has all of them as MLA: [ild] target must be \
+             hybrid, or give a number or energy:SHARE"
+        )));
+    }
+    Ok(())
+}
+
 /// The plan with ranks that depend on weights left at their defaults.
 fn sized(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
+    check_ranks(teacher, options)?;
     let number = |rule: Option<RankRule>| rule.filter(|r| matches!(r, RankRule::Fixed(_)));
     let options = PlanOptions {
         kv_lora_rank: number(options.kv_lora_rank),

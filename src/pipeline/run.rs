@@ -10,20 +10,22 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
 use super::base::{Base, open_bank};
-use super::embedded;
-use super::recipe::{DpoStage, IldStage, IldTarget, KdStage, Recipe, SelectStage, Teacher, Text};
+use super::budget::{Damages, damages};
+use super::check::Checked;
+use super::recipe::{DpoStage, IldStage, IldTarget, KdStage, Recipe, SelectStage};
 use super::training::{start_training, tell_step};
 use crate::checkpoint::{self, Checkpoint, Format};
 use crate::convert::{
     Calibration, Composed, Init, InitName, PlanOptions, compose_from_bank, grow, select,
 };
-use crate::data::{Batches, Corpus, Packing, Preferences, stories};
+use crate::data::{Batches, Corpus, Preferences};
 use crate::eval::kl::{self, KlReport};
 use crate::eval::sensitivity::{Sensitivity, sensitivity};
 use crate::hash::Hash;
+use crate::numerics;
 use crate::train::stage::dpo::Dpo;
 use crate::train::stage::kd::converted;
-use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, train};
+use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, partial_folder, train};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -31,6 +33,8 @@ use crate::{Error, Result};
 pub struct Surroundings<'a> {
     pub out: &'a Path,
     pub device: Device,
+    /// Optimizer steps between saves.
+    pub save_every: u64,
     pub watch: &'a dyn Watch,
 }
 
@@ -54,7 +58,10 @@ pub struct Outcome {
     /// The last checkpoint.
     pub student: PathBuf,
     pub kv_ratio: f64,
+    /// Of a bank's layers, where they were selected by them.
     pub scores: Option<Sensitivity>,
+    /// What a budget was filled by.
+    pub damages: Option<Damages>,
 }
 
 /// Carries out what is not done yet.
@@ -75,20 +82,6 @@ pub fn kept(out: &Path) -> impl Fn(Error) -> Error {
             out.display()
         )),
         other => other,
-    }
-}
-
-/// The teacher's folder; the embedded one is written into `out`.
-pub fn teacher_folder(teacher: &Teacher, out: &Path) -> Result<PathBuf> {
-    match teacher {
-        Teacher::Folder(folder) => Ok(folder.clone()),
-        Teacher::Embedded => {
-            let folder = out.join("teacher");
-            if !folder.exists() {
-                embedded::write_teacher(&folder)?;
-            }
-            Ok(folder)
-        }
     }
 }
 
@@ -126,7 +119,7 @@ struct Run<'a> {
     hash: String,
     train: Corpus,
     validation: Corpus,
-    preferences: Option<PathBuf>,
+    preferences: Option<Preferences>,
 }
 
 /// A checkpoint on the way, and what decided it.
@@ -137,54 +130,15 @@ struct Student {
 
 impl<'a> Run<'a> {
     fn open(recipe: &'a Recipe, with: &Surroundings) -> Result<Self> {
-        std::fs::create_dir_all(with.out).map_err(Error::io("cannot create", with.out))?;
-        let folder = teacher_folder(&recipe.teacher, with.out)?;
-        let base = Base::open(&folder, with.device.clone())?;
-        recipe.check(base.config())?;
-        let file = |text: &Text, preferences: bool| -> Result<PathBuf> {
-            match text {
-                Text::File(path) => Ok(path.clone()),
-                Text::Stories { seed, count } => {
-                    let kind = if preferences {
-                        "preferences"
-                    } else {
-                        "stories"
-                    };
-                    let path = with.out.join(format!("{kind}-{seed}-{count}.jsonl"));
-                    let lines = match preferences {
-                        true => stories::preferences_to_jsonl(*seed, *count),
-                        false => stories::to_jsonl(*seed, *count),
-                    };
-                    checkpoint::write_atomic(&path, lines.as_bytes())?;
-                    Ok(path)
-                }
-            }
-        };
-        let data = &recipe.data;
-        let load = |text: &Text, packing: Packing| -> Result<Corpus> {
-            Corpus::load(&file(text, false)?, &base.tokenizer, packing)
-        };
-        let (train, validation) = (
-            load(&data.train, data.packing)?,
-            load(&data.validation, Packing::Documents)?,
-        );
-        let trained = recipe.ild.iter().map(|s| &s.train);
-        for config in trained.chain(recipe.kd.iter().map(|s| &s.train)) {
-            train.check(config.batch_size, config.seq_len)?;
-            config.steps(train.windows(config.seq_len))?;
-        }
-        validation.check(1, recipe.eval.seq_len)?;
-        let preferences = match (&recipe.dpo, &data.preferences) {
-            (Some(_), Some(text)) => Some(file(text, true)?),
-            _ => None,
-        };
+        let checked = Checked::open(recipe, with.out, with.out)?;
+        let base = Base::open(&checked.teacher, with.device.clone())?;
         Ok(Self {
             hash: base.hash()?,
             recipe,
             base,
-            train,
-            validation,
-            preferences,
+            train: checked.train,
+            validation: checked.validation,
+            preferences: checked.preferences,
         })
     }
 
@@ -193,7 +147,7 @@ impl<'a> Run<'a> {
         let calibration = self.calibrate(with)?;
         let calibration = calibration.as_ref();
         let mut stages = Vec::new();
-        let mut scores = None;
+        let (mut scores, mut damages) = (None, None);
         let bank = match &recipe.ild {
             Some(ild) if ild.target == IldTarget::Bank => {
                 let (bank, metrics) = self.bank(ild, calibration, with)?;
@@ -208,15 +162,27 @@ impl<'a> Run<'a> {
             _ => None,
         };
         let mut options = recipe.plan.clone();
-        if let (Some(stage), Some(bank)) = (&recipe.select, &bank) {
-            let (placement, found) = self.select(stage, bank, with)?;
-            options.mla = placement;
-            scores = Some(found);
+        if let Some(stage) = &recipe.select {
+            match (stage.method.selector(), &bank) {
+                (Some(selector), Some(bank)) => {
+                    let found = self.scores(stage, bank, with)?;
+                    let values: Vec<f64> = found.layers.iter().map(|s| s.score).collect();
+                    options.mla = select(selector, &values, stage.count()?)?;
+                    scores = Some(found);
+                }
+                _ => {
+                    let found = self.damages(stage, calibration, with)?;
+                    let chosen = found.choose(stage.budget())?;
+                    options = options.with_layers(chosen.iter().map(|c| c.kind).collect());
+                    damages = Some(found);
+                }
+            }
         }
         let mut student = self.compose(&options, bank.as_ref(), None, calibration, with)?;
         stages.push(self.result("compose", &student, Vec::new(), with)?);
         if let (Some(ild), None) = (&recipe.ild, &bank) {
-            let key = self.key("ild", json!({ "ild": ild, "student": student.key }));
+            let settings = json!({ "ild": ild, "student": student.key });
+            let key = self.key(numerics::Stage::Ild, "ild", settings);
             let metrics;
             (student, metrics) = self.train("ild", key, &ild.train, &self.train, with, || {
                 self.base
@@ -247,14 +213,16 @@ impl<'a> Run<'a> {
             student: student.folder,
             stages,
             scores,
+            damages,
         })
     }
 
-    /// The hash of everything that decides a result; teacher and training text are always part of it.
-    fn key(&self, stage: &str, settings: serde_json::Value) -> String {
+    /// The hash of everything that decides a result; teacher, training text, what the program computes and on which kind
+    /// of device are always part of it.
+    fn key(&self, stage: numerics::Stage, name: &str, settings: serde_json::Value) -> String {
         let all = json!({
-            "stage": stage,
-            "version": env!("CARGO_PKG_VERSION"),
+            "stage": name,
+            "numerics": numerics::version(stage, &self.base.device),
             "base": self.hash,
             "data": self.train.hash(),
             "settings": settings,
@@ -264,22 +232,13 @@ impl<'a> Run<'a> {
 
     fn seeded(&self, train: &TrainConfig) -> TrainConfig {
         TrainConfig {
-            seed: train.seed + self.recipe.seed,
+            seed: train.seed.wrapping_add(self.recipe.seed),
             ..train.clone()
         }
     }
 
     fn calibrate(&self, with: &Surroundings) -> Result<Option<Calibration>> {
-        let ranks = |plan: &PlanOptions| plan.needs_weights();
-        let needed = self.recipe.init == InitName::Refined
-            || ranks(&self.recipe.plan)
-            || self
-                .recipe
-                .kd
-                .iter()
-                .filter_map(|kd| kd.plan.as_ref())
-                .any(ranks);
-        if !needed {
+        if !self.recipe.needs_calibration() {
             return Ok(None);
         }
         let config = &self.recipe.calibration;
@@ -301,10 +260,15 @@ impl<'a> Run<'a> {
 
     /// What decides an initialisation.
     fn birth(&self) -> serde_json::Value {
+        let device = &self.base.device;
         json!({
             "init": self.recipe.init,
             "calibration": self.recipe.calibration,
             "seed": self.recipe.seed,
+            "numerics": [
+                numerics::version(numerics::Stage::Calibration, device),
+                numerics::version(numerics::Stage::Init, device),
+            ],
         })
     }
 
@@ -315,28 +279,26 @@ impl<'a> Run<'a> {
         with: &Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let plan = &self.recipe.plan;
-        let key = self.key(
-            "bank",
-            json!({ "ild": ild, "plan": plan, "birth": self.birth() }),
-        );
+        let settings = json!({ "ild": ild, "plan": plan, "birth": self.birth() });
+        let key = self.key(numerics::Stage::Ild, "bank", settings);
         self.train("bank", key, &ild.train, &self.train, with, || {
             let init = self.init(calibration, false);
             self.base.bank(plan, &init, ild.objective, with.watch)
         })
     }
 
-    fn select(
+    /// SMART's scores of a bank.
+    fn scores(
         &self,
         stage: &SelectStage,
         bank: &Student,
         with: &Surroundings,
-    ) -> Result<(Vec<usize>, Sensitivity)> {
-        let sample = json!([bank.key, stage.tokens, self.validation.hash()]);
-        let path = with
-            .out
-            .join(format!("scores-{}.json", self.key("scores", sample)));
+    ) -> Result<Sensitivity> {
         let seq_len = self.recipe.eval.seq_len;
-        let scores: Sensitivity = self.once(&path, || {
+        let sample = json!([bank.key, stage.tokens, seq_len, self.validation.hash()]);
+        let key = self.key(numerics::Stage::Scores, "scores", sample);
+        let path = with.out.join(format!("scores-{key}.json"));
+        self.once(&path, || {
             let open = |name: &str| {
                 Checkpoint::open(&bank.folder.join(name))?.model(&with.device, DType::F32)
             };
@@ -349,9 +311,36 @@ impl<'a> Run<'a> {
                 seq_len,
                 with.watch,
             )
-        })?;
-        let values: Vec<f64> = scores.layers.iter().map(|s| s.score).collect();
-        Ok((select(stage.method, &values, stage.count)?, scores))
+        })
+    }
+
+    /// What each kind of layer costs the teacher.
+    fn damages(
+        &self,
+        stage: &SelectStage,
+        calibration: Option<&Calibration>,
+        with: &Surroundings,
+    ) -> Result<Damages> {
+        let seq_len = self.recipe.eval.seq_len;
+        let settings = json!({
+            "plan": self.recipe.plan,
+            "ranks": stage.ranks,
+            "birth": self.birth(),
+            "sample": [stage.tokens, seq_len],
+            "validation": self.validation.hash(),
+        });
+        let key = self.key(numerics::Stage::Scores, "damages", settings);
+        let path = with.out.join(format!("damages-{key}.json"));
+        self.once(&path, || {
+            damages(
+                &self.base,
+                &self.recipe.plan,
+                &stage.ranks,
+                &self.init(calibration, false),
+                (&self.validation, stage.tokens, seq_len),
+                with.watch,
+            )
+        })
     }
 
     /// A hybrid from the teacher, from a bank, or by converting more layers of `before`.
@@ -369,7 +358,7 @@ impl<'a> Run<'a> {
             "bank": bank.map(|b| &b.key),
             "before": before.map(|b| &b.key),
         });
-        let key = self.key("compose", settings);
+        let key = self.key(numerics::Stage::Init, "compose", settings);
         let folder = with.out.join(format!("hybrid-{key}"));
         if !folder.exists() {
             let student = self.base.plan(options, calibration)?;
@@ -419,7 +408,7 @@ impl<'a> Run<'a> {
         };
         let teacher = other.as_ref().unwrap_or(&self.base);
         let settings = json!({ "kd": kd, "student": student.key, "teacher": teacher.hash()? });
-        let key = self.key("kd", settings);
+        let key = self.key(numerics::Stage::Kd, "kd", settings);
         self.train(name, key, &kd.train, &self.train, with, || {
             let student = Checkpoint::open(&student.folder)?;
             teacher.kd(&student, settled, kd.objective)
@@ -429,23 +418,22 @@ impl<'a> Run<'a> {
     fn dpo(
         &self,
         dpo: &DpoStage,
-        pairs: &Path,
+        pairs: &Preferences,
         student: &Student,
         with: &Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
-        let pairs = Preferences::load(pairs, &self.base.tokenizer, dpo.objective.max_length)?;
         let settings = json!({ "dpo": dpo, "student": student.key, "pairs": pairs.hash() });
-        let key = self.key("dpo", settings);
+        let key = self.key(numerics::Stage::Dpo, "dpo", settings);
         let stored = with.out.join(format!("reference-{key}.safetensors"));
         let device = with.device.clone();
-        self.train("dpo", key, &dpo.train, &pairs, with, || {
+        self.train("dpo", key, &dpo.train, pairs, with, || {
             let student = Checkpoint::open(&student.folder)?;
             let weights = student.weights(DType::F32, &device)?;
             let config = dpo.objective;
             let dpo = Dpo::new(
                 &student.config,
                 &weights,
-                &pairs,
+                pairs,
                 config,
                 &stored,
                 with.watch,
@@ -467,7 +455,14 @@ impl<'a> Run<'a> {
         let config = self.seeded(config);
         let folder = with.out.join(format!("{}-{key}", name.replace(' ', "")));
         let metrics = match folder.exists() {
-            true => read_metrics(&folder.join("metrics.jsonl"))?,
+            true => {
+                // Killed between its last two acts, a run leaves its workplace.
+                let left = partial_folder(&folder);
+                if left.exists() {
+                    std::fs::remove_dir_all(&left).map_err(Error::io("cannot remove", &left))?;
+                }
+                read_metrics(&folder.join("metrics.jsonl"))?
+            }
             false => {
                 let (mut stage, watch) = (stage()?, with.watch);
                 start_training(watch, name, &config, data, &folder)?;
@@ -479,7 +474,7 @@ impl<'a> Run<'a> {
                         out: folder.clone(),
                         tokenizer: self.base.folder().to_owned(),
                         force: false,
-                        save_every: 100,
+                        save_every: with.save_every,
                         validation: None,
                         stop: &|| watch.stop(),
                         observe: &mut |metrics, _| tell_step(watch, metrics),
@@ -498,9 +493,8 @@ impl<'a> Run<'a> {
         with: &Surroundings,
     ) -> Result<StageResult> {
         let settings = json!([student.key, self.recipe.eval, self.validation.hash()]);
-        let path = with
-            .out
-            .join(format!("eval-{}.json", self.key("eval", settings)));
+        let key = self.key(numerics::Stage::Kl, "eval", settings);
+        let path = with.out.join(format!("eval-{key}.json"));
         let eval = &self.recipe.eval;
         let kl = self.once(&path, || {
             let lm = Checkpoint::open(&student.folder)?.model(&with.device, DType::F32)?;

@@ -76,6 +76,7 @@ fn carry_out(recipe: &Recipe, out: &Path, stop_after: usize) -> (Result<Outcome>
     let surroundings = Surroundings {
         out,
         device: Device::Cpu,
+        save_every: 100,
         watch: &watch,
     };
     let outcome = run(recipe, &surroundings);
@@ -153,6 +154,218 @@ fn killed_anywhere_a_run_ends_the_same() {
     other.kd[0].train.lr = 2e-3;
     let stages = carry_out(&other, &straight, 0).1;
     assert_eq!(stages, ["kd 1", "eval", "dpo reference", "dpo", "eval"]);
+}
+
+/// Everything that a score depends on is part of its key.
+#[test]
+fn scores_of_other_windows_are_made_anew() {
+    let mut recipe = Recipe::parse(SMALL).unwrap();
+    (recipe.kd, recipe.dpo) = (Vec::new(), None);
+    let root = tempfile::tempdir().unwrap();
+    let first = carry_out(&recipe, root.path(), 0).0.unwrap();
+    recipe.eval.seq_len = 32;
+    let (second, stages) = carry_out(&recipe, root.path(), 0);
+    assert!(stages.iter().any(|s| s == "select"), "{stages:?}");
+    assert_ne!(first.scores, second.unwrap().scores);
+}
+
+/// What `select --method budget` chooses, from a recipe, and what it makes of it.
+#[test]
+fn a_budget_chooses_mixers_and_ranks() {
+    let mut recipe = Recipe::parse(SMALL).unwrap();
+    (recipe.ild, recipe.dpo) = (None, None);
+    recipe.plan.kv_lora_rank = None;
+    recipe.select = Some(
+        toml::from_str("method = \"budget\"\nkv_bytes = 100\nranks = [16, 24]\ntokens = 256")
+            .unwrap(),
+    );
+    let root = tempfile::tempdir().unwrap();
+    let outcome = carry_out(&recipe, root.path(), 0).0.unwrap();
+    let config = Checkpoint::open(&outcome.student).unwrap().config;
+    let cached = config.cost().kv_per_token;
+    assert!(2 * cached <= 100, "{cached}");
+    // Chosen again from what was kept, as the command does.
+    let damages = outcome.damages.unwrap();
+    let budget = Budget {
+        kv_bytes: Some(100),
+        state_bytes: None,
+    };
+    let chosen = damages.choose(budget).unwrap();
+    let options = recipe
+        .plan
+        .with_layers(chosen.iter().map(|c| c.kind).collect());
+    let base = Base::open(&outcome.base, Device::Cpu).unwrap();
+    assert_eq!(damages.options.len(), 3);
+    let planned = base.plan(&options, None).unwrap();
+    let sizes = |c: &crate::model::ModelConfig| {
+        c.layers
+            .iter()
+            .map(|l| l.params(c.hidden_size))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(sizes(&planned), sizes(&config));
+    // Another budget needs no new measurement.
+    recipe.select.as_mut().unwrap().kv_bytes = Some(60);
+    let stages = carry_out(&recipe, root.path(), 0).1;
+    assert_eq!(stages, ["compose", "eval", "kd 1", "eval"]);
+    recipe.select.as_mut().unwrap().state_bytes = Some(1);
+    let error = carry_out(&recipe, root.path(), 0)
+        .0
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("[select] no choice of mixers fits"),
+        "{error}"
+    );
+}
+
+/// Whatever cannot work is found before the first stage, by `run` and by `run --plan` in the same words.
+#[test]
+fn nothing_is_made_of_a_recipe_that_must_fail() {
+    let root = tempfile::tempdir().unwrap();
+    let other = root.path().join("other");
+    embedded::write_teacher(&other).unwrap();
+    let config = std::fs::read_to_string(other.join("config.json")).unwrap();
+    let hybrid = "[ild]\ntarget = \"hybrid\"";
+    for (from, to, part) in [
+        (
+            "\"stories:2:150\"",
+            "\"nowhere.jsonl\"",
+            "[data] train nowhere.jsonl: no such file",
+        ),
+        (
+            "\"stories:3:20\"",
+            "\"nowhere.jsonl\"",
+            "[data] validation nowhere.jsonl",
+        ),
+        (
+            "\"stories:4:12\"",
+            "\"nowhere.jsonl\"",
+            "[data] preferences nowhere.jsonl",
+        ),
+        ("\"embedded\"", "\"nowhere\"", "nowhere: no such folder"),
+        ("[[kd]]", "[[kd]]\nteacher = \"nowhere\"", "[kd 1] "),
+        (
+            "steps = 4, seq_len = 64",
+            "steps = 4, seq_len = 0",
+            "[ild.train] seq_len must not be 0",
+        ),
+        (
+            "batch_size = 2, lr = 1e-3",
+            "batch_size = 0, lr = 1e-3",
+            "[kd 1] batch_size must not be 0",
+        ),
+        (
+            "seq_len = 64, batch_size = 2, lr = 1e-3",
+            "seq_len = 8192, lr = 1e-3",
+            "[kd 1] seq_len 8192 is above",
+        ),
+        (
+            "batch_size = 2, lr = 1e-3",
+            "batch_size = 1000000, lr = 1e-3",
+            "[kd 1] batch_size 1000000",
+        ),
+        (
+            "batch_size = 2, lr = 1e-3",
+            "batch_size = 5000, lr = 1e-3",
+            "[kd 1] the data has",
+        ),
+        (
+            "lr = 1e-3",
+            "lr = 1e11",
+            "[kd 1] lr 100000000000 must lie between 0 and 1",
+        ),
+        (
+            "steps = 3, batch_size = 2",
+            "steps = 3, batch_size = 13",
+            "[dpo.train] the data has 12 pairs",
+        ),
+        (
+            "max_length = 96",
+            "max_prompt = 0",
+            "[dpo.objective] max_prompt 0",
+        ),
+        (
+            "batch_size = 4",
+            "batch_size = 0",
+            "[eval] batch_size must not be 0",
+        ),
+        (
+            "[eval]\nseq_len = 64",
+            "[eval]\nseq_len = 0",
+            "[eval] seq_len must not be 0",
+        ),
+        (
+            "[eval]\nseq_len = 64",
+            "[eval]\nseq_len = 512",
+            "[eval] seq_len 512 is above the teacher's context",
+        ),
+        (
+            "held_out_tokens = 256\nseq_len = 64",
+            "seq_len = 0",
+            "[calibration] ",
+        ),
+        (
+            "kv_lora_rank = 16",
+            "kv_lora_rank = \"budget:50%\"",
+            "[plan] the rank budget:50% is for",
+        ),
+        (
+            "kv_lora_rank = 16",
+            "kv_lora_rank = 16\nattention = [3]",
+            "[plan] layer 3 keeps its attention",
+        ),
+        (
+            "q_lora_rank = 64",
+            "q_lora_rank = \"budget:50%\"",
+            "[plan] the queries' rank",
+        ),
+        (
+            "count = 1",
+            "method = \"budget\"",
+            "[select] a budget chooses ranks, and a bank",
+        ),
+        (
+            "count = 1",
+            "count = 1\nkv_bytes = 9",
+            "[select] kv_bytes and state_bytes",
+        ),
+        (
+            "count = 1",
+            "method = \"smart\"",
+            "[select] count is missing",
+        ),
+        (
+            "lr = 1e-3 }",
+            "lr = 1e-3 }\nplan = { mla = [0, 1, 2, 3] }",
+            "[kd 1] layer 0 is mamba2 already",
+        ),
+        ("[ild]", hybrid, "[select] places are chosen"),
+    ] {
+        let text = SMALL.replacen(from, to, 1);
+        assert_ne!(text, SMALL, "{from} is in the recipe");
+        let recipe = Recipe::parse(&text).unwrap();
+        let out = root.path().join("out");
+        let checked = check(&recipe, &out).expect_err(part).to_string();
+        assert!(checked.contains(part), "{checked:?} for {part:?}");
+        assert!(!out.exists(), "{part}: --plan makes nothing");
+        let (carried, stages) = carry_out(&recipe, &out, 0);
+        // The embedded teacher lies elsewhere in a run.
+        assert_eq!(carried.unwrap_err().to_string(), checked);
+        assert!(stages.is_empty(), "{part}: {stages:?}");
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+    // A teacher of KD: its weights, its vocabulary, its context.
+    let mut recipe = Recipe::parse(SMALL).unwrap();
+    recipe.kd[0].teacher = Some(other.clone());
+    let out = root.path().join("out");
+    check(&recipe, &out).unwrap();
+    std::fs::write(other.join("config.json"), config.replace("256", "32")).unwrap();
+    let error = check(&recipe, &out).unwrap_err().to_string();
+    assert!(error.contains("[kd 1] "), "{error}");
+    std::fs::write(&out, "a file").unwrap();
+    let error = check(&Recipe::parse(SMALL).unwrap(), &out).unwrap_err();
+    assert!(error.to_string().contains("is a file"), "{error}");
 }
 
 /// MambaInLLaMA's way: convert some layers, train, convert more.

@@ -151,10 +151,19 @@ impl TrainConfig {
                 return Err(Error::invalid(format!("{name} must not be 0")));
             }
         }
+        // Products of these sizes stay countable; no device holds such a batch.
+        let most = 1 << 24;
+        let batch = self.batch_size.saturating_mul(self.seq_len);
+        if batch > most || self.accumulation > most {
+            return Err(Error::invalid(format!(
+                "batch_size {} of seq_len {}, {} times a step: at most {most} tokens a batch, and as many batches",
+                self.batch_size, self.seq_len, self.accumulation
+            )));
+        }
         let numbers = [
-            ("lr", self.lr, 0.0..=f64::MAX),
+            ("lr", self.lr, 0.0..=1.0),
             ("warmup", self.warmup, 0.0..=1.0),
-            ("adamw_lr", self.adamw_lr.unwrap_or(0.0), 0.0..=f64::MAX),
+            ("adamw_lr", self.adamw_lr.unwrap_or(0.0), 0.0..=1.0),
             ("decay", self.decay, f64::MIN_POSITIVE..=1.0),
             ("min_lr", self.min_lr, 0.0..=1.0),
             ("weight_decay", self.weight_decay, 0.0..=f64::MAX),

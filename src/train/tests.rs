@@ -16,6 +16,7 @@ use crate::convert::{Init, LayerKind, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
+use crate::numerics;
 use crate::watch::Quiet;
 use crate::weights::Weights;
 
@@ -57,7 +58,7 @@ impl Setting {
         let corpus = Corpus::load(&data, &tokenizer, Packing::Documents).unwrap();
         let path = folder.path().join("pairs.jsonl");
         std::fs::write(&path, stories::preferences_to_jsonl(2, 40)).unwrap();
-        let pairs = Preferences::load(&path, &tokenizer, 64).unwrap();
+        let pairs = Preferences::load(&path, &tokenizer, 64, 64).unwrap();
         Self {
             folder,
             corpus,
@@ -593,6 +594,23 @@ fn a_damaged_save_is_told_and_can_be_dropped() {
     assert!(files(&straight) == files(&out), "the weights differ");
 }
 
+/// What another program, or another kind of device, has computed is not gone on from.
+#[test]
+fn a_run_says_what_computes_it() {
+    let setting = Setting::new();
+    for name in NAMES {
+        let of = match name.split('-').next() {
+            Some("pretrain") => numerics::Stage::Pretrain,
+            Some("ild") => numerics::Stage::Ild,
+            Some("kd") => numerics::Stage::Kd,
+            _ => numerics::Stage::Dpo,
+        };
+        let identity = stage(&setting, name).identity().unwrap();
+        let program = numerics::version(of, &Device::Cpu);
+        assert_eq!(identity["numerics"], program, "{name}");
+    }
+}
+
 fn tensors(stage: &Stage) -> BTreeMap<String, Vec<f32>> {
     let Stage::Kd(kd) = stage else { unreachable!() };
     let values = kd.student.params.tensors();
@@ -621,12 +639,15 @@ fn reference_log_probabilities_are_computed_once() {
         watch.steps()
     };
     assert_eq!(computed(&setting.pairs), 5, "40 pairs, 8 a pass");
+    let (_, metadata) = crate::checkpoint::read_tensors_with_metadata(&stored).unwrap();
+    let program = numerics::version(numerics::Stage::Dpo, &Device::Cpu);
+    assert!(metadata["identity"].starts_with(&program), "{metadata:?}");
     assert_eq!(computed(&setting.pairs), 0);
     let path = setting.out("others.jsonl");
     std::fs::write(&path, stories::preferences_to_jsonl(3, 8)).unwrap();
     let tokenizer = crate::data::Tokenizer::open(setting.folder.path()).unwrap();
     assert_eq!(
-        computed(&Preferences::load(&path, &tokenizer, 64).unwrap()),
+        computed(&Preferences::load(&path, &tokenizer, 64, 64).unwrap()),
         1
     );
 }

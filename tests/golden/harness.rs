@@ -11,7 +11,7 @@ use zebroid::eval::harness::{HarnessConfig, Source, run_task, to_json};
 use zebroid::eval::task::find;
 use zebroid::watch::Quiet;
 
-const FOLDER: &str = "tests/golden/harness";
+pub const FOLDER: &str = "tests/golden/harness";
 
 #[derive(serde::Deserialize)]
 struct Recorded {
@@ -23,6 +23,32 @@ struct Recorded {
 
 /// Few-shot prompts are read whole, past the model's context.
 const LONG: usize = 8192;
+/// Tasks and numbers of examples that a recording holds.
+pub fn recorded_tasks<T>(recorded: &BTreeMap<String, T>) -> Vec<(&str, usize)> {
+    let mut tasks: Vec<(&str, usize)> = Vec::new();
+    for key in recorded.keys() {
+        let (part, shots) = key.split_once('@').unwrap();
+        let group = ["mmlu", "blimp"].into_iter().find(|g| part.starts_with(g));
+        let wanted = (group.unwrap_or(part), shots.parse().unwrap());
+        if !tasks.contains(&wanted) {
+            tasks.push(wanted);
+        }
+    }
+    tasks
+}
+
+pub fn config(data: &Path, limit: Option<usize>, cache: &Path, max_length: usize) -> HarnessConfig {
+    HarnessConfig {
+        data: Source::Folder(data.to_owned()),
+        limit,
+        batch_tokens: 2048,
+        lossy: true,
+        max_length,
+        fresh: false,
+        cache: cache.to_owned(),
+        model: String::new(),
+    }
+}
 
 /// Runs what `recorded` holds and compares item by item.
 fn compare(
@@ -39,25 +65,9 @@ fn compare(
     let lm = Checkpoint::open(checkpoint).unwrap();
     let lm = lm.model(&Device::Cpu, DType::F32).unwrap();
     let cache = tempfile::tempdir().unwrap();
-    let config = HarnessConfig {
-        data: Source::Folder(data.to_owned()),
-        limit,
-        batch_tokens: 2048,
-        lossy: true,
-        max_length: max_length.unwrap_or(lm.config.max_position_embeddings),
-        fresh: false,
-        cache: cache.path().to_owned(),
-        model: String::new(),
-    };
-    let mut tasks: Vec<(&str, usize)> = Vec::new();
-    for key in recorded.keys() {
-        let (part, shots) = key.split_once('@').unwrap();
-        let group = ["mmlu", "blimp"].into_iter().find(|g| part.starts_with(g));
-        let wanted = (group.unwrap_or(part), shots.parse().unwrap());
-        if !tasks.contains(&wanted) {
-            tasks.push(wanted);
-        }
-    }
+    let length = max_length.unwrap_or(lm.config.max_position_embeddings);
+    let config = config(data, limit, cache.path(), length);
+    let tasks = recorded_tasks(&recorded);
     let mut compared = 0;
     for (name, shots) in tasks {
         let task = find(name).unwrap();

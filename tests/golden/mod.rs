@@ -2,6 +2,7 @@
 //! lm-evaluation-harness (`harness/`, likewise) and the reference implementation of the method (shared material).
 
 mod harness;
+mod numerics;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

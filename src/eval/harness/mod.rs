@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -14,6 +15,7 @@ use crate::checkpoint::write_atomic;
 use crate::data::Tokenizer;
 use crate::hash::Hash;
 use crate::model::Lm;
+use crate::numerics;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -232,7 +234,9 @@ impl Part<'_> {
         config: &HarnessConfig,
         watch: &dyn Watch,
     ) -> Result<PartResult> {
-        let path = config.cache.join(format!("{}.json", self.key(config)));
+        let path = config
+            .cache
+            .join(format!("{}.json", self.key(config, lm.device())));
         if !config.fresh && path.exists() {
             let text = std::fs::read_to_string(&path).map_err(Error::io("cannot read", &path))?;
             if let Ok(found) = serde_json::from_str(&text) {
@@ -281,9 +285,7 @@ impl Part<'_> {
             name: self.name.to_owned(),
             documents: self.rows.len(),
             samples: samples.collect(),
-            tokens: (requests.iter())
-                .map(|r| r.context.len() + r.continuation.len())
-                .sum(),
+            tokens: requests.iter().map(Tokens::size).sum(),
             seconds: started.elapsed().as_secs_f64(),
         };
         std::fs::create_dir_all(&config.cache)
@@ -294,9 +296,9 @@ impl Part<'_> {
     }
 
     /// The hash of all that decides the part's result.
-    fn key(&self, config: &HarnessConfig) -> Hash {
+    fn key(&self, config: &HarnessConfig, device: &Device) -> Hash {
         let parts = json!({
-            "zebroid": env!("CARGO_PKG_VERSION"),
+            "numerics": numerics::version(numerics::Stage::Harness, device),
             "model": config.model,
             "max_length": config.max_length,
             "part": self.name,

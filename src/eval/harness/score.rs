@@ -20,6 +20,13 @@ pub struct Tokens {
     pub cut: usize,
 }
 
+impl Tokens {
+    /// Of both parts together.
+    pub fn size(&self) -> usize {
+        self.context.len() + self.continuation.len()
+    }
+}
+
 /// Splits a request as lm-evaluation-harness does: spaces at the context's end belong to the continuation,
 /// and the continuation's tokens are what both together have more than the context alone. An empty context
 /// is the tokenizer's begin (or end) token. What is longer than the model's context loses its beginning.

@@ -12,6 +12,7 @@ use super::{Shares, Terms, ids, rows, scalar};
 use crate::checkpoint::{read_tensors_with_metadata, write_tensors};
 use crate::data::{Batch, Batches, Preferences};
 use crate::model::{Lm, ModelConfig};
+use crate::numerics;
 use crate::op::loss::cross_entropy;
 use crate::watch::Watch;
 use crate::weights::Weights;
@@ -47,6 +48,9 @@ pub struct DpoConfig {
     /// The margin that SimPO asks for (dpo).
     #[arg(long, default_value_t = 0.0)]
     pub gamma: f64,
+    /// Tokens of a prompt that are kept, its last ones (dpo).
+    #[arg(long, default_value_t = 512)]
+    pub max_prompt: usize,
     /// Longest prompt with its answer, in tokens (dpo).
     #[arg(long, default_value_t = 1024)]
     pub max_length: usize,
@@ -58,6 +62,7 @@ impl Default for DpoConfig {
             loss: DpoLoss::Sigmoid,
             beta: 0.01,
             gamma: 0.0,
+            max_prompt: 512,
             max_length: 1024,
         }
     }
@@ -73,6 +78,17 @@ impl DpoConfig {
         }
         if !gamma.is_finite() {
             return Err(Error::invalid(format!("gamma {gamma} must be a number")));
+        }
+        // A token of the prompt, and one of the answer that it predicts.
+        for (name, value, least) in [
+            ("max_prompt", self.max_prompt, 1),
+            ("max_length", self.max_length, 2),
+        ] {
+            if value < least {
+                return Err(Error::invalid(format!(
+                    "{name} {value} must be at least {least}"
+                )));
+            }
         }
         Ok(())
     }
@@ -129,7 +145,8 @@ impl Dpo {
     ) -> Result<Self> {
         config.validate()?;
         let student = Student::new(student, weights, |_| true)?;
-        let identity = format!("{} {}", student.hash()?, pairs.hash());
+        let numerics = numerics::version(numerics::Stage::Dpo, student.lm.device());
+        let identity = format!("{numerics} {} {}", student.hash()?, pairs.hash());
         let reference = match read_reference(stored, &identity)? {
             Some(reference) => reference,
             None => {
@@ -305,16 +322,33 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_named() {
-        let config = DpoConfig {
-            beta: 0.0,
-            ..DpoConfig::default()
-        };
-        assert!(
-            config
-                .validate()
-                .unwrap_err()
-                .to_string()
-                .contains("beta 0")
-        );
+        let default = DpoConfig::default();
+        assert_eq!((default.max_prompt, default.max_length), (512, 1024));
+        for (config, part) in [
+            (
+                DpoConfig {
+                    beta: 0.0,
+                    ..default
+                },
+                "beta 0",
+            ),
+            (
+                DpoConfig {
+                    max_prompt: 0,
+                    ..default
+                },
+                "max_prompt 0 must be at least 1",
+            ),
+            (
+                DpoConfig {
+                    max_length: 1,
+                    ..default
+                },
+                "max_length 1 must be at least 2",
+            ),
+        ] {
+            let message = config.validate().unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
     }
 }

@@ -150,6 +150,10 @@ impl Ild {
         })
     }
 
+    pub(super) fn teacher(&self) -> &Lm {
+        &self.teacher
+    }
+
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         let mut candidates = serde_json::Map::new();
         for c in &self.candidates {

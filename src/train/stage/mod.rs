@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 use super::params::ParamGroup;
 use crate::Result;
 use crate::data::Batch;
+use crate::numerics;
 
 pub mod dpo;
 pub mod ild;
@@ -106,12 +107,14 @@ pub enum Stage {
 impl Stage {
     /// Everything besides data and [`super::TrainConfig`] that decides the result.
     pub fn identity(&self) -> Result<serde_json::Value> {
-        match self {
-            Stage::Ild(s) => s.identity(),
-            Stage::Kd(s) => s.identity(),
-            Stage::Dpo(s) => s.identity(),
-            Stage::Pretrain(s) => s.identity(),
-        }
+        let (mut identity, stage, lm) = match self {
+            Stage::Ild(s) => (s.identity()?, numerics::Stage::Ild, s.teacher()),
+            Stage::Kd(s) => (s.identity()?, numerics::Stage::Kd, &s.student.lm),
+            Stage::Dpo(s) => (s.identity()?, numerics::Stage::Dpo, &s.student.lm),
+            Stage::Pretrain(s) => (s.identity()?, numerics::Stage::Pretrain, &s.student.lm),
+        };
+        identity["numerics"] = numerics::version(stage, lm.device()).into();
+        Ok(identity)
     }
 
     /// The one model that is trained; a bank has several.
