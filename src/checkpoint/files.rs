@@ -381,3 +381,32 @@ fn sort_header(bytes: &mut [u8]) -> serde_json::Result<()> {
     header[..sorted.len()].copy_from_slice(&sorted);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The parser alone would keep one of the two and not say which.
+    #[test]
+    fn a_header_that_names_something_twice_is_refused() {
+        const A: &str = r#""a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
+        const META: &str = r#""__metadata__":{"format":"pt"}"#;
+        const METAS: &str = r#""__metadata__":{"format":"pt","format":"np"}"#;
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("model.safetensors");
+        let open = |entries: &[&str]| {
+            let header = format!("{{{}}}", entries.join(","));
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header.as_bytes());
+            bytes.push(7);
+            fs::write(&path, bytes).unwrap();
+            TensorFile::open(&path)
+        };
+        open(&[META, A]).unwrap();
+        for (entries, name) in [(&[META, A, A][..], "a"), (&[METAS, A][..], "format")] {
+            let message = open(entries).unwrap_err().to_string();
+            let wanted = format!("model.safetensors: the header names {name} twice");
+            assert!(message.contains(&wanted), "{message}");
+        }
+    }
+}

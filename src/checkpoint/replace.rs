@@ -259,7 +259,7 @@ mod tests {
             return;
         }
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let looker = scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     assert!(out.is_dir(), "no output after {looks:?} looks");
                     looks.fetch_add(1, Ordering::Relaxed);
@@ -269,10 +269,14 @@ mod tests {
                 let new = room.root.path().join("next");
                 write(&new, &i.to_string());
                 replace_folder(&new, &out, true).unwrap();
+                // On a busy machine too there is a look between two.
+                let before = looks.load(Ordering::Relaxed);
+                while looks.load(Ordering::Relaxed) == before && !looker.is_finished() {
+                    std::thread::yield_now();
+                }
             }
             done.store(true, Ordering::Relaxed);
         });
         assert_eq!(word(&out).unwrap(), "59");
-        assert!(looks.into_inner() > 60);
     }
 }
