@@ -7,9 +7,13 @@ use std::sync::OnceLock;
 const TEACHER: &str = "assets/teacher";
 
 pub fn zebroid(args: &[&str]) -> Output {
+    command().args(args).output().unwrap()
+}
+
+pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_zebroid"));
-    command.args(args).env_remove("RUST_LOG");
-    command.env("ZEBROID_CACHE", cache()).output().unwrap()
+    command.env_remove("RUST_LOG").env("ZEBROID_CACHE", cache());
+    command
 }
 
 /// A cache of this test run alone.

@@ -5,6 +5,7 @@ mod arrows;
 mod cli;
 mod eval;
 mod golden;
+mod output;
 mod pipeline;
 
 use std::path::PathBuf;

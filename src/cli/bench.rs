@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::device::DeviceArg;
-use super::output::{bytes, progress, table, thousands};
+use super::output::{bytes, print, print_json, progress, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
@@ -144,7 +144,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         threads: rayon::current_num_threads(),
     };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let mut rows = vec![
@@ -160,7 +160,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     ]);
     rows.push(vec!["parameters".into(), thousands(report.parameters)]);
     rows.push(vec!["threads".into(), report.threads.to_string()]);
-    print!("{}", table(&["KD step", "median"], &rows));
+    print(table(&["KD step", "median"], &rows))?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{table, thousands};
+use super::output::{print, table, thousands};
 use super::run::{carry_out, page, rows};
 use crate::checkpoint::Checkpoint;
 use crate::convert::Init;
@@ -85,7 +85,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         texts,
         seconds: started.elapsed().as_secs_f64(),
     };
-    print!("{}", results.to_text());
     let mut page = page(&recipe, &results.outcome)?;
     page.heading("Teacher and hybrid")
         .table(&["", "teacher", "hybrid"], &results.rows())
@@ -95,7 +94,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             ("hybrid", &results.texts[1].text),
         ]);
     page.write(&report)?;
-    println!("\nreport: {}", report.display());
+    print(results.to_text())?;
+    print(format_args!("\nreport: {}\n", report.display()))?;
     Ok(())
 }
 

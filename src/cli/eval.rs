@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{progress, table, thousands};
+use super::output::{print, print_json, progress, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::stories::StoryGenerator;
 use crate::data::{Corpus, Packing, Tokenizer};
@@ -90,7 +90,7 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
     let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
     let report = recall(&lm, &tokenizer, &stories)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let rows = [
@@ -100,7 +100,7 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
         ],
         vec!["answers".into(), thousands(report.answers)],
     ];
-    print!("{}", table(&["measure", "value"], &rows));
+    print(table(&["measure", "value"], &rows))?;
     Ok(())
 }
 
@@ -123,7 +123,7 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     )?;
     bar.finish_and_clear();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let rows = [
@@ -146,12 +146,7 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
         ),
         ("tokens", thousands(report.tokens)),
     ];
-    print!(
-        "{}",
-        table(
-            &["measure", "value"],
-            &rows.map(|(name, value)| vec![name.into(), value])
-        )
-    );
+    let rows = rows.map(|(name, value)| vec![name.into(), value]);
+    print(table(&["measure", "value"], &rows))?;
     Ok(())
 }

@@ -1,12 +1,12 @@
 //! `zebroid generate`: text on standard output as it is decoded.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::interrupt;
+use super::output::{print, print_json};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::generate::{Engine, SamplingParams};
@@ -23,7 +23,7 @@ pub struct Args {
     #[arg(long, default_value = "")]
     prompt: String,
     /// 0 takes the likeliest token.
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.0)]
     temperature: f64,
     /// Only the K likeliest tokens; 0: all.
     #[arg(long, default_value_t = 0)]
@@ -60,19 +60,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let engine = Engine::new(lm, tokenizer)?;
     interrupt::install();
     if !args.json {
-        print!("{}", args.prompt);
+        print(&args.prompt)?;
     }
-    let mut out = std::io::stdout();
+    let mut printed = Ok(());
     let generation = engine.generate(&args.prompt, &params, &mut |piece| {
-        // A closed pipe (`| head`) ends the text, without an error.
-        let written = args.json || write!(out, "{piece}").and_then(|()| out.flush()).is_ok();
-        written && !interrupt::asked()
+        if !args.json && printed.is_ok() {
+            printed = print(piece);
+        }
+        printed.is_ok() && !interrupt::asked()
     })?;
+    printed?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&generation)?);
+        print_json(&generation)?;
         return Ok(());
     }
-    println!();
+    print("\n")?;
     tracing::info!(
         prompt_tokens = generation.prompt_tokens,
         completion_tokens = generation.completion_tokens,

@@ -7,7 +7,7 @@ use candle_core::DType;
 use serde_json::json;
 
 use super::device::DeviceArg;
-use super::output::progress;
+use super::output::{check_file, print, progress};
 use super::{cache, interrupt};
 use crate::checkpoint::{self, Checkpoint, write_atomic};
 use crate::data::Tokenizer;
@@ -65,6 +65,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let tasks = tasks(&args.tasks, args.num_fewshot)?;
+    args.json.iter().try_for_each(|path| check_file(path))?;
     let device = args.device.get()?;
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
@@ -108,13 +109,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let documents: usize = results.iter().map(TaskResult::samples).sum();
     let tokens: usize = results.iter().map(TaskResult::tokens).sum();
     let seconds: f64 = results.iter().map(TaskResult::seconds).sum();
-    print!("{}", markdown(&results));
-    println!(
-        "\n{documents} documents, {:.1} a second ({:.1} s of scoring, {:.1} s in all)",
-        documents as f64 / seconds,
-        seconds,
-        started.elapsed().as_secs_f64()
-    );
+    let all_s = started.elapsed().as_secs_f64();
     if let Some(path) = &args.json {
         let cost = checkpoint.config.cost();
         let about = json!({
@@ -132,6 +127,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let all = to_json(&results, &model, about, args.log_samples);
         write_atomic(path, serde_json::to_string_pretty(&all)?.as_bytes())?;
     }
+    print(format_args!(
+        "{}\n{documents} documents, {:.1} a second ({seconds:.1} s of scoring, {all_s:.1} s in all)\n",
+        markdown(&results),
+        documents as f64 / seconds,
+    ))?;
     Ok(())
 }
 

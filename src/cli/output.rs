@@ -1,8 +1,86 @@
-//! What commands print: tables and progress.
+//! What commands print: every command writes to standard output and standard error through this file alone
+//! (the standard macros panic where a pipe is closed or a disk is full, and clippy refuses them here).
+
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 
 use crate::train::StepMetrics;
+use crate::{Error, Result};
+
+/// Writes to standard output, at once.
+///
+/// # Errors
+/// [`Error::Closed`] where nobody reads on (`| head`): it ends a command quietly, with exit code 0 as in
+/// ripgrep, since whoever closed the pipe has what they wanted. A full disk is a failure.
+pub fn print(text: impl Display) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let written = out.write_all(text.to_string().as_bytes());
+    printed(written.and_then(|()| out.flush()))
+}
+
+/// An object over several lines.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_string_pretty(value).expect("reports serialise");
+    print(json + "\n")
+}
+
+/// An object on a line of its own.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_line(value: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_string(value).expect("reports serialise");
+    print(json + "\n")
+}
+
+/// What became of writing to standard output.
+///
+/// # Errors
+/// As [`print`].
+pub fn printed(written: io::Result<()>) -> Result<()> {
+    written.map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Error::Closed,
+        _ => Error::io("cannot write to", Path::new("standard output"))(error),
+    })
+}
+
+/// A line on standard error. Where it cannot be written there is nobody to tell.
+pub fn note(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Tries the file that a command will write when its work is done, before the work begins.
+///
+/// # Errors
+/// A folder of that name, or a place that does not exist or takes no file.
+pub fn check_file(path: &Path) -> Result<()> {
+    if path.is_dir() || path.file_name().is_none() {
+        return Err(Error::file(path, "a folder; name a file to write"));
+    }
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if !parent.is_dir() {
+        let message = format!(
+            "no such folder to write {} into; make it first",
+            path.display()
+        );
+        return Err(Error::file(parent, message));
+    }
+    tempfile::Builder::new()
+        .prefix(".zebroid-")
+        .tempfile_in(parent)
+        .map(drop)
+        .map_err(Error::io("cannot write into", parent))
+}
 
 /// Rows under headers, columns aligned: the first to the left, the others to the right.
 pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{progress, table, thousands};
+use super::output::{print, print_json, progress, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::{Tokenizer, read_texts};
 use crate::eval::ppl::{PplMode, ppl};
@@ -62,7 +62,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     )?;
     bar.finish_and_clear();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let rows = [
@@ -73,7 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ("bytes", thousands(report.bytes)),
     ];
     let rows = rows.map(|(name, value)| vec![name.to_owned(), value]);
-    print!("{}", table(&["measure", "value"], &rows));
+    print(table(&["measure", "value"], &rows))?;
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::output::note;
 use super::train::TrainArgs;
 use crate::checkpoint;
 use crate::data::{Corpus, Tokenizer};
@@ -80,11 +81,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         None,
     )?;
     if let Some(last) = metrics.last() {
-        eprintln!(
+        note(format_args!(
             "{} steps, {} tokens, last loss {:.4}",
             last.step, last.tokens, last.loss
-        );
+        ));
     }
-    eprintln!("written to {}", args.out.display());
+    note(format_args!("written to {}", args.out.display()));
     Ok(())
 }

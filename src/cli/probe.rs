@@ -6,7 +6,7 @@ use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::interrupt;
-use super::output::{progress, table};
+use super::output::{check_file, print, print_json, progress, table};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::probe::{Cell, Probe, Sweep, sweep};
@@ -49,6 +49,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    args.report.iter().try_for_each(|path| check_file(path))?;
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     let wanted = Sweep {
@@ -72,7 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         page(&args, &wanted, &cells).write(path)?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&cells)?);
+        print_json(&cells)?;
         return Ok(());
     }
     for grid in grids(&wanted, &cells) {
@@ -84,8 +85,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             row.extend(accuracies.iter().map(|a| format!("{:.1} %", 100.0 * a)));
             row
         });
-        println!("{}", grid.title);
-        println!("{}", table(&headers, &rows.collect::<Vec<_>>()));
+        let cells = table(&headers, &rows.collect::<Vec<_>>());
+        print(format_args!("{}\n{cells}\n", grid.title))?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use indicatif::ProgressBar;
 
 use super::device::DeviceArg;
 use super::interrupt;
-use super::output::{progress, table};
+use super::output::{print, print_json, progress, table};
 use super::plan::{as_json, as_table};
 use crate::checkpoint::Checkpoint;
 use crate::eval::report::{Report, Series};
@@ -66,16 +66,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let report = out.join("report.html");
     page(&recipe, &outcome)?.write(&report)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&outcome)?);
+        print_json(&outcome)?;
         return Ok(());
     }
-    print!("{}", table(&HEADERS, &rows(&outcome)));
-    println!(
-        "\nKV ratio {:.2} %\nhybrid: {}\nreport: {}",
+    print(format_args!(
+        "{}\nKV ratio {:.2} %\nhybrid: {}\nreport: {}\n",
+        table(&HEADERS, &rows(&outcome)),
         100.0 * outcome.kv_ratio,
         outcome.student.display(),
         report.display()
-    );
+    ))?;
     Ok(())
 }
 
@@ -147,16 +147,16 @@ fn show_plan(recipe: &Recipe, out: &Path, json: bool) -> anyhow::Result<()> {
         .ok_or_else(|| Error::invalid("no student"))?;
     if json {
         let plan = serde_json::json!({ "recipe": recipe, "plan": as_json(&teacher, last) });
-        println!("{}", serde_json::to_string_pretty(&plan)?);
+        print_json(&plan)?;
         return Ok(());
     }
     if !recipe.about.is_empty() {
-        println!("{}\n", recipe.about);
+        print(format_args!("{}\n\n", recipe.about))?;
     }
-    println!("stages: {}\n", stages(recipe).join(", "));
-    print!("{}", as_table(&teacher, last));
+    let (stages, table) = (stages(recipe).join(", "), as_table(&teacher, last));
+    print(format_args!("stages: {stages}\n\n{table}"))?;
     if recipe.select.is_some() {
-        println!("(places of MLA are chosen after ILD; a uniform placement is shown)");
+        print("(places of MLA are chosen after ILD; a uniform placement is shown)\n")?;
     }
     Ok(())
 }

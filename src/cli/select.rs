@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::device::DeviceArg;
 use super::init::InitArgs;
-use super::output::{bytes, progress, table};
+use super::output::{bytes, check_file, print, print_json, progress, table};
 use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::convert::{
     Choice, Init, LayerKind, PlanOptions, RankRule, Selector, fit_budget, plan, select,
@@ -121,6 +121,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Method::Greedy => Some(Selector::Greedy),
         Method::Budget => None,
     };
+    args.save_scores
+        .iter()
+        .try_for_each(|path| check_file(path))?;
     let saved = match &args.scores {
         Some(path) => read(path)?,
         None if selector.is_none() => Saved::Damages(damages(&args)?),
@@ -145,7 +148,7 @@ fn show_places(args: &Args, selector: Selector, scores: &Sensitivity) -> anyhow:
     let chosen = select(selector, &values, count)?;
     if args.json {
         let found = json!({ "method": selector, "mla": chosen, "sensitivity": scores });
-        println!("{}", serde_json::to_string_pretty(&found)?);
+        print_json(&found)?;
         return Ok(());
     }
     let rows = scores.layers.iter().enumerate().map(|(i, s)| {
@@ -153,14 +156,14 @@ fn show_places(args: &Args, selector: Selector, scores: &Sensitivity) -> anyhow:
         vec![i.to_string(), show(s), mark.into()]
     });
     let headers = ["layer", "score (nats/token)", "choice"];
-    print!("{}", table(&headers, &rows.collect::<Vec<_>>()));
     let list: Vec<String> = chosen.iter().map(usize::to_string).collect();
-    println!(
-        "\nKL of all Mamba2: {:.4} on {} tokens\n--mla {}",
+    print(format_args!(
+        "{}\nKL of all Mamba2: {:.4} on {} tokens\n--mla {}\n",
+        table(&headers, &rows.collect::<Vec<_>>()),
         scores.kl,
         scores.tokens,
         list.join(",")
-    );
+    ))?;
     Ok(())
 }
 
@@ -192,7 +195,7 @@ fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
             "damage": damage,
             "damages": damages,
         });
-        println!("{}", serde_json::to_string_pretty(&found)?);
+        print_json(&found)?;
         return Ok(());
     }
     let names: Vec<String> = damages.options.iter().map(|o| o.kind.to_string()).collect();
@@ -205,15 +208,15 @@ fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
         row.push(kinds[i].clone());
         row
     });
-    print!("{}", table(&headers, &rows.collect::<Vec<_>>()));
-    println!(
-        "\nKL (nats/token) that each replacement alone costs, on {} tokens; of the choice {damage:.4} in all\n\
-         {} of KV cache a token, {} of state\n--layers {}",
+    print(format_args!(
+        "{}\nKL (nats/token) that each replacement alone costs, on {} tokens; of the choice {damage:.4} in all\n\
+         {} of KV cache a token, {} of state\n--layers {}\n",
+        table(&headers, &rows.collect::<Vec<_>>()),
         damages.tokens,
         bytes(2 * cost.kv_per_token),
         bytes(4 * cost.state),
         kinds.join(",")
-    );
+    ))?;
     Ok(())
 }
 

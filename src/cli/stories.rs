@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::output::print;
 use crate::checkpoint::{self, check_output};
 use crate::data::stories;
 use crate::{Error, Result};
@@ -22,7 +23,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     check_output(&args.out, false, &[])?;
     write(&args)?;
-    println!("written to {}", args.out.display());
+    print(format_args!("written to {}\n", args.out.display()))?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! `zebroid train`: ILD, end-to-end or stepwise KD, preference optimisation.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -7,7 +8,7 @@ use candle_core::DType;
 use super::device::DeviceArg;
 use super::init::InitArgs;
 use super::interrupt;
-use super::output::{progress, show_step};
+use super::output::{note, print_line, progress, show_step};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
@@ -135,14 +136,13 @@ impl TrainArgs {
         });
         interrupt::install();
         let bar = progress(name, 0);
+        // Whoever reads the steps may leave, and the disk that they go to may fill: the run is saved then.
+        let printed = RefCell::new(Ok(()));
         let mut observe = |metrics: &StepMetrics, steps: u64| {
             bar.set_length(steps);
             show_step(&bar, metrics);
-            if self.json {
-                println!(
-                    "{}",
-                    serde_json::to_string(metrics).expect("numbers and names serialise")
-                );
+            if self.json && printed.borrow().is_ok() {
+                *printed.borrow_mut() = print_line(metrics);
             }
         };
         let metrics = train(
@@ -158,12 +158,18 @@ impl TrainArgs {
                     every: self.eval_every,
                     measure,
                 }),
-                stop: &interrupt::asked,
+                stop: &|| interrupt::asked() || printed.borrow().is_err(),
                 observe: &mut observe,
             },
         );
         bar.finish();
-        metrics
+        match (metrics, printed.into_inner()) {
+            (Err(saved @ Error::Interrupted(_)), Err(unprinted)) => {
+                note(saved);
+                Err(unprinted)
+            }
+            (metrics, printed) => metrics.and_then(|metrics| printed.map(|()| metrics)),
+        }
     }
 }
 
@@ -211,12 +217,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         base.as_ref(),
     );
     if let Some(last) = run?.last() {
-        eprintln!(
+        note(format_args!(
             "{} steps, {} tokens, last loss {:.4}",
             last.step, last.tokens, last.loss
-        );
+        ));
     }
-    eprintln!("written to {}", args.out.display());
+    note(format_args!("written to {}", args.out.display()));
     Ok(())
 }
 
