@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-const TEACHER: &str = "assets/teacher";
+pub const TEACHER: &str = "assets/teacher";
 
 pub fn zebroid(args: &[&str]) -> Output {
     command().args(args).output().unwrap()
@@ -53,7 +53,7 @@ fn copy(folder: &Path) -> PathBuf {
     to
 }
 
-fn text(path: &Path) -> &str {
+pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
@@ -209,7 +209,7 @@ fn bad_data_lines_are_named() {
         text(&data),
         text(&out),
     ];
-    let said = fails(1, &train);
+    let said = fails(2, &train);
     assert!(
         said.contains("data.jsonl") && said.contains("No such file"),
         "{said}"
@@ -304,7 +304,7 @@ fn an_unwritable_output_is_named() {
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
     let said = fails(
-        1,
+        2,
         &["compose", TEACHER, text(&file.join("out")), "--mla", "1"],
     );
     assert!(said.contains("file"), "{said}");

@@ -25,6 +25,9 @@ struct TensorFile {
 impl TensorFile {
     fn open(path: &Path) -> Result<Self> {
         let file = fs::File::open(path).map_err(Error::io("cannot open", path))?;
+        if !file.metadata().is_ok_and(|about| about.is_file()) {
+            return Err(Error::file(path, "not a file of tensors (.safetensors)"));
+        }
         // SAFETY: the map is read-only; a file that another process cuts while it is mapped is the one
         // way to fault, as with every reader of safetensors.
         #[allow(unsafe_code)]

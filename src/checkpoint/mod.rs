@@ -75,6 +75,10 @@ impl Checkpoint {
             true => path.join("config.json"),
             false => path.to_owned(),
         };
+        if !file.exists() {
+            let message = "no checkpoint here; give its folder, or its config.json";
+            return Err(Error::file(path, message));
+        }
         let config = read_json(&file)?;
         let hybrid = file.with_file_name("hybrid_config.json");
         if hybrid.exists() {
@@ -176,7 +180,7 @@ impl<'a> Fields<'a> {
         };
         let size = value.as_u64().and_then(|n| u32::try_from(n).ok());
         size.map(|n| Some(n as usize))
-            .ok_or_else(|| self.wrong(field, "a whole number"))
+            .ok_or_else(|| self.wrong(field, "a whole number below 2^32"))
     }
 
     fn size(&self, field: &str) -> Result<usize> {

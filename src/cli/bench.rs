@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::device::DeviceArg;
 use super::output::{bytes, print, print_json, progress, table, thousands};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
@@ -32,18 +33,18 @@ pub struct TrainBench {
     teacher: PathBuf,
     #[command(flatten)]
     plan: PlanOptions,
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, value_parser = positive, default_value_t = 16)]
     batch_size: usize,
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
     /// Counted steps.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, value_parser = positive, default_value_t = 8)]
     steps: usize,
     /// Steps before the counted ones.
     #[arg(long, default_value_t = 2)]
     warmup: usize,
     /// CPU threads [default: all cores].
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     threads: Option<usize>,
     #[command(flatten)]
     device: DeviceArg,

@@ -138,7 +138,7 @@ fn published(base: &Base, recipe: &Recipe, out: &Path) -> Result<KlReport> {
 fn tell(lm: Lm, tokenizer: &Tokenizer, story: &Story) -> Result<Generation> {
     let sentences: Vec<&str> = story.text.split_inclusive(". ").take(3).collect();
     let params = SamplingParams {
-        max_tokens: 80,
+        max_tokens: Some(80),
         ..SamplingParams::default()
     };
     let prompt = sentences.concat();

@@ -6,9 +6,10 @@ use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::output::{print, print_json, progress, table, thousands};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::data::stories::StoryGenerator;
-use crate::data::{Corpus, Packing, Tokenizer};
+use crate::data::{Batches, Corpus, Packing, Tokenizer};
 use crate::eval::kl;
 use crate::eval::recall::recall;
 
@@ -41,9 +42,9 @@ pub struct KlArgs {
     #[arg(long)]
     data: PathBuf,
     /// Tokens a window.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, value_parser = positive, default_value_t = 16)]
     batch_size: usize,
     /// documents: nothing crosses document borders; stream: one long text.
     #[arg(long, value_enum, default_value = "documents")]
@@ -72,7 +73,7 @@ pub struct RecallArgs {
     /// Checkpoint folder with the stories' tokenizer.
     checkpoint: PathBuf,
     /// Stories read.
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, value_parser = positive, default_value_t = 400)]
     count: usize,
     /// Of the stories; 1 and 2 are what the embedded teacher and the demo learn from.
     #[arg(long, default_value_t = 3)]
@@ -85,8 +86,9 @@ pub struct RecallArgs {
 }
 
 fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let lm = checkpoint.model(&args.device.get()?, DType::F32)?;
     let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
     let report = recall(&lm, &tokenizer, &stories)?;
     if args.json {
@@ -112,6 +114,7 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     );
     let tokenizer = Tokenizer::open(&args.teacher)?;
     let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
+    corpus.check(1, args.seq_len)?;
     let bar = progress("eval", corpus.windows(args.seq_len) as u64);
     let report = kl::evaluate(
         &teacher.model(&device, DType::F32)?,

@@ -36,8 +36,9 @@ pub struct Args {
     min_p: f64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    #[arg(long, default_value_t = 200)]
-    max_tokens: usize,
+    /// Most tokens to add [default: 200, or what the model's context leaves].
+    #[arg(long)]
+    max_tokens: Option<usize>,
     #[command(flatten)]
     device: DeviceArg,
     /// One JSON object with text and timings instead of streaming.
@@ -55,8 +56,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         max_tokens: args.max_tokens,
     };
     params.validate()?;
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let lm = checkpoint.model(&args.device.get()?, DType::F32)?;
     let engine = Engine::new(lm, tokenizer)?;
     interrupt::install();
     if !args.json {

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::device::DeviceArg;
 use super::output::{check_file, print, progress};
+use super::positive;
 use super::{cache, interrupt};
 use crate::checkpoint::{self, Checkpoint, write_atomic};
 use crate::data::Tokenizer;
@@ -42,10 +43,10 @@ pub struct Args {
     #[arg(long)]
     data_dir: Option<PathBuf>,
     /// Tokens read at once.
-    #[arg(long, default_value_t = 8192)]
+    #[arg(long, value_parser = positive, default_value_t = 8192)]
     batch_tokens: usize,
     /// Longest input in tokens [default: the model's max_position_embeddings].
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     max_length: Option<usize>,
     /// Score what the tokenizer makes of texts that it cannot say.
     #[arg(long)]
@@ -78,7 +79,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             None => Source::Hub(Hub::from_env(cache::folder().join("datasets"))),
         },
         limit: args.limit.map(|l| l as usize),
-        batch_tokens: args.batch_tokens.max(1),
+        batch_tokens: args.batch_tokens,
         max_length: max_length(&lm, args.max_length)?,
         lossy: args.lossy,
         cache: cache::folder().join("harness"),

@@ -133,6 +133,15 @@ pub fn main() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The value of an option that counts what cannot be none.
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must not be 0".into()),
+        Ok(count) => Ok(count),
+        Err(error) => Err(format!("not a whole number above 0 ({error})")),
+    }
+}
+
 /// Every option takes a negative number for its value and not for a flag, so that the option's own check says
 /// what is wrong with it (`--lr -1`).
 fn signed(command: clap::Command) -> clap::Command {

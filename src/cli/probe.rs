@@ -7,6 +7,7 @@ use candle_core::DType;
 use super::device::DeviceArg;
 use super::interrupt;
 use super::output::{check_file, print, print_json, progress, table};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::probe::{Cell, Probe, Sweep, sweep};
@@ -25,18 +26,18 @@ pub struct Args {
     #[arg(long, value_enum, value_delimiter = ',')]
     probes: Option<Vec<Probe>>,
     /// Tokens of a text, its answer included [default: a quarter, half and all of the model's context, at least 128].
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_parser = positive, value_delimiter = ',')]
     lengths: Option<Vec<usize>>,
     /// Places of the answer, from the text's beginning to its end.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, value_parser = positive, default_value_t = 5)]
     depths: usize,
     /// Questions a cell.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, value_parser = positive, default_value_t = 20)]
     count: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Tokens read at once.
-    #[arg(long, default_value_t = 8192)]
+    #[arg(long, value_parser = positive, default_value_t = 8192)]
     batch_tokens: usize,
     /// An HTML page with heat maps.
     #[arg(long)]

@@ -9,11 +9,12 @@ use serde_json::json;
 use super::device::DeviceArg;
 use super::init::InitArgs;
 use super::output::{bytes, check_file, print, print_json, progress, table};
+use super::positive;
 use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::convert::{
     Choice, Init, LayerKind, PlanOptions, RankRule, Selector, fit_budget, plan, select,
 };
-use crate::data::{Corpus, Packing};
+use crate::data::{Batches, Corpus, Packing};
 use crate::eval::sensitivity::{Score, Sensitivity, sensitivity};
 use crate::mixer::Cost;
 use crate::model::Lm;
@@ -43,7 +44,7 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["teacher", "bank", "data"])]
     scores: Option<PathBuf>,
     /// Layers to become MLA (all methods but budget).
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     count: Option<usize>,
     #[arg(long, value_enum, default_value = "smart")]
     method: Method,
@@ -54,13 +55,13 @@ pub struct Args {
     #[arg(long)]
     state_bytes: Option<usize>,
     /// Ranks of the latent to choose from (budget).
-    #[arg(long, value_delimiter = ',', default_value = "8,16,32")]
+    #[arg(long, value_parser = positive, value_delimiter = ',', default_value = "8,16,32")]
     ranks: Vec<usize>,
     /// Tokens to score on.
-    #[arg(long, default_value_t = 16_384)]
+    #[arg(long, value_parser = positive, default_value_t = 16_384)]
     tokens: usize,
     /// Tokens a window.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
     /// Where to keep the scores.
     #[arg(long)]
@@ -230,14 +231,20 @@ fn needed<T: Clone>(value: Option<T>, flag: &str) -> Result<T> {
 
 fn read(path: &Path) -> Result<Saved> {
     let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not saved scores: {e}")))
+    serde_json::from_str(&text).map_err(|e| {
+        Error::file(
+            path,
+            format!("not scores that select --save-scores wrote: {e}"),
+        )
+    })
 }
 
 /// Scores `other`'s layers in `model`, with a bar.
 fn score_with(args: &Args, base: &Base, model: &Lm, other: &Lm) -> Result<Sensitivity> {
     let data = needed(args.data.as_ref(), "--data")?;
     let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;
-    let windows = (args.tokens / args.seq_len.max(1)).max(1);
+    corpus.check(1, args.seq_len)?;
+    let windows = (args.tokens / args.seq_len).max(1);
     let bar = progress("select", windows.min(corpus.windows(args.seq_len)) as u64);
     let scores = sensitivity(
         &base.lm()?,
@@ -261,6 +268,13 @@ fn open(args: &Args) -> Result<Base> {
 
 fn score(args: &Args) -> Result<Sensitivity> {
     let bank = needed(args.bank.as_ref(), "--bank")?;
+    for name in ["mla", "mamba2"] {
+        if !bank.join(name).is_dir() {
+            let message =
+                format!("no {name}/ inside: not an ILD bank (train --stage ild makes one)");
+            return Err(Error::file(bank, message));
+        }
+    }
     needed(args.count, "--count")?;
     let base = open(args)?;
     let model = |name: &str| Checkpoint::open(&bank.join(name))?.model(&base.device, DType::F32);

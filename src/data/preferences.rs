@@ -40,9 +40,14 @@ impl Preferences {
     /// `max_length` tokens loses the beginning of its prompt, then the end of its answer (as TRL truncates).
     ///
     /// # Errors
-    /// Names the line that cannot be used: other fields, an empty answer, twice the same answer.
+    /// Names the line that cannot be used: other fields, an empty answer, twice the same answer. A length without room.
     pub fn load(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self> {
         const WANTED: &str = "a JSON object with \"prompt\", \"chosen\" and \"rejected\" strings";
+        if max_length < 2 {
+            return Err(Error::invalid(format!(
+                "max_length {max_length} has no room for a prompt and an answer"
+            )));
+        }
         let lines: Vec<Preference> = read_lines(path, WANTED)?;
         let pairs = lines.iter().enumerate().map(|(i, line)| {
             let wrong = |message: &str| Error::Line {
