@@ -1,6 +1,7 @@
 //! The library's error: every variant names the file, field, tensor or value and, where there is one,
 //! the next step. The command line prints the chain; scripts get the exit code from [`Error::exit_code`].
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -33,6 +34,9 @@ pub enum Error {
     /// A flag, field or combination that cannot work.
     #[error("{0}")]
     Invalid(String),
+    /// Whoever read standard output has left: no failure.
+    #[error("standard output is closed")]
+    Closed,
     /// Ctrl-C: stopped at a safe point. Says what is kept, and what to run again.
     #[error("interrupted; {0}")]
     Interrupted(String),
@@ -72,12 +76,31 @@ impl Error {
         Error::Invalid(message.to_string())
     }
 
-    /// 1 for a failure, 2 for input that a person must change, 130 after Ctrl-C.
+    /// 1 for a failure, 2 for input that a person must change, 130 after Ctrl-C, 0 when the reader has left.
     pub fn exit_code(&self) -> u8 {
         match self {
+            Error::Io { source, .. } if names_the_wrong(source.kind()) => 2,
             Error::Io { .. } | Error::Tensor(_) => 1,
+            Error::Closed => 0,
             Error::Interrupted(_) => 130,
             _ => 2,
         }
     }
+}
+
+/// Whether another path would do: it is not there, a folder, not text, not ours; and not a disk that fails.
+fn names_the_wrong(kind: ErrorKind) -> bool {
+    use ErrorKind::*;
+    matches!(
+        kind,
+        NotFound
+            | PermissionDenied
+            | AlreadyExists
+            | IsADirectory
+            | NotADirectory
+            | InvalidData
+            | InvalidInput
+            | InvalidFilename
+            | ReadOnlyFilesystem
+    )
 }

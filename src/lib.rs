@@ -37,6 +37,11 @@
 //! heads (groups), `K` head dim of queries and keys, `V` head dim of values or vocabulary, `P` Mamba2
 //! head dim, `N` Mamba2 state dim, `C` convolution channels, `R` latent rank, `L` layers. Suffixes
 //! carry them: `x_BTD`-like shapes are written in comments as `[B, T, D]`.
+//!
+//! # Unsafe code
+//! Denied but in `op/` (threads of a kernel write disjoint parts of one output; settings of the process) and in
+//! two named places: `checkpoint/files.rs` maps files of weights, `main.rs` calls `op::runtime::prepare` before
+//! any thread. `tests/arrows.rs` guards this too.
 
 pub mod checkpoint;
 pub mod cli;

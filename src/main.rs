@@ -2,24 +2,32 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use zebroid::Error;
+use zebroid::cli::output::note;
 
 /// Training allocates and frees many mid-sized tensors; the system allocator costs a fifth of a step.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    zebroid::op::runtime::prepare();
-    let cli = zebroid::cli::Cli::parse();
-    match zebroid::cli::main(cli) {
+    // SAFETY: nothing has run yet, so no other thread reads the environment.
+    #[allow(unsafe_code)]
+    unsafe {
+        zebroid::op::runtime::prepare();
+    }
+    match zebroid::cli::main() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error}");
-            for cause in error.chain().skip(1) {
-                eprintln!("  because: {cause}");
+            let known = error.downcast_ref::<Error>();
+            if !matches!(known, Some(Error::Closed)) {
+                let said = error.to_string();
+                note(format_args!("error: {said}"));
+                let causes = error.chain().skip(1).map(|cause| cause.to_string());
+                for cause in causes.filter(|cause| !said.contains(cause)) {
+                    note(format_args!("  because: {cause}"));
+                }
             }
-            let code = error.downcast_ref::<zebroid::Error>();
-            ExitCode::from(code.map_or(1, zebroid::Error::exit_code))
+            ExitCode::from(known.map_or(1, Error::exit_code))
         }
     }
 }

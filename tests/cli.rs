@@ -4,12 +4,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-const TEACHER: &str = "assets/teacher";
+pub const TEACHER: &str = "assets/teacher";
 
 pub fn zebroid(args: &[&str]) -> Output {
+    command().args(args).output().unwrap()
+}
+
+pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_zebroid"));
-    command.args(args).env_remove("RUST_LOG");
-    command.env("ZEBROID_CACHE", cache()).output().unwrap()
+    command.env_remove("RUST_LOG").env("ZEBROID_CACHE", cache());
+    command
 }
 
 /// A cache of this test run alone.
@@ -49,7 +53,7 @@ fn copy(folder: &Path) -> PathBuf {
     to
 }
 
-fn text(path: &Path) -> &str {
+pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
@@ -248,7 +252,7 @@ fn bad_data_lines_are_named() {
         text(&data),
         text(&out),
     ];
-    let said = fails(1, &train);
+    let said = fails(2, &train);
     assert!(
         said.contains("data.jsonl") && said.contains("No such file"),
         "{said}"
@@ -343,7 +347,7 @@ fn an_unwritable_output_is_named() {
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
     let said = fails(
-        1,
+        2,
         &["compose", TEACHER, text(&file.join("out")), "--mla", "1"],
     );
     assert!(said.contains("file"), "{said}");

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::cli::{succeeds, zebroid};
+use crate::cli::{command, succeeds, zebroid};
 
 const TEACHER: &str = "assets/teacher";
 
@@ -248,6 +248,14 @@ fn the_demo_runs_resumes_and_reports() {
             .collect::<Vec<_>>()
     };
     assert_eq!(figures(&said), figures(&again));
+    // The page is written whatever becomes of the table.
+    std::fs::remove_file(out.join("report.html")).unwrap();
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    if let Ok(full) = full {
+        let status = command().args(demo).stdout(full).status().unwrap();
+        assert_eq!(status.code(), Some(1));
+        assert!(out.join("report.html").exists());
+    }
 }
 
 /// Ctrl-C in the middle: the step is finished and saved, and the same command goes on from there.

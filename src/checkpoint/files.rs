@@ -27,6 +27,9 @@ struct TensorFile {
 impl TensorFile {
     fn open(path: &Path) -> Result<Self> {
         let file = fs::File::open(path).map_err(Error::io("cannot open", path))?;
+        if !file.metadata().is_ok_and(|about| about.is_file()) {
+            return Err(Error::file(path, "not a file of tensors (.safetensors)"));
+        }
         let map = map(&file).map_err(Error::io("cannot map", path))?;
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| {
             Error::file(

@@ -79,6 +79,10 @@ impl Checkpoint {
             true => path.join("config.json"),
             false => path.to_owned(),
         };
+        if !file.exists() {
+            let message = "no checkpoint here; give its folder, or its config.json";
+            return Err(Error::file(path, message));
+        }
         let config = read_json(&file)?;
         let hybrid = file.with_file_name("hybrid_config.json");
         if hybrid.exists() {

@@ -9,7 +9,8 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::device::DeviceArg;
-use super::output::{Progress, bytes, table, thousands};
+use super::output::{Progress, bytes, print, print_json, table, thousands};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
@@ -33,18 +34,18 @@ pub struct TrainBench {
     teacher: PathBuf,
     #[command(flatten)]
     plan: PlanOptions,
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, value_parser = positive, default_value_t = 16)]
     batch_size: usize,
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
     /// Counted steps.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, value_parser = positive, default_value_t = 8)]
     steps: usize,
     /// Steps before the counted ones.
     #[arg(long, default_value_t = 2)]
     warmup: usize,
     /// CPU threads [default: all cores].
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     threads: Option<usize>,
     #[command(flatten)]
     device: DeviceArg,
@@ -150,7 +151,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         threads: rayon::current_num_threads(),
     };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let mut rows = vec![
@@ -166,7 +167,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     ]);
     rows.push(vec!["parameters".into(), thousands(report.parameters)]);
     rows.push(vec!["threads".into(), report.threads.to_string()]);
-    print!("{}", table(&["KD step", "median"], &rows));
+    print(table(&["KD step", "median"], &rows))?;
     Ok(())
 }
 

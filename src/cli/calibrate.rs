@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::cache;
 use super::device::DeviceArg;
-use super::output::{Progress, table, thousands};
+use super::output::{Progress, print, print_json, table, thousands};
 use crate::convert::CalibrationConfig;
 use crate::data::{Corpus, Packing};
 use crate::pipeline::Base;
@@ -64,7 +64,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             })
             .collect();
         let report = json!({ "tokens": found.tokens, "layers": layers });
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let rows = layers
@@ -88,11 +88,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         "writes (rms)",
         "strongest rotary pair",
     ];
-    print!("{}", table(&headers, &rows.collect::<Vec<_>>()));
-    println!(
-        "\n{} tokens, kept in {}",
+    print(table(&headers, &rows.collect::<Vec<_>>()))?;
+    print(format_args!(
+        "\n{} tokens, kept in {}\n",
         thousands(found.tokens),
         cache::folder().display()
-    );
+    ))?;
     Ok(())
 }

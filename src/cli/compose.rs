@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use serde_json::json;
 
 use super::init::InitArgs;
-use super::output::{Progress, table};
+use super::output::{Progress, check_file, print, print_json, table};
 use super::plan::{as_json, as_table};
 use crate::checkpoint::{self, Format};
 use crate::convert::{Calibration, Composed, PlanOptions, compose_from_bank};
@@ -58,6 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let inputs = [Some(&args.teacher), args.bank.as_ref()];
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(|p| p.as_path()).collect();
     let _lock = checkpoint::claim(&args.out, args.force, &inputs)?;
+    args.report.iter().try_for_each(|path| check_file(path))?;
     let base = Base::open(&args.teacher, Device::Cpu)?;
     // Sizes that need no weights are refused before the text is read.
     if !args.plan.needs_weights() {
@@ -89,21 +90,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .transpose()
         .map_err(|error| written(error, &args.out))?;
     drop(watch);
-    if let (Some(path), Some(found)) = (&args.report, &found) {
-        report(base.config(), &composed.config, found).write(path)?;
+    if let Some(path) = &args.report {
+        report(base.config(), &composed.config, found.as_ref()).write(path)?;
     }
     if args.json {
         let plan = as_json(base.config(), &composed.config);
         let whole = json!({ "plan": plan, "fidelity": found, "out": args.out });
-        println!("{}", serde_json::to_string_pretty(&whole)?);
+        print_json(&whole)?;
         return Ok(());
     }
-    print!("{}", as_table(base.config(), &composed.config));
-    match &found {
-        Some(found) => print!("\n{}\n{}", table(&HEADERS, &rows(found)), whole(found)),
-        None => println!("\nnot measured: name a text with --calibration FILE.jsonl"),
-    }
-    println!("written to {}", args.out.display());
+    let measured = match &found {
+        Some(found) => format!("{}\n{}", table(&HEADERS, &rows(found)), whole(found)),
+        None => format!("{NOT_MEASURED}\n"),
+    };
+    print(format_args!(
+        "{}\n{measured}written to {}\n",
+        as_table(base.config(), &composed.config),
+        args.out.display()
+    ))?;
     Ok(())
 }
 
@@ -135,6 +139,9 @@ fn measure(
     )
 }
 
+/// What stands in the place of figures.
+const NOT_MEASURED: &str = "not measured: name a text with --calibration FILE.jsonl";
+
 const HEADERS: [&str; 5] = [
     "layer",
     "mixer",
@@ -164,8 +171,20 @@ fn whole(found: &Fidelity) -> String {
     )
 }
 
-fn report(teacher: &ModelConfig, student: &ModelConfig, found: &Fidelity) -> Report {
+/// The layers' errors, where a text was named to measure them on, and the plan.
+fn report(teacher: &ModelConfig, student: &ModelConfig, found: Option<&Fidelity>) -> Report {
     let mut report = Report::new("zebroid compose");
+    match found {
+        Some(found) => errors(&mut report, found),
+        None => _ = report.paragraph(NOT_MEASURED),
+    }
+    report
+        .heading("Plan")
+        .code("layers", &as_table(teacher, student));
+    report
+}
+
+fn errors(report: &mut Report, found: &Fidelity) {
     let errors = |name: &str, of: fn(&crate::eval::fidelity::LayerFidelity) -> f64| Bars {
         name: name.into(),
         values: found.layers.iter().map(of).collect(),
@@ -187,8 +206,5 @@ fn report(teacher: &ModelConfig, student: &ModelConfig, found: &Fidelity) -> Rep
                 errors("stream, held-out", |l| l.stream),
             ],
         )
-        .paragraph(&whole(found))
-        .heading("Plan")
-        .code("layers", &as_table(teacher, student));
-    report
+        .paragraph(&whole(found));
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{Progress, table, thousands};
+use super::output::{Progress, print, table, thousands};
 use super::run::{SAVE_EVERY, page, rows};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::Init;
@@ -79,7 +79,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let outcome = pipeline::run(&recipe, &with)?;
     let results = compare(&recipe, outcome, &with, started).map_err(pipeline::kept(out))?;
     drop(watch);
-    print!("{}", results.to_text());
     let mut page = page(&recipe, &results.outcome)?;
     page.heading("Teacher and hybrid")
         .table(&["", "teacher", "hybrid"], &results.rows())
@@ -89,7 +88,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             ("hybrid", &results.texts[1].text),
         ]);
     page.write(&report)?;
-    println!("\nreport: {}", report.display());
+    print(results.to_text())?;
+    print(format_args!("\nreport: {}\n", report.display()))?;
     Ok(())
 }
 
@@ -160,7 +160,7 @@ fn published(base: &Base, recipe: &Recipe, with: &Surroundings) -> Result<KlRepo
 fn tell(lm: Lm, tokenizer: &Tokenizer, story: &Story) -> Result<Generation> {
     let sentences: Vec<&str> = story.text.split_inclusive(". ").take(3).collect();
     let params = SamplingParams {
-        max_tokens: 80,
+        max_tokens: Some(80),
         ..SamplingParams::default()
     };
     let prompt = sentences.concat();

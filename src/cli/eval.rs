@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{Progress, table, thousands};
+use super::output::{Progress, print, print_json, table, thousands};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::data::stories::StoryGenerator;
-use crate::data::{Corpus, Packing, Tokenizer};
+use crate::data::{Batches, Corpus, Packing, Tokenizer};
 use crate::eval::kl;
 use crate::eval::recall::recall;
 
@@ -41,9 +42,9 @@ pub struct KlArgs {
     #[arg(long)]
     data: PathBuf,
     /// Tokens a window.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, value_parser = positive, default_value_t = 16)]
     batch_size: usize,
     /// documents: nothing crosses document borders; stream: one long text.
     #[arg(long, value_enum, default_value = "documents")]
@@ -72,7 +73,7 @@ pub struct RecallArgs {
     /// Checkpoint folder with the stories' tokenizer.
     checkpoint: PathBuf,
     /// Stories read.
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, value_parser = positive, default_value_t = 400)]
     count: usize,
     /// Of the stories; 1 and 2 are what the embedded teacher and the demo learn from.
     #[arg(long, default_value_t = 3)]
@@ -85,21 +86,22 @@ pub struct RecallArgs {
 }
 
 fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let lm = checkpoint.model(&args.device.get()?, DType::F32)?;
     let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
     let watch = Progress::default();
     let report = recall(&lm, &tokenizer, &stories, &watch)?;
     drop(watch);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let percent = |name: &str, share: f64| vec![name.into(), format!("{:.2} %", 100.0 * share)];
     let figures = report.rows().into_iter().chain(report.shortcuts.rows());
     let mut rows: Vec<_> = figures.map(|(name, share)| percent(name, share)).collect();
     rows.push(vec!["answers".into(), thousands(report.answers)]);
-    print!("{}", table(&["measure", "value"], &rows));
+    print(table(&["measure", "value"], &rows))?;
     Ok(())
 }
 
@@ -111,6 +113,7 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     );
     let tokenizer = Tokenizer::open(&args.teacher)?;
     let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
+    corpus.check(1, args.seq_len)?;
     let watch = Progress::default();
     let report = kl::evaluate(
         &teacher.model(&device, DType::F32)?,
@@ -122,7 +125,7 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     )?;
     drop(watch);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let rows = [
@@ -145,12 +148,7 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
         ),
         ("tokens", thousands(report.tokens)),
     ];
-    print!(
-        "{}",
-        table(
-            &["measure", "value"],
-            &rows.map(|(name, value)| vec![name.into(), value])
-        )
-    );
+    let rows = rows.map(|(name, value)| vec![name.into(), value]);
+    print(table(&["measure", "value"], &rows))?;
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::output::print;
 use crate::checkpoint::{self, Checkpoint, Format};
 
 /// Write a checkpoint in another format.
@@ -33,6 +34,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(&args.checkpoint),
         args.force,
     )?;
-    println!("written to {}", args.out.display());
+    print(format_args!("written to {}\n", args.out.display()))?;
     Ok(())
 }

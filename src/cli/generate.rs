@@ -1,12 +1,12 @@
 //! `zebroid generate`: text on standard output as it is decoded.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::interrupt;
+use super::output::{print, print_json};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::generate::{Engine, SamplingParams};
@@ -23,7 +23,7 @@ pub struct Args {
     #[arg(long, default_value = "")]
     prompt: String,
     /// 0 takes the likeliest token.
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.0)]
     temperature: f64,
     /// Only the K likeliest tokens; 0: all.
     #[arg(long, default_value_t = 0)]
@@ -36,8 +36,9 @@ pub struct Args {
     min_p: f64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    #[arg(long, default_value_t = 200)]
-    max_tokens: usize,
+    /// Most tokens to add [default: 200, or what the model's context leaves].
+    #[arg(long)]
+    max_tokens: Option<usize>,
     #[command(flatten)]
     device: DeviceArg,
     /// One JSON object with text and timings instead of streaming.
@@ -55,24 +56,27 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         max_tokens: args.max_tokens,
     };
     params.validate()?;
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let lm = checkpoint.model(&args.device.get()?, DType::F32)?;
     let engine = Engine::new(lm, tokenizer)?;
     interrupt::install();
     if !args.json {
-        print!("{}", args.prompt);
+        print(&args.prompt)?;
     }
-    let mut out = std::io::stdout();
+    let mut printed = Ok(());
     let generation = engine.generate(&args.prompt, &params, &mut |piece| {
-        // A closed pipe (`| head`) ends the text, without an error.
-        let written = args.json || write!(out, "{piece}").and_then(|()| out.flush()).is_ok();
-        written && !interrupt::asked()
+        if !args.json && printed.is_ok() {
+            printed = print(piece);
+        }
+        printed.is_ok() && !interrupt::asked()
     })?;
+    printed?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&generation)?);
+        print_json(&generation)?;
         return Ok(());
     }
-    println!();
+    print("\n")?;
     tracing::info!(
         prompt_tokens = generation.prompt_tokens,
         completion_tokens = generation.completion_tokens,

@@ -8,7 +8,8 @@ use serde_json::json;
 
 use super::cache;
 use super::device::DeviceArg;
-use super::output::Progress;
+use super::output::{Progress, check_file, print};
+use super::positive;
 use crate::checkpoint::{self, Checkpoint, write_atomic};
 use crate::data::Tokenizer;
 use crate::eval::harness::{
@@ -42,10 +43,10 @@ pub struct Args {
     #[arg(long)]
     data_dir: Option<PathBuf>,
     /// Tokens read at once.
-    #[arg(long, default_value_t = 8192)]
+    #[arg(long, value_parser = positive, default_value_t = 8192)]
     batch_tokens: usize,
     /// Longest input in tokens [default: the model's max_position_embeddings].
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     max_length: Option<usize>,
     /// Score what the tokenizer makes of texts that it cannot say.
     #[arg(long)]
@@ -65,6 +66,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let tasks = tasks(&args.tasks, args.num_fewshot)?;
+    args.json.iter().try_for_each(|path| check_file(path))?;
     let device = args.device.get()?;
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
@@ -77,7 +79,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             None => Source::Hub(Hub::from_env(cache::folder().join("datasets"))),
         },
         limit: args.limit.map(|l| l as usize),
-        batch_tokens: args.batch_tokens.max(1),
+        batch_tokens: args.batch_tokens,
         max_length: max_length(&lm, args.max_length)?,
         lossy: args.lossy,
         cache: cache::folder().join("harness"),
@@ -95,13 +97,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let documents: usize = results.iter().map(TaskResult::samples).sum();
     let tokens: usize = results.iter().map(TaskResult::tokens).sum();
     let seconds: f64 = results.iter().map(TaskResult::seconds).sum();
-    print!("{}", markdown(&results));
-    println!(
-        "\n{documents} documents, {:.1} a second ({:.1} s of scoring, {:.1} s in all)",
-        documents as f64 / seconds,
-        seconds,
-        started.elapsed().as_secs_f64()
-    );
+    let all_s = started.elapsed().as_secs_f64();
     if let Some(path) = &args.json {
         let cost = checkpoint.config.cost();
         let about = json!({
@@ -119,6 +115,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let all = to_json(&results, &model, about, args.log_samples);
         write_atomic(path, serde_json::to_string_pretty(&all)?.as_bytes())?;
     }
+    print(format_args!(
+        "{}\n{documents} documents, {:.1} a second ({seconds:.1} s of scoring, {all_s:.1} s in all)\n",
+        markdown(&results),
+        documents as f64 / seconds,
+    ))?;
     Ok(())
 }
 

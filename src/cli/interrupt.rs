@@ -3,6 +3,8 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::output::note;
+
 static ASKED: AtomicBool = AtomicBool::new(false);
 static INSTALLED: OnceLock<()> = OnceLock::new();
 
@@ -13,7 +15,7 @@ pub fn install() {
             if ASKED.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
             }
-            eprintln!("\nstopping at the next safe point; press Ctrl-C again to stop at once");
+            note("\nstopping at the next safe point; press Ctrl-C again to stop at once");
         });
         if let Err(error) = installed {
             tracing::warn!("Ctrl-C will not be caught: {error}");

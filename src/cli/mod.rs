@@ -1,9 +1,13 @@
 //! The command line: one file per command.
 
+// See `output`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::LazyLock;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::numerics;
 
@@ -93,7 +97,23 @@ pub enum Command {
     Bench(bench::Bench),
 }
 
-pub fn main(cli: Cli) -> anyhow::Result<ExitCode> {
+/// Reads the command line, and does what it says.
+///
+/// # Errors
+/// What a command could not do. [`crate::Error::Closed`] is no failure: whoever read the output has left.
+pub fn main() -> anyhow::Result<ExitCode> {
+    let parsed = signed(Cli::command()).try_get_matches();
+    let cli = match parsed.and_then(|found| Cli::from_arg_matches(&found)) {
+        Ok(cli) => cli,
+        // Help and version too: they go to standard output.
+        Err(said) => {
+            let written = said.print().and_then(|()| io::stdout().flush());
+            if !said.use_stderr() {
+                output::printed(written)?;
+            }
+            return Ok(ExitCode::from(said.exit_code() as u8));
+        }
+    };
     let level = if cli.verbose {
         "zebroid=debug"
     } else {
@@ -104,7 +124,9 @@ pub fn main(cli: Cli) -> anyhow::Result<ExitCode> {
     // A second initialisation (tests) keeps the first.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
+        // It would be said on the standard error that just failed, with a panic.
+        .log_internal_errors(false)
         .try_init();
     match cli.command {
         Command::Demo(args) => demo::run(args)?,
@@ -124,6 +146,25 @@ pub fn main(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The value of an option that counts what cannot be none.
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must not be 0".into()),
+        Ok(count) => Ok(count),
+        Err(error) => Err(format!("not a whole number above 0 ({error})")),
+    }
+}
+
+/// Every option takes a negative number for its value and not for a flag, so that the option's own check says
+/// what is wrong with it (`--lr -1`).
+fn signed(command: clap::Command) -> clap::Command {
+    let option = |arg: clap::Arg| match arg.is_positional() || !arg.get_action().takes_values() {
+        true => arg,
+        false => arg.allow_negative_numbers(true),
+    };
+    command.mut_args(option).mut_subcommands(signed)
 }
 
 #[cfg(test)]

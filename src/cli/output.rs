@@ -1,13 +1,89 @@
-//! What commands print: tables and progress.
+//! What commands print: every command writes to standard output and standard error through this file alone
+//! (the standard macros panic where a pipe is closed or a disk is full, and clippy refuses them here).
 
 use std::cell::{Cell, RefCell};
-use std::io::Write;
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use serde::Serialize;
 
 use super::interrupt;
 use crate::watch::Watch;
+use crate::{Error, Result};
+
+/// Writes to standard output, at once.
+///
+/// # Errors
+/// [`Error::Closed`] where nobody reads on (`| head`): it ends a command quietly, with exit code 0 as in
+/// ripgrep, since whoever closed the pipe has what they wanted. A full disk is a failure.
+pub fn print(text: impl Display) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let written = out.write_all(text.to_string().as_bytes());
+    printed(written.and_then(|()| out.flush()))
+}
+
+/// An object over several lines.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_string_pretty(value).expect("reports serialise");
+    print(json + "\n")
+}
+
+/// An object on a line of its own.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_line(value: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_string(value).expect("reports serialise");
+    print(json + "\n")
+}
+
+/// What became of writing to standard output.
+///
+/// # Errors
+/// As [`print`].
+pub fn printed(written: io::Result<()>) -> Result<()> {
+    written.map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Error::Closed,
+        _ => Error::io("cannot write to", Path::new("standard output"))(error),
+    })
+}
+
+/// A line on standard error. Where it cannot be written there is nobody to tell.
+pub fn note(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Tries the file that a command will write when its work is done, before the work begins.
+///
+/// # Errors
+/// A folder of that name, or a place that does not exist or takes no file.
+pub fn check_file(path: &Path) -> Result<()> {
+    if path.is_dir() || path.file_name().is_none() {
+        return Err(Error::file(path, "a folder; name a file to write"));
+    }
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if !parent.is_dir() {
+        let message = format!(
+            "no such folder to write {} into; make it first",
+            path.display()
+        );
+        return Err(Error::file(parent, message));
+    }
+    tempfile::Builder::new()
+        .prefix(".zebroid-")
+        .tempfile_in(parent)
+        .map(drop)
+        .map_err(Error::io("cannot write into", parent))
+}
 
 /// Rows under headers, columns aligned: the first to the left, the others to the right.
 pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
@@ -126,7 +202,7 @@ impl Watch for Progress {
     fn note(&self, text: &str) {
         match self.stage.borrow().as_ref() {
             Some(stage) if !stage.bar.is_hidden() => stage.bar.println(text),
-            _ => line(text),
+            _ => note(text),
         }
     }
 
@@ -140,7 +216,7 @@ impl Progress {
     fn tell(&self, stage: &Stage, then: Duration) {
         let now = Instant::now();
         if stage.bar.is_hidden() && self.due(now, then) {
-            line(&stage.line(now));
+            note(stage.line(now));
         }
     }
 
@@ -159,7 +235,7 @@ impl Progress {
         let now = Instant::now();
         match (now - stage.started < SHORT, stage.bar.is_hidden()) {
             (true, _) => stage.bar.finish_and_clear(),
-            (false, true) => line(&stage.line(now)),
+            (false, true) => note(stage.line(now)),
             (false, false) => stage.bar.abandon(),
         }
     }
@@ -207,11 +283,6 @@ impl Stage {
         }
         line
     }
-}
-
-/// A line on standard error. Where it cannot be written there is nobody to tell.
-fn line(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::table;
+use super::output::{note, print, print_json, table};
 use crate::checkpoint::Checkpoint;
 use crate::eval::parity::parity;
 
@@ -33,11 +33,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
     let report = parity(&lm, &args.expected)?;
     let departure = report.first_departure(args.tolerance);
-    if args.json {
+    let printed = if args.json {
         let mut value = serde_json::to_value(&report)?;
         value["tolerance"] = args.tolerance.into();
         value["departs_at"] = departure.as_ref().map(|(name, _)| name.clone()).into();
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        print_json(&value)
     } else {
         let show = |gap: Option<f64>| gap.map_or("-".into(), |gap| format!("{gap:.2e}"));
         let mut rows: Vec<_> = report
@@ -52,15 +52,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             String::new(),
         ]);
         rows.push(vec!["logits".into(), show(report.logits), String::new()]);
-        print!("{}", table(&["layer", "input", "mixer output"], &rows));
-    }
+        print(table(&["layer", "input", "mixer output"], &rows))
+    };
     Ok(match departure {
-        None => ExitCode::SUCCESS,
+        None => printed.map(|()| ExitCode::SUCCESS)?,
+        // Whoever closes the pipe is told of it all the same.
         Some((name, gap)) => {
-            eprintln!(
+            note(format_args!(
                 "departs at {name}: {gap:.2e} is above the tolerance {:.0e}",
                 args.tolerance
-            );
+            ));
             ExitCode::from(1)
         }
     })

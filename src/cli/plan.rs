@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::Device;
 use serde_json::json;
 
-use super::output::{bytes, table, thousands};
+use super::output::{bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{PlanOptions, plan};
 use crate::mixer::MixerConfig;
@@ -36,11 +36,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         true => Base::open(&args.teacher, Device::Cpu)?.plan(&args.plan, None)?,
     };
     match args.json {
-        true => println!(
-            "{}",
-            serde_json::to_string_pretty(&as_json(&teacher, &student))?
-        ),
-        false => print!("{}", as_table(&teacher, &student)),
+        true => print_json(&as_json(&teacher, &student))?,
+        false => print(as_table(&teacher, &student))?,
     }
     Ok(())
 }

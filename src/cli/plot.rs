@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::output::{check_file, print};
 use crate::checkpoint::write_atomic;
 use crate::eval::report::{Series, line_svg};
 use crate::{Error, Result};
@@ -29,11 +30,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    check_file(&args.out)?;
     let series = args.runs.iter().map(|run| curve(run, &args.metric));
     let series = series.collect::<Result<Vec<_>>>()?;
     let svg = line_svg(&args.title, "tokens", &args.metric, &series, !args.linear);
     write_atomic(&args.out, svg.as_bytes())?;
-    println!("written to {}", args.out.display());
+    print(format_args!("written to {}\n", args.out.display()))?;
     Ok(())
 }
 

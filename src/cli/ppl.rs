@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{Progress, table, thousands};
+use super::output::{Progress, print, print_json, table, thousands};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::data::{Tokenizer, read_texts};
 use crate::eval::ppl::{PplMode, ppl};
@@ -26,13 +27,13 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "documents")]
     mode: PplMode,
     /// Tokens a window [default: the model's max_position_embeddings].
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     window: Option<usize>,
     /// Tokens from a window's beginning to the next one's [default: half a window].
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     stride: Option<usize>,
     /// Tokens read at once.
-    #[arg(long, default_value_t = 8192)]
+    #[arg(long, value_parser = positive, default_value_t = 8192)]
     batch_tokens: usize,
     #[command(flatten)]
     device: DeviceArg,
@@ -59,7 +60,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     )?;
     drop(watch);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_json(&report)?;
         return Ok(());
     }
     let rows = [
@@ -70,7 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ("bytes", thousands(report.bytes)),
     ];
     let rows = rows.map(|(name, value)| vec![name.to_owned(), value]);
-    print!("{}", table(&["measure", "value"], &rows));
+    print(table(&["measure", "value"], &rows))?;
     Ok(())
 }
 
@@ -80,5 +81,8 @@ fn texts(path: &Path) -> Result<Vec<String>> {
         return Ok(read_texts(path)?.into_iter().map(|t| t.text).collect());
     }
     let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    Ok(vec![text])
+    match text.is_empty() {
+        true => Err(Error::file(path, "the file is empty")),
+        false => Ok(vec![text]),
+    }
 }

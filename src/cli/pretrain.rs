@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::output::Progress;
+use super::output::{Progress, note};
 use super::train::TrainArgs;
 use crate::checkpoint;
 use crate::data::{Corpus, Tokenizer};
@@ -85,11 +85,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         &Progress::default(),
     )?;
     if let Some(last) = metrics.last() {
-        eprintln!(
+        note(format_args!(
             "{} steps, {} tokens, last loss {:.4}",
             last.step, last.tokens, last.loss
-        );
+        ));
     }
-    eprintln!("written to {}", args.out.display());
+    note(format_args!("written to {}", args.out.display()));
     Ok(())
 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use candle_core::DType;
 
 use super::device::DeviceArg;
-use super::output::{Progress, table};
+use super::output::{Progress, check_file, print, print_json, table};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::probe::{Cell, Probe, Sweep, sweep};
@@ -24,18 +25,18 @@ pub struct Args {
     #[arg(long, value_enum, value_delimiter = ',')]
     probes: Option<Vec<Probe>>,
     /// Tokens of a text, its answer included [default: a quarter, half and all of the model's context, at least 128].
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_parser = positive, value_delimiter = ',')]
     lengths: Option<Vec<usize>>,
     /// Places of the answer, from the text's beginning to its end.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, value_parser = positive, default_value_t = 5)]
     depths: usize,
     /// Questions a cell.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, value_parser = positive, default_value_t = 20)]
     count: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Tokens read at once.
-    #[arg(long, default_value_t = 8192)]
+    #[arg(long, value_parser = positive, default_value_t = 8192)]
     batch_tokens: usize,
     /// An HTML page with heat maps.
     #[arg(long)]
@@ -48,6 +49,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    args.report.iter().try_for_each(|path| check_file(path))?;
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     let wanted = Sweep {
@@ -66,7 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         page(&args, &wanted, &cells).write(path)?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&cells)?);
+        print_json(&cells)?;
         return Ok(());
     }
     for grid in grids(&wanted, &cells) {
@@ -78,8 +80,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             row.extend(accuracies.iter().map(|a| format!("{:.1} %", 100.0 * a)));
             row
         });
-        println!("{}", grid.title);
-        println!("{}", table(&headers, &rows.collect::<Vec<_>>()));
+        let cells = table(&headers, &rows.collect::<Vec<_>>());
+        print(format_args!("{}\n{cells}\n", grid.title))?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::output::table;
+use super::output::{check_file, print, print_json, table};
 use crate::eval::report::{Bars, Report};
 use crate::eval::retention::{Retention, retention};
 use crate::{Error, Result};
@@ -33,6 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    args.report.iter().try_for_each(|path| check_file(path))?;
     let (base, student) = (read(&args.base)?, read(&args.student)?);
     let teacher = args.teacher.as_deref().map(read).transpose()?;
     let found = retention(&base, &student, teacher.as_ref())?;
@@ -42,13 +43,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     if args.json {
         let all = json!({ "retention": found, "costs": costs });
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        print_json(&all)?;
         return Ok(());
     }
-    print!("{}\n{}", table(&HEADERS, &rows(&found)), words(&found));
-    for (name, value) in &costs {
-        println!("{name}: {value}");
-    }
+    let (table, words) = (table(&HEADERS, &rows(&found)), words(&found));
+    let costs: String = (costs
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}\n")))
+    .collect();
+    print(format_args!("{table}\n{words}{costs}"))?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::device::DeviceArg;
-use super::output::{Progress, table};
+use super::output::{Progress, print, print_json, table};
 use super::plan::{as_json, as_table};
 use crate::checkpoint::{self, Checkpoint};
 use crate::eval::report::{Report, Series};
@@ -76,16 +76,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let report = out.join("report.html");
     page(&recipe, &outcome)?.write(&report)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&outcome)?);
+        print_json(&outcome)?;
         return Ok(());
     }
-    print!("{}", table(&HEADERS, &rows(&outcome)));
-    println!(
-        "\nKV ratio {:.2} %\nhybrid: {}\nreport: {}",
+    print(format_args!(
+        "{}\nKV ratio {:.2} %\nhybrid: {}\nreport: {}\n",
+        table(&HEADERS, &rows(&outcome)),
         100.0 * outcome.kv_ratio,
         outcome.student.display(),
         report.display()
-    );
+    ))?;
     Ok(())
 }
 
@@ -125,19 +125,21 @@ fn show_plan(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
         .ok_or_else(|| Error::invalid("no student"))?;
     if json {
         let plan = serde_json::json!({ "recipe": recipe, "plan": as_json(&teacher, last) });
-        println!("{}", serde_json::to_string_pretty(&plan)?);
+        print_json(&plan)?;
         return Ok(());
     }
     if !recipe.about.is_empty() {
-        println!("{}\n", recipe.about);
+        print(format_args!("{}\n\n", recipe.about))?;
     }
-    println!("stages: {}\n", stages(recipe).join(", "));
-    print!("{}", as_table(&teacher, last));
+    let (stages, table) = (stages(recipe).join(", "), as_table(&teacher, last));
+    print(format_args!("stages: {stages}\n\n{table}"))?;
     match &recipe.select {
         Some(select) if select.method.selector().is_some() => {
-            println!("(places of MLA are chosen after ILD; a uniform placement is shown)");
+            print("(places of MLA are chosen after ILD; a uniform placement is shown)\n")?;
         }
-        Some(_) => println!("(mixers are chosen by what they cost; one choice that fits is shown)"),
+        Some(_) => {
+            print("(mixers are chosen by what they cost; one choice that fits is shown)\n")?;
+        }
         None => {}
     }
     Ok(())

@@ -8,10 +8,11 @@ use serde_json::json;
 
 use super::device::DeviceArg;
 use super::init::InitArgs;
-use super::output::{Progress, bytes, table};
+use super::output::{Progress, bytes, check_file, print, print_json, table};
+use super::positive;
 use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::convert::{PlanOptions, Selector, select};
-use crate::data::{Corpus, Packing};
+use crate::data::{Batches, Corpus, Packing};
 use crate::eval::sensitivity::{Score, Sensitivity, sensitivity};
 use crate::mixer::Cost;
 use crate::pipeline::{Base, Budget, Damages, Method, candidates, damages};
@@ -40,7 +41,7 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["teacher", "bank", "data"])]
     scores: Option<PathBuf>,
     /// Layers to become MLA (all methods but budget).
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     count: Option<usize>,
     #[arg(long, value_enum, default_value = "smart")]
     method: Method,
@@ -51,13 +52,13 @@ pub struct Args {
     #[arg(long)]
     state_bytes: Option<usize>,
     /// Ranks of the latent to choose from (budget).
-    #[arg(long, value_delimiter = ',', default_value = "8,16,32")]
+    #[arg(long, value_parser = positive, value_delimiter = ',', default_value = "8,16,32")]
     ranks: Vec<usize>,
     /// Tokens to score on.
-    #[arg(long, default_value_t = 16_384)]
+    #[arg(long, value_parser = positive, default_value_t = 16_384)]
     tokens: usize,
     /// Tokens a window.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
     /// Where to keep the scores.
     #[arg(long)]
@@ -84,6 +85,9 @@ enum Saved {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let selector = args.method.selector();
+    args.save_scores
+        .iter()
+        .try_for_each(|path| check_file(path))?;
     let watch = Progress::default();
     let saved = match &args.scores {
         Some(path) => read(path)?,
@@ -110,7 +114,7 @@ fn show_places(args: &Args, selector: Selector, scores: &Sensitivity) -> anyhow:
     let chosen = select(selector, &values, count)?;
     if args.json {
         let found = json!({ "method": selector, "mla": chosen, "sensitivity": scores });
-        println!("{}", serde_json::to_string_pretty(&found)?);
+        print_json(&found)?;
         return Ok(());
     }
     let rows = scores.layers.iter().enumerate().map(|(i, s)| {
@@ -118,14 +122,14 @@ fn show_places(args: &Args, selector: Selector, scores: &Sensitivity) -> anyhow:
         vec![i.to_string(), show(s), mark.into()]
     });
     let headers = ["layer", "score (nats/token)", "choice"];
-    print!("{}", table(&headers, &rows.collect::<Vec<_>>()));
     let list: Vec<String> = chosen.iter().map(usize::to_string).collect();
-    println!(
-        "\nKL of all Mamba2: {:.4} on {} tokens\n--mla {}",
+    print(format_args!(
+        "{}\nKL of all Mamba2: {:.4} on {} tokens\n--mla {}\n",
+        table(&headers, &rows.collect::<Vec<_>>()),
         scores.kl,
         scores.tokens,
         list.join(",")
-    );
+    ))?;
     Ok(())
 }
 
@@ -147,7 +151,7 @@ fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
             "damage": damage,
             "damages": damages,
         });
-        println!("{}", serde_json::to_string_pretty(&found)?);
+        print_json(&found)?;
         return Ok(());
     }
     let names: Vec<String> = damages.options.iter().map(|o| o.kind.to_string()).collect();
@@ -160,15 +164,15 @@ fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
         row.push(kinds[i].clone());
         row
     });
-    print!("{}", table(&headers, &rows.collect::<Vec<_>>()));
-    println!(
-        "\nKL (nats/token) that each replacement alone costs, on {} tokens; of the choice {damage:.4} in all\n\
-         {} of KV cache a token, {} of state\n--layers {}",
+    print(format_args!(
+        "{}\nKL (nats/token) that each replacement alone costs, on {} tokens; of the choice {damage:.4} in all\n\
+         {} of KV cache a token, {} of state\n--layers {}\n",
+        table(&headers, &rows.collect::<Vec<_>>()),
         damages.tokens,
         bytes(2 * cost.kv_per_token),
         bytes(4 * cost.state),
         kinds.join(",")
-    );
+    ))?;
     Ok(())
 }
 
@@ -182,7 +186,12 @@ fn needed<T: Clone>(value: Option<T>, flag: &str) -> Result<T> {
 
 fn read(path: &Path) -> Result<Saved> {
     let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not saved scores: {e}")))
+    serde_json::from_str(&text).map_err(|e| {
+        Error::file(
+            path,
+            format!("not scores that select --save-scores wrote: {e}"),
+        )
+    })
 }
 
 fn open(args: &Args) -> Result<(Base, Corpus)> {
@@ -192,11 +201,19 @@ fn open(args: &Args) -> Result<(Base, Corpus)> {
     )?;
     let data = needed(args.data.as_ref(), "--data")?;
     let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;
+    corpus.check(1, args.seq_len)?;
     Ok((base, corpus))
 }
 
 fn score(args: &Args, watch: &dyn Watch) -> Result<Sensitivity> {
     let bank = needed(args.bank.as_ref(), "--bank")?;
+    for name in ["mla", "mamba2"] {
+        if !bank.join(name).is_dir() {
+            let message =
+                format!("no {name}/ inside: not an ILD bank (train --stage ild makes one)");
+            return Err(Error::file(bank, message));
+        }
+    }
     needed(args.count, "--count")?;
     let (base, corpus) = open(args)?;
     let model = |name: &str| Checkpoint::open(&bank.join(name))?.model(&base.device, DType::F32);

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::output::print;
+use super::positive;
 use crate::checkpoint::{self, check_output};
 use crate::data::stories;
 use crate::{Error, Result};
@@ -12,7 +14,7 @@ use crate::{Error, Result};
 pub struct Args {
     /// Folder for stories.jsonl, preferences.jsonl, tokenizer.json and tokenizer_config.json; must not exist.
     out: PathBuf,
-    #[arg(long, default_value_t = 40_000)]
+    #[arg(long, value_parser = positive, default_value_t = 40_000)]
     count: usize,
     /// Different seeds give unrelated stories.
     #[arg(long, default_value_t = 1)]
@@ -22,7 +24,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     check_output(&args.out, false, &[])?;
     write(&args)?;
-    println!("written to {}", args.out.display());
+    print(format_args!("written to {}\n", args.out.display()))?;
     Ok(())
 }
 

@@ -1,12 +1,13 @@
 //! `zebroid train`: ILD, end-to-end or stepwise KD, preference optimisation.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 
 use super::device::DeviceArg;
 use super::init::InitArgs;
-use super::output::Progress;
+use super::output::{Progress, note, print_line};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
@@ -137,16 +138,15 @@ impl TrainArgs {
             }
         });
         start_training(watch, name, &self.config, data, out)?;
+        // Whoever reads the steps may leave, and the disk that they go to may fill: the run is saved then.
+        let printed = RefCell::new(Ok(()));
         let mut observe = |metrics: &StepMetrics, _: u64| {
             tell_step(watch, metrics);
-            if self.json {
-                println!(
-                    "{}",
-                    serde_json::to_string(metrics).expect("numbers and names serialise")
-                );
+            if self.json && printed.borrow().is_ok() {
+                *printed.borrow_mut() = print_line(metrics);
             }
         };
-        train(
+        let metrics = train(
             stage,
             data,
             &self.config,
@@ -159,10 +159,17 @@ impl TrainArgs {
                     every: self.eval_every,
                     measure,
                 }),
-                stop: &|| watch.stop(),
+                stop: &|| watch.stop() || printed.borrow().is_err(),
                 observe: &mut observe,
             },
-        )
+        );
+        match (metrics, printed.into_inner()) {
+            (Err(saved @ Error::Interrupted(_)), Err(unprinted)) => {
+                note(saved);
+                Err(unprinted)
+            }
+            (metrics, printed) => metrics.and_then(|metrics| printed.map(|()| metrics)),
+        }
     }
 }
 
@@ -213,12 +220,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     );
     drop(watch);
     if let Some(last) = run?.last() {
-        eprintln!(
+        note(format_args!(
             "{} steps, {} tokens, last loss {:.4}",
             last.step, last.tokens, last.loss
-        );
+        ));
     }
-    eprintln!("written to {}", args.out.display());
+    note(format_args!("written to {}", args.out.display()));
     Ok(())
 }
 

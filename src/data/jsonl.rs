@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::Value;
 
 use crate::{Error, Result};
 
@@ -16,37 +17,63 @@ pub struct Text {
     pub prompt: usize,
 }
 
+/// Any object: what is not used here may be of any type.
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum Line {
-    Text { text: String },
-    Prompted { prompt: String, completion: String },
+struct Line {
+    text: Option<Value>,
+    prompt: Option<Value>,
+    completion: Option<Value>,
+    messages: Option<IgnoredAny>,
 }
+
+const WANTED: &str = "a JSON object with a \"text\" string, or with \"prompt\" and \"completion\"";
 
 /// The texts of every line, other fields ignored.
 ///
 /// # Errors
 /// As [`read_lines`].
 pub fn read_texts(path: &Path) -> Result<Vec<Text>> {
-    const WANTED: &str =
-        "a JSON object with a \"text\" string, or with \"prompt\" and \"completion\"";
-    let lines = read_lines(path, WANTED)?;
-    Ok(lines
-        .into_iter()
-        .map(|line| match line {
-            Line::Text { text } => Text { text, prompt: 0 },
-            Line::Prompted { prompt, completion } => Text {
-                text: prompt.clone() + &completion,
-                prompt: prompt.len(),
-            },
-        })
-        .collect())
+    let lines: Vec<Line> = read_lines(path, WANTED)?;
+    let text = |(i, line): (usize, Line)| match line {
+        Line {
+            text: Some(Value::String(text)),
+            ..
+        } => Ok(Text { text, prompt: 0 }),
+        Line {
+            prompt: Some(Value::String(prompt)),
+            completion: Some(Value::String(completion)),
+            ..
+        } => Ok(Text {
+            text: prompt.clone() + &completion,
+            prompt: prompt.len(),
+        }),
+        other => Err(Error::Line {
+            path: path.to_owned(),
+            line: i + 1,
+            message: format!("not {WANTED}{}", other.instead()),
+        }),
+    };
+    lines.into_iter().enumerate().map(text).collect()
+}
+
+impl Line {
+    /// What is there in the place of strings.
+    fn instead(&self) -> &'static str {
+        let chat = self.messages.is_some() || matches!(self.prompt, Some(Value::Array(_)));
+        match chat {
+            true => {
+                ": chat messages are not read yet; write each conversation as one \"text\", or its last answer as \
+                 \"completion\" to the \"prompt\" before it, with the model's chat template applied"
+            }
+            false => "",
+        }
+    }
 }
 
 /// One value a line. Empty lines are allowed at the end only.
 ///
 /// # Errors
-/// Names the file and the line (from 1) that is empty, or not what is `wanted`.
+/// A file without a line; names the file and the line (from 1) that is empty, or not what is `wanted`.
 pub fn read_lines<T: DeserializeOwned>(path: &Path, wanted: &str) -> Result<Vec<T>> {
     let bytes = fs::read(path).map_err(Error::io("cannot read", path))?;
     let at = |line: usize, message: String| Error::Line {
@@ -56,6 +83,10 @@ pub fn read_lines<T: DeserializeOwned>(path: &Path, wanted: &str) -> Result<Vec<
     };
     let mut values = Vec::new();
     let end = bytes.trim_ascii_end();
+    if end.is_empty() {
+        let message = format!("the file is empty; each line is to be {wanted}");
+        return Err(Error::file(path, message));
+    }
     for (i, line) in end.split(|b| *b == b'\n').enumerate() {
         let line = std::str::from_utf8(line).map_err(|e| at(i + 1, format!("not UTF-8: {e}")))?;
         if line.trim().is_empty() {
@@ -89,6 +120,8 @@ mod tests {
             prompt: 0,
         };
         assert_eq!(texts, [whole("a"), whole("b\n")]);
+        let odd = read(b"{\"text\":\"a\",\"prompt\":3,\"messages\":[]}").unwrap();
+        assert_eq!(odd, [whole("a")]);
         let asked = read(b"{\"prompt\":\"a \",\"completion\":\"b\"}").unwrap();
         assert_eq!((asked[0].text.as_str(), asked[0].prompt), ("a b", 2));
     }
@@ -102,13 +135,18 @@ mod tests {
             (b"{\"prompt\":\"a\"}", 1, "completion"),
             (b"{\"text\":3}", 1, "string"),
             (b"{\"text\":\"\xff\"}", 1, "UTF-8"),
-            (b"", 1, "empty"),
+            (b"{\"messages\":[]}", 1, "chat messages are not read yet"),
+            (b"{\"prompt\":[],\"completion\":[]}", 1, "chat messages"),
         ] {
             let message = read(content).unwrap_err().to_string();
             assert!(
                 message.contains(&format!("line {line}:")) && message.contains(word),
                 "{message}"
             );
+        }
+        for content in ["", "\n\n"] {
+            let message = read(content.as_bytes()).unwrap_err().to_string();
+            assert!(message.contains("the file is empty"), "{message}");
         }
     }
 }

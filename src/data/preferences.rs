@@ -41,7 +41,7 @@ impl Preferences {
     /// tokens loses more of its prompt's beginning, then the end of its answer.
     ///
     /// # Errors
-    /// Names the line that cannot be used: other fields, an empty answer, twice the same answer.
+    /// Names the line that cannot be used: other fields, an empty answer, twice the same answer. A length without room.
     pub fn load(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -49,6 +49,11 @@ impl Preferences {
         max_length: usize,
     ) -> Result<Self> {
         const WANTED: &str = "a JSON object with \"prompt\", \"chosen\" and \"rejected\" strings";
+        if max_length < 2 {
+            return Err(Error::invalid(format!(
+                "max_length {max_length} has no room for a prompt and an answer"
+            )));
+        }
         let lines: Vec<Preference> = read_lines(path, WANTED)?;
         let pairs = lines.iter().enumerate().map(|(i, line)| {
             let wrong = |message: &str| Error::Line {

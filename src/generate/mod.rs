@@ -9,7 +9,7 @@ use crate::model::Lm;
 use crate::{Error, Result};
 
 mod sampler;
-pub use sampler::{Sampler, SamplingParams};
+pub use sampler::{MAX_TOKENS, Sampler, SamplingParams};
 
 /// A model with its tokenizer.
 pub struct Engine {
@@ -67,8 +67,36 @@ impl Engine {
         }
     }
 
+    /// How many tokens follow a prompt of `prompt` tokens: no more than the model's context has room for,
+    /// which is said where more were asked for.
+    ///
+    /// # Errors
+    /// A prompt that fills the context.
+    fn most(&self, prompt: usize, asked: Option<usize>) -> Result<usize> {
+        let context = self.lm.config.max_position_embeddings;
+        let Some(room) = context.checked_sub(prompt).filter(|room| *room > 0) else {
+            return Err(Error::invalid(format!(
+                "the prompt has {prompt} tokens, the model's context {context} (max_position_embeddings): shorten the prompt"
+            )));
+        };
+        match asked {
+            Some(asked) if asked > room => {
+                tracing::warn!(
+                    "max_tokens {asked} is past the model's context of {context} tokens: behind a prompt of {prompt} \
+                     the text ends after {room}"
+                );
+                Ok(room)
+            }
+            Some(asked) => Ok(asked),
+            None => Ok(room.min(MAX_TOKENS)),
+        }
+    }
+
     /// Continues `prompt`; `emit` gets every piece of text as soon as it is certain, and stops the
     /// generation by returning false.
+    ///
+    /// # Errors
+    /// Settings out of range, or a prompt that fills the model's context.
     pub fn generate(
         &self,
         prompt: &str,
@@ -77,6 +105,7 @@ impl Engine {
     ) -> Result<Generation> {
         params.validate()?;
         let ids = self.prompt(prompt)?;
+        let most = self.most(ids.len(), params.max_tokens)?;
         let started = Instant::now();
         let mut state = self.lm.state(1)?;
         let mut sampler = Sampler::new(params);
@@ -86,7 +115,7 @@ impl Engine {
         let mut finish_reason = "length";
         let mut first = Duration::ZERO;
         let mut next = ids.clone();
-        while completion_tokens < params.max_tokens {
+        while completion_tokens < most {
             let input = Tensor::from_slice(&next, (1, next.len()), self.lm.device())?;
             let hidden = self.lm.resume(&input, &mut state)?;
             let last = hidden.narrow(1, next.len() - 1, 1)?;

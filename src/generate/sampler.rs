@@ -16,8 +16,12 @@ pub struct SamplingParams {
     /// Only those at least this share of the likeliest's probability; 0: all.
     pub min_p: f64,
     pub seed: u64,
-    pub max_tokens: usize,
+    /// `None`: [`MAX_TOKENS`], or what the model's context leaves behind the prompt.
+    pub max_tokens: Option<usize>,
 }
+
+/// Where nobody says how many.
+pub const MAX_TOKENS: usize = 200;
 
 impl Default for SamplingParams {
     fn default() -> Self {
@@ -27,7 +31,7 @@ impl Default for SamplingParams {
             top_p: 1.0,
             min_p: 0.0,
             seed: 0,
-            max_tokens: 200,
+            max_tokens: None,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What the kernels ask of the process.
 
+use std::ffi::OsString;
+
 /// Index of `mi_option_purge_delay` in mimalloc's `mi_option_e`.
 const PURGE_DELAY: i32 = 15;
 
@@ -8,20 +10,51 @@ const PURGE_DELAY: i32 = 15;
 /// them anew each time, a fifth of a step.
 const KEEP_FREED_MS: i64 = 10_000;
 
-/// Turns a waiting candle thread spins before it sleeps. Candle's pool takes turns with rayon's on the
-/// same cores; at its default (25,000) it starves the kernels.
-const CANDLE_SPINS: &str = "100";
+/// Turns a waiting candle thread spins before it sleeps; candle reads them from the environment alone. Its
+/// pool takes turns with rayon's on the same cores; at its default (25,000) it starves the kernels.
+const CANDLE_SPINS: (&str, &str) = ("CANDLE_BARRIER_POOL_SPIN_LIMIT", "100");
 
-/// To be called first in `main`, before any tensor and any thread.
-pub fn prepare() {
-    // SAFETY: no other thread runs yet, so nobody reads the environment meanwhile.
-    #[allow(unsafe_code)]
-    unsafe {
-        std::env::set_var("CANDLE_BARRIER_POOL_SPIN_LIMIT", CANDLE_SPINS);
+/// Sets what the user has not set (`CANDLE_BARRIER_POOL_SPIN_LIMIT`, `MIMALLOC_PURGE_DELAY`).
+///
+/// # Safety
+/// To be called first in `main`, before any tensor and any thread: it writes to the environment, which no
+/// other thread may read meanwhile.
+#[allow(unsafe_code)]
+pub unsafe fn prepare() {
+    let (name, ours) = CANDLE_SPINS;
+    if let Some(value) = unless_set(std::env::var_os(name), ours) {
+        // SAFETY: the caller's promise.
+        unsafe { std::env::set_var(name, value) };
     }
-    // SAFETY: sets one number inside the allocator that this binary links.
-    #[allow(unsafe_code)]
-    unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, KEEP_FREED_MS);
+    keep_freed_pages();
+}
+
+fn unless_set(own: Option<OsString>, ours: &str) -> Option<&str> {
+    own.is_none().then_some(ours)
+}
+
+#[allow(unsafe_code)]
+fn keep_freed_pages() {
+    // SAFETY: sets one number inside the allocator that this binary links, where no variable has set it.
+    unsafe { libmimalloc_sys::mi_option_set_default(PURGE_DELAY, KEEP_FREED_MS) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_user_has_set_stays() {
+        assert_eq!(unless_set(None, "100"), Some("100"));
+        assert_eq!(unless_set(Some("7".into()), "100"), None);
+        // SAFETY: numbers inside the allocator; no other test looks at them.
+        #[allow(unsafe_code)]
+        unsafe {
+            keep_freed_pages();
+            assert_eq!(libmimalloc_sys::mi_option_get(PURGE_DELAY), KEEP_FREED_MS);
+            libmimalloc_sys::mi_option_set(PURGE_DELAY, 3);
+            keep_freed_pages();
+            assert_eq!(libmimalloc_sys::mi_option_get(PURGE_DELAY), 3);
+        }
     }
 }

@@ -175,9 +175,11 @@ impl TrainConfig {
         for (name, value, range) in numbers {
             if !range.contains(&value) {
                 let (low, high) = (range.start(), range.end());
-                return Err(Error::invalid(format!(
-                    "{name} {value} must lie between {low} and {high}"
-                )));
+                let wanted = match *high == f64::MAX {
+                    true => format!("a number at or above {low}"),
+                    false => format!("between {low} and {high}"),
+                };
+                return Err(Error::invalid(format!("{name} {value} must be {wanted}")));
             }
         }
         let lengths = [

@@ -39,10 +39,9 @@ fn llama_logits_equal_transformers() {
 }
 
 #[test]
+#[cfg_attr(not(shared), ignore = "no reference material: set ZEBROID_SHARED")]
 fn hybrids_equal_the_reference_implementation() {
-    let Some(shared) = shared("hybrid parity") else {
-        return;
-    };
+    let shared = shared();
     for name in GOLDENS {
         let folder = shared.join("golden").join(name);
         let report = parity(&model(&folder), &folder.join("expected.safetensors")).unwrap();
@@ -57,10 +56,9 @@ fn hybrids_equal_the_reference_implementation() {
 }
 
 #[test]
+#[cfg_attr(not(shared), ignore = "no reference material: set ZEBROID_SHARED")]
 fn amd_to_ours_to_amd_is_bit_exact() {
-    let Some(shared) = shared("AMD round trip") else {
-        return;
-    };
+    let shared = shared();
     for name in GOLDENS {
         let folder = shared.join("golden").join(name);
         let out = tempfile::tempdir().unwrap();
@@ -160,10 +158,9 @@ fn initialise(shared: &Path, name: &str) -> Initialised {
 }
 
 #[test]
+#[cfg_attr(not(shared), ignore = "no reference material: set ZEBROID_SHARED")]
 fn reference_initialisation_equals_the_reference() {
-    let Some(shared) = shared("initialisation") else {
-        return;
-    };
+    let shared = shared();
     for name in GOLDENS {
         let init = initialise(&shared, name);
         let theirs = |name: &str| &init.expected[&format!("init.{name}")];
@@ -247,10 +244,9 @@ fn reference_initialisation_equals_the_reference() {
 
 /// Their initialised hybrid, on the teacher's recorded states: both ILD terms of every layer, and the KL.
 #[test]
+#[cfg_attr(not(shared), ignore = "no reference material: set ZEBROID_SHARED")]
 fn ild_terms_and_kl_equal_the_reference() {
-    let Some(shared) = shared("ILD terms") else {
-        return;
-    };
+    let shared = shared();
     for name in GOLDENS {
         let init = initialise(&shared, name);
         let get = |name: &str| init.expected[name].to_dtype(DType::F32).unwrap();
@@ -334,10 +330,9 @@ fn ild_terms_and_kl_equal_the_reference() {
 
 /// The recorded teacher ran in bf16: ours, in f32, agrees as far as bf16 can say.
 #[test]
+#[cfg_attr(not(shared), ignore = "no reference material: set ZEBROID_SHARED")]
 fn teacher_logits_agree_with_the_bf16_recording() {
-    let Some(shared) = shared("teacher logits") else {
-        return;
-    };
+    let shared = shared();
     for name in GOLDENS {
         let init = initialise(&shared, name);
         let recorded = init.expected["teacher_logits"]
@@ -366,15 +361,14 @@ fn teacher_logits_agree_with_the_bf16_recording() {
 }
 
 #[test]
+#[cfg_attr(not(shared), ignore = "no reference material: set ZEBROID_SHARED")]
 fn stories260k_tells_its_story() {
-    let Some(shared) = shared("stories260K text") else {
-        return;
-    };
+    let shared = shared();
     let folder = shared.join("teachers/stories260K");
     let tokenizer = zebroid::data::Tokenizer::open(&folder).unwrap();
     let engine = zebroid::generate::Engine::new(model(&folder), tokenizer).unwrap();
     let params = zebroid::generate::SamplingParams {
-        max_tokens: 60,
+        max_tokens: Some(60),
         ..Default::default()
     };
     let mut streamed = String::new();
@@ -386,4 +380,21 @@ fn stories260k_tells_its_story() {
     let beginning = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. \
                      One day, she saw a big, red ball.";
     assert!(streamed.starts_with(beginning), "{streamed}");
+}
+
+/// Whole and piece by piece.
+#[test]
+#[cfg_attr(not(shared), ignore = "no reference material: set ZEBROID_SHARED")]
+fn stories260k_texts_survive_its_tokenizer() {
+    const TEXT: &str = "Once upon a time, there was a café.\nZoë ate 3 jalapeños 🌶 — “hot”!";
+    let tokenizer = zebroid::data::Tokenizer::open(&shared().join("teachers/stories260K")).unwrap();
+    assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), &[2][..]));
+    assert_eq!(tokenizer.vocab_size(), 512);
+    let ids = tokenizer.encode(TEXT).unwrap();
+    assert_eq!(ids[0], 1);
+    assert_eq!(tokenizer.decode(&ids).unwrap(), TEXT);
+    let mut stream = tokenizer.decode_stream(&[]);
+    let mut text: String = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
+    text += &stream.finish().unwrap();
+    assert_eq!(text, TEXT);
 }
