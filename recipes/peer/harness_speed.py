@@ -1,5 +1,5 @@
 """Documents a second of lm-evaluation-harness on local files, with the model loaded: seconds from the task definitions and the data
-on disk to the scores, and of the evaluation alone.   harness_speed.py MODEL DATA TASK BATCH_SIZE LIMIT
+on disk to the scores, of the evaluation alone, and of processor time.   harness_speed.py MODEL DATA TASK BATCH_SIZE LIMIT
 What harness_speed.sh printed, as medians and ranges.   harness_speed.py < LINES"""
 import statistics
 import sys
@@ -21,24 +21,25 @@ def measure(model, data, name, batch_size, limit):
     with tempfile.TemporaryDirectory() as scratch:
         # The library's copy of the data is warm, as after a first run.
         tasks_of(manager, data, name, 0, scratch)
-        start = time.time()
+        start, processor = time.time(), time.process_time()
         task = tasks_of(manager, data, name, 0, scratch)
         opened = time.time()
         # Not `simple_evaluate`, which collects facts about the machine afterwards.
         out = evaluator.evaluate(lm, manager.load([task]), limit=limit, bootstrap_iters=0, log_samples=False)
-        end = time.time()
+        end, processor = time.time(), time.process_time() - processor
     documents = sum(n["effective"] for n in out["n-samples"].values())
-    print(documents, f"{end - start:.2f}", f"{end - opened:.2f}")
+    print(documents, f"{end - start:.2f}", f"{end - opened:.2f}", f"{processor:.2f}")
 
 
 def summary(lines):
     found = {}
     for line in lines:
-        task, who, documents, whole, scoring, _ = line.rstrip("\n").split("\t")
-        found.setdefault((task, who), []).append([int(documents) / float(s) for s in (whole, scoring)])
+        task, who, documents, whole, scoring, processor, _ = line.rstrip("\n").split("\t")
+        found.setdefault((task, who), []).append([int(documents) / float(s) for s in (whole, scoring, processor)])
     for (task, who), rates in found.items():
         shown = [f"{statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for r in zip(*rates)]
-        print(f"{task}, {who}, {len(rates)} turns: {shown[0]} documents/s, data included; {shown[1]} without")
+        print(f"{task}, {who}, {len(rates)} turns: {shown[0]} documents/s, data included; {shown[1]} without; "
+              f"{shown[2]} a second of processor time")
 
 
 if len(sys.argv) > 1:
