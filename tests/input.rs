@@ -259,3 +259,30 @@ fn outputs_are_tried_before_the_work() {
         "{page}"
     );
 }
+
+#[test]
+fn a_tokenizer_of_another_model_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = "tests/golden/llama/plain";
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(Path::new(model).join(name), folder.path().join(name)).unwrap();
+    }
+    let tokenizer = Path::new(TEACHER).join("tokenizer.json");
+    std::fs::copy(tokenizer, folder.path().join("tokenizer.json")).unwrap();
+    let data = folder.path().join("data.jsonl");
+    std::fs::write(&data, "{\"text\": \"Tom has a red ball.\"}\n").unwrap();
+    let (model, data) = (text(folder.path()), text(&data));
+    for line in [
+        format!("eval kl --teacher {model} --student {model} --data {data}"),
+        format!("eval ppl {model} --data {data}"),
+        format!("eval recall {model}"),
+        format!("eval probe {model}"),
+        format!("eval harness {model} --tasks piqa --data-dir {model}"),
+        format!("calibrate {model} {data}"),
+        format!("generate {model}"),
+        format!("train --stage dpo --student {model} --data {data} {model}/out"),
+    ] {
+        let said = fails(2, &line.split(' ').collect::<Vec<_>>());
+        assert!(said.contains("do not belong together"), "{line}: {said}");
+    }
+}

@@ -88,6 +88,7 @@ pub struct RecallArgs {
 fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    tokenizer.check(checkpoint.config.vocab_size)?;
     let lm = checkpoint.model(&args.device.get()?, DType::F32)?;
     let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
     let watch = Progress::default();
@@ -112,6 +113,7 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
         Checkpoint::open(&args.student)?,
     );
     let tokenizer = Tokenizer::open(&args.teacher)?;
+    tokenizer.check(teacher.config.vocab_size)?;
     let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
     corpus.check(1, args.seq_len)?;
     let watch = Progress::default();

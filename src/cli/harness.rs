@@ -70,6 +70,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.get()?;
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    tokenizer.check(checkpoint.config.vocab_size)?;
     let weights = checkpoint.weights(DType::F32, &device)?;
     let fingerprint = checkpoint::fingerprint(&checkpoint.config, &weights)?;
     let lm = crate::model::Lm::new(&checkpoint.config, &weights)?;

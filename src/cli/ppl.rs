@@ -45,6 +45,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    tokenizer.check(lm.config.vocab_size)?;
     let texts = texts(&args.data)?;
     let window = args.window.unwrap_or(lm.config.max_position_embeddings);
     let stride = args.stride.unwrap_or(window / 2);

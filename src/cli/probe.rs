@@ -52,6 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     args.report.iter().try_for_each(|path| check_file(path))?;
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    tokenizer.check(lm.config.vocab_size)?;
     let wanted = Sweep {
         probes: args.probes.clone().unwrap_or(Probe::ALL.to_vec()),
         lengths: (args.lengths.clone())

@@ -237,7 +237,9 @@ fn bank(args: &Args, base: &Base, watch: &dyn Watch) -> Result<Stage> {
 }
 
 fn dpo(args: &Args, student: &Path, watch: &dyn Watch) -> Result<(Stage, Preferences)> {
+    let checkpoint = Checkpoint::open(student)?;
     let tokenizer = Tokenizer::open(student)?;
+    tokenizer.check(checkpoint.config.vocab_size)?;
     let pairs = Preferences::load(
         &args.data,
         &tokenizer,
@@ -246,7 +248,6 @@ fn dpo(args: &Args, student: &Path, watch: &dyn Watch) -> Result<(Stage, Prefere
     )?;
     let train = &args.train.config;
     pairs.check(train.batch_size, train.seq_len)?;
-    let checkpoint = Checkpoint::open(student)?;
     let weights = checkpoint.weights(DType::F32, &args.train.device.get()?)?;
     let stored = partial_folder(&args.out).join("reference.safetensors");
     let dpo = Dpo::new(

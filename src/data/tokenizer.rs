@@ -136,6 +136,17 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// # Errors
+    /// When a model that embeds `vocab_size` tokens cannot read what this makes of a text.
+    pub fn check(&self, vocab_size: usize) -> Result<()> {
+        match self.vocab_size() {
+            need if need > vocab_size => Err(Error::invalid(format!(
+                "the tokenizer has {need} tokens, the model embeds {vocab_size}: they do not belong together"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// The token as `tokenizer.json` spells it.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)

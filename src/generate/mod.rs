@@ -35,12 +35,7 @@ impl Engine {
     /// # Errors
     /// When model and tokenizer do not belong together.
     pub fn new(lm: Lm, tokenizer: Tokenizer) -> Result<Self> {
-        let (have, need) = (lm.config.vocab_size, tokenizer.vocab_size());
-        if need > have {
-            return Err(Error::invalid(format!(
-                "the tokenizer has {need} tokens, the model embeds {have}: they do not belong together"
-            )));
-        }
+        tokenizer.check(lm.config.vocab_size)?;
         Ok(Self { lm, tokenizer })
     }
 

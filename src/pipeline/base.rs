@@ -31,9 +31,11 @@ pub struct Base {
 impl Base {
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
+        let tokenizer = Tokenizer::open(folder)?;
+        tokenizer.check(checkpoint.config.vocab_size)?;
         Ok(Self {
             weights: checkpoint.weights(DType::F32, &Device::Cpu)?,
-            tokenizer: Tokenizer::open(folder)?,
+            tokenizer,
             checkpoint,
             device,
         })
