@@ -31,17 +31,13 @@
 //! | `op/ssd/backward.rs` | the same, for gradients |
 //! | `op/runtime.rs` | the process: its environment, its allocator |
 //! | `checkpoint/files.rs` | the memory map of a file of tensors |
+//! | `main.rs` | the call of `op::runtime::prepare`, before any thread |
 //!
 //! # Shape letters
 //! `B` batch, `T` query positions, `S` key positions, `D` hidden size, `H` query heads, `G` key/value
 //! heads (groups), `K` head dim of queries and keys, `V` head dim of values or vocabulary, `P` Mamba2
 //! head dim, `N` Mamba2 state dim, `C` convolution channels, `R` latent rank, `L` layers. Suffixes
 //! carry them: `x_BTD`-like shapes are written in comments as `[B, T, D]`.
-//!
-//! # Unsafe code
-//! Denied but in `op/` (threads of a kernel write disjoint parts of one output; settings of the process) and in
-//! two named places: `checkpoint/files.rs` maps files of weights, `main.rs` calls `op::runtime::prepare` before
-//! any thread. `tests/arrows.rs` guards this too.
 
 pub mod checkpoint;
 pub mod cli;

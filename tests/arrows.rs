@@ -116,25 +116,3 @@ fn modules_use_only_what_stands_below_them() {
         problems.join("\n")
     );
 }
-
-/// The places that `src/lib.rs` names.
-#[test]
-fn unsafe_code_stands_in_named_places() {
-    fn walk(path: &Path, found: &mut Vec<String>) {
-        if path.is_dir() {
-            let entries = fs::read_dir(path).unwrap();
-            return entries.for_each(|entry| walk(&entry.unwrap().path(), found));
-        }
-        if fs::read_to_string(path)
-            .unwrap()
-            .contains("allow(unsafe_code")
-        {
-            found.push(path.to_str().unwrap().replace('\\', "/"));
-        }
-    }
-    let mut found = Vec::new();
-    walk(Path::new("src"), &mut found);
-    found.retain(|path| !path.starts_with("src/op/"));
-    found.sort();
-    assert_eq!(found, ["src/checkpoint/files.rs", "src/main.rs"]);
-}

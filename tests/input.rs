@@ -130,14 +130,8 @@ fn numbers_that_cannot_work_are_named() {
     let kl = format!("eval kl --teacher {TEACHER} --student {TEACHER} --data {data}");
     let bench = format!("bench train {TEACHER} --mla 1 --kv-rank 16 --rope-dim 8");
     for (line, part) in [
-        (
-            format!("{kd} --lr nan"),
-            "lr NaN must be a number at or above 0\n",
-        ),
-        (
-            format!("{kd} --lr -1"),
-            "lr -1 must be a number at or above 0\n",
-        ),
+        (format!("{kd} --lr nan"), "lr NaN must be between 0 and 1\n"),
+        (format!("{kd} --lr -1"), "lr -1 must be between 0 and 1\n"),
         (
             format!("{kd} --warmup -0.5"),
             "warmup -0.5 must be between 0 and 1\n",

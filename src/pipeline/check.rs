@@ -74,8 +74,12 @@ impl Checked {
             if let Some(Text::File(path)) = text
                 && !path.is_file()
             {
+                let problem = match path.is_dir() {
+                    true => "a directory",
+                    false => "No such file",
+                };
                 return Err(at("data")(Error::invalid(format!(
-                    "{name} {}: no such file; name one there, or with --{name}",
+                    "{name} {}: {problem}; name a file there, or with --{name}",
                     path.display()
                 ))));
             }

@@ -231,7 +231,7 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         (
             "\"stories:2:150\"",
             "\"nowhere.jsonl\"",
-            "[data] train nowhere.jsonl: no such file",
+            "[data] train nowhere.jsonl: No such file",
         ),
         (
             "\"stories:3:20\"",
@@ -273,7 +273,7 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         (
             "lr = 1e-3",
             "lr = 1e11",
-            "[kd 1] lr 100000000000 must lie between 0 and 1",
+            "[kd 1] lr 100000000000 must be between 0 and 1",
         ),
         (
             "steps = 3, batch_size = 2",
