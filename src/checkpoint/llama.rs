@@ -62,6 +62,7 @@ pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
         bos_token_id: f.ids("bos_token_id")?.first().copied(),
         eos_token_id: f.ids("eos_token_id")?,
         layers: vec![MixerConfig::Attention(attention); f.size("num_hidden_layers")?],
+        converted: None,
     };
     config.validate().map_err(|e| Error::file(path, e))?;
     Ok(config)

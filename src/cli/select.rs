@@ -10,12 +10,11 @@ use super::device::DeviceArg;
 use super::init::InitArgs;
 use super::output::{bytes, progress, table};
 use crate::checkpoint::{Checkpoint, write_atomic};
-use crate::convert::{
-    Choice, Init, LayerKind, PlanOptions, RankRule, Selector, fit_budget, plan, select,
-};
+use crate::convert::{Choice, Init, PlanOptions, Selector, fit_budget, plan, select};
 use crate::data::{Corpus, Packing};
 use crate::eval::sensitivity::{Score, Sensitivity, sensitivity};
-use crate::mixer::Cost;
+use crate::mixer::mla::{plan::MlaKind, rank::RankRule};
+use crate::mixer::{Cost, LayerKind};
 use crate::model::Lm;
 use crate::pipeline::Base;
 use crate::weights::Weights;
@@ -268,17 +267,17 @@ fn score(args: &Args) -> Result<Sensitivity> {
 fn damages(args: &Args) -> Result<Damages> {
     let base = open(args)?;
     let layers = base.config().layers.len();
-    let mla = |rank: &usize| LayerKind::Mla {
-        kv_lora_rank: Some(*rank),
-        q_lora_rank: None,
+    let mla = |rank: &usize| {
+        LayerKind::Mla(MlaKind {
+            kv_lora_rank: Some(*rank),
+            q_lora_rank: None,
+        })
     };
     let mut kinds = vec![LayerKind::Mamba2];
     kinds.extend(args.ranks.iter().map(mla));
     // All sizes are checked before the first is made.
     let sized = |kind: &LayerKind| plan(base.config(), &args.plan.with_layers(vec![*kind; layers]));
-    if let Some(rule @ (RankRule::Energy(_) | RankRule::Share(_) | RankRule::Bytes(_))) =
-        args.plan.kv_lora_rank
-    {
+    if let Some(rule) = args.plan.sizes.kv_lora_rank.filter(RankRule::is_open) {
         return Err(Error::invalid(format!(
             "--kv-rank {rule}: the budget method chooses among --ranks"
         )));

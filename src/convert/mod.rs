@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Batch;
 use crate::mixer::calibration::{Sample, fit_output};
-use crate::mixer::{self, AttentionWeights, Mixer, MixerConfig};
+use crate::mixer::{AttentionWeights, Birth, Born, Mixer, MixerConfig};
 use crate::model::{Lm, ModelConfig};
 use crate::op::Documents;
 use crate::weights::Weights;
@@ -21,8 +21,8 @@ mod ranks;
 mod select;
 pub use budget::{Choice, fit_budget};
 pub use calibrate::{Calibration, CalibrationConfig, calibrate};
-pub use plan::{LayerKind, PlanOptions, plan};
-pub use ranks::{RankRule, settle_ranks};
+pub use plan::{PlanOptions, plan};
+pub use ranks::settle_ranks;
 pub use select::{Selector, select, smart_feasible};
 
 /// How mixers are born from attention weights, as flags and recipes say it.
@@ -86,47 +86,40 @@ pub fn compose(
         let prefix = format!("model.layers.{i}");
         let source = weights.at(&prefix).at(teacher.layers[i].prefix());
         let sample = teaching.as_mut().map(|t| t.layer(i)).transpose()?;
-        let attention = || AttentionWeights::new(teacher.attention(i)?, &source);
-        let born = match (config, init, &sample) {
-            // Copied above, under the same names.
-            (MixerConfig::Attention(_), ..) => Vec::new(),
-            (MixerConfig::Mla(c), Init::Reference { .. }, _) => {
-                mixer::mla::reference(c, &attention()?)?
-            }
-            (MixerConfig::Mamba2(c), Init::Reference { seed }, _) => {
-                // Each layer draws from a stream of its own.
-                let seed = seed
+        let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
+        let birth = match (init, &sample) {
+            // Each layer draws from a stream of its own.
+            (Init::Reference { seed }, _) => Birth::Published {
+                seed: seed
                     .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-                    .wrapping_add(i as u64);
-                mixer::mamba2::reference(c, &attention()?, seed)?
-            }
-            (MixerConfig::Mla(c), Init::Refined { calibration, .. }, Some(sample)) => {
-                let statistics = &calibration.layers[i];
-                let (config, fit) = mixer::mla::refined(c, &attention()?, statistics, sample)?;
-                composed.config.layers[i] = MixerConfig::Mla(config);
-                fit.tensors
-            }
-            (MixerConfig::Mamba2(c), Init::Refined { calibration, .. }, Some(sample)) => {
-                let statistics = &calibration.layers[i];
-                mixer::mamba2::refined(c, &attention()?, statistics, sample)?.tensors
-            }
-            (_, Init::Refined { .. }, None) => {
+                    .wrapping_add(i as u64),
+            },
+            (Init::Refined { calibration, .. }, Some(sample)) => Birth::Refined {
+                statistics: &calibration.layers[i],
+                sample,
+            },
+            (Init::Refined { .. }, None) => {
                 unreachable!("a refined initialisation has a sample of each layer")
             }
         };
-        let born = match (&mut teaching, init) {
+        let Born { config, tensors } = config.born(&attention, &birth)?;
+        let tensors = match (&mut teaching, init) {
             (
                 Some(teaching),
                 Init::Refined {
                     own_inputs: true, ..
                 },
-            ) => teaching.follow(i, &composed.config.layers[i], born)?,
-            _ => born,
+            ) => match student.is_converted(i) {
+                true => teaching.follow(i, &config, tensors)?,
+                false => teaching.keep(i, tensors)?,
+            },
+            _ => tensors,
         };
-        for (name, tensor) in born {
+        for (name, tensor) in tensors {
             let name = format!("{prefix}.{}.{name}", config.prefix());
             composed.tensors.insert(name, tensor);
         }
+        composed.config.layers[i] = config;
     }
     Ok(composed)
 }
@@ -170,6 +163,16 @@ impl Teaching {
         })
     }
 
+    /// Passes a layer that the hybrid keeps.
+    fn keep(&mut self, index: usize, born: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        let layer = &self.lm.layers[index];
+        let mixed = layer
+            .mixer
+            .forward(&layer.mixer_input(&self.own)?, Some(&self.documents))?;
+        self.own = layer.finish(&self.own, &mixed)?;
+        Ok(born)
+    }
+
     /// Fits the output projection of the layer that was just born once more: to what the hybrid's layers
     /// before it give, towards the teacher's residual stream. Then the hybrid passes the layer.
     fn follow(
@@ -180,11 +183,6 @@ impl Teaching {
     ) -> Result<Vec<(String, Tensor)>> {
         let layer = &self.lm.layers[index];
         let input = layer.mixer_input(&self.own)?;
-        if let MixerConfig::Attention(_) = config {
-            let mixed = layer.mixer.forward(&input, Some(&self.documents))?;
-            self.own = layer.finish(&self.own, &mixed)?;
-            return Ok(born);
-        }
         let sample = Sample {
             output: (&self.between - &self.own)?,
             input,
@@ -265,9 +263,9 @@ pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) ->
         let kept = composed.config.layers[i].name() == layer.name();
         if kept {
             composed.config.layers[i] = layer.clone();
-        } else if !matches!(layer, MixerConfig::Attention(_)) {
+        } else if before.is_converted(i) {
             return Err(Error::invalid(format!(
-                "layer {i} is {} already: only attention can be converted",
+                "layer {i} is {} already: only what is the teacher's can be converted",
                 layer.name()
             )));
         }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::convert::{CalibrationConfig, InitName, PlanOptions, RankRule, Selector, plan};
+use crate::convert::{CalibrationConfig, InitName, PlanOptions, Selector, plan};
 use crate::data::Packing;
 use crate::model::ModelConfig;
 use crate::train::TrainConfig;
@@ -301,10 +301,8 @@ impl Recipe {
 
 /// The plan with ranks that depend on weights left at their defaults.
 fn sized(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
-    let number = |rule: Option<RankRule>| rule.filter(|r| matches!(r, RankRule::Fixed(_)));
     let options = PlanOptions {
-        kv_lora_rank: number(options.kv_lora_rank),
-        q_lora_rank: number(options.q_lora_rank),
+        sizes: options.sizes.without_open_ranks(),
         ..options.clone()
     };
     plan(teacher, &options)

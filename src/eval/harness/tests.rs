@@ -15,6 +15,7 @@ use super::score::{Tokens, log_likelihoods, survives, tokens};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::task::find;
+use crate::mixer::MixerOptions;
 use crate::model::{Lm, ModelConfig};
 
 fn teacher() -> (Lm, Tokenizer) {
@@ -48,7 +49,10 @@ fn shared_contexts_score_as_each_request_alone() {
     let mut config: ModelConfig = lm.config.clone();
     let plan = crate::convert::PlanOptions {
         mla: vec![1],
-        qk_rope_head_dim: Some(8),
+        sizes: MixerOptions {
+            qk_rope_head_dim: Some(8),
+            ..Default::default()
+        },
         ..Default::default()
     };
     config = crate::convert::plan(&config, &plan).unwrap();
