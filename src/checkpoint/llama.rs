@@ -52,6 +52,7 @@ pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
         bos_token_id: f.ids("bos_token_id")?.first().copied(),
         eos_token_id: f.ids("eos_token_id")?,
         layers: vec![MixerConfig::Attention(attention); layers],
+        converted: None,
     };
     config.validate().map_err(|e| Error::file(path, e))?;
     Ok(config)

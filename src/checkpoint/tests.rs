@@ -29,6 +29,7 @@ fn config(tied: bool) -> ModelConfig {
         bos_token_id: Some(1),
         eos_token_id: vec![2, 3],
         layers: vec![MixerConfig::Attention(attention); 2],
+        converted: None,
     }
 }
 

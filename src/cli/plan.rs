@@ -8,7 +8,6 @@ use serde_json::json;
 use super::output::{bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{PlanOptions, plan};
-use crate::mixer::MixerConfig;
 use crate::model::ModelConfig;
 use crate::pipeline::Base;
 
@@ -46,22 +45,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 const CACHE_BYTES: usize = 2;
 const STATE_BYTES: usize = 4;
 
-fn sizes(mixer: &MixerConfig) -> String {
-    match mixer {
-        MixerConfig::Attention(c) => format!(
-            "{}/{} heads x {}",
-            c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        ),
-        MixerConfig::Mla(c) => format!(
-            "q {} kv {} rope {} nope {}",
-            c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim
-        ),
-        MixerConfig::Mamba2(c) => {
-            format!("{} heads x {} state {}", c.num_heads, c.head_dim, c.d_state)
-        }
-    }
-}
-
 pub fn as_table(teacher: &ModelConfig, student: &ModelConfig) -> String {
     let row = |name: String, mixer: String, sizes: String, cost: crate::mixer::Cost| {
         vec![
@@ -79,7 +62,7 @@ pub fn as_table(teacher: &ModelConfig, student: &ModelConfig) -> String {
             row(
                 i.to_string(),
                 mixer.name().into(),
-                sizes(mixer),
+                mixer.show(),
                 student.layer_cost(i),
             )
         })

@@ -71,6 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         bos_token_id: tokenizer.bos(),
         eos_token_id: tokenizer.eos().to_vec(),
         layers: vec![MixerConfig::Attention(attention); args.num_layers],
+        converted: None,
     };
     let device = args.train.device.get()?;
     let mut stage = Stage::Pretrain(Pretrain::new(&config, settings.seed, &device)?);

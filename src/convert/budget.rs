@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::plan::LayerKind;
-use crate::mixer::Cost;
+use crate::mixer::{Cost, LayerKind};
 use crate::{Error, Result};
 
 /// What a layer could become.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Batch;
 use crate::mixer::calibration::{Sample, fit_output};
-use crate::mixer::{self, AttentionWeights, Mixer, MixerConfig};
+use crate::mixer::{AttentionWeights, Birth, Born, Mixer, MixerConfig};
 use crate::model::{Lm, ModelConfig};
 use crate::op::Documents;
 use crate::watch::Watch;
@@ -22,8 +22,8 @@ mod ranks;
 mod select;
 pub use budget::{Choice, fit_budget};
 pub use calibrate::{Calibration, CalibrationConfig, calibrate};
-pub use plan::{LayerKind, PlanOptions, plan};
-pub use ranks::{RankRule, check_ranks, settle_ranks};
+pub use plan::{PlanOptions, plan};
+pub use ranks::{check_ranks, settle_ranks};
 pub use select::{Selector, select, smart_feasible};
 
 /// How mixers are born from attention weights, as flags and recipes say it.
@@ -90,35 +90,24 @@ pub fn compose(
         let prefix = format!("model.layers.{i}");
         let source = weights.at(&prefix).at(teacher.layers[i].prefix());
         let sample = teaching.as_mut().map(|t| t.layer(i)).transpose()?;
-        let attention = || AttentionWeights::new(teacher.attention(i)?, &source);
-        let born = match (config, init, &sample) {
-            // Copied above, under the same names.
-            (MixerConfig::Attention(_), ..) => Vec::new(),
-            (MixerConfig::Mla(c), Init::Reference { .. }, _) => {
-                mixer::mla::reference(c, &attention()?)?
-            }
-            (MixerConfig::Mamba2(c), Init::Reference { seed }, _) => {
-                // Each layer draws from a stream of its own.
-                let seed = seed
+        let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
+        let birth = match (init, &sample) {
+            // Each layer draws from a stream of its own.
+            (Init::Reference { seed }, _) => Birth::Published {
+                seed: seed
                     .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-                    .wrapping_add(i as u64);
-                mixer::mamba2::reference(c, &attention()?, seed)?
-            }
-            (MixerConfig::Mla(c), Init::Refined { calibration, .. }, Some(sample)) => {
-                let statistics = &calibration.layers[i];
-                let (config, fit) = mixer::mla::refined(c, &attention()?, statistics, sample)?;
-                composed.config.layers[i] = MixerConfig::Mla(config);
-                fit.tensors
-            }
-            (MixerConfig::Mamba2(c), Init::Refined { calibration, .. }, Some(sample)) => {
-                let statistics = &calibration.layers[i];
-                mixer::mamba2::refined(c, &attention()?, statistics, sample)?.tensors
-            }
-            (_, Init::Refined { .. }, None) => {
+                    .wrapping_add(i as u64),
+            },
+            (Init::Refined { calibration, .. }, Some(sample)) => Birth::Refined {
+                statistics: &calibration.layers[i],
+                sample,
+            },
+            (Init::Refined { .. }, None) => {
                 unreachable!("a refined initialisation has a sample of each layer")
             }
         };
-        let born = match (&mut teaching, init) {
+        let Born { config, tensors } = config.born(&attention, &birth)?;
+        let tensors = match (&mut teaching, init) {
             (
                 Some(teaching),
                 Init::Refined {
@@ -127,14 +116,18 @@ pub fn compose(
             ) => {
                 // Half of the layer's time is still to come.
                 watch.reached(i, layers, "layers")?;
-                teaching.follow(i, &composed.config.layers[i], born)?
+                match student.is_converted(i) {
+                    true => teaching.follow(i, &config, tensors)?,
+                    false => teaching.keep(i, tensors)?,
+                }
             }
-            _ => born,
+            _ => tensors,
         };
-        for (name, tensor) in born {
+        for (name, tensor) in tensors {
             let name = format!("{prefix}.{}.{name}", config.prefix());
             composed.tensors.insert(name, tensor);
         }
+        composed.config.layers[i] = config;
         watch.reached(i + 1, layers, "layers")?;
     }
     Ok(composed)
@@ -179,6 +172,16 @@ impl Teaching {
         })
     }
 
+    /// Passes a layer that the hybrid keeps.
+    fn keep(&mut self, index: usize, born: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        let layer = &self.lm.layers[index];
+        let mixed = layer
+            .mixer
+            .forward(&layer.mixer_input(&self.own)?, Some(&self.documents))?;
+        self.own = layer.finish(&self.own, &mixed)?;
+        Ok(born)
+    }
+
     /// Fits the output projection of the layer that was just born once more: to what the hybrid's layers
     /// before it give, towards the teacher's residual stream. Then the hybrid passes the layer.
     fn follow(
@@ -189,11 +192,6 @@ impl Teaching {
     ) -> Result<Vec<(String, Tensor)>> {
         let layer = &self.lm.layers[index];
         let input = layer.mixer_input(&self.own)?;
-        if let MixerConfig::Attention(_) = config {
-            let mixed = layer.mixer.forward(&input, Some(&self.documents))?;
-            self.own = layer.finish(&self.own, &mixed)?;
-            return Ok(born);
-        }
         let sample = Sample {
             output: (&self.between - &self.own)?,
             input,
@@ -268,12 +266,11 @@ pub fn check_growth(after: &ModelConfig, before: &ModelConfig) -> Result<()> {
             "the student to go on from has other sizes than the plan",
         ));
     }
-    for (i, (after, before)) in after.layers.iter().zip(&before.layers).enumerate() {
-        let converted = !matches!(before, MixerConfig::Attention(_));
-        if converted && after.name() != before.name() {
+    for i in before.converted() {
+        let name = before.layers[i].name();
+        if after.layers[i].name() != name {
             return Err(Error::invalid(format!(
-                "layer {i} is {} already: only attention can be converted",
-                before.name()
+                "layer {i} is {name} already: only what is the teacher's can be converted"
             )));
         }
     }

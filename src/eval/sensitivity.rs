@@ -132,6 +132,7 @@ mod tests {
             bos_token_id: None,
             eos_token_id: Vec::new(),
             layers: vec![MixerConfig::Attention(attention); 2],
+            converted: None,
         };
         let tensors = config.params().into_iter().map(|(name, shape)| {
             let count = shape.iter().product();

@@ -102,7 +102,7 @@ pub struct Fitted {
     pub error: f64,
 }
 
-/// Replaces `out_proj.weight` of a mixer by the ridge regression of the teacher's output on the mixer's
+/// Replaces the output projection of a mixer by the ridge regression of the teacher's output on the mixer's
 /// features (what the projection reads), with the given projection as the prior mean:
 /// `min ‖F Wᵀ − Y‖² + λ‖W − W₀‖²`.
 pub fn fit_output(
@@ -110,10 +110,10 @@ pub fn fit_output(
     mut tensors: Vec<(String, Tensor)>,
     sample: &Sample,
 ) -> Result<Fitted> {
-    const OUT: &str = "out_proj.weight";
-    let Some(slot) = tensors.iter().position(|(name, _)| name == OUT) else {
+    let output = config.output();
+    let Some(slot) = tensors.iter().position(|(name, _)| name == output) else {
         return Err(Error::invalid(format!(
-            "{} has no {OUT} to fit",
+            "{} has no {output} to fit",
             config.name()
         )));
     };

@@ -1,7 +1,7 @@
 //! Sequence mixers: what stands between a layer's first norm and its residual addition.
 //!
-//! A mixer is a folder (`config`, forward, prefill, step, state, cost, initialisation from attention
-//! weights, tests) and a variant of [`MixerConfig`], [`Mixer`] and [`MixerState`]; the laws in
+//! A mixer is a folder (its place in a plan, config, forward, prefill, step, state, cost, birth from attention
+//! weights) and a variant of [`LayerKind`], [`MixerConfig`], [`Mixer`] and [`MixerState`]; the laws in
 //! `tests.rs` run over every variant.
 
 use candle_core::{DType, Device, Tensor};
@@ -16,6 +16,7 @@ pub mod cache;
 pub mod calibration;
 #[cfg(test)]
 mod calibration_tests;
+pub mod kind;
 pub mod linalg;
 pub mod mamba2;
 pub mod mla;
@@ -24,7 +25,10 @@ pub mod sizes;
 #[cfg(test)]
 mod tests;
 
+use calibration::{Sample, Statistics};
+
 pub use attention::{Attention, AttentionConfig, AttentionWeights};
+pub use kind::{LayerKind, MixerOptions};
 pub use mamba2::{Mamba2, Mamba2Config, Mamba2State};
 pub use mla::{Mla, MlaConfig};
 pub use rotary::{RopeConfig, RopeScaling};
@@ -110,6 +114,47 @@ impl MixerConfig {
         }
     }
 
+    /// The tensor that makes the mixer's output of what its heads give, `[D, ..]`.
+    pub fn output(&self) -> &'static str {
+        match self {
+            MixerConfig::Attention(_) => "o_proj.weight",
+            MixerConfig::Mla(_) | MixerConfig::Mamba2(_) => "out_proj.weight",
+        }
+    }
+
+    /// The sizes, for people.
+    pub fn show(&self) -> String {
+        match self {
+            MixerConfig::Attention(c) => c.show(),
+            MixerConfig::Mla(c) => c.show(),
+            MixerConfig::Mamba2(c) => c.show(),
+        }
+    }
+
+    /// The mixer from the attention in whose place it stands.
+    ///
+    /// # Errors
+    /// When the attention's sizes cannot give it.
+    pub fn born(&self, attention: &AttentionWeights, birth: &Birth) -> Result<Born> {
+        let mut config = self.clone();
+        let tensors = match (&mut config, birth) {
+            (MixerConfig::Attention(_), _) => attention.tensors(),
+            (MixerConfig::Mla(c), Birth::Published { .. }) => mla::reference(c, attention)?,
+            (MixerConfig::Mla(c), Birth::Refined { statistics, sample }) => {
+                let (chosen, fitted) = mla::refined(c, attention, statistics, sample)?;
+                *c = chosen;
+                fitted.tensors
+            }
+            (MixerConfig::Mamba2(c), Birth::Published { seed }) => {
+                mamba2::reference(c, attention, *seed)?
+            }
+            (MixerConfig::Mamba2(c), Birth::Refined { statistics, sample }) => {
+                mamba2::refined(c, attention, statistics, sample)?.tensors
+            }
+        };
+        Ok(Born { config, tensors })
+    }
+
     /// The closed formulas (spec 1.10).
     pub fn cost(&self, hidden: usize) -> Cost {
         match self {
@@ -118,6 +163,25 @@ impl MixerConfig {
             MixerConfig::Mamba2(c) => c.cost(hidden),
         }
     }
+}
+
+/// How a mixer comes from attention.
+pub enum Birth<'a> {
+    /// As published; what it draws follows from the seed.
+    Published { seed: u64 },
+    /// Fitted to the attention on text.
+    Refined {
+        statistics: &'a Statistics,
+        sample: &'a Sample,
+    },
+}
+
+/// A mixer that came from attention.
+pub struct Born {
+    /// Where it turned by frequencies of its own, it says so.
+    pub config: MixerConfig,
+    /// By their names after the mixer's prefix.
+    pub tensors: Vec<(String, Tensor)>,
 }
 
 /// A mixer with its weights.

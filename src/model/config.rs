@@ -30,6 +30,9 @@ pub struct ModelConfig {
     pub eos_token_id: Vec<u32>,
     /// One mixer a layer, first to last.
     pub layers: Vec<MixerConfig>,
+    /// Layers whose mixer stands in the place of a teacher's; not said: those that are not attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub converted: Option<Vec<usize>>,
 }
 
 impl ModelConfig {
@@ -60,6 +63,12 @@ impl ModelConfig {
                     self.vocab_size
                 )));
             }
+        }
+        let layers = self.layers.len();
+        if let Some(i) = self.converted.iter().flatten().find(|i| **i >= layers) {
+            return Err(Error::invalid(format!(
+                "converted names layer {i}, of {layers} layers"
+            )));
         }
         for (i, layer) in self.layers.iter().enumerate() {
             layer
@@ -117,6 +126,20 @@ impl ModelConfig {
     /// Cached scalars a token over the teacher's (spec 1.10: recurrent states are not counted).
     pub fn kv_ratio(&self, teacher: &ModelConfig) -> f64 {
         self.cost().kv_per_token as f64 / teacher.cost().kv_per_token as f64
+    }
+
+    /// Whether the mixer of layer `index` stands in the place of a teacher's.
+    pub fn is_converted(&self, index: usize) -> bool {
+        match &self.converted {
+            Some(converted) => converted.contains(&index),
+            None => !matches!(self.layers[index], MixerConfig::Attention(_)),
+        }
+    }
+
+    /// The layers of which [`ModelConfig::is_converted`] holds, first to last.
+    pub fn converted(&self) -> Vec<usize> {
+        let layers = 0..self.layers.len();
+        layers.filter(|i| self.is_converted(*i)).collect()
     }
 
     /// The attention of layer `index`.

@@ -8,10 +8,12 @@ use crate::Error;
 use crate::Result;
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::{
-    Calibration, CalibrationConfig, Composed, Init, LayerKind, PlanOptions, RankRule, calibrate,
-    compose, plan, settle_ranks,
+    Calibration, CalibrationConfig, Composed, Init, PlanOptions, calibrate, compose, plan,
+    settle_ranks,
 };
 use crate::data::{Corpus, Tokenizer};
+use crate::mixer::LayerKind;
+use crate::mixer::mla::rank::RankRule;
 use crate::model::{Lm, ModelConfig};
 use crate::train::Stage;
 use crate::train::stage::ild::{Ild, IldConfig};
@@ -101,7 +103,7 @@ impl Base {
         config: IldConfig,
         watch: &dyn Watch,
     ) -> Result<Stage> {
-        if let Some(rule @ (RankRule::Share(_) | RankRule::Bytes(_))) = options.kv_lora_rank {
+        if let Some(rule) = options.sizes.kv_lora_rank.filter(RankRule::is_budget) {
             return Err(Error::invalid(format!(
                 "the rank {rule} is for the layers of one hybrid, a bank has all of them as MLA: \
                  compose the hybrid first and train it (--student), or give a number or energy:SHARE"
@@ -113,7 +115,7 @@ impl Base {
         };
         let given = options.kinds(self.config().layers.len())?;
         let all_mla = given.iter().map(|kind| match kind {
-            LayerKind::Mla { .. } => *kind,
+            LayerKind::Mla(_) => *kind,
             _ => LayerKind::MLA,
         });
         let candidates = [

@@ -5,10 +5,11 @@ use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::base::Base;
-use crate::convert::{Choice, Init, LayerKind, PlanOptions, RankRule, fit_budget, plan};
+use crate::convert::{Choice, Init, PlanOptions, fit_budget, plan};
 use crate::data::Corpus;
 use crate::eval::sensitivity::{Score, sensitivity};
-use crate::mixer::Cost;
+use crate::mixer::mla::{plan::MlaKind, rank::RankRule};
+use crate::mixer::{Cost, LayerKind};
 use crate::model::{Lm, ModelConfig};
 use crate::watch::Watch;
 use crate::weights::Weights;
@@ -70,9 +71,7 @@ pub fn candidates(
     options: &PlanOptions,
     ranks: &[usize],
 ) -> Result<Vec<(LayerKind, ModelConfig)>> {
-    if let Some(rule @ (RankRule::Energy(_) | RankRule::Share(_) | RankRule::Bytes(_))) =
-        options.kv_lora_rank
-    {
+    if let Some(rule) = options.sizes.kv_lora_rank.filter(RankRule::is_open) {
         return Err(Error::invalid(format!(
             "the KV rank {rule}: the budget method chooses among the ranks it is given"
         )));
@@ -82,9 +81,11 @@ pub fn candidates(
             "the budget method needs ranks to choose from",
         ));
     }
-    let mla = |rank: &usize| LayerKind::Mla {
-        kv_lora_rank: Some(*rank),
-        q_lora_rank: None,
+    let mla = |rank: &usize| {
+        LayerKind::Mla(MlaKind {
+            kv_lora_rank: Some(*rank),
+            q_lora_rank: None,
+        })
     };
     let kinds = std::iter::once(LayerKind::Mamba2).chain(ranks.iter().map(mla));
     let layers = teacher.layers.len();

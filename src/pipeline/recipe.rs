@@ -9,11 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::budget::{self, Budget};
 use crate::convert::{
-    CalibrationConfig, InitName, PlanOptions, RankRule, Selector, check_growth, check_ranks, plan,
-    select,
+    CalibrationConfig, InitName, PlanOptions, Selector, check_growth, check_ranks, plan, select,
 };
 use crate::data::Packing;
-use crate::mixer::MixerConfig;
+use crate::mixer::mla::rank::RankRule;
 use crate::model::ModelConfig;
 use crate::train::TrainConfig;
 use crate::train::stage::dpo::DpoConfig;
@@ -430,9 +429,8 @@ impl Recipe {
                 }
                 None => before.clone(),
             };
-            let kept = |layer| matches!(layer, &MixerConfig::Attention(_));
             let (schedule, trained) = (kd.objective.schedule, kd.objective.trained);
-            if student.layers.iter().all(kept)
+            if student.converted().is_empty()
                 && (schedule == Schedule::Stepwise || trained == Trained::Mixers)
             {
                 return Err(at(Error::invalid(
@@ -457,13 +455,12 @@ impl Recipe {
 /// # Errors
 /// A hybrid that cannot be composed of a bank's layers.
 fn check_bank(student: &ModelConfig, options: &PlanOptions) -> Result<()> {
-    let kept = |layer: &MixerConfig| matches!(layer, MixerConfig::Attention(_));
-    if let Some(i) = student.layers.iter().position(kept) {
+    if let Some(i) = (0..student.layers.len()).find(|i| !student.is_converted(*i)) {
         return Err(Error::invalid(format!(
             "layer {i} keeps its attention, and a bank has MLA and Mamba2 only: [ild] target must be hybrid"
         )));
     }
-    if let Some(rule @ (RankRule::Share(_) | RankRule::Bytes(_))) = options.kv_lora_rank {
+    if let Some(rule) = options.sizes.kv_lora_rank.filter(RankRule::is_budget) {
         return Err(Error::invalid(format!(
             "the rank {rule} is for the layers of one hybrid, a bank has all of them as MLA: [ild] target must be \
              hybrid, or give a number or energy:SHARE"
@@ -475,10 +472,8 @@ fn check_bank(student: &ModelConfig, options: &PlanOptions) -> Result<()> {
 /// The plan with ranks that depend on weights left at their defaults.
 fn sized(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
     check_ranks(teacher, options)?;
-    let number = |rule: Option<RankRule>| rule.filter(|r| matches!(r, RankRule::Fixed(_)));
     let options = PlanOptions {
-        kv_lora_rank: number(options.kv_lora_rank),
-        q_lora_rank: number(options.q_lora_rank),
+        sizes: options.sizes.without_open_ranks(),
         ..options.clone()
     };
     plan(teacher, &options)

@@ -24,7 +24,6 @@ use crate::eval::sensitivity::{Sensitivity, sensitivity};
 use crate::hash::Hash;
 use crate::numerics;
 use crate::train::stage::dpo::Dpo;
-use crate::train::stage::kd::converted;
 use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, partial_folder, train};
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -198,7 +197,7 @@ impl<'a> Run<'a> {
             }
             let metrics;
             (student, metrics) = self.kd(&name, kd, &student, &settled, with)?;
-            settled = converted(&Checkpoint::config_only(&student.folder)?.0);
+            settled = Checkpoint::config_only(&student.folder)?.0.converted();
             stages.push(self.result(&name, &student, metrics, with)?);
         }
         if let (Some(dpo), Some(pairs)) = (&recipe.dpo, &self.preferences) {

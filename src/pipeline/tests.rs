@@ -174,7 +174,7 @@ fn scores_of_other_windows_are_made_anew() {
 fn a_budget_chooses_mixers_and_ranks() {
     let mut recipe = Recipe::parse(SMALL).unwrap();
     (recipe.ild, recipe.dpo) = (None, None);
-    recipe.plan.kv_lora_rank = None;
+    recipe.plan.sizes.kv_lora_rank = None;
     recipe.select = Some(
         toml::from_str("method = \"budget\"\nkv_bytes = 100\nranks = [16, 24]\ntokens = 256")
             .unwrap(),

@@ -12,9 +12,9 @@ use super::stage::kd::{Kd, KdConfig, Labels, Schedule, Trained};
 use super::stage::pretrain::Pretrain;
 use super::*;
 use crate::checkpoint::Checkpoint;
-use crate::convert::{Init, LayerKind, PlanOptions, compose, plan};
+use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing, Preferences, stories};
-use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
+use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
 use crate::numerics;
 use crate::watch::Quiet;
@@ -39,6 +39,7 @@ fn teacher_config() -> ModelConfig {
         bos_token_id: Some(0),
         eos_token_id: vec![1],
         layers: vec![MixerConfig::Attention(attention); 2],
+        converted: None,
     }
 }
 

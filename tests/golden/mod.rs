@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use zebroid::checkpoint::{Checkpoint, Format, read_tensors, save};
-use zebroid::convert::{Init, PlanOptions, RankRule, compose, plan};
+use zebroid::convert::{Init, PlanOptions, compose, plan};
 use zebroid::eval::parity::{max_difference, parity};
-use zebroid::mixer::MixerConfig;
+use zebroid::mixer::mla::rank::RankRule;
+use zebroid::mixer::{MixerConfig, MixerOptions};
 use zebroid::model::{Lm, Trace};
 use zebroid::op::loss::forward_kl;
 use zebroid::op::rms_norm::rms_norm;
@@ -131,10 +132,13 @@ fn initialise(shared: &Path, name: &str) -> Initialised {
         &teacher.config,
         &PlanOptions {
             mla,
-            kv_lora_rank: Some(RankRule::Fixed(16)),
-            q_lora_rank: Some(RankRule::Fixed(48)),
-            yarn: Some(yarn),
-            repeat_kv_before_conv: repeat,
+            sizes: MixerOptions {
+                kv_lora_rank: Some(RankRule::Fixed(16)),
+                q_lora_rank: Some(RankRule::Fixed(48)),
+                yarn: Some(yarn),
+                repeat_kv_before_conv: repeat,
+                ..MixerOptions::default()
+            },
             ..PlanOptions::default()
         },
     )

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
 use zebroid::checkpoint::{self, Checkpoint, Format};
-use zebroid::convert::{Calibration, CalibrationConfig, Init, LayerKind, PlanOptions, RankRule};
+use zebroid::convert::{Calibration, CalibrationConfig, Init, PlanOptions};
 use zebroid::data::{Batches, Corpus, Packing, Preferences, Tokenizer, stories};
 use zebroid::eval::harness::run_task;
 use zebroid::eval::sensitivity::sensitivity;
 use zebroid::eval::{kl, task};
+use zebroid::mixer::mla::rank::RankRule;
+use zebroid::mixer::{LayerKind, MixerOptions};
 use zebroid::model::Lm;
 use zebroid::numerics::Stage as Name;
 use zebroid::op::loss::Divergence;
@@ -114,11 +116,21 @@ struct Bench {
 fn plan() -> PlanOptions {
     PlanOptions {
         mla: vec![1, 2],
-        kv_lora_rank: Some(RankRule::Fixed(16)),
-        q_lora_rank: Some(RankRule::Fixed(64)),
-        qk_rope_head_dim: Some(8),
+        sizes: MixerOptions {
+            kv_lora_rank: Some(RankRule::Fixed(16)),
+            q_lora_rank: Some(RankRule::Fixed(64)),
+            qk_rope_head_dim: Some(8),
+            ..MixerOptions::default()
+        },
         ..PlanOptions::default()
     }
+}
+
+/// [`plan`] with other sizes.
+fn plan_with(change: impl FnOnce(&mut MixerOptions)) -> PlanOptions {
+    let mut options = plan();
+    change(&mut options.sizes);
+    options
 }
 
 fn settings() -> TrainConfig {
@@ -218,13 +230,12 @@ impl Bench {
             calibration,
             own_inputs,
         };
-        let special = PlanOptions {
-            use_lora_layer_norm: true,
-            use_full_kv_head: true,
-            repeat_kv_before_conv: true,
-            yarn: Some((4.0, 128)),
-            ..plan()
-        };
+        let special = plan_with(|sizes| {
+            sizes.use_lora_layer_norm = true;
+            sizes.use_full_kv_head = true;
+            sizes.repeat_kv_before_conv = true;
+            sizes.yarn = Some((4.0, 128));
+        });
         let mut figures = Figures::new();
         for (options, sizes) in [(plan(), ""), (special, ", special sizes")] {
             for (init, name) in [
@@ -237,10 +248,7 @@ impl Bench {
             }
         }
         for rule in ["energy:0.9", "budget:5%"] {
-            let options = PlanOptions {
-                kv_lora_rank: Some(rule.parse().unwrap()),
-                ..plan()
-            };
+            let options = plan_with(|sizes| sizes.kv_lora_rank = Some(rule.parse().unwrap()));
             let student = self.base.plan(&options, Some(calibration)).unwrap();
             let cached = student.cost().kv_per_token;
             figures.insert(format!("{rule}: scalars a token"), cached as f64);

@@ -18,6 +18,7 @@ use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::task::{TASKS, find};
 use crate::hash::Hash;
+use crate::mixer::MixerOptions;
 use crate::model::{Lm, ModelConfig};
 use crate::watch::Quiet;
 
@@ -52,7 +53,10 @@ fn shared_contexts_score_as_each_request_alone() {
     let mut config: ModelConfig = lm.config.clone();
     let plan = crate::convert::PlanOptions {
         mla: vec![1],
-        qk_rope_head_dim: Some(8),
+        sizes: MixerOptions {
+            qk_rope_head_dim: Some(8),
+            ..Default::default()
+        },
         ..Default::default()
     };
     config = crate::convert::plan(&config, &plan).unwrap();

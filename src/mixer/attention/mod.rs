@@ -50,6 +50,13 @@ impl AttentionConfig {
         }
     }
 
+    pub(super) fn show(&self) -> String {
+        format!(
+            "{}/{} heads x {}",
+            self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        )
+    }
+
     pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
         let q = self.num_attention_heads * self.head_dim;
         let kv = self.num_key_value_heads * self.head_dim;
@@ -99,6 +106,18 @@ impl AttentionWeights {
             v: weights.get("v_proj.weight")?,
             o: weights.get("o_proj.weight")?,
         })
+    }
+
+    /// Under their names after the prefix.
+    pub(super) fn tensors(&self) -> Vec<(String, Tensor)> {
+        let named = [
+            ("q", &self.q),
+            ("k", &self.k),
+            ("v", &self.v),
+            ("o", &self.o),
+        ];
+        let named = named.map(|(name, tensor)| (format!("{name}_proj.weight"), tensor.clone()));
+        named.into()
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::attention::{AttentionConfig, validate_heads};
 use super::sizes::{MAX_HEADS, MAX_POSITIONS, MAX_WIDTH, at_most, bounded, bounded_heads};
-use super::{Cost, Param};
+use super::{Cost, MixerOptions, Param};
 use crate::op::Documents;
 use crate::op::causal_conv::{causal_conv, causal_conv_resume};
 use crate::op::linear::linear;
@@ -91,6 +91,26 @@ impl Mamba2Config {
         bounded("chunk_size", self.chunk_size, MAX_POSITIONS)?;
         bounded_heads("head_dim", self.num_heads, self.head_dim)?;
         bounded_heads("d_state", self.num_heads, self.d_state)
+    }
+
+    /// In the place of attention `a`.
+    pub(super) fn settle(a: &AttentionConfig, options: &MixerOptions) -> Self {
+        Self {
+            num_heads: a.num_attention_heads,
+            num_kv_heads: a.num_key_value_heads,
+            head_dim: a.head_dim,
+            d_state: a.head_dim,
+            d_conv: 4,
+            repeat_kv_before_conv: options.repeat_kv_before_conv,
+            chunk_size: options.chunk_size,
+        }
+    }
+
+    pub(super) fn show(&self) -> String {
+        format!(
+            "{} heads x {} state {}",
+            self.num_heads, self.head_dim, self.d_state
+        )
     }
 
     /// # Errors

@@ -21,6 +21,8 @@ use crate::weights::Weights;
 use crate::{Error, Result};
 
 mod init;
+pub mod plan;
+pub mod rank;
 mod refined;
 pub use init::{reference, reference_spectrum};
 pub use refined::{refined, spectrum};
@@ -100,6 +102,13 @@ impl MlaConfig {
             )));
         }
         self.rope.validate(self.qk_rope_head_dim)
+    }
+
+    pub(super) fn show(&self) -> String {
+        format!(
+            "q {} kv {} rope {} nope {}",
+            self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim
+        )
     }
 
     /// # Errors

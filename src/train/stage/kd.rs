@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use super::student::Student;
 use super::{Laps, Shares, Terms, ids, masked_mean, rows, scalar};
 use crate::data::Batch;
-use crate::mixer::MixerConfig;
 use crate::model::{Lm, ModelConfig};
 use crate::op::Documents;
 use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
@@ -191,7 +190,7 @@ impl Kd {
                 "a stepwise schedule needs a teacher of the student's depth and width: its own base model",
             ));
         }
-        let converted = converted(student);
+        let converted = student.converted();
         let stepwise = config.schedule == Schedule::Stepwise;
         if converted.is_empty() && (stepwise || config.trained == Trained::Mixers) {
             return Err(Error::invalid(
@@ -297,12 +296,6 @@ impl Kd {
             phases,
         })
     }
-}
-
-/// Layers whose mixer is not attention, first to last.
-pub fn converted(student: &ModelConfig) -> Vec<usize> {
-    let is = |i: &usize| !matches!(student.layers[*i], MixerConfig::Attention(_));
-    (0..student.layers.len()).filter(is).collect()
 }
 
 #[cfg(test)]
