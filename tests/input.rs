@@ -143,6 +143,18 @@ fn numbers_that_cannot_work_are_named() {
         (format!("{kl} --batch-size 0"), "must not be 0"),
         (format!("{bench} --seq-len 0"), "must not be 0"),
         (format!("{bench} --batch-size 0"), "must not be 0"),
+        (
+            format!("{bench} --batch-size 99999999999"),
+            "at most 16777216 tokens a step",
+        ),
+        (
+            format!("{kd} --accumulation 99999999999"),
+            "at most 16777216 tokens a step",
+        ),
+        (
+            format!("calibrate {TEACHER} {data} --fit-tokens 0"),
+            "fit_tokens must not be 0",
+        ),
         (format!("eval probe {TEACHER} --count 0"), "must not be 0"),
         (
             format!("eval recall {TEACHER} --count -2"),

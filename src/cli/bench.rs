@@ -16,7 +16,7 @@ use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
 use crate::op::adamw::AdamW;
 use crate::train::stage::kd::{Kd, KdConfig};
-use crate::train::{Optimizer, Shares, Stage};
+use crate::train::{Optimizer, Shares, Stage, TrainConfig};
 use crate::watch::Watch;
 use crate::weights::Weights;
 
@@ -69,6 +69,12 @@ struct Report {
 
 pub fn run(command: Bench) -> anyhow::Result<()> {
     let Bench::Train(args) = command;
+    let sizes = TrainConfig {
+        batch_size: args.batch_size,
+        seq_len: args.seq_len,
+        ..TrainConfig::default()
+    };
+    sizes.validate()?;
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads)

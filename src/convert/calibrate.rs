@@ -80,8 +80,15 @@ impl CalibrationConfig {
     /// # Errors
     /// As [`CalibrationConfig::check`].
     fn split(&self, corpus: &Corpus) -> Result<Split> {
-        if self.seq_len == 0 {
-            return Err(Error::invalid("the calibration's seq_len must not be 0"));
+        let sizes = [
+            ("tokens", self.tokens),
+            ("fit_tokens", self.fit_tokens),
+            ("seq_len", self.seq_len),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+            return Err(Error::invalid(format!(
+                "the calibration's {name} must not be 0"
+            )));
         }
         let windows = |tokens: usize| (tokens / self.seq_len).max(1);
         let have = corpus.windows(self.seq_len);

@@ -151,12 +151,12 @@ impl TrainConfig {
                 return Err(Error::invalid(format!("{name} must not be 0")));
             }
         }
-        // Products of these sizes stay countable; no device holds such a batch.
+        // A step's tokens are held in memory, as one large batch.
         let most = 1 << 24;
         let batch = self.batch_size.saturating_mul(self.seq_len);
-        if batch > most || self.accumulation > most {
+        if batch.saturating_mul(self.accumulation) > most {
             return Err(Error::invalid(format!(
-                "batch_size {} of seq_len {}, {} times a step: at most {most} tokens a batch, and as many batches",
+                "batch_size {} of seq_len {}, {} times a step: at most {most} tokens a step",
                 self.batch_size, self.seq_len, self.accumulation
             )));
         }

@@ -473,6 +473,7 @@ fn settings_out_of_range_are_named() {
     assert!(say(|c| c.decay = 0.0).contains("decay 0"));
     assert!(say(|c| c.batch_size = 0).contains("batch_size"));
     assert!(say(|c| c.epochs = Some(0.0)).contains("epochs 0"));
+    assert!(say(|c| c.accumulation = usize::MAX).contains("times a step: at most 16777216"));
     assert!(say(|c| (c.steps, c.tokens) = (Some(1), Some(1))).contains("give one of them"));
     let config = TrainConfig {
         tokens: Some(100),
