@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole recipe against the published one, and what each part is worth (docs/results.md, claim 3).
 #   recipes/proof.sh TEACHERS DATA OUT "stories260K babyllama-1m-char embedded" [SEEDS] [TOKENS]
-# TEACHERS, DATA: folders with the teachers and with TinyStories' train.jsonl and validation.jsonl. OUT: where runs are kept; what is
-# there is not made again, so a changed program needs another OUT.
+# TEACHERS, DATA: folders with the teachers and with TinyStories' train.jsonl and validation.jsonl. OUT: where runs are kept, in a
+# folder named by what the program computes; what is there is not made again.
 #
 # Four arms, initialisation and ILD loss by optimizer of KD: published | refined, by AdamW with a cosine | Muon with a plateau. ILD is
 # trained with AdamW always. AdamW's betas are (0.9, 0.999), warm-up 1 %, clip 1, no weight decay, as the reference's code has them.
@@ -11,13 +11,17 @@
 #
 # Rates: every arm searches the same grid (factor 2), ILD's by the KL of the composed hybrid, then KD's, with seed 0 and 2 M tokens, on
 # a third of the validation text; a search goes on until the best rate is inside the grid. Results are on another third; the
-# last third is left for selections (recipes/smart.sh).
+# last third is left for selections. Rates that a search has found stand in recipes/proof.rates and are taken from there; RETUNE=1
+# searches anew.
 set -euo pipefail
 teachers=$1 data=$2 out=$3 names=$4 seeds=${5:-0 1 2} tokens=${6:-2000000}
 repo=$(cd "$(dirname "$0")/.." && pwd)
 zebroid=${ZEBROID:-$repo/target/release/zebroid}
 tuned=2000000 # tokens that rates are tuned at
+out=$out/$("$zebroid" --version | grep -o '[0-9a-f]\{16\}')
 mkdir -p "$out"
+rates=$out/rates # a line each: TEACHER WAY ILD KD_ADAMW KD_MUON
+[ -f "$rates" ] || if [ -n "${RETUNE:-}" ]; then touch "$rates"; else cp "$repo/recipes/proof.rates" "$rates"; fi
 
 kl() { # CHECKPOINT TEXT
   "$zebroid" eval kl --teacher "$teacher" --student "$1" --data "$2" --json 2> /dev/null
@@ -98,14 +102,13 @@ for name in $names; do
   awk 'NR % 3 == 0' "$validation" > "$tune"
   awk 'NR % 3 == 1' "$validation" > "$report"
   for way in published refined; do
-    rates=$out/$name/$way.rates
-    [ -f "$rates" ] || {
+    if ! grep -q "^$name $way " "$rates"; then
       ild=$(search "$way ILD" ild_at "$way")
       adamw=$(search "$way KD adamw" kd_at "$way" adamw "$ild")
       muon=$(search "$way KD muon" kd_at "$way" muon "$ild")
-      echo "$ild $adamw $muon" > "$rates"
-    }
-    read -r ild adamw muon < "$rates"
+      echo "$name $way $ild $adamw $muon" >> "$rates"
+    fi
+    read -r ild adamw muon < <(grep "^$name $way " "$rates" | cut -d' ' -f3-)
     for optimizer in adamw muon; do
       for seed in $seeds; do
         student=$(distilled "$way" $optimizer "$seed" "$ild" "${!optimizer}" "$tokens")
