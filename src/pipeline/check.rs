@@ -8,7 +8,6 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer, stories};
 use crate::model::ModelConfig;
 use crate::train::TrainConfig;
-use crate::train::stage::kd::Schedule;
 use crate::{Error, Result};
 
 /// What a run starts with; weights are looked at, not loaded.
@@ -150,19 +149,7 @@ fn check_kd_teacher(
         None => base,
     };
     check_context(teacher, kd.train.seq_len)?;
-    let (t, s) = (teacher.vocab_size, student.vocab_size);
-    if t != s {
-        return Err(Error::invalid(format!(
-            "the teacher has {t} tokens, the student {s}: distillation needs one vocabulary"
-        )));
-    }
-    let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
-    if kd.objective.schedule == Schedule::Stepwise && sizes(teacher) != sizes(student) {
-        return Err(Error::invalid(
-            "a stepwise schedule needs a teacher of the student's depth and width: its own base model",
-        ));
-    }
-    Ok(())
+    kd.objective.fits(teacher, student)
 }
 
 /// A text's file; what the program writes itself goes into `made`.

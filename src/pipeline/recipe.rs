@@ -17,7 +17,7 @@ use crate::model::ModelConfig;
 use crate::train::TrainConfig;
 use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
-use crate::train::stage::kd::{KdConfig, Schedule, Trained};
+use crate::train::stage::kd::KdConfig;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -429,14 +429,6 @@ impl Recipe {
                 }
                 None => before.clone(),
             };
-            let (schedule, trained) = (kd.objective.schedule, kd.objective.trained);
-            if student.converted().is_empty()
-                && (schedule == Schedule::Stepwise || trained == Trained::Mixers)
-            {
-                return Err(at(Error::invalid(
-                    "the student has no converted layer to train",
-                )));
-            }
             students.push(student);
         }
         if let Some(dpo) = &self.dpo {

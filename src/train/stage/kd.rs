@@ -124,6 +124,33 @@ impl KdConfig {
         }
     }
 
+    /// # Errors
+    /// Settings out of range, vocabularies of different sizes, a stepwise schedule between models whose layers cannot
+    /// be exchanged, or a student without the layers that are to be trained.
+    pub fn fits(&self, teacher: &ModelConfig, student: &ModelConfig) -> Result<()> {
+        let (t, s) = (teacher.vocab_size, student.vocab_size);
+        if t != s {
+            return Err(Error::invalid(format!(
+                "the teacher has {t} tokens, the student {s}: distillation needs one vocabulary"
+            )));
+        }
+        self.validate(s)?;
+        let stepwise = self.schedule == Schedule::Stepwise;
+        let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
+        if stepwise && sizes(teacher) != sizes(student) {
+            return Err(Error::invalid(
+                "a stepwise schedule needs a teacher of the student's depth and width: its own base model",
+            ));
+        }
+        let mixers = stepwise || self.trained == Trained::Mixers;
+        if mixers && student.converted().is_empty() {
+            return Err(Error::invalid(
+                "the student has no converted layer to train",
+            ));
+        }
+        Ok(())
+    }
+
     /// The divergence of a batch's logits, both `[M, V]`, a scalar without its weight.
     fn divergence(&self, teacher: &Tensor, student: &Tensor, batch: &Batch) -> Result<Tensor> {
         let tau = self.temperature;
@@ -167,8 +194,7 @@ impl Kd {
     /// `settled`: layers that an earlier stage converted and trained, in their places from the first step.
     ///
     /// # Errors
-    /// Vocabularies of different sizes, settings out of range, or a stepwise schedule between models whose
-    /// layers cannot be exchanged.
+    /// As [`KdConfig::fits`].
     pub fn new(
         teacher: Lm,
         teacher_hash: String,
@@ -177,26 +203,8 @@ impl Kd {
         settled: &[usize],
         config: KdConfig,
     ) -> Result<Self> {
-        let (t, s) = (teacher.config.vocab_size, student.vocab_size);
-        if t != s {
-            return Err(Error::invalid(format!(
-                "the teacher has {t} tokens, the student {s}: distillation needs one vocabulary"
-            )));
-        }
-        config.validate(s)?;
-        let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
-        if config.schedule == Schedule::Stepwise && sizes(&teacher.config) != sizes(student) {
-            return Err(Error::invalid(
-                "a stepwise schedule needs a teacher of the student's depth and width: its own base model",
-            ));
-        }
-        let converted = student.converted();
-        let stepwise = config.schedule == Schedule::Stepwise;
-        if converted.is_empty() && (stepwise || config.trained == Trained::Mixers) {
-            return Err(Error::invalid(
-                "the student has no converted layer to train",
-            ));
-        }
+        config.fits(&teacher.config, student)?;
+        let (converted, stepwise) = (student.converted(), config.schedule == Schedule::Stepwise);
         let is_late = |i: &usize| stepwise && !settled.contains(i);
         let late = converted.iter().copied().filter(is_late).collect();
         let prefixes: Vec<String> = converted
