@@ -118,7 +118,10 @@ pub fn compose(
                 watch.reached(i, layers, "layers")?;
                 match student.is_converted(i) {
                     true => teaching.follow(i, &config, tensors)?,
-                    false => teaching.keep(i, tensors)?,
+                    false => {
+                        teaching.keep(i)?;
+                        tensors
+                    }
                 }
             }
             _ => tensors,
@@ -173,13 +176,12 @@ impl Teaching {
     }
 
     /// Passes a layer that the hybrid keeps.
-    fn keep(&mut self, index: usize, born: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+    fn keep(&mut self, index: usize) -> Result<()> {
         let layer = &self.lm.layers[index];
-        let mixed = layer
-            .mixer
-            .forward(&layer.mixer_input(&self.own)?, Some(&self.documents))?;
+        let input = layer.mixer_input(&self.own)?;
+        let mixed = layer.mixer.forward(&input, Some(&self.documents))?;
         self.own = layer.finish(&self.own, &mixed)?;
-        Ok(born)
+        Ok(())
     }
 
     /// Fits the output projection of the layer that was just born once more: to what the hybrid's layers
