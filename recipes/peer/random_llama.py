@@ -1,27 +1,56 @@
 """A Llama with random weights and a small teacher's tokenizer: of 104 M parameters in f32 (arithmetic, not Python, decides how fast
-it is evaluated), or of the shape of a config.json in bf16 (recipes/teachers/llama-3.2-1b/config.json: 2.5 GB).
+it is evaluated), or of the shape of a config.json in bf16 (recipes/teachers/llama-3.2-1b/config.json: 2.5 GB). Needs numpy only.
     random_llama.py TOKENIZER_FOLDER OUT [CONFIG_JSON]"""
+import json
 import shutil
+import struct
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import numpy as np
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained(source)
-torch.manual_seed(0)
+own = json.loads((source / "config.json").read_text())
 if len(sys.argv) > 3:
-    config, dtype = LlamaConfig.from_json_file(sys.argv[3]), torch.bfloat16
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config, dtype = json.loads(Path(sys.argv[3]).read_text()), "BF16"
 else:
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                         num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    dtype = torch.float32
-torch.set_default_dtype(dtype)
-lm = LlamaForCausalLM(config)
-lm.save_pretrained(out)
+    config, dtype = dict(model_type="llama", vocab_size=own["vocab_size"], hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                         num_attention_heads=12, num_key_value_heads=4, head_dim=64, max_position_embeddings=2048, rms_norm_eps=1e-6,
+                         rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=True), "F32"
+config |= {"architectures": ["LlamaForCausalLM"], "bos_token_id": own["bos_token_id"], "eos_token_id": own["eos_token_id"]}
+
+d, ff, hd = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
+shapes = {"model.embed_tokens.weight": [config["vocab_size"], d]}
+for i in range(config["num_hidden_layers"]):
+    layer = {"self_attn.q_proj": [q, d], "self_attn.k_proj": [kv, d], "self_attn.v_proj": [kv, d], "self_attn.o_proj": [d, q],
+             "mlp.gate_proj": [ff, d], "mlp.up_proj": [ff, d], "mlp.down_proj": [d, ff],
+             "input_layernorm": [d], "post_attention_layernorm": [d]}
+    shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+shapes["model.norm.weight"] = [d]
+if not config["tie_word_embeddings"]:
+    shapes["lm_head.weight"] = [config["vocab_size"], d]
+
+header, at = {}, 0
+for name, shape in shapes.items():
+    size = int(np.prod(shape)) * (2 if dtype == "BF16" else 4)
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+    at += size
+head = json.dumps(header).encode()
+head += b" " * (-len(head) % 8)
+
+random = np.random.default_rng(0)
+out.mkdir(parents=True, exist_ok=True)
+with open(out / "model.safetensors", "wb") as file:
+    file.write(struct.pack("<Q", len(head)) + head)
+    for shape in shapes.values():
+        ones = len(shape) == 1
+        for rows in np.array_split(np.arange(shape[0]), max(1, shape[0] // 8192)):
+            part = (len(rows), *shape[1:])
+            x = np.ones(part, np.float32) if ones else random.standard_normal(part, np.float32) * np.float32(0.02)
+            # The upper half of an f32, rounded to nearest.
+            file.write(((x.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).tobytes() if dtype == "BF16" else x.tobytes())
+(out / "config.json").write_text(json.dumps(config, indent=2))
 for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copy(source / name, out / name)
-print(f"{sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters")
+print(f"{sum(int(np.prod(shape)) for shape in shapes.values()) / 1e6:.1f} M parameters")
