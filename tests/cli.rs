@@ -189,7 +189,7 @@ fn scripts_reuse_only_what_this_program_would_make() {
             reusing += 1;
         }
     }
-    assert_eq!(reusing, 4);
+    assert_eq!(reusing, 3);
 }
 
 #[test]

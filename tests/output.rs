@@ -89,11 +89,13 @@ fn furnish(folder: &Path) {
         "places.json",
         &format!(r#"{{"kl": 1.0, "tokens": 64, "layers": [{scores}]}}"#),
     );
-    let cost = r#"{"params": 1, "kv_per_token": 0, "state": 64}"#;
-    let option = format!(r#"{{"kind": "mamba2", "cost": {cost}, "layers": [{scores}]}}"#);
+    let cost = r#"{"params": 1, "cached": 0, "state": 64}"#;
+    let option = format!(
+        r#"{{"kind": "mamba2", "costs": [{cost}, {cost}, {cost}, {cost}], "layers": [{scores}]}}"#
+    );
     write(
         "damages.json",
-        &format!(r#"{{"tokens": 64, "options": [{option}]}}"#),
+        &format!(r#"{{"tokens": 64, "length": 64, "options": [{option}]}}"#),
     );
     std::fs::create_dir(folder.join("curve")).unwrap();
     write(

@@ -124,7 +124,7 @@ fn stories_to_bank_to_hybrid_to_distilled() {
         "select", "--scores", &scores, "--count", "2", "--json",
     ]));
     assert_eq!(first, again);
-    assert_eq!(first["mla"].as_array().unwrap().len(), 2);
+    assert_eq!(first["chosen"].as_array().unwrap().len(), 2);
     let gain = |i: usize| first["sensitivity"]["layers"][i]["score"].as_f64().unwrap();
     assert!(
         (0..4).any(|i| gain(i) > 0.0),
@@ -143,8 +143,8 @@ fn stories_to_bank_to_hybrid_to_distilled() {
         &data,
         "--kv-bytes",
         "96",
-        "--ranks",
-        "16,32",
+        "--candidates",
+        "mamba2,mla:16,mla:32",
         "--rope-dim",
         "8",
         "--tokens",
@@ -153,7 +153,7 @@ fn stories_to_bank_to_hybrid_to_distilled() {
     ];
     let found = json(&succeeds(&budget));
     assert!(
-        found["kv_bytes_per_token"].as_u64().unwrap() <= 96,
+        found["kv_bytes"].as_u64() <= Some(96 * found["length"].as_u64().unwrap()),
         "{found}"
     );
     let kinds: Vec<&str> = found["layers"]
@@ -345,7 +345,7 @@ qk_rope_head_dim = 8
 method = "budget"
 kv_bytes = 100
 state_bytes = 50000
-ranks = [16, 24]
+candidates = ["mamba2", "mla:16", "mla:24"]
 tokens = 256
 "#,
     );
@@ -355,7 +355,7 @@ tokens = 256
     let (train, held_out) = (at("train/stories.jsonl"), at("held-out/stories.jsonl"));
     let line = format!(
         "select --method budget --teacher {TEACHER} --data {held_out} --calibration {train} --kv-bytes 100 \
-         --state-bytes 50000 --ranks 16,24 --rope-dim 8 --tokens 256 --seq-len 64 --calibration-tokens 4096 \
+         --state-bytes 50000 --candidates mamba2,mla:16,mla:24 --rope-dim 8 --tokens 256 --seq-len 64 --calibration-tokens 4096 \
          --fit-tokens 2048 --held-out-tokens 256 --calibration-seq-len 64 --json"
     );
     let found = json(&succeeds(&line.split_whitespace().collect::<Vec<_>>()));

@@ -16,6 +16,7 @@ use crate::weights::Weights;
 use crate::{Error, Result};
 
 mod amd;
+mod bank;
 mod files;
 mod llama;
 mod lock;
@@ -24,6 +25,7 @@ mod save;
 #[cfg(test)]
 mod tests;
 
+pub use bank::Bank;
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
 pub use lock::{Lock, claim, lock};
 pub use replace::replace_folder;

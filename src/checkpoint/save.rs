@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use serde_json::json;
 
 use super::files::INDEX;
-use super::{Format, amd, llama, replace, write_tensors};
+use super::{Format, amd, bank, llama, replace, write_tensors};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
 
@@ -98,7 +98,13 @@ fn foreign(folder: &Path) -> Result<Option<PathBuf>> {
 
 fn written_here(file: &Path) -> bool {
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let known = ["config.json", "hybrid_config.json", "metrics.jsonl", INDEX];
+    let known = [
+        "config.json",
+        "hybrid_config.json",
+        "metrics.jsonl",
+        INDEX,
+        bank::INDEX,
+    ];
     let shard = name.starts_with("model-") && name.ends_with(".safetensors");
     name == "model.safetensors"
         || shard

@@ -153,7 +153,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
             .map(|(name, times)| (name, median(times)))
             .collect(),
         peak_rss_bytes: peak_rss(),
-        parameters: student.cost().params,
+        parameters: student.parameters(),
         threads: rayon::current_num_threads(),
     };
     if args.json {

@@ -8,12 +8,12 @@ use serde_json::json;
 use super::init::InitArgs;
 use super::output::{Progress, check_file, print, print_json, table};
 use super::plan::{as_json, as_table};
-use crate::checkpoint::{self, Format};
+use crate::checkpoint::{self, Bank, Format};
 use crate::convert::{Calibration, Composed, PlanOptions, compose_from_bank};
 use crate::eval::fidelity::{Fidelity, fidelity};
 use crate::eval::report::{Bars, Report};
 use crate::model::{Lm, ModelConfig};
-use crate::pipeline::{Base, open_bank};
+use crate::pipeline::Base;
 use crate::watch::Watch;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -75,7 +75,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let init = args.init.init(&calibration, true, args.seed);
             base.compose(&student, &init, &watch)?
         }
-        Some(bank) => compose_from_bank(&base.weights, &student, &open_bank(bank)?)?,
+        Some(bank) => compose_from_bank(&base.weights, &student, &Bank::open(bank)?)?,
     };
     checkpoint::save(
         &args.out,
@@ -93,8 +93,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(path) = &args.report {
         report(base.config(), &composed.config, found.as_ref()).write(path)?;
     }
+    let context = base.config().max_position_embeddings;
     if args.json {
-        let plan = as_json(base.config(), &composed.config);
+        let plan = as_json(base.config(), &composed.config, context);
         let whole = json!({ "plan": plan, "fidelity": found, "out": args.out });
         print_json(&whole)?;
         return Ok(());
@@ -105,7 +106,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     print(format_args!(
         "{}\n{measured}written to {}\n",
-        as_table(base.config(), &composed.config),
+        as_table(base.config(), &composed.config, context),
         args.out.display()
     ))?;
     Ok(())
@@ -178,9 +179,10 @@ fn report(teacher: &ModelConfig, student: &ModelConfig, found: Option<&Fidelity>
         Some(found) => errors(&mut report, found),
         None => _ = report.paragraph(NOT_MEASURED),
     }
-    report
-        .heading("Plan")
-        .code("layers", &as_table(teacher, student));
+    report.heading("Plan").code(
+        "layers",
+        &as_table(teacher, student, teacher.max_position_embeddings),
+    );
     report
 }
 

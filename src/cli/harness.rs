@@ -100,14 +100,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let seconds: f64 = results.iter().map(TaskResult::seconds).sum();
     let all_s = started.elapsed().as_secs_f64();
     if let Some(path) = &args.json {
-        let cost = checkpoint.config.cost();
+        let length = checkpoint.config.max_position_embeddings;
+        let cost = checkpoint.config.cost(length);
         let about = json!({
             "limit": args.limit,
             "batch_tokens": config.batch_tokens,
             "max_length": config.max_length,
             "fewshot_seed": FEWSHOT_SEED,
             "model_hash": config.model,
-            "kv_per_token": cost.kv_per_token,
+            "kv_per_token": cost.cached as f64 / length as f64,
             "state": cost.state,
             "documents_per_second": documents as f64 / seconds,
             "tokens_per_second": tokens as f64 / seconds,

@@ -6,6 +6,7 @@ use candle_core::Device;
 use serde_json::json;
 
 use super::output::{bytes, print, print_json, table, thousands};
+use super::positive;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{PlanOptions, plan};
 use crate::model::ModelConfig;
@@ -22,6 +23,9 @@ pub struct Args {
     teacher: PathBuf,
     #[command(flatten)]
     plan: PlanOptions,
+    /// Tokens of a sequence whose cache is shown [default: the teacher's context].
+    #[arg(long, value_parser = positive)]
+    length: Option<usize>,
     /// One JSON object instead of the table.
     #[arg(long)]
     json: bool,
@@ -34,9 +38,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         false => plan(&teacher, &args.plan)?,
         true => Base::open(&args.teacher, Device::Cpu)?.plan(&args.plan, None)?,
     };
+    let length = args.length.unwrap_or(teacher.max_position_embeddings);
     match args.json {
-        true => print_json(&as_json(&teacher, &student))?,
-        false => print(as_table(&teacher, &student))?,
+        true => print_json(&as_json(&teacher, &student, length))?,
+        false => print(as_table(&teacher, &student, length))?,
     }
     Ok(())
 }
@@ -45,14 +50,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 const CACHE_BYTES: usize = 2;
 const STATE_BYTES: usize = 4;
 
-pub fn as_table(teacher: &ModelConfig, student: &ModelConfig) -> String {
+/// Sizes and costs at `length` tokens.
+pub fn as_table(teacher: &ModelConfig, student: &ModelConfig, length: usize) -> String {
     let row = |name: String, mixer: String, sizes: String, cost: crate::mixer::Cost| {
         vec![
             name,
             mixer,
             sizes,
             thousands(cost.params),
-            bytes(cost.kv_per_token * CACHE_BYTES),
+            bytes((cost.cached * CACHE_BYTES).div_ceil(length)),
             bytes(cost.state * STATE_BYTES),
         ]
     };
@@ -63,7 +69,7 @@ pub fn as_table(teacher: &ModelConfig, student: &ModelConfig) -> String {
                 i.to_string(),
                 mixer.name().into(),
                 mixer.show(),
-                student.layer_cost(i),
+                student.layer_cost(i, length),
             )
         })
         .collect();
@@ -71,13 +77,13 @@ pub fn as_table(teacher: &ModelConfig, student: &ModelConfig) -> String {
         "total".into(),
         String::new(),
         String::new(),
-        student.cost(),
+        student.cost(length),
     ));
     rows.push(row(
         "teacher".into(),
         String::new(),
         String::new(),
-        teacher.cost(),
+        teacher.cost(length),
     ));
     let headers = [
         "layer",
@@ -88,29 +94,33 @@ pub fn as_table(teacher: &ModelConfig, student: &ModelConfig) -> String {
         "state bytes (f32)",
     ];
     format!(
-        "{}\nKV ratio {:.2} % of the teacher's cache\n",
+        "{}\nKV ratio {:.2} % of the teacher's cache, at {} tokens\n",
         table(&headers, &rows),
-        100.0 * student.kv_ratio(teacher)
+        100.0 * student.kv_ratio(teacher, length),
+        thousands(length)
     )
 }
 
-pub fn as_json(teacher: &ModelConfig, student: &ModelConfig) -> serde_json::Value {
+pub fn as_json(teacher: &ModelConfig, student: &ModelConfig, length: usize) -> serde_json::Value {
     let cost = |c: crate::mixer::Cost| {
         json!({
             "parameters": c.params,
-            "kv_per_token": c.kv_per_token,
-            "kv_bytes_per_token": c.kv_per_token * CACHE_BYTES,
+            "cached": c.cached,
+            "cached_bytes": c.cached * CACHE_BYTES,
             "state": c.state,
             "state_bytes": c.state * STATE_BYTES,
         })
     };
     let layers: Vec<_> = (0..student.layers.len())
-        .map(|i| json!({ "config": student.layers[i], "cost": cost(student.layer_cost(i)) }))
+        .map(
+            |i| json!({ "config": student.layers[i], "cost": cost(student.layer_cost(i, length)) }),
+        )
         .collect();
     json!({
         "layers": layers,
-        "student": cost(student.cost()),
-        "teacher": cost(teacher.cost()),
-        "kv_ratio": student.kv_ratio(teacher),
+        "student": cost(student.cost(length)),
+        "teacher": cost(teacher.cost(length)),
+        "length": length,
+        "kv_ratio": student.kv_ratio(teacher, length),
     })
 }

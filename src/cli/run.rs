@@ -7,6 +7,7 @@ use super::output::{Progress, print, print_json, table};
 use super::plan::{as_json, as_table};
 use crate::checkpoint::{self, Checkpoint};
 use crate::eval::report::{Report, Series};
+use crate::mixer::LayerKind;
 use crate::pipeline::{self, Outcome, Recipe, Surroundings, Teacher, Text};
 use crate::{Error, Result};
 
@@ -80,7 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Ok(());
     }
     print(format_args!(
-        "{}\nKV ratio {:.2} %\nhybrid: {}\nreport: {}\n",
+        "{}\nKV ratio {:.2} % at the teacher's whole context\nhybrid: {}\nreport: {}\n",
         table(&HEADERS, &rows(&outcome)),
         100.0 * outcome.kv_ratio,
         outcome.student.display(),
@@ -123,19 +124,20 @@ fn show_plan(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
     let last = students
         .last()
         .ok_or_else(|| Error::invalid("no student"))?;
+    let length = teacher.max_position_embeddings;
     if json {
-        let plan = serde_json::json!({ "recipe": recipe, "plan": as_json(&teacher, last) });
+        let plan = serde_json::json!({ "recipe": recipe, "plan": as_json(&teacher, last, length) });
         print_json(&plan)?;
         return Ok(());
     }
     if !recipe.about.is_empty() {
         print(format_args!("{}\n\n", recipe.about))?;
     }
-    let (stages, table) = (stages(recipe).join(", "), as_table(&teacher, last));
+    let (stages, table) = (stages(recipe).join(", "), as_table(&teacher, last, length));
     print(format_args!("stages: {stages}\n\n{table}"))?;
     match &recipe.select {
         Some(select) if select.method.selector().is_some() => {
-            print("(places of MLA are chosen after ILD; a uniform placement is shown)\n")?;
+            print("(places are chosen after ILD; a uniform placement is shown)\n")?;
         }
         Some(_) => {
             print("(mixers are chosen by what they cost; one choice that fits is shown)\n")?;
@@ -158,7 +160,7 @@ fn stages(recipe: &Recipe) -> Vec<String> {
     }
     if let Some(select) = &recipe.select {
         let name = format!("{:?}", select.method).to_lowercase();
-        let count = select.count.map(|count| format!("{count} MLA, "));
+        let count = select.count.map(|count| format!("{count} layers, "));
         stages.push(format!("select ({}{name})", count.unwrap_or_default()));
     }
     stages.push("compose".into());
@@ -206,27 +208,29 @@ pub fn page(recipe: &Recipe, outcome: &Outcome) -> Result<Report> {
         .paragraph(&recipe.about)
         .table(&HEADERS, &rows(outcome));
     for stage in outcome.stages.iter().filter(|s| !s.metrics.is_empty()) {
-        let names: Vec<&str> = match (stage.name.as_str(), stage.kl) {
+        let names: Vec<String> = match (stage.name.as_str(), recipe.bank()) {
             // A bank's curves, one a candidate.
-            ("ild", None) => vec!["mla", "mamba2"],
-            _ => vec!["loss"],
+            ("ild", Some(kinds)) => kinds.iter().map(LayerKind::to_string).collect(),
+            _ => vec!["loss".into()],
         };
         let series: Vec<Series> = names.iter().map(|name| curve(name, stage)).collect();
         report.line_plot(&stage.name, "tokens", "loss", &series, true);
     }
     if let Some(scores) = &outcome.scores {
-        let points = scores.layers.iter().enumerate();
+        let points = scores.scores.layers.iter().enumerate();
         let series = Series {
-            name: "score".into(),
+            name: scores.place.to_string(),
             points: points.map(|(i, s)| (i as f64, s.score)).collect(),
         };
-        report.line_plot("SMART scores", "layer", "nats/token", &[series], false);
+        let title = format!("What {} gains over {}", scores.place, scores.elsewhere);
+        report.line_plot(&title, "layer", "nats/token", &[series], false);
     }
     let (base, _) = Checkpoint::config_only(&outcome.base)?;
     let (student, _) = Checkpoint::config_only(&outcome.student)?;
-    report
-        .heading("Plan")
-        .code("layers", &as_table(&base, &student));
+    report.heading("Plan").code(
+        "layers",
+        &as_table(&base, &student, base.max_position_embeddings),
+    );
     Ok(report)
 }
 

@@ -2,36 +2,39 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::device::DeviceArg;
 use super::init::InitArgs;
-use super::output::{Progress, bytes, check_file, print, print_json, table};
+use super::output::{Progress, bytes, check_file, print, print_json, table, thousands};
 use super::positive;
-use crate::checkpoint::{Checkpoint, write_atomic};
-use crate::convert::{PlanOptions, Selector, select};
+use crate::checkpoint::{Bank, write_atomic};
+use crate::convert::{PlanOptions, Selector};
 use crate::data::{Batches, Corpus, Packing};
-use crate::eval::sensitivity::{Score, Sensitivity, sensitivity};
-use crate::mixer::Cost;
-use crate::pipeline::{Base, Budget, Damages, Method, candidates, damages};
+use crate::eval::sensitivity::Score;
+use crate::mixer::{Cost, LayerKind};
+use crate::pipeline::{
+    BUDGET_CANDIDATES, Base, Budget, CANDIDATES, Candidates, Damages, Method, Pair, Places,
+    damages, fitting,
+};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
-/// Choose the places of MLA from an ILD bank (smart, greedy, uniform), or mixer and rank of every layer
-/// under a budget (budget).
+/// Choose places from an ILD bank (smart, greedy, uniform), or the candidate of every layer under a budget (budget).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid select --teacher ./teacher --bank ./bank --data validation.jsonl --count 2 --save-scores scores.json\n  \
     zebroid select --scores scores.json --count 3 --method greedy --json\n  \
+    zebroid select --teacher ./teacher --bank ./bank --place mla:16 --elsewhere mamba2 --data validation.jsonl --count 2\n  \
+    zebroid select --method budget --teacher ./teacher --bank ./bank --data validation.jsonl --kv-bytes 48\n  \
     zebroid select --method budget --teacher ./teacher --data validation.jsonl --calibration train.jsonl \\\n    \
-      --kv-bytes 48 --state-bytes 20000 --ranks 8,16,32 --rope-dim 4")]
+      --kv-bytes 48 --state-bytes 20000 --candidates mamba2,mla:8,mla:16 --rope-dim 4")]
 pub struct Args {
     /// Llama checkpoint folder.
     #[arg(long, required_unless_present = "scores")]
     teacher: Option<PathBuf>,
-    /// Result of train --stage ild (all methods but budget).
+    /// Result of train --stage ild, whose candidates are chosen from; budget goes without.
     #[arg(long)]
     bank: Option<PathBuf>,
     /// JSON lines to score on.
@@ -40,9 +43,12 @@ pub struct Args {
     /// Scores that an earlier call saved, instead of scoring.
     #[arg(long, conflicts_with_all = ["teacher", "bank", "data"])]
     scores: Option<PathBuf>,
-    /// Layers to become MLA (all methods but budget).
+    /// Layers whose place is chosen (all methods but budget).
     #[arg(long, value_parser = positive)]
     count: Option<usize>,
+    #[command(flatten)]
+    pair: Pair,
+    /// How to choose.
     #[arg(long, value_enum, default_value = "smart")]
     method: Method,
     /// Most bytes of KV cache a token, bf16 (budget).
@@ -51,13 +57,16 @@ pub struct Args {
     /// Most bytes of recurrent state a sequence, f32 (budget).
     #[arg(long)]
     state_bytes: Option<usize>,
-    /// Ranks of the latent to choose from (budget).
-    #[arg(long, value_parser = positive, value_delimiter = ',', default_value = "8,16,32")]
-    ranks: Vec<usize>,
+    /// Kinds of layer to choose from, without a bank (budget).
+    #[arg(long, value_delimiter = ',', value_name = "KIND,KIND,..", default_values_t = BUDGET_CANDIDATES)]
+    candidates: Vec<LayerKind>,
+    /// Tokens of a sequence that the bytes are for [default: the teacher's context] (budget).
+    #[arg(long, value_parser = positive)]
+    length: Option<usize>,
     /// Tokens to score on.
     #[arg(long, value_parser = positive, default_value_t = 16_384)]
     tokens: usize,
-    /// Tokens a window.
+    /// Tokens per window.
     #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
     /// Where to keep the scores.
@@ -80,7 +89,7 @@ pub struct Args {
 #[serde(untagged)]
 enum Saved {
     Damages(Damages),
-    Sensitivity(Sensitivity),
+    Places(Places),
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
@@ -92,14 +101,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let saved = match &args.scores {
         Some(path) => read(path)?,
         None if selector.is_none() => Saved::Damages(measure(&args, &watch)?),
-        None => Saved::Sensitivity(score(&args, &watch)?),
+        None => Saved::Places(score(&args, &watch)?),
     };
     drop(watch);
     if let Some(path) = &args.save_scores {
         write_atomic(path, serde_json::to_string_pretty(&saved)?.as_bytes())?;
     }
     match (selector, saved) {
-        (Some(selector), Saved::Sensitivity(scores)) => show_places(&args, selector, &scores),
+        (Some(selector), Saved::Places(scores)) => show_places(&args, selector, &scores),
         (None, Saved::Damages(damages)) => show_budget(&args, &damages),
         _ => Err(Error::invalid(
             "these scores are of another method: budget needs damages, the others a bank's scores",
@@ -108,27 +117,36 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-fn show_places(args: &Args, selector: Selector, scores: &Sensitivity) -> anyhow::Result<()> {
+fn show_places(args: &Args, selector: Selector, places: &Places) -> anyhow::Result<()> {
     let count = needed(args.count, "--count")?;
-    let values: Vec<f64> = scores.layers.iter().map(|s| s.score).collect();
-    let chosen = select(selector, &values, count)?;
+    let (chosen, kinds) = places.choose(selector, count)?;
+    let kinds: Vec<String> = kinds.iter().map(LayerKind::to_string).collect();
     if args.json {
-        let found = json!({ "method": selector, "mla": chosen, "sensitivity": scores });
+        let found = json!({
+            "method": selector,
+            "chosen": chosen,
+            "layers": kinds,
+            "sensitivity": places,
+        });
         print_json(&found)?;
         return Ok(());
     }
-    let rows = scores.layers.iter().enumerate().map(|(i, s)| {
-        let mark = if chosen.contains(&i) { "mla" } else { "mamba2" };
-        vec![i.to_string(), show(s), mark.into()]
-    });
+    let scores = &places.scores;
+    let rows = (scores.layers.iter().zip(&kinds).enumerate())
+        .map(|(i, (score, kind))| vec![i.to_string(), show(score), kind.clone()]);
     let headers = ["layer", "score (nats/token)", "choice"];
     let list: Vec<String> = chosen.iter().map(usize::to_string).collect();
+    // The shorter spelling of a plan, where it says the same.
+    let flag = match [places.place, places.elsewhere] == CANDIDATES {
+        true => format!("--mla {}", list.join(",")),
+        false => format!("--layers {}", kinds.join(",")),
+    };
     print(format_args!(
-        "{}\nKL of all Mamba2: {:.4} on {} tokens\n--mla {}\n",
+        "{}\nKL of all {}: {:.4} on {} tokens\n{flag}\n",
         table(&headers, &rows.collect::<Vec<_>>()),
+        places.elsewhere,
         scores.kl,
         scores.tokens,
-        list.join(",")
     ))?;
     Ok(())
 }
@@ -146,7 +164,8 @@ fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
         let found = json!({
             "method": args.method,
             "layers": kinds,
-            "kv_bytes_per_token": 2 * cost.kv_per_token,
+            "length": damages.length,
+            "kv_bytes": 2 * cost.cached,
             "state_bytes": 4 * cost.state,
             "damage": damage,
             "damages": damages,
@@ -166,10 +185,11 @@ fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
     });
     print(format_args!(
         "{}\nKL (nats/token) that each replacement alone costs, on {} tokens; of the choice {damage:.4} in all\n\
-         {} of KV cache a token, {} of state\n--layers {}\n",
+         {} of KV cache a token at {} tokens, {} of state\n--layers {}\n",
         table(&headers, &rows.collect::<Vec<_>>()),
         damages.tokens,
-        bytes(2 * cost.kv_per_token),
+        bytes((2 * cost.cached).div_ceil(damages.length.max(1))),
+        thousands(damages.length),
         bytes(4 * cost.state),
         kinds.join(",")
     ))?;
@@ -180,7 +200,7 @@ fn show(score: &Score) -> String {
     format!("{:.5} ± {:.5}", score.score, score.standard_error)
 }
 
-fn needed<T: Clone>(value: Option<T>, flag: &str) -> Result<T> {
+fn needed<T>(value: Option<T>, flag: &str) -> Result<T> {
     value.ok_or_else(|| Error::invalid(format!("this method needs {flag}")))
 }
 
@@ -205,29 +225,40 @@ fn open(args: &Args) -> Result<(Base, Corpus)> {
     Ok((base, corpus))
 }
 
-fn score(args: &Args, watch: &dyn Watch) -> Result<Sensitivity> {
-    let bank = needed(args.bank.as_ref(), "--bank")?;
-    for name in ["mla", "mamba2"] {
-        if !bank.join(name).is_dir() {
-            let message =
-                format!("no {name}/ inside: not an ILD bank (train --stage ild makes one)");
-            return Err(Error::file(bank, message));
-        }
-    }
+/// The bank that is chosen from.
+fn bank(args: &Args) -> Result<Option<Bank>> {
+    args.bank
+        .as_ref()
+        .map(|folder| Bank::open(folder))
+        .transpose()
+}
+
+fn score(args: &Args, watch: &dyn Watch) -> Result<Places> {
+    let bank = needed(bank(args)?, "--bank")?;
     needed(args.count, "--count")?;
+    args.pair.of(&bank.kinds())?;
     let (base, corpus) = open(args)?;
-    let model = |name: &str| Checkpoint::open(&bank.join(name))?.model(&base.device, DType::F32);
-    let windows = (args.tokens / args.seq_len.max(1)).max(1);
-    let (teacher, len) = (base.lm()?, args.seq_len);
-    let [mamba2, mla] = [model("mamba2")?, model("mla")?];
-    sensitivity(&teacher, &mamba2, &mla, &corpus, windows, len, watch)
+    let text = (&corpus, args.tokens, args.seq_len);
+    Places::score(&base, &bank, &args.pair, text, watch)
 }
 
 fn measure(args: &Args, watch: &dyn Watch) -> Result<Damages> {
+    let bank = bank(args)?;
     let (base, corpus) = open(args)?;
-    candidates(base.config(), &args.plan, &args.ranks)?;
+    let length = args.length.unwrap_or(base.config().max_position_embeddings);
+    let text = (&corpus, args.tokens, args.seq_len);
+    if let Some(bank) = &bank {
+        return damages(&base, &Candidates::Bank(bank), length, text, watch);
+    }
+    // Sizes are refused before the text for the initialisation is read.
+    let budget = Budget::default();
+    fitting(base.config(), &args.plan, &args.candidates, length, budget)?;
     let calibration = args.init.calibration(&base, None, watch)?;
     let init = args.init.init(&calibration, false, 0);
-    let text = (&corpus, args.tokens, args.seq_len);
-    damages(&base, &args.plan, &args.ranks, &init, text, watch)
+    let candidates = Candidates::Born {
+        options: &args.plan,
+        kinds: &args.candidates,
+        init: &init,
+    };
+    damages(&base, &candidates, length, text, watch)
 }

@@ -12,8 +12,9 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
 use crate::eval::kl;
+use crate::mixer::LayerKind;
 use crate::model::Lm;
-use crate::pipeline::{Base, start_training, tell_step};
+use crate::pipeline::{Base, CANDIDATES, start_training, tell_step};
 use crate::train::stage::dpo::{Dpo, DpoConfig};
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
@@ -44,8 +45,7 @@ pub struct Args {
     /// JSON lines: text, or prompt and completion (dpo: prompt, chosen and rejected).
     #[arg(long)]
     data: PathBuf,
-    /// Folder of the result, a checkpoint (ild without --student: a bank with mla/ and mamba2/); must not
-    /// exist.
+    /// Folder of the result, a checkpoint (ild without --student: a bank, a folder a candidate); must not exist.
     out: PathBuf,
     #[command(flatten, next_help_heading = "ILD")]
     ild: IldConfig,
@@ -55,6 +55,9 @@ pub struct Args {
     dpo: DpoConfig,
     #[command(flatten, next_help_heading = "Training")]
     train: TrainArgs,
+    /// Kinds of layer to train side by side, as --layers spells them (ild without --student).
+    #[arg(long, value_delimiter = ',', value_name = "KIND,KIND,..", default_values_t = CANDIDATES, help_heading = "Bank")]
+    candidates: Vec<LayerKind>,
     /// Sizes of the bank's candidates.
     #[command(flatten, next_help_heading = "Bank")]
     plan: PlanOptions,
@@ -229,11 +232,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Both candidates for every layer, born from the teacher.
+/// All candidates for every layer, born from the teacher.
 fn bank(args: &Args, base: &Base, watch: &dyn Watch) -> Result<Stage> {
     let calibration = (args.init).calibration(base, Some(&args.data), watch)?;
     let init = args.init.init(&calibration, false, args.train.config.seed);
-    base.bank(&args.plan, &init, args.ild, watch)
+    base.bank(&args.plan, &args.candidates, &init, args.ild, watch)
 }
 
 fn dpo(args: &Args, student: &Path, watch: &dyn Watch) -> Result<(Stage, Preferences)> {

@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Bank;
 use crate::data::Batch;
 use crate::mixer::calibration::{Sample, fit_output};
 use crate::mixer::{AttentionWeights, Birth, Born, Mixer, MixerConfig};
@@ -215,31 +216,26 @@ impl Teaching {
 pub fn compose_from_bank(
     teacher: &Weights,
     student: &ModelConfig,
-    bank: &[(ModelConfig, Weights)],
+    bank: &Bank,
 ) -> Result<Composed> {
     let mut composed = Composed {
         config: student.clone(),
         tensors: BTreeMap::new(),
     };
-    for (i, config) in student.layers.iter().enumerate() {
-        let prefix = format!("model.layers.{i}.");
-        // The bank's frequencies were chosen when it was born; the sizes must be the plan's.
-        let fits = |found: &MixerConfig| {
-            found.params(student.hidden_size) == config.params(student.hidden_size)
-        };
-        let found = bank.iter().find(|(model, _)| {
-            let layer = model.layers.get(i);
-            layer.is_some_and(|l| l.name() == config.name() && fits(l))
-        });
-        let Some((model, weights)) = found else {
-            return Err(Error::invalid(format!(
-                "the bank has no {} layer {i} with the sizes of the plan: train the bank with the same ranks",
-                config.name()
-            )));
-        };
-        composed.config.layers[i] = model.layers[i].clone();
-        for (name, tensor) in weights.iter().filter(|(name, _)| name.starts_with(&prefix)) {
-            composed.tensors.insert(name.to_owned(), tensor.clone());
+    let configs: Vec<&ModelConfig> = bank.candidates.iter().map(|(_, c)| &c.config).collect();
+    let taken = bank_layers(student, &configs)?;
+    for (at, (_, candidate)) in bank.candidates.iter().enumerate() {
+        let layers = || (0..taken.len()).filter(|i| taken[*i] == at);
+        if layers().next().is_none() {
+            continue;
+        }
+        let weights = candidate.weights(DType::F32, &Device::Cpu)?;
+        for i in layers() {
+            composed.config.layers[i] = candidate.config.layers[i].clone();
+            let prefix = format!("model.layers.{i}.");
+            for (name, tensor) in weights.iter().filter(|(name, _)| name.starts_with(&prefix)) {
+                composed.tensors.insert(name.to_owned(), tensor.clone());
+            }
         }
     }
     for (name, _) in student.params() {
@@ -248,6 +244,28 @@ pub fn compose_from_bank(
         }
     }
     Ok(composed)
+}
+
+/// Which of a bank's candidates each layer of `student` is taken from: the first with that mixer in its sizes.
+///
+/// # Errors
+/// A layer that no candidate has.
+pub fn bank_layers(student: &ModelConfig, candidates: &[&ModelConfig]) -> Result<Vec<usize>> {
+    let hidden = student.hidden_size;
+    let layers = student.layers.iter().enumerate().map(|(i, wanted)| {
+        // The bank's frequencies were chosen when it was born; the sizes must be the plan's.
+        let fits = |found: &MixerConfig| {
+            found.name() == wanted.name() && found.params(hidden) == wanted.params(hidden)
+        };
+        let found = candidates.iter().position(|c| c.layers.get(i).is_some_and(fits));
+        found.ok_or_else(|| {
+            Error::invalid(format!(
+                "the bank has no {} layer {i} with the sizes of the plan: give its candidates and ranks to both",
+                wanted.name()
+            ))
+        })
+    });
+    layers.collect()
 }
 
 /// Whether a student `before` can go on as `after`.

@@ -185,9 +185,15 @@ mod tests {
                 },
             )
             .unwrap();
-            assert_eq!(format!("{:.2}", 100.0 * student.kv_ratio(teacher)), ratio);
             assert_eq!(
-                format!("{:.3}", student.cost().params as f64 / 1e9),
+                format!(
+                    "{:.2}",
+                    100.0 * student.kv_ratio(teacher, teacher.max_position_embeddings)
+                ),
+                ratio
+            );
+            assert_eq!(
+                format!("{:.3}", student.parameters() as f64 / 1e9),
                 billions
             );
         }

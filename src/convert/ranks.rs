@@ -98,7 +98,7 @@ pub fn check_ranks(teacher: &ModelConfig, options: &PlanOptions) -> Result<Optio
         )));
     }
     let scalars = match options.sizes.kv_lora_rank {
-        Some(RankRule::Share(share)) => (share * teacher.cost().kv_per_token as f64) as usize,
+        Some(RankRule::Share(share)) => (share * teacher.cost(1).cached as f64) as usize,
         Some(RankRule::Bytes(bytes)) => bytes / 2,
         None | Some(RankRule::Fixed(_) | RankRule::Energy(_)) => return Ok(None),
     };

@@ -28,6 +28,19 @@ impl LayerKind {
         q_lora_rank: None,
     });
 
+    /// What a plan says of a layer, where that is this kind with sizes of its own, else this kind.
+    pub fn specified(self, planned: Self) -> Self {
+        match (self, planned) {
+            (Self::MLA, LayerKind::Mla(_)) => planned,
+            _ => self,
+        }
+    }
+
+    /// As a folder's name.
+    pub fn folder(&self) -> String {
+        self.to_string().replace(':', "-")
+    }
+
     /// The mixer in the place of `attention` in a model with `hidden` channels.
     ///
     /// # Errors

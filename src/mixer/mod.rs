@@ -45,14 +45,14 @@ pub enum MixerConfig {
     Mamba2(Mamba2Config),
 }
 
-/// What a mixer needs to be stored and to run.
+/// What a mixer needs to be stored, and to run a sequence of a given length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Cost {
     /// Trained scalars.
     pub params: usize,
-    /// Scalars kept for every token of a sequence.
-    pub kv_per_token: usize,
-    /// Scalars kept for every sequence, whatever its length.
+    /// Scalars of KV cache at the length that was asked for.
+    pub cached: usize,
+    /// Scalars of recurrent state, whatever the length.
     pub state: usize,
 }
 
@@ -61,7 +61,7 @@ impl std::ops::Add for Cost {
     fn add(self, other: Cost) -> Cost {
         Cost {
             params: self.params + other.params,
-            kv_per_token: self.kv_per_token + other.kv_per_token,
+            cached: self.cached + other.cached,
             state: self.state + other.state,
         }
     }
@@ -155,11 +155,11 @@ impl MixerConfig {
         Ok(Born { config, tensors })
     }
 
-    /// The closed formulas (spec 1.10).
-    pub fn cost(&self, hidden: usize) -> Cost {
+    /// What a sequence of `length` tokens costs in a model of `hidden` channels, by closed formulas.
+    pub fn cost(&self, hidden: usize, length: usize) -> Cost {
         match self {
-            MixerConfig::Attention(c) => c.cost(hidden),
-            MixerConfig::Mla(c) => c.cost(hidden),
+            MixerConfig::Attention(c) => c.cost(hidden, length),
+            MixerConfig::Mla(c) => c.cost(hidden, length),
             MixerConfig::Mamba2(c) => c.cost(hidden),
         }
     }

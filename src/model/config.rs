@@ -102,30 +102,35 @@ impl ModelConfig {
         params
     }
 
-    /// A layer's cost, its MLP and norms included.
-    pub fn layer_cost(&self, index: usize) -> Cost {
+    /// A layer's cost at `length` tokens, its MLP and norms included.
+    pub fn layer_cost(&self, index: usize, length: usize) -> Cost {
         let (d, ff) = (self.hidden_size, self.intermediate_size);
         let rest = Cost {
             params: 3 * d * ff + 2 * d,
             ..Cost::default()
         };
-        self.layers[index].cost(d) + rest
+        self.layers[index].cost(d, length) + rest
     }
 
-    /// The whole model's cost (embedding, final norm and an untied head included).
-    pub fn cost(&self) -> Cost {
+    /// The whole model's cost at `length` tokens (embedding, final norm and an untied head included).
+    pub fn cost(&self, length: usize) -> Cost {
         let (d, v) = (self.hidden_size, self.vocab_size);
         let heads = if self.tie_word_embeddings { 1 } else { 2 };
         let ends = Cost {
             params: heads * v * d + d,
             ..Cost::default()
         };
-        (0..self.layers.len()).fold(ends, |sum, i| sum + self.layer_cost(i))
+        (0..self.layers.len()).fold(ends, |sum, i| sum + self.layer_cost(i, length))
     }
 
-    /// Cached scalars a token over the teacher's (spec 1.10: recurrent states are not counted).
-    pub fn kv_ratio(&self, teacher: &ModelConfig) -> f64 {
-        self.cost().kv_per_token as f64 / teacher.cost().kv_per_token as f64
+    /// Trained scalars.
+    pub fn parameters(&self) -> usize {
+        self.cost(0).params
+    }
+
+    /// Cached scalars over the teacher's at `length` tokens; recurrent states are not counted (Zebra-Llama, table 1).
+    pub fn kv_ratio(&self, teacher: &ModelConfig, length: usize) -> f64 {
+        self.cost(length).cached as f64 / teacher.cost(length).cached as f64
     }
 
     /// Whether the mixer of layer `index` stands in the place of a teacher's.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 
-use crate::Error;
+use super::bank::bank_plans;
 use crate::Result;
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::{
@@ -13,7 +13,6 @@ use crate::convert::{
 };
 use crate::data::{Corpus, Tokenizer};
 use crate::mixer::LayerKind;
-use crate::mixer::mla::rank::RankRule;
 use crate::model::{Lm, ModelConfig};
 use crate::train::Stage;
 use crate::train::stage::ild::{Ild, IldConfig};
@@ -92,43 +91,30 @@ impl Base {
         compose(self.config(), &self.weights, student, init, watch)
     }
 
-    /// ILD of both candidates (MLA and Mamba2) for every layer.
+    /// ILD of candidates for every layer.
     ///
     /// # Errors
-    /// A budget for ranks: it is for one hybrid, not for all layers.
+    /// As [`bank_plans`].
     pub fn bank(
         &self,
         options: &PlanOptions,
+        kinds: &[LayerKind],
         init: &Init,
         config: IldConfig,
         watch: &dyn Watch,
     ) -> Result<Stage> {
-        if let Some(rule) = options.sizes.kv_lora_rank.filter(RankRule::is_budget) {
-            return Err(Error::invalid(format!(
-                "the rank {rule} is for the layers of one hybrid, a bank has all of them as MLA: \
-                 compose the hybrid first and train it (--student), or give a number or energy:SHARE"
-            )));
-        }
         let calibration = match init {
             Init::Reference { .. } => None,
             Init::Refined { calibration, .. } => Some(*calibration),
         };
-        let given = options.kinds(self.config().layers.len())?;
-        let all_mla = given.iter().map(|kind| match kind {
-            LayerKind::Mla(_) => *kind,
-            _ => LayerKind::MLA,
-        });
-        let candidates = [
-            ("mla", all_mla.collect()),
-            ("mamba2", vec![LayerKind::Mamba2; given.len()]),
-        ];
-        let candidates = candidates.map(|(name, kinds)| {
-            let student = self.plan(&options.with_layers(kinds), calibration)?;
+        let plans = bank_plans(options, kinds, self.config().layers.len())?;
+        let candidates = plans.into_iter().map(|(kind, options)| {
+            let student = self.plan(&options, calibration)?;
             let composed = self.compose(&student, init, watch)?;
             let weights = Weights::new(composed.tensors).to_device(&self.device, DType::F32)?;
-            Ok((name.to_owned(), composed.config, weights))
+            Ok((kind, composed.config, weights))
         });
-        let candidates = candidates.into_iter().collect::<Result<_>>()?;
+        let candidates = candidates.collect::<Result<_>>()?;
         let ild = Ild::bank(self.lm()?, self.hash()?, candidates, config)?;
         Ok(Stage::Ild(ild))
     }
@@ -147,28 +133,5 @@ impl Base {
         let (lm, hash) = (self.lm()?, self.hash()?);
         let kd = Kd::new(lm, hash, &student.config, &weights, settled, config)?;
         Ok(Stage::Kd(Box::new(kd)))
-    }
-}
-
-/// The models of an ILD bank: every checkpoint folder inside it.
-///
-/// # Errors
-/// A folder without candidates.
-pub fn open_bank(folder: &Path) -> Result<Vec<(ModelConfig, Weights)>> {
-    let mut models = Vec::new();
-    for name in ["mla", "mamba2"] {
-        let path = folder.join(name);
-        if path.exists() {
-            let checkpoint = Checkpoint::open(&path)?;
-            let weights = checkpoint.weights(DType::F32, &Device::Cpu)?;
-            models.push((checkpoint.config, weights));
-        }
-    }
-    match models.is_empty() {
-        true => Err(Error::file(
-            folder,
-            "no mla/ or mamba2/ checkpoint inside: not an ILD bank",
-        )),
-        false => Ok(models),
     }
 }

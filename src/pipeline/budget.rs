@@ -4,7 +4,9 @@
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
+use super::bank;
 use super::base::Base;
+use crate::checkpoint::Bank;
 use crate::convert::{Choice, Init, PlanOptions, fit_budget, plan};
 use crate::data::Corpus;
 use crate::eval::sensitivity::{Score, sensitivity};
@@ -15,10 +17,20 @@ use crate::watch::Watch;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+/// Where none are named: Mamba2, and MLA of these ranks.
+pub const BUDGET_CANDIDATES: [LayerKind; 4] = [LayerKind::Mamba2, mla(8), mla(16), mla(32)];
+
+const fn mla(rank: usize) -> LayerKind {
+    LayerKind::Mla(MlaKind {
+        kv_lora_rank: Some(rank),
+        q_lora_rank: None,
+    })
+}
+
 /// The most that all layers together may keep.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Budget {
-    /// Bytes of KV cache a token, bf16.
+    /// Bytes of KV cache a token, bf16, as an average over the length that the damages are for.
     pub kv_bytes: Option<usize>,
     /// Bytes of recurrent state a sequence, f32.
     pub state_bytes: Option<usize>,
@@ -29,6 +41,8 @@ pub struct Budget {
 pub struct Damages {
     /// Tokens that they are measured on.
     pub tokens: usize,
+    /// Tokens of a sequence that costs are for.
+    pub length: usize,
     pub options: Vec<Damage>,
 }
 
@@ -36,7 +50,7 @@ pub struct Damages {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Damage {
     pub kind: LayerKind,
-    pub cost: Cost,
+    pub costs: Vec<Cost>,
     /// KL that the teacher loses.
     pub layers: Vec<Score>,
 }
@@ -45,67 +59,92 @@ impl Damages {
     /// One choice a layer.
     ///
     /// # Errors
-    /// When nothing fits.
+    /// When nothing fits: the least that the choices need.
     pub fn choose(&self, budget: Budget) -> Result<Vec<Choice>> {
         let layers = self.options.first().map_or(0, |o| o.layers.len());
         let choices = |i: usize| -> Vec<Choice> {
             let choice = |option: &Damage| Choice {
                 kind: option.kind,
-                cost: option.cost,
+                cost: option.costs[i],
                 damage: option.layers[i].score,
             };
             self.options.iter().map(choice).collect()
         };
         let choices: Vec<_> = (0..layers).map(choices).collect();
-        let (kv, state) = (budget.kv_bytes, budget.state_bytes);
-        fit_budget(&choices, kv.map(|b| b / 2), state.map(|b| b / 4))
+        let cached = budget
+            .kv_bytes
+            .map(|bytes| (bytes / 2).saturating_mul(self.length));
+        let state = budget.state_bytes.map(|bytes| bytes / 4);
+        fit_budget(&choices, cached, state).ok_or_else(|| {
+            let least = |of: fn(&Cost) -> usize| -> usize {
+                let layer = |choices: &Vec<Choice>| choices.iter().map(|c| of(&c.cost)).min();
+                choices.iter().filter_map(layer).sum()
+            };
+            let given = |bytes: Option<usize>| bytes.map_or("any".into(), |n| n.to_string());
+            Error::invalid(format!(
+                "no choice of mixers fits {} bytes a token (bf16, at {} tokens) and {} bytes of state (f32): alone, the least \
+                 are {} and {}",
+                given(budget.kv_bytes),
+                self.length,
+                given(budget.state_bytes),
+                (2 * least(|c| c.cached)).div_ceil(self.length.max(1)),
+                4 * least(|c| c.state)
+            ))
+        })
     }
 }
 
-/// Mamba2 and MLA of every rank, each with the model that has it in all layers.
+/// What layers are chosen from.
+pub enum Candidates<'a> {
+    /// As the initialisation makes them.
+    Born {
+        options: &'a PlanOptions,
+        kinds: &'a [LayerKind],
+        init: &'a Init<'a>,
+    },
+    /// As they have been trained.
+    Bank(&'a Bank),
+}
+
+/// Every kind with the model that has it in all layers.
 ///
 /// # Errors
-/// No rank, one that the teacher cannot give, or a rule where a number is needed.
-pub fn candidates(
+/// No kind, one that is named twice or that the teacher cannot give, or a rule where a number is needed.
+fn planned(
     teacher: &ModelConfig,
     options: &PlanOptions,
-    ranks: &[usize],
+    kinds: &[LayerKind],
 ) -> Result<Vec<(LayerKind, ModelConfig)>> {
     if let Some(rule) = options.sizes.kv_lora_rank.filter(RankRule::is_open) {
         return Err(Error::invalid(format!(
-            "the KV rank {rule}: the budget method chooses among the ranks it is given"
+            "the KV rank {rule}: the budget method chooses among the candidates it is given"
         )));
     }
-    if ranks.is_empty() {
-        return Err(Error::invalid(
-            "the budget method needs ranks to choose from",
-        ));
-    }
-    let mla = |rank: &usize| {
-        LayerKind::Mla(MlaKind {
-            kv_lora_rank: Some(*rank),
-            q_lora_rank: None,
-        })
-    };
-    let kinds = std::iter::once(LayerKind::Mamba2).chain(ranks.iter().map(mla));
+    bank::check(kinds)?;
     let layers = teacher.layers.len();
-    let sized = |kind| {
-        Ok((
-            kind,
-            plan(teacher, &options.with_layers(vec![kind; layers]))?,
-        ))
+    let sized = |kind: &LayerKind| {
+        let options = options.with_layers(vec![*kind; layers]);
+        Ok((*kind, plan(teacher, &options)?))
     };
-    kinds.map(sized).collect()
+    kinds.iter().map(sized).collect()
+}
+
+fn costs(model: &ModelConfig, length: usize) -> Vec<Cost> {
+    let layers = model.layers.iter();
+    layers
+        .map(|layer| layer.cost(model.hidden_size, length))
+        .collect()
 }
 
 /// A choice that fits, whatever its damage: what can be said before anything is measured.
 ///
 /// # Errors
-/// As [`candidates`], or when nothing fits.
+/// A candidate that the teacher cannot give, or when nothing fits.
 pub fn fitting(
     teacher: &ModelConfig,
     options: &PlanOptions,
-    ranks: &[usize],
+    kinds: &[LayerKind],
+    length: usize,
     budget: Budget,
 ) -> Result<Vec<LayerKind>> {
     let none = Score {
@@ -114,41 +153,54 @@ pub fn fitting(
     };
     let damage = |(kind, student): (LayerKind, ModelConfig)| Damage {
         kind,
-        cost: student.layers[0].cost(student.hidden_size),
+        costs: costs(&student, length),
         layers: vec![none; teacher.layers.len()],
     };
     let all = Damages {
         tokens: 0,
-        options: (candidates(teacher, options, ranks)?.into_iter())
+        length,
+        options: (planned(teacher, options, kinds)?.into_iter())
             .map(damage)
             .collect(),
     };
     Ok(all.choose(budget)?.iter().map(|c| c.kind).collect())
 }
 
-/// Every kind of layer, as the initialisation makes it, in every place of the teacher alone.
+/// Every candidate in every place of the teacher alone, its costs at `length` tokens.
 ///
 /// # Errors
-/// As [`candidates`], a text that fills no window, or [`Error::Interrupted`].
+/// A candidate that the teacher cannot give, a text that fills no window, or [`Error::Interrupted`].
 pub fn damages(
     base: &Base,
-    options: &PlanOptions,
-    ranks: &[usize],
-    init: &Init,
+    candidates: &Candidates,
+    length: usize,
     (corpus, tokens, seq_len): (&Corpus, usize, usize),
     watch: &dyn Watch,
 ) -> Result<Damages> {
-    let kinds = candidates(base.config(), options, ranks)?;
+    let models = match candidates {
+        Candidates::Born { options, kinds, .. } => planned(base.config(), options, kinds)?,
+        Candidates::Bank(bank) => {
+            let all = bank.candidates.iter();
+            all.map(|(kind, candidate)| (*kind, candidate.config.clone()))
+                .collect()
+        }
+    };
     let windows = (tokens / seq_len.max(1)).max(1);
     let teacher = base.lm()?;
     let mut damages = Damages {
         tokens: 0,
+        length,
         options: Vec::new(),
     };
-    for (kind, student) in kinds {
-        let composed = base.compose(&student, init, watch)?;
-        let weights = Weights::new(composed.tensors).to_device(&base.device, DType::F32)?;
-        let lm = Lm::new(&composed.config, &weights)?;
+    for (i, (kind, student)) in models.into_iter().enumerate() {
+        let lm = match candidates {
+            Candidates::Born { init, .. } => {
+                let composed = base.compose(&student, init, watch)?;
+                let weights = Weights::new(composed.tensors).to_device(&base.device, DType::F32)?;
+                Lm::new(&composed.config, &weights)?
+            }
+            Candidates::Bank(bank) => bank.candidates[i].1.model(&base.device, DType::F32)?,
+        };
         let found = sensitivity(&teacher, &teacher, &lm, corpus, windows, seq_len, watch)?;
         damages.tokens = found.tokens;
         let loss = |s: &Score| Score {
@@ -157,7 +209,7 @@ pub fn damages(
         };
         damages.options.push(Damage {
             kind,
-            cost: student.layers[0].cost(student.hidden_size),
+            costs: costs(&student, length),
             layers: found.layers.iter().map(loss).collect(),
         });
     }

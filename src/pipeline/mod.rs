@@ -1,6 +1,7 @@
 //! From a teacher to a trained hybrid: an opened teacher ([`Base`], which the commands use too), a recipe,
 //! and carrying it out.
 
+mod bank;
 mod base;
 mod budget;
 mod check;
@@ -11,8 +12,9 @@ mod run;
 mod tests;
 mod training;
 
-pub use base::{Base, open_bank};
-pub use budget::{Budget, Damage, Damages, candidates, damages};
+pub use bank::{CANDIDATES, Pair, Places, bank_plans};
+pub use base::Base;
+pub use budget::{BUDGET_CANDIDATES, Budget, Candidates, Damage, Damages, damages, fitting};
 pub use check::{check, teacher_folder};
 pub use recipe::{Method, Recipe, Teacher, Text};
 pub use run::{Outcome, StageResult, Surroundings, clear, kept, run};

@@ -7,12 +7,14 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::budget::{self, Budget};
+use super::bank::{CANDIDATES, Pair, bank_plans};
+use super::budget::{self, BUDGET_CANDIDATES, Budget};
 use crate::convert::{
-    CalibrationConfig, InitName, PlanOptions, Selector, check_growth, check_ranks, plan, select,
+    CalibrationConfig, InitName, PlanOptions, Selector, bank_layers, check_growth, check_ranks,
+    plan, select,
 };
 use crate::data::Packing;
-use crate::mixer::mla::rank::RankRule;
+use crate::mixer::LayerKind;
 use crate::model::ModelConfig;
 use crate::train::TrainConfig;
 use crate::train::stage::dpo::DpoConfig;
@@ -140,19 +142,32 @@ pub struct Data {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum IldTarget {
-    /// All layers as MLA and all as Mamba2; the hybrid is composed of theirs.
+    /// Every candidate in all layers; the hybrid is composed of theirs.
     #[default]
     Bank,
     /// The hybrid, whose places are settled.
     Hybrid,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct IldStage {
     pub target: IldTarget,
+    /// Of the bank, as `layers` of a plan spells them.
+    pub candidates: Vec<LayerKind>,
     pub objective: IldConfig,
     pub train: TrainConfig,
+}
+
+impl Default for IldStage {
+    fn default() -> Self {
+        Self {
+            target: IldTarget::default(),
+            candidates: CANDIDATES.to_vec(),
+            objective: IldConfig::default(),
+            train: TrainConfig::default(),
+        }
+    }
 }
 
 /// How mixers are chosen. The same on the command line and in a recipe's `[select]`.
@@ -166,7 +181,7 @@ pub enum Method {
     Uniform,
     /// The largest scores, wherever they stand.
     Greedy,
-    /// Mixer and rank of every layer: least KL within the bytes given. Each layer alone is replaced in the
+    /// Candidate of every layer: least KL within the bytes given. Each layer alone is replaced in the
     /// teacher, and damages are taken to add up.
     Budget,
 }
@@ -187,14 +202,19 @@ impl Method {
 #[serde(deny_unknown_fields, default)]
 pub struct SelectStage {
     pub method: Method,
-    /// Layers to become MLA (all methods but budget).
+    /// Layers whose place is chosen (all methods but budget).
     pub count: Option<usize>,
+    /// What is placed, over what (all methods but budget).
+    #[serde(flatten)]
+    pub pair: Pair,
     /// Most bytes of KV cache a token, bf16 (budget).
     pub kv_bytes: Option<usize>,
     /// Most bytes of recurrent state a sequence, f32 (budget).
     pub state_bytes: Option<usize>,
-    /// Ranks of the latent to choose from (budget).
-    pub ranks: Vec<usize>,
+    /// Kinds of layer to choose from, where there is no bank [default: mamba2, mla:8, mla:16, mla:32] (budget).
+    pub candidates: Option<Vec<LayerKind>>,
+    /// Tokens of a sequence that costs are for [default: the teacher's context] (budget).
+    pub length: Option<usize>,
     /// Tokens of the validation text to score on.
     pub tokens: usize,
 }
@@ -204,9 +224,11 @@ impl Default for SelectStage {
         Self {
             method: Method::Smart,
             count: None,
+            pair: Pair::default(),
             kv_bytes: None,
             state_bytes: None,
-            ranks: vec![8, 16, 32],
+            candidates: None,
+            length: None,
             tokens: 16_384,
         }
     }
@@ -225,42 +247,64 @@ impl SelectStage {
         &self,
         teacher: &ModelConfig,
         options: &PlanOptions,
-        bank: bool,
+        bank: Option<&[LayerKind]>,
     ) -> Result<PlanOptions> {
         if !(options.mla.is_empty() && options.layers.is_none()) {
             return Err(Error::invalid(
                 "[plan] names the MLA layers already: leave mla and layers out of it, or [select]",
             ));
         }
+        let layers = teacher.layers.len();
         if self.method == Method::Budget {
-            if bank {
+            if self.count.is_some() || self.pair != Pair::default() || !options.attention.is_empty()
+            {
                 return Err(Error::invalid(
-                    "a budget chooses ranks, and a bank has one for all: leave [ild] out, or its target must be hybrid",
+                    "a budget decides every layer: leave out count, place and elsewhere, and attention in [plan]",
                 ));
             }
-            if self.count.is_some() || !options.attention.is_empty() {
+            if bank.is_some() && self.candidates.is_some() {
                 return Err(Error::invalid(
-                    "a budget decides every layer: leave out count, and attention in [plan]",
+                    "a budget chooses among the bank's candidates where there is one: name them in [ild]",
                 ));
             }
-            let kinds = budget::fitting(teacher, options, &self.ranks, self.budget())?;
+            let kinds = bank.unwrap_or(self.born());
+            let length = self.length(teacher);
+            let kinds = budget::fitting(teacher, options, kinds, length, self.budget())?;
             return Ok(options.with_layers(kinds));
         }
-        if !bank {
+        let Some(kinds) = bank else {
             return Err(Error::invalid(
                 "places are chosen from an ILD bank: [ild] target must be bank",
             ));
-        }
-        if self.budget() != Budget::default() {
+        };
+        if self.budget() != Budget::default() || self.candidates.is_some() || self.length.is_some()
+        {
             return Err(Error::invalid(
-                "kv_bytes and state_bytes are for method = \"budget\"",
+                "kv_bytes, state_bytes, candidates and length are for method = \"budget\"",
             ));
         }
-        let scores = vec![0.0; teacher.layers.len()];
-        Ok(PlanOptions {
-            mla: select(Selector::Uniform, &scores, self.count()?)?,
-            ..options.clone()
-        })
+        if let Some(layer) = options.attention.first() {
+            return Err(Error::invalid(format!(
+                "layer {layer} keeps its attention in [plan], and a bank's candidates take all places: leave attention out of it"
+            )));
+        }
+        let [place, elsewhere] = self.pair.of(kinds)?;
+        let chosen = select(Selector::Uniform, &vec![0.0; layers], self.count()?)?;
+        let kind = |i: usize| match chosen.contains(&i) {
+            true => kinds[place],
+            false => kinds[elsewhere],
+        };
+        Ok(options.with_layers((0..layers).map(kind).collect()))
+    }
+
+    /// What a budget chooses from where there is no bank.
+    pub fn born(&self) -> &[LayerKind] {
+        self.candidates.as_deref().unwrap_or(&BUDGET_CANDIDATES)
+    }
+
+    /// Tokens of a sequence that costs are for.
+    pub fn length(&self, teacher: &ModelConfig) -> usize {
+        self.length.unwrap_or(teacher.max_position_embeddings)
     }
 
     /// # Errors
@@ -380,10 +424,11 @@ impl Recipe {
         self.init == InitName::Refined || plans.any(PlanOptions::needs_weights)
     }
 
-    /// Whether ILD trains candidates for every layer.
-    pub fn has_bank(&self) -> bool {
-        let bank = |ild: &IldStage| ild.target == IldTarget::Bank;
-        self.ild.as_ref().is_some_and(bank)
+    /// The candidates for every layer that ILD trains, if it does.
+    pub fn bank(&self) -> Option<&[LayerKind]> {
+        let ild = self.ild.as_ref();
+        let bank = ild.filter(|ild| ild.target == IldTarget::Bank);
+        bank.map(|ild| ild.candidates.as_slice())
     }
 
     /// What can be said of the recipe from the teacher's config alone. Gives what each KD stage makes of the layers: the
@@ -399,7 +444,7 @@ impl Recipe {
         if self.needs_calibration() {
             window(self.calibration.seq_len).map_err(at("calibration"))?;
         }
-        let bank = self.has_bank();
+        let bank = self.bank();
         if let Some(ild) = &self.ild {
             ild.train.validate().map_err(at("ild.train"))?;
             window(ild.train.seq_len).map_err(at("ild.train"))?;
@@ -411,8 +456,8 @@ impl Recipe {
             None => self.plan.clone(),
         };
         let first = sized(teacher, &options).map_err(at("plan"))?;
-        if bank {
-            check_bank(&first, &options).map_err(at("plan"))?;
+        if let Some(kinds) = bank {
+            check_bank(teacher, &first, &self.plan, kinds).map_err(at("ild"))?;
         }
         let mut students = vec![first];
         for (i, kd) in self.kd.iter().enumerate() {
@@ -445,20 +490,17 @@ impl Recipe {
 }
 
 /// # Errors
-/// A hybrid that cannot be composed of a bank's layers.
-fn check_bank(student: &ModelConfig, options: &PlanOptions) -> Result<()> {
-    if let Some(i) = (0..student.layers.len()).find(|i| !student.is_converted(*i)) {
-        return Err(Error::invalid(format!(
-            "layer {i} keeps its attention, and a bank has MLA and Mamba2 only: [ild] target must be hybrid"
-        )));
-    }
-    if let Some(rule) = options.sizes.kv_lora_rank.filter(RankRule::is_budget) {
-        return Err(Error::invalid(format!(
-            "the rank {rule} is for the layers of one hybrid, a bank has all of them as MLA: [ild] target must be \
-             hybrid, or give a number or energy:SHARE"
-        )));
-    }
-    Ok(())
+/// Candidates that cannot be trained, or a hybrid that cannot be composed of their layers.
+fn check_bank(
+    teacher: &ModelConfig,
+    student: &ModelConfig,
+    options: &PlanOptions,
+    kinds: &[LayerKind],
+) -> Result<()> {
+    let plans = bank_plans(options, kinds, teacher.layers.len())?;
+    let sized = plans.iter().map(|(_, options)| sized(teacher, options));
+    let models = sized.collect::<Result<Vec<_>>>()?;
+    bank_layers(student, &models.iter().collect::<Vec<_>>()).map(|_| ())
 }
 
 /// The plan with ranks that depend on weights left at their defaults.

@@ -9,18 +9,16 @@ use candle_core::{DType, Device};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
-use super::base::{Base, open_bank};
-use super::budget::{Damages, damages};
+use super::bank::Places;
+use super::base::Base;
+use super::budget::{Candidates, Damages, damages};
 use super::check::Checked;
-use super::recipe::{DpoStage, IldStage, IldTarget, KdStage, Recipe, SelectStage};
+use super::recipe::{DpoStage, IldStage, KdStage, Recipe, SelectStage};
 use super::training::{start_training, tell_step};
-use crate::checkpoint::{self, Checkpoint, Format};
-use crate::convert::{
-    Calibration, Composed, Init, InitName, PlanOptions, compose_from_bank, grow, select,
-};
+use crate::checkpoint::{self, Bank, Checkpoint, Format};
+use crate::convert::{Calibration, Composed, Init, InitName, PlanOptions, compose_from_bank, grow};
 use crate::data::{Batches, Corpus, Preferences};
 use crate::eval::kl::{self, KlReport};
-use crate::eval::sensitivity::{Sensitivity, sensitivity};
 use crate::hash::Hash;
 use crate::numerics;
 use crate::train::stage::dpo::Dpo;
@@ -56,9 +54,10 @@ pub struct Outcome {
     pub stages: Vec<StageResult>,
     /// The last checkpoint.
     pub student: PathBuf,
+    /// Of the base's cache, at its whole context.
     pub kv_ratio: f64,
     /// Of a bank's layers, where they were selected by them.
-    pub scores: Option<Sensitivity>,
+    pub scores: Option<Places>,
     /// What a budget was filled by.
     pub damages: Option<Damages>,
 }
@@ -148,7 +147,7 @@ impl<'a> Run<'a> {
         let mut stages = Vec::new();
         let (mut scores, mut damages) = (None, None);
         let bank = match &recipe.ild {
-            Some(ild) if ild.target == IldTarget::Bank => {
+            Some(ild) if recipe.bank().is_some() => {
                 let (bank, metrics) = self.bank(ild, calibration, with)?;
                 stages.push(StageResult {
                     name: "ild".into(),
@@ -165,12 +164,11 @@ impl<'a> Run<'a> {
             match (stage.method.selector(), &bank) {
                 (Some(selector), Some(bank)) => {
                     let found = self.scores(stage, bank, with)?;
-                    let values: Vec<f64> = found.layers.iter().map(|s| s.score).collect();
-                    options.mla = select(selector, &values, stage.count()?)?;
+                    options = options.with_layers(found.choose(selector, stage.count()?)?.1);
                     scores = Some(found);
                 }
                 _ => {
-                    let found = self.damages(stage, calibration, with)?;
+                    let found = self.damages(stage, bank.as_ref(), calibration, with)?;
                     let chosen = found.choose(stage.budget())?;
                     options = options.with_layers(chosen.iter().map(|c| c.kind).collect());
                     damages = Some(found);
@@ -208,7 +206,10 @@ impl<'a> Run<'a> {
         let (last, _) = Checkpoint::config_only(&student.folder)?;
         Ok(Outcome {
             base: self.base.folder().to_owned(),
-            kv_ratio: last.kv_ratio(self.base.config()),
+            kv_ratio: last.kv_ratio(
+                self.base.config(),
+                self.base.config().max_position_embeddings,
+            ),
             student: student.folder,
             stages,
             scores,
@@ -282,34 +283,27 @@ impl<'a> Run<'a> {
         let key = self.key(numerics::Stage::Ild, "bank", settings);
         self.train("bank", key, &ild.train, &self.train, with, || {
             let init = self.init(calibration, false);
-            self.base.bank(plan, &init, ild.objective, with.watch)
+            self.base
+                .bank(plan, &ild.candidates, &init, ild.objective, with.watch)
         })
     }
 
-    /// SMART's scores of a bank.
-    fn scores(
-        &self,
-        stage: &SelectStage,
-        bank: &Student,
-        with: &Surroundings,
-    ) -> Result<Sensitivity> {
+    /// What a bank's layers are worth.
+    fn scores(&self, stage: &SelectStage, bank: &Student, with: &Surroundings) -> Result<Places> {
         let seq_len = self.recipe.eval.seq_len;
-        let sample = json!([bank.key, stage.tokens, seq_len, self.validation.hash()]);
+        let sample = json!([
+            bank.key,
+            stage.pair,
+            stage.tokens,
+            seq_len,
+            self.validation.hash()
+        ]);
         let key = self.key(numerics::Stage::Scores, "scores", sample);
         let path = with.out.join(format!("scores-{key}.json"));
         self.once(&path, || {
-            let open = |name: &str| {
-                Checkpoint::open(&bank.folder.join(name))?.model(&with.device, DType::F32)
-            };
-            sensitivity(
-                &self.base.lm()?,
-                &open("mamba2")?,
-                &open("mla")?,
-                &self.validation,
-                (stage.tokens / seq_len).max(1),
-                seq_len,
-                with.watch,
-            )
+            let bank = Bank::open(&bank.folder)?;
+            let text = (&self.validation, stage.tokens, seq_len);
+            Places::score(&self.base, &bank, &stage.pair, text, with.watch)
         })
     }
 
@@ -317,13 +311,17 @@ impl<'a> Run<'a> {
     fn damages(
         &self,
         stage: &SelectStage,
+        bank: Option<&Student>,
         calibration: Option<&Calibration>,
         with: &Surroundings,
     ) -> Result<Damages> {
         let seq_len = self.recipe.eval.seq_len;
+        let length = stage.length(self.base.config());
         let settings = json!({
             "plan": self.recipe.plan,
-            "ranks": stage.ranks,
+            "bank": bank.map(|bank| &bank.key),
+            "candidates": stage.born(),
+            "length": length,
             "birth": self.birth(),
             "sample": [stage.tokens, seq_len],
             "validation": self.validation.hash(),
@@ -331,14 +329,18 @@ impl<'a> Run<'a> {
         let key = self.key(numerics::Stage::Scores, "damages", settings);
         let path = with.out.join(format!("damages-{key}.json"));
         self.once(&path, || {
-            damages(
-                &self.base,
-                &self.recipe.plan,
-                &stage.ranks,
-                &self.init(calibration, false),
-                (&self.validation, stage.tokens, seq_len),
-                with.watch,
-            )
+            let opened = bank.map(|bank| Bank::open(&bank.folder)).transpose()?;
+            let init = self.init(calibration, false);
+            let candidates = match &opened {
+                Some(bank) => Candidates::Bank(bank),
+                None => Candidates::Born {
+                    options: &self.recipe.plan,
+                    kinds: stage.born(),
+                    init: &init,
+                },
+            };
+            let text = (&self.validation, stage.tokens, seq_len);
+            damages(&self.base, &candidates, length, text, with.watch)
         })
     }
 
@@ -363,7 +365,7 @@ impl<'a> Run<'a> {
             let student = self.base.plan(options, calibration)?;
             let composed: Composed = match (bank, before) {
                 (Some(bank), _) => {
-                    compose_from_bank(&self.base.weights, &student, &open_bank(&bank.folder)?)?
+                    compose_from_bank(&self.base.weights, &student, &Bank::open(&bank.folder)?)?
                 }
                 // What has been trained since is not what layers could be fitted to: they get the teacher's inputs.
                 (None, before) => {

@@ -127,7 +127,7 @@ fn killed_anywhere_a_run_ends_the_same() {
     );
     let names: Vec<&str> = outcome.stages.iter().map(|s| s.name.as_str()).collect();
     assert_eq!(names, ["ild", "compose", "kd 1", "dpo"]);
-    assert_eq!(outcome.scores.unwrap().layers.len(), 4);
+    assert_eq!(outcome.scores.unwrap().scores.layers.len(), 4);
     // After one forward pass or optimizer step, then after two, ..: some stages keep nothing before their end.
     let mut starts = 0;
     loop {
@@ -176,13 +176,13 @@ fn a_budget_chooses_mixers_and_ranks() {
     (recipe.ild, recipe.dpo) = (None, None);
     recipe.plan.sizes.kv_lora_rank = None;
     recipe.select = Some(
-        toml::from_str("method = \"budget\"\nkv_bytes = 100\nranks = [16, 24]\ntokens = 256")
+        toml::from_str("method = \"budget\"\nkv_bytes = 100\ncandidates = [\"mamba2\", \"mla:16\", \"mla:24\"]\ntokens = 256")
             .unwrap(),
     );
     let root = tempfile::tempdir().unwrap();
     let outcome = carry_out(&recipe, root.path(), 0).0.unwrap();
     let config = Checkpoint::open(&outcome.student).unwrap().config;
-    let cached = config.cost().kv_per_token;
+    let cached = config.cost(1).cached;
     assert!(2 * cached <= 100, "{cached}");
     // Chosen again from what was kept, as the command does.
     let damages = outcome.damages.unwrap();
@@ -215,6 +215,46 @@ fn a_budget_chooses_mixers_and_ranks() {
         .to_string();
     assert!(
         error.contains("[select] no choice of mixers fits"),
+        "{error}"
+    );
+}
+
+/// A bank of three candidates; a budget, and then SMART for two of them, choose from it.
+#[test]
+fn a_bank_may_have_any_number_of_candidates() {
+    let mut recipe = Recipe::parse(SMALL).unwrap();
+    (recipe.kd, recipe.dpo) = (Vec::new(), None);
+    let kinds = ["mla:8", "mamba2", "mla:16"].map(|kind| kind.parse().unwrap());
+    recipe.ild.as_mut().unwrap().candidates = kinds.to_vec();
+    recipe.select = Some(
+        toml::from_str("method = \"budget\"\nkv_bytes = 64\nlength = 128\ntokens = 256").unwrap(),
+    );
+    let root = tempfile::tempdir().unwrap();
+    let outcome = carry_out(&recipe, root.path(), 0).0.unwrap();
+    let damages = outcome.damages.unwrap();
+    let found = damages.options.iter().map(|option| option.kind);
+    assert_eq!(
+        (found.collect::<Vec<_>>(), damages.length),
+        (kinds.to_vec(), 128)
+    );
+    let config = Checkpoint::open(&outcome.student).unwrap().config;
+    let cached = config.cost(128).cached;
+    assert!(2 * cached <= 64 * 128, "{cached}");
+    recipe.select = Some(
+        toml::from_str("count = 1\nplace = \"mla:16\"\nelsewhere = \"mla:8\"\ntokens = 256")
+            .unwrap(),
+    );
+    let outcome = carry_out(&recipe, root.path(), 0).0.unwrap();
+    let config = Checkpoint::open(&outcome.student).unwrap().config;
+    let rope = recipe.plan.sizes.qk_rope_head_dim.unwrap();
+    assert_eq!(config.cost(1).cached, 3 * 8 + 16 + 4 * rope);
+    recipe.select.as_mut().unwrap().pair.place = None;
+    let error = carry_out(&recipe, root.path(), 0)
+        .0
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("[select] say which candidate is meant with place"),
         "{error}"
     );
 }
@@ -308,12 +348,12 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         (
             "kv_lora_rank = 16",
             "kv_lora_rank = \"budget:50%\"",
-            "[plan] the rank budget:50% is for",
+            "[ild] the rank budget:50% is for",
         ),
         (
             "kv_lora_rank = 16",
             "kv_lora_rank = 16\nattention = [3]",
-            "[plan] layer 3 keeps its attention",
+            "[select] layer 3 keeps its attention",
         ),
         (
             "q_lora_rank = 64",
@@ -323,7 +363,7 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         (
             "count = 1",
             "method = \"budget\"",
-            "[select] a budget chooses ranks, and a bank",
+            "[select] a budget chooses among the bank",
         ),
         (
             "count = 1",
@@ -476,7 +516,7 @@ fn shipped_recipes_plan() {
             let (teacher, _) = Checkpoint::config_only(&folder).unwrap();
             let students = recipe.check(&teacher).unwrap();
             let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
-            let ratio = 100.0 * students.last().unwrap().kv_ratio(&teacher);
+            let ratio = 100.0 * students.last().unwrap().kv_ratio(&teacher, 4096);
             assert!(
                 (ratio - ratios[name.as_str()]).abs() < 0.006,
                 "{name}: {ratio}"

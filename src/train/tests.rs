@@ -155,9 +155,9 @@ const NAMES: [&str; 6] = ["pretrain", "ild", "ild-joint", "kd", "kd-stepwise", "
 fn stage(setting: &Setting, name: &str) -> Stage {
     let (mla, mamba2) = (LayerKind::MLA, LayerKind::Mamba2);
     let bank = || {
-        [("mla", [mla, mla]), ("mamba2", [mamba2, mamba2])].map(|(name, kinds)| {
-            let (config, weights) = student(kinds);
-            (name.to_owned(), config, weights)
+        [mla, mamba2].map(|kind| {
+            let (config, weights) = student([kind; 2]);
+            (kind, config, weights)
         })
     };
     let hybrid = student([mla, mamba2]);

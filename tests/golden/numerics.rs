@@ -19,7 +19,7 @@ use zebroid::mixer::{LayerKind, MixerOptions};
 use zebroid::model::Lm;
 use zebroid::numerics::Stage as Name;
 use zebroid::op::loss::Divergence;
-use zebroid::pipeline::Base;
+use zebroid::pipeline::{Base, CANDIDATES};
 use zebroid::train::stage::dpo::{Dpo, DpoConfig, DpoLoss};
 use zebroid::train::stage::ild::{IldConfig, IldInputs, IldLoss};
 use zebroid::train::stage::kd::{KdConfig, Labels, Schedule, Trained};
@@ -250,7 +250,7 @@ impl Bench {
         for rule in ["energy:0.9", "budget:5%"] {
             let options = plan_with(|sizes| sizes.kv_lora_rank = Some(rule.parse().unwrap()));
             let student = self.base.plan(&options, Some(calibration)).unwrap();
-            let cached = student.cost().kv_per_token;
+            let cached = student.cost(1).cached;
             figures.insert(format!("{rule}: scalars a token"), cached as f64);
         }
         figures
@@ -300,7 +300,13 @@ impl Bench {
         let init = Init::Reference { seed: 1 };
         let stage = self
             .base
-            .bank(&plan(), &init, IldConfig::default(), &Quiet::default())
+            .bank(
+                &plan(),
+                &CANDIDATES,
+                &init,
+                IldConfig::default(),
+                &Quiet::default(),
+            )
             .unwrap();
         self.trained(&mut figures, "bank", stage, &self.text, &settings());
         figures

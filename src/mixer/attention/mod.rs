@@ -68,7 +68,7 @@ impl AttentionConfig {
         ]
     }
 
-    pub(super) fn cost(&self, hidden: usize) -> Cost {
+    pub(super) fn cost(&self, hidden: usize, length: usize) -> Cost {
         let (h, g, hd) = (
             self.num_attention_heads,
             self.num_key_value_heads,
@@ -76,7 +76,7 @@ impl AttentionConfig {
         );
         Cost {
             params: 2 * hidden * (h + g) * hd,
-            kv_per_token: 2 * g * hd,
+            cached: length.saturating_mul(2 * g * hd),
             state: 0,
         }
     }

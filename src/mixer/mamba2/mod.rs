@@ -167,7 +167,7 @@ impl Mamba2Config {
         let projected = 2 * h * p + h * n + g * (p + n) + h;
         Cost {
             params: hidden * projected + channels * (self.d_conv + 1) + 3 * h + h * p,
-            kv_per_token: 0,
+            cached: 0,
             state: h * p * n + channels * (self.d_conv - 1),
         }
     }

@@ -177,7 +177,7 @@ impl MlaConfig {
         vec![("kv_a_proj_with_mqa.weight", rows)]
     }
 
-    pub(super) fn cost(&self, hidden: usize) -> Cost {
+    pub(super) fn cost(&self, hidden: usize, length: usize) -> Cost {
         let (h, g) = (self.num_attention_heads, self.kv_heads());
         let (rq, r, rope) = (self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim);
         let query = rq * (hidden + h * self.qk_head_dim());
@@ -185,7 +185,7 @@ impl MlaConfig {
         let norms = if self.use_lora_layer_norm { rq + r } else { 0 };
         Cost {
             params: query + key_value + h * self.v_head_dim * hidden + norms,
-            kv_per_token: r + rope,
+            cached: length.saturating_mul(r + rope),
             state: 0,
         }
     }

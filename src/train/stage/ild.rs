@@ -1,6 +1,6 @@
 //! Intermediate Layer Distillation (spec 1.4): every layer of the student reads the teacher's input of
-//! that layer and learns its output and its mixer's output. A *bank* trains both candidates of every
-//! layer (all MLA, all Mamba2) in one pass over the teacher, so that later stages choose.
+//! that layer and learns its output and its mixer's output. A *bank* trains several candidates of every
+//! layer (all MLA, all Mamba2, ..) in one pass over the teacher, so that later stages choose.
 
 use std::path::Path;
 
@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::student::Student;
 use super::{Shares, Terms, ids, rows, scalar, share};
+use crate::checkpoint::Bank;
 use crate::data::Batch;
+use crate::mixer::LayerKind;
 use crate::model::{Lm, ModelConfig, Trace};
 use crate::op::adamw::sum_of_squares;
 use crate::op::loss::{mean_l2, relative_mse};
@@ -78,19 +80,15 @@ pub struct Ild {
 }
 
 struct Candidate {
-    /// The folder inside the result that it is written to (its mixer's name); none: it is the result.
-    name: Option<String>,
+    /// What its layers are, and so the folder inside the result that it is written to; none: it is the result.
+    kind: Option<LayerKind>,
+    /// In metrics.
+    name: String,
     student: Student,
 }
 
-impl Candidate {
-    fn name(&self) -> &str {
-        self.name.as_deref().unwrap_or("student")
-    }
-}
-
 impl Ild {
-    /// A bank of `candidates`: full-depth models by name (`mla`, `mamba2`), initialised from the teacher.
+    /// A bank of `candidates`: full-depth models, each with one kind of layer, initialised from the teacher.
     /// Layers are trained; embedding, final norm and head stay as they are.
     ///
     /// # Errors
@@ -98,10 +96,12 @@ impl Ild {
     pub fn bank(
         teacher: Lm,
         teacher_hash: String,
-        candidates: Vec<(String, ModelConfig, Weights)>,
+        candidates: Vec<(LayerKind, ModelConfig, Weights)>,
         config: IldConfig,
     ) -> Result<Self> {
-        let candidates = candidates.into_iter().map(|(n, c, w)| (Some(n), c, w));
+        let candidates = candidates
+            .into_iter()
+            .map(|(kind, c, w)| (Some(kind), c, w));
         Self::new(teacher, teacher_hash, candidates.collect(), config)
     }
 
@@ -122,24 +122,28 @@ impl Ild {
     fn new(
         teacher: Lm,
         teacher_hash: String,
-        candidates: Vec<(Option<String>, ModelConfig, Weights)>,
+        candidates: Vec<(Option<LayerKind>, ModelConfig, Weights)>,
         ild: IldConfig,
     ) -> Result<Self> {
         let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
         let (layers, hidden) = sizes(&teacher.config);
         let candidates = candidates
             .into_iter()
-            .map(|(name, config, weights)| {
+            .map(|(kind, config, weights)| {
+                let name = kind.map_or("student".to_owned(), |kind| kind.to_string());
                 if sizes(&config) != (layers, hidden) {
-                    let name = name.as_deref().unwrap_or("student's");
                     return Err(Error::invalid(format!(
-                        "the {name} candidate has {} layers of {}, the teacher {layers} of {hidden}",
+                        "{name} has {} layers of {}, the teacher {layers} of {hidden}",
                         config.layers.len(),
                         config.hidden_size
                     )));
                 }
                 let student = Student::new(&config, &weights, |n| n.starts_with("model.layers."))?;
-                Ok(Candidate { name, student })
+                Ok(Candidate {
+                    kind,
+                    name,
+                    student,
+                })
             })
             .collect::<Result<_>>()?;
         Ok(Self {
@@ -157,7 +161,7 @@ impl Ild {
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         let mut candidates = serde_json::Map::new();
         for c in &self.candidates {
-            candidates.insert(c.name().to_owned(), c.student.hash()?.into());
+            candidates.insert(c.name.clone(), c.student.hash()?.into());
         }
         Ok(serde_json::json!({
             "stage": "ild",
@@ -196,12 +200,10 @@ impl Ild {
                 let grads = loss.backward()?;
                 candidate.student.params.add(&grads)?;
                 let loss = scalar(&loss)?;
-                terms
-                    .named
-                    .push((format!("{}.{i}", candidate.name()), loss));
+                terms.named.push((format!("{}.{i}", candidate.name), loss));
                 sum += loss;
             }
-            terms.named.push((candidate.name().to_owned(), sum));
+            terms.named.push((candidate.name.clone(), sum));
             terms.loss += sum;
         }
         Ok(terms)
@@ -258,19 +260,20 @@ impl Ild {
             .collect()
     }
 
-    /// One checkpoint folder a candidate.
+    /// The hybrid, or a bank: one checkpoint folder a candidate.
     pub(super) fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
+        let mut kinds = Vec::new();
         for candidate in &self.candidates {
-            let folder = match &candidate.name {
-                Some(name) => out.join(name),
-                None => out.to_owned(),
+            let Some(kind) = candidate.kind else {
+                return candidate.student.write(out, tokenizer);
             };
-            if let Some(parent) = folder.parent() {
-                std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
-            }
-            candidate.student.write(&folder, tokenizer)?;
+            std::fs::create_dir_all(out).map_err(Error::io("cannot create", out))?;
+            candidate
+                .student
+                .write(&out.join(kind.folder()), tokenizer)?;
+            kinds.push(kind);
         }
-        Ok(())
+        Bank::write_index(out, kinds)
     }
 }
 
