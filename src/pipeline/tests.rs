@@ -362,7 +362,7 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         ),
         (
             "count = 1",
-            "method = \"budget\"",
+            "method = \"budget\"\ncandidates = [\"mamba2\"]",
             "[select] a budget chooses among the bank",
         ),
         (
