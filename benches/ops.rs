@@ -75,15 +75,15 @@ fn ops(c: &mut Criterion) {
     }
     let heads: [&[usize]; 3] = [&[B, T, H, HEAD], &[B, T, G, HEAD], &[B, T, G, HEAD]];
     bench(c, "attention", &heads, &|i| {
-        causal_attention(&i[0], &i[1], &i[2], 0.25, None)
+        causal_attention(&i[0], &i[1], &i[2], 0.25, &None.into())
     });
     bench(c, "attention documents", &heads, &|i| {
-        causal_attention(&i[0], &i[1], &i[2], 0.25, Some(documents))
+        causal_attention(&i[0], &i[1], &i[2], 0.25, &Some(documents).into())
     });
     let cache: [&[usize]; 3] = [&[1, 1, 32, 160], &[1, 4096, 1, 160], &[1, 4096, 1, 128]];
     let cache: Vec<Tensor> = cache.iter().map(|s| random(s)).collect();
     c.bench_function("attention absorbed decode 4096/forward", |b| {
-        b.iter(|| causal_attention(&cache[0], &cache[1], &cache[2], 0.1, None).unwrap())
+        b.iter(|| causal_attention(&cache[0], &cache[1], &cache[2], 0.1, &None.into()).unwrap())
     });
     let channels = 2 * G * HEAD + H * HEAD;
     bench(

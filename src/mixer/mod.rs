@@ -20,6 +20,7 @@ pub mod kind;
 pub mod linalg;
 pub mod mamba2;
 pub mod mla;
+pub mod positions;
 pub mod rotary;
 pub mod sizes;
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub use attention::{Attention, AttentionConfig, AttentionWeights};
 pub use kind::{LayerKind, MixerOptions};
 pub use mamba2::{Mamba2, Mamba2Config, Mamba2State};
 pub use mla::{Mla, MlaConfig};
+pub use positions::Positions;
 pub use rotary::{RopeConfig, RopeScaling};
 
 /// A tensor a mixer owns: its name after the layer's prefix, and its shape.
@@ -220,22 +222,23 @@ impl Mixer {
         })
     }
 
-    /// The next `T` tokens of every sequence: `x [B, T, D]` → `[B, T, D]`; the state moves on.
-    pub fn prefill(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
+    /// The next tokens of every sequence, those of row `b` the first `at.added()[b]` of `x [B, T, D]` → `[B, T, D]`; the state moves
+    /// on.
+    pub fn prefill(&self, x: &Tensor, state: &mut MixerState, at: &Positions) -> Result<Tensor> {
         match (self, state) {
-            (Mixer::Attention(m), MixerState::Attention(s)) => m.prefill(x, s),
-            (Mixer::Mla(m), MixerState::Mla(s)) => m.prefill(x, s),
-            (Mixer::Mamba2(m), MixerState::Mamba2(s)) => m.prefill(x, s),
+            (Mixer::Attention(m), MixerState::Attention(s)) => m.prefill(x, s, at),
+            (Mixer::Mla(m), MixerState::Mla(s)) => m.prefill(x, s, at),
+            (Mixer::Mamba2(m), MixerState::Mamba2(s)) => m.prefill(x, s, at),
             _ => unreachable!("a state is made by its own mixer"),
         }
     }
 
     /// The next token: `x [B, 1, D]` → `[B, 1, D]`. MLA decodes absorbed here; the others have one way
     /// for any number of tokens.
-    pub fn step(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
+    pub fn step(&self, x: &Tensor, state: &mut MixerState, at: &Positions) -> Result<Tensor> {
         match (self, state) {
-            (Mixer::Mla(m), MixerState::Mla(s)) => m.step(x, s),
-            (_, state) => self.prefill(x, state),
+            (Mixer::Mla(m), MixerState::Mla(s)) => m.step(x, s, at),
+            (_, state) => self.prefill(x, state, at),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::positions::Positions;
 use super::sizes::{MAX_POSITIONS, bounded};
 use crate::{Error, Result};
 
@@ -236,19 +237,31 @@ impl Rotary {
         }
     }
 
-    /// `cos, sin [T, still/2 + dim/2]` of positions `from .. from + len`, in the dtype and on the device
-    /// of `like`.
-    pub fn tables(&self, from: usize, len: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
+    /// `cos, sin [T, still/2 + dim/2]`, or `[B, T, ..]` where rows stand apart, in the dtype and on the device of `like`.
+    pub fn tables(&self, at: &Positions, like: &Tensor) -> Result<(Tensor, Tensor)> {
+        let len = at.len();
         let mut tables = self.tables.lock().unwrap_or_else(|e| e.into_inner());
         let have = tables.as_ref().map_or(0, |(cos, _)| cos.dims()[POSITION]);
-        if have < from + len {
-            *tables = Some(self.build((from + len).next_power_of_two().max(64), like.device())?);
+        let reach = at.reach();
+        if have < reach {
+            *tables = Some(self.build(reach.next_power_of_two().max(64), like.device())?);
         }
         let (cos, sin) = tables.as_ref().expect("just built");
-        Ok((
-            cos.narrow(POSITION, from, len)?.to_dtype(like.dtype())?,
-            sin.narrow(POSITION, from, len)?.to_dtype(like.dtype())?,
-        ))
+        let of = |table: &Tensor| -> Result<Tensor> {
+            let table = match at.common_past() {
+                Some(from) => table.narrow(POSITION, from, len)?,
+                None => {
+                    let rows = at.past().iter();
+                    let wanted = rows.flat_map(|past| (*past..past + len).map(|p| p as u32));
+                    let wanted = Tensor::from_iter(wanted, table.device())?;
+                    table
+                        .index_select(&wanted, POSITION)?
+                        .reshape((at.past().len(), len, ()))?
+                }
+            };
+            Ok(table.to_dtype(like.dtype())?)
+        };
+        Ok((of(cos)?, of(sin)?))
     }
 
     fn build(&self, len: usize, device: &Device) -> Result<(Tensor, Tensor)> {
@@ -358,9 +371,10 @@ mod tests {
     fn tables_grow_without_changing() {
         let rotary = Rotary::new(&RopeConfig::new(10_000.0), 8, 0);
         let like = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
-        let short = rotary.tables(3, 5, &like).unwrap().0;
-        rotary.tables(0, 500, &like).unwrap();
-        let again = rotary.tables(3, 5, &like).unwrap().0;
+        let at = Positions::even(1, 3, 5);
+        let short = rotary.tables(&at, &like).unwrap().0;
+        rotary.tables(&Positions::even(1, 0, 500), &like).unwrap();
+        let again = rotary.tables(&at, &like).unwrap().0;
         assert_eq!(
             short.to_vec2::<f32>().unwrap(),
             again.to_vec2::<f32>().unwrap()

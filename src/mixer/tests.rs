@@ -128,7 +128,10 @@ fn step_by_step_equals_forward() {
         let whole = mixer.forward(&x, None).unwrap();
         let mut state = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
         for t in 0..LEN {
-            let y = mixer.step(&x.narrow(1, t, 1).unwrap(), &mut state).unwrap();
+            let at = Positions::even(2, t, 1);
+            let y = mixer
+                .step(&x.narrow(1, t, 1).unwrap(), &mut state, &at)
+                .unwrap();
             let gap = difference(&y, &whole.narrow(1, t, 1).unwrap());
             assert!(gap < 1e-4, "{config:?}: position {t} differs by {gap}");
         }
@@ -151,11 +154,79 @@ fn any_split_into_chunks_equals_forward() {
             let mut from = 0;
             for len in &split {
                 let y = mixer
-                    .prefill(&x.narrow(1, from, *len).unwrap(), &mut state)
+                    .prefill(
+                        &x.narrow(1, from, *len).unwrap(),
+                        &mut state,
+                        &Positions::even(2, from, *len),
+                    )
                     .unwrap();
                 let gap = difference(&y, &whole.narrow(1, from, *len).unwrap());
                 assert!(gap < 1e-4, "{config:?}, split {split:?}: {gap} from {from}");
                 from += len;
+            }
+        }
+    }
+}
+
+/// Rows at different lengths, with different numbers of new tokens (some with none, some filled up), one of them begun anew in
+/// a place that another has used, are what each is alone.
+#[test]
+fn rows_at_mixed_lengths_equal_rows_alone() {
+    // New tokens of three rows, turn by turn; a row of 0 in the second list starts anew before its turn.
+    let turns = [
+        [5, 2, 0],
+        [1, 0, 3],
+        [0, 1, 1],
+        [4, 4, 1],
+        [1, 1, 1],
+        [2, 1, 5],
+    ];
+    let anew_at = 3;
+    for config in variants() {
+        let mut rng = ChaCha8Rng::seed_from_u64(11);
+        let mixer = build(&config, &weights(&config, &mut rng), DType::F32);
+        let row = |rng: &mut ChaCha8Rng| {
+            let x = random(&[1, 2 * LEN, HIDDEN], 1.0, rng);
+            x.to_dtype(DType::F32).unwrap()
+        };
+        let mut rows: Vec<Tensor> = (0..3).map(|_| row(&mut rng)).collect();
+        let mut wholes: Vec<Tensor> = rows
+            .iter()
+            .map(|x| mixer.forward(x, None).unwrap())
+            .collect();
+        let mut state = mixer.state(3, &Device::Cpu, DType::F32).unwrap();
+        let mut past = vec![0; 3];
+        for (turn, added) in turns.iter().enumerate() {
+            if turn == anew_at {
+                rows[1] = row(&mut rng);
+                wholes[1] = mixer.forward(&rows[1], None).unwrap();
+                past[1] = 0;
+            }
+            let len = *added.iter().max().unwrap();
+            let at = Positions::new(past.clone(), added.to_vec(), len).unwrap();
+            // What fills a row up is another row's.
+            let x = (0..3).map(|row| {
+                let own = rows[row].narrow(1, past[row], added[row]).unwrap();
+                let filling = rows[(row + 1) % 3].narrow(1, 3, len - added[row]).unwrap();
+                Tensor::cat(&[own, filling], 1).unwrap()
+            });
+            let x = Tensor::cat(&x.collect::<Vec<_>>(), 0).unwrap();
+            let y = match len {
+                1 => mixer.step(&x, &mut state, &at).unwrap(),
+                _ => mixer.prefill(&x, &mut state, &at).unwrap(),
+            };
+            for row in 0..3 {
+                let own = y
+                    .narrow(0, row, 1)
+                    .unwrap()
+                    .narrow(1, 0, added[row])
+                    .unwrap();
+                let truth = wholes[row].narrow(1, past[row], added[row]).unwrap();
+                if added[row] > 0 {
+                    let gap = difference(&own, &truth);
+                    assert!(gap < 1e-4, "{config:?}: turn {turn}, row {row}: {gap}");
+                }
+                past[row] += added[row];
             }
         }
     }
@@ -174,12 +245,18 @@ fn a_cloned_state_goes_on_alone() {
             mixer.forward(&whole, None).unwrap()
         });
         let mut first = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
-        mixer.prefill(&beginning, &mut first).unwrap();
+        mixer
+            .prefill(&beginning, &mut first, &Positions::even(2, 0, 6))
+            .unwrap();
         let mut states = [first.clone(), first.clone(), first];
         for t in 0..LEN - 6 {
             for (i, state) in states.iter_mut().enumerate() {
                 let y = mixer
-                    .step(&ends[i].narrow(1, t, 1).unwrap(), state)
+                    .step(
+                        &ends[i].narrow(1, t, 1).unwrap(),
+                        state,
+                        &Positions::even(2, 6 + t, 1),
+                    )
                     .unwrap();
                 let gap = difference(&y, &wholes[i].narrow(1, 6 + t, 1).unwrap());
                 assert!(gap < 1e-4, "{config:?}: continuation {i}, token {t}: {gap}");
@@ -248,7 +325,8 @@ fn cost_formula_equals_counted_parameters_and_buffers() {
         assert_eq!(cost.params, counted, "{config:?}");
         let (mixer, x) = case(&config);
         let mut state = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
-        mixer.prefill(&x, &mut state).unwrap();
+        let at = Positions::even(2, 0, LEN);
+        mixer.prefill(&x, &mut state, &at).unwrap();
         let expected = 2 * (cost.cached + cost.state);
         assert_eq!(state.allocated(), expected, "{config:?}");
     }

@@ -6,7 +6,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::Result;
-use crate::mixer::{Mixer, MixerState};
+use crate::mixer::{Mixer, MixerState, Positions};
 use crate::op::Documents;
 use crate::op::linear::linear;
 use crate::op::rms_norm::rms_norm;
@@ -81,11 +81,11 @@ impl Layer {
         Ok((self.finish(x, &mixed)?, mixed))
     }
 
-    fn resume(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
+    fn resume(&self, x: &Tensor, state: &mut MixerState, at: &Positions) -> Result<Tensor> {
         let input = self.mixer_input(x)?;
         let mixed = match input.dims3()? {
-            (_, 1, _) => self.mixer.step(&input, state)?,
-            _ => self.mixer.prefill(&input, state)?,
+            (_, 1, _) => self.mixer.step(&input, state, at)?,
+            _ => self.mixer.prefill(&input, state, at)?,
         };
         self.finish(x, &mixed)
     }
@@ -114,8 +114,8 @@ pub struct Trace {
 #[derive(Debug, Clone)]
 pub struct LmState {
     pub layers: Vec<MixerState>,
-    /// Tokens seen.
-    pub len: usize,
+    /// Tokens that each row has seen, `[B]`.
+    pub lens: Vec<usize>,
 }
 
 impl LmState {
@@ -125,7 +125,10 @@ impl LmState {
         let layers = self.layers.iter().map(|layer| layer.select(rows));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            len: self.len,
+            lens: {
+                let rows = rows.to_vec1::<u32>()?;
+                rows.iter().map(|row| self.lens[*row as usize]).collect()
+            },
         })
     }
 }
@@ -201,18 +204,31 @@ impl Lm {
             .iter()
             .map(|l| l.mixer.state(batch, device, dtype))
             .collect::<Result<_>>()?;
-        Ok(LmState { layers, len: 0 })
+        Ok(LmState {
+            layers,
+            lens: vec![0; batch],
+        })
     }
 
     /// The next `T` tokens of every sequence, `ids [B, T]` → final-normed hidden states `[B, T, D]`.
     /// `T = 1` decodes, anything longer prefills.
     pub fn resume(&self, ids: &Tensor, state: &mut LmState) -> Result<Tensor> {
+        let (b, t) = ids.dims2()?;
+        self.extend(ids, vec![t; b], state)
+    }
+
+    /// The next tokens of every sequence, `added[b]` of row `b` of `ids [B, T]` (what follows them there is filling) →
+    /// final-normed hidden states `[B, T, D]`, those of filling without meaning.
+    pub fn extend(&self, ids: &Tensor, added: Vec<usize>, state: &mut LmState) -> Result<Tensor> {
         let (_, t) = ids.dims2()?;
+        let at = Positions::new(state.lens.clone(), added, t)?;
         let mut x = self.embed(ids)?;
         for (layer, state) in self.layers.iter().zip(&mut state.layers) {
-            x = layer.resume(&x, state)?;
+            x = layer.resume(&x, state, &at)?;
         }
-        state.len += t;
+        for (len, added) in state.lens.iter_mut().zip(at.added()) {
+            *len += added;
+        }
         self.normed(&x)
     }
 

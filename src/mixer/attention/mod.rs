@@ -4,11 +4,12 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
+use super::positions::Positions;
 use super::rotary::{RopeConfig, Rotary};
 use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
-use crate::op::attention::causal_attention;
+use crate::op::attention::{Sight, causal_attention};
 use crate::op::linear::linear;
 use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
@@ -145,8 +146,8 @@ impl Attention {
         })
     }
 
-    /// Queries `[B, T, H, hd]`, keys and values `[B, T, G, hd]` of positions from `from` on, rotated.
-    fn project(&self, x: &Tensor, from: usize) -> Result<[Tensor; 3]> {
+    /// Queries `[B, T, H, hd]`, keys and values `[B, T, G, hd]`, rotated.
+    fn project(&self, x: &Tensor, at: &Positions) -> Result<[Tensor; 3]> {
         let (b, t, _) = x.dims3()?;
         let w = &self.weights;
         let (h, g, hd) = (
@@ -160,7 +161,7 @@ impl Attention {
         let Some(rotary) = &self.rotary else {
             return Ok([q, k, v]);
         };
-        let (cos, sin) = rotary.tables(from, t, x)?;
+        let (cos, sin) = rotary.tables(at, x)?;
         Ok([
             rope(&q, &cos, &sin, RopeLayout::Halves)?,
             rope(&k, &cos, &sin, RopeLayout::Halves)?,
@@ -168,26 +169,26 @@ impl Attention {
         ])
     }
 
-    fn attend(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        documents: Option<&Documents>,
-    ) -> Result<Tensor> {
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, sight: &Sight) -> Result<Tensor> {
         let (b, t, h, hd) = q.dims4()?;
-        let y = causal_attention(q, k, v, (hd as f64).powf(-0.5), documents)?;
+        let y = causal_attention(q, k, v, (hd as f64).powf(-0.5), sight)?;
         Ok(linear(&y.reshape((b, t, h * hd))?, &self.weights.o)?)
     }
 
     pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let [q, k, v] = self.project(x, 0)?;
-        self.attend(&q, &k, &v, documents)
+        let (b, t, _) = x.dims3()?;
+        let [q, k, v] = self.project(x, &Positions::even(b, 0, t))?;
+        self.attend(&q, &k, &v, &documents.into())
     }
 
-    pub(super) fn prefill(&self, x: &Tensor, state: &mut KvCache) -> Result<Tensor> {
-        let [q, k, v] = self.project(x, state.keys.len())?;
-        let (k, v) = (state.keys.append(&k)?, state.values.append(&v)?);
-        self.attend(&q, &k, &v, None)
+    pub(super) fn prefill(
+        &self,
+        x: &Tensor,
+        state: &mut KvCache,
+        at: &Positions,
+    ) -> Result<Tensor> {
+        let [q, k, v] = self.project(x, at)?;
+        let (k, v) = (state.keys.append(&k, at)?, state.values.append(&v, at)?);
+        self.attend(&q, &k, &v, &at.sight())
     }
 }

@@ -9,11 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::attention::{AttentionConfig, validate_heads};
 use super::cache::Cache;
+use super::positions::Positions;
 use super::rotary::{RopeConfig, Rotary};
 use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
-use crate::op::attention::causal_attention;
+use crate::op::attention::{Sight, causal_attention};
 use crate::op::linear::linear;
 use crate::op::rms_norm::rms_norm;
 use crate::op::rope::{RopeLayout, rope};
@@ -243,8 +244,8 @@ impl Mla {
         (self.config.qk_head_dim() as f64).powf(-0.5)
     }
 
-    /// `[B, T, H, nope + rope]`, rotated for positions from `from` on.
-    fn queries(&self, x: &Tensor, from: usize) -> Result<Tensor> {
+    /// `[B, T, H, nope + rope]`, rotated.
+    fn queries(&self, x: &Tensor, at: &Positions) -> Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let mut low = linear(x, &self.q_a_proj)?;
         if let Some((norm, _)) = &self.norms {
@@ -256,12 +257,12 @@ impl Mla {
         if self.rope_proj.is_none() {
             return Ok(q);
         }
-        let (cos, sin) = self.query_rotary.tables(from, t, x)?;
+        let (cos, sin) = self.query_rotary.tables(at, x)?;
         Ok(rope(&q, &cos, &sin, RopeLayout::Interleaved)?)
     }
 
     /// The normed latent `[B, T, R]` and the rotated shared key `[B, T, 1, rope]`, if there is one.
-    fn latent(&self, x: &Tensor, from: usize) -> Result<(Tensor, Option<Tensor>)> {
+    fn latent(&self, x: &Tensor, at: &Positions) -> Result<(Tensor, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
         let mut latent = linear(x, &self.latent_proj)?;
         if let Some((_, norm)) = &self.norms {
@@ -271,7 +272,7 @@ impl Mla {
             return Ok((latent, None));
         };
         let key = linear(x, rope_proj)?.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
-        let (cos, sin) = self.key_rotary.tables(from, t, x)?;
+        let (cos, sin) = self.key_rotary.tables(at, x)?;
         let key = rope(&key, &cos, &sin, RopeLayout::Interleaved)?;
         Ok((latent, Some(key)))
     }
@@ -282,7 +283,7 @@ impl Mla {
         q: &Tensor,
         latent: &Tensor,
         key: Option<&Tensor>,
-        documents: Option<&Documents>,
+        sight: &Sight,
     ) -> Result<Tensor> {
         let c = &self.config;
         let (b, s, r) = latent.dims3()?;
@@ -298,7 +299,7 @@ impl Mla {
             .transpose()?;
         let parts: Vec<Tensor> = own.into_iter().chain(shared).collect();
         let keys = Tensor::cat(&parts, HEAD_DIM)?;
-        let y = causal_attention(q, &keys, &values, self.scale(), documents)?;
+        let y = causal_attention(q, &keys, &values, self.scale(), sight)?;
         self.output(&y)
     }
 
@@ -309,35 +310,38 @@ impl Mla {
     }
 
     pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let (latent, key) = self.latent(x, 0)?;
-        self.attend(&self.queries(x, 0)?, &latent, key.as_ref(), documents)
+        let (b, t, _) = x.dims3()?;
+        let at = &Positions::even(b, 0, t);
+        let (latent, key) = self.latent(x, at)?;
+        let q = self.queries(x, at)?;
+        self.attend(&q, &latent, key.as_ref(), &documents.into())
     }
 
     /// Adds the tokens' latents and keys to the cache; returns the whole cache `[B, S, 1, R + rope]`.
-    fn remember(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
-        let (latent, key) = self.latent(x, cache.len())?;
+    fn remember(&self, x: &Tensor, cache: &mut Cache, at: &Positions) -> Result<Tensor> {
+        let (latent, key) = self.latent(x, at)?;
         let parts: Vec<Tensor> = [latent.unsqueeze(2)?].into_iter().chain(key).collect();
-        cache.append(&Tensor::cat(&parts, HEAD_DIM)?)
+        cache.append(&Tensor::cat(&parts, HEAD_DIM)?, at)
     }
 
-    pub(super) fn prefill(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
+    pub(super) fn prefill(&self, x: &Tensor, cache: &mut Cache, at: &Positions) -> Result<Tensor> {
         let (r, rope) = (self.config.kv_lora_rank, self.config.qk_rope_head_dim);
-        let q = self.queries(x, cache.len())?;
-        let all = self.remember(x, cache)?;
+        let q = self.queries(x, at)?;
+        let all = self.remember(x, cache, at)?;
         let latent = all.narrow(HEAD_DIM, 0, r)?.squeeze(2)?.contiguous()?;
         let key = (rope > 0)
             .then(|| all.narrow(HEAD_DIM, r, rope))
             .transpose()?;
-        self.attend(&q, &latent, key.as_ref(), None)
+        self.attend(&q, &latent, key.as_ref(), &at.sight())
     }
 
     /// Decoding with the up-projections absorbed: queries are taken to the latent space, attention is
     /// multi-query over the cache itself, and values leave the latent space afterwards (spec 1.11).
-    pub(super) fn step(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
+    pub(super) fn step(&self, x: &Tensor, cache: &mut Cache, at: &Positions) -> Result<Tensor> {
         let c = &self.config;
         let (h, g, r) = (c.num_attention_heads, c.kv_heads(), c.kv_lora_rank);
-        let q = self.queries(x, cache.len())?;
-        let all = self.remember(x, cache)?;
+        let q = self.queries(x, at)?;
+        let all = self.remember(x, cache, at)?;
         let (nope, rope) = (c.qk_nope_head_dim, c.qk_rope_head_dim);
         let mut parts = vec![match nope {
             0 => Tensor::zeros((q.dim(0)?, 1, h, r), q.dtype(), q.device())?,
@@ -348,7 +352,7 @@ impl Mla {
         }
         let absorbed = Tensor::cat(&parts, HEAD_DIM)?;
         let latents = all.narrow(HEAD_DIM, 0, r)?;
-        let context = causal_attention(&absorbed, &all, &latents, self.scale(), None)?;
+        let context = causal_attention(&absorbed, &all, &latents, self.scale(), &at.sight())?;
         self.output(&grouped(&context, &self.value_up.transpose(1, 2)?, h / g)?)
     }
 }

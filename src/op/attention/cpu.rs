@@ -1,7 +1,7 @@
 //! Attention over slices. A task holds the scores of a block of queries: the `H/G` heads that share a
 //! key/value head for a few positions, as one matrix. Scores never leave it.
 
-use crate::op::Documents;
+use super::Sight;
 use crate::op::cpu::exp;
 use crate::op::matmul::{View, matmul};
 use candle_core::{CpuStorage, Layout, Result, bail};
@@ -51,7 +51,7 @@ pub struct Problem<'a> {
     pub k: Heads<'a>,
     pub v: Heads<'a>,
     pub scale: f32,
-    pub documents: Option<&'a Documents>,
+    pub sight: &'a Sight,
 }
 
 /// Positions `first..first + count` of batch `b`, for kv head `g`.
@@ -73,13 +73,19 @@ impl Problem<'_> {
         (QUERIES / self.heads_per_group()).max(1)
     }
 
-    /// Keys that some query of the block sees.
+    fn past(&self, b: usize) -> usize {
+        self.sight.past(b, self.q_dims[1], self.k.dims[1])
+    }
+
+    /// The span of keys that queries of the block see.
     fn keys(&self, block: Block) -> (usize, usize) {
-        let past = self.k.dims[1] - self.q_dims[1];
-        // Starts grow along a row, so the first query reaches back the furthest.
-        let from = self
-            .documents
-            .map_or(0, |d| d.row(block.b)[block.first] as usize);
+        let past = self.past(block.b);
+        // Starts and windows move along a row, so the first query reaches back the furthest.
+        let start = self.sight.start(block.b, block.first);
+        let from = match self.sight.bounds(start, past + block.first) {
+            (far, near) if far == start => near,
+            _ => start,
+        };
         (from, past + block.first + block.count)
     }
 
@@ -105,14 +111,14 @@ impl Problem<'_> {
         let queries = View::rows(queries, rows, self.q_dims[3]);
         let keys = self.k.block(block.b, block.g, from, to);
         matmul(&mut scores, queries, keys.transposed(), false, parallel);
-        let past = self.k.dims[1] - self.q_dims[1];
+        let past = self.past(block.b);
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
             let position = block.first + row / rep;
-            let start = self
-                .documents
-                .map_or(0, |d| d.row(block.b)[position] as usize);
-            scores[..start - from].fill(f32::NEG_INFINITY);
-            scores[past + position + 1 - from..].fill(f32::NEG_INFINITY);
+            let (start, at) = (self.sight.start(block.b, position), past + position);
+            let (far, near) = self.sight.bounds(start, at);
+            scores[..start.saturating_sub(from)].fill(f32::NEG_INFINITY);
+            scores[far.max(from) - from..near - from].fill(f32::NEG_INFINITY);
+            scores[at + 1 - from..].fill(f32::NEG_INFINITY);
         }
         scores
     }

@@ -6,22 +6,75 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::Documents;
 use crate::op::cpu::{host, slice, takes};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 use cpu::{Heads, Problem};
 
+/// Which keys a query sees, beside that none comes after it.
+#[derive(Debug, Clone, Default)]
+pub struct Sight {
+    /// Of packed sequences: from the document's start on. Needs `S = T`.
+    pub documents: Option<Documents>,
+    /// Where each row's first query stands among the keys, `[B]`; not said: query `t` stands at `S − T + t`.
+    pub past: Option<Arc<[usize]>>,
+    /// The nearest keys and the first ones only.
+    pub window: Option<Window>,
+}
+
+/// A sliding window with attention sinks (StreamingLLM, arXiv 2309.17453).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Keys up to and with the query's own.
+    pub size: usize,
+    /// First keys of a document, seen from everywhere.
+    pub sinks: usize,
+}
+
+impl From<Option<&Documents>> for Sight {
+    fn from(documents: Option<&Documents>) -> Self {
+        Self {
+            documents: documents.cloned(),
+            ..Self::default()
+        }
+    }
+}
+
+impl Sight {
+    /// The past of row `b`, of `t` queries and `s` keys.
+    fn past(&self, b: usize, t: usize, s: usize) -> usize {
+        self.past.as_ref().map_or(s - t, |past| past[b])
+    }
+
+    /// Where the document of query `t` of row `b` starts.
+    fn start(&self, b: usize, t: usize) -> usize {
+        let row = |d: &Documents| d.row(b)[t] as usize;
+        self.documents.as_ref().map_or(0, row)
+    }
+
+    /// Keys that a query at key position `at`, of a document from `start` on, sees: up to the first bound, and from the second
+    /// up to itself.
+    fn bounds(&self, start: usize, at: usize) -> (usize, usize) {
+        match self.window {
+            None => (start, start),
+            Some(window) => {
+                let near = (at + 1).saturating_sub(window.size).max(start);
+                ((start + window.sinks).min(near), near)
+            }
+        }
+    }
+}
+
 /// `q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` → `[B, T, H, V]`, `H` a multiple of `G`.
-/// Query `t` stands at key position `S − T + t` and sees keys up to itself, from its document's start
-/// (`documents` needs `S = T`). Views with contiguous heads are read where they stand.
+/// Views with contiguous heads are read where they stand.
 pub fn causal_attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     scale: f64,
-    documents: Option<&Documents>,
+    sight: &Sight,
 ) -> Result<Tensor> {
     let (b, t, h, dim) = q.dims4()?;
     let (_, s, g, _) = k.dims4()?;
@@ -34,7 +87,12 @@ pub fn causal_attention(
             v.shape()
         );
     }
-    if let Some(d) = documents
+    if let Some(past) = &sight.past
+        && (past.len() != b || past.iter().any(|past| past + t > s))
+    {
+        bail!("attention: {t} queries behind {past:?} keys do not fit {b} rows of {s} keys");
+    }
+    if let Some(d) = &sight.documents
         && ((d.batch(), d.len()) != (b, t) || s != t)
     {
         bail!(
@@ -45,11 +103,11 @@ pub fn causal_attention(
         );
     }
     if !takes(&[q, k, v]) {
-        return reference::causal_attention(q, k, v, scale, documents);
+        return reference::causal_attention(q, k, v, scale, sight);
     }
     let op = CausalAttention {
         scale: scale as f32,
-        documents: documents.cloned(),
+        sight: sight.clone(),
         log_sums: Mutex::new(Vec::new()),
     };
     q.contiguous()?
@@ -66,7 +124,7 @@ fn with_heads(x: &Tensor) -> Result<Tensor> {
 
 struct CausalAttention {
     scale: f32,
-    documents: Option<Documents>,
+    sight: Sight,
     /// Of every query's scores, `[B, T, H]`: kept by the forward pass for the backward pass.
     log_sums: Mutex<Vec<f32>>,
 }
@@ -85,7 +143,7 @@ impl CausalAttention {
             k,
             v,
             scale: self.scale,
-            documents: self.documents.as_ref(),
+            sight: &self.sight,
         }
     }
 }

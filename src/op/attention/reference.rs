@@ -1,6 +1,6 @@
 //! Attention in tensor operations: all scores at once.
 
-use super::Documents;
+use super::Sight;
 use candle_core::{D, Result, Tensor};
 
 pub fn causal_attention(
@@ -8,7 +8,7 @@ pub fn causal_attention(
     k: &Tensor,
     v: &Tensor,
     scale: f64,
-    documents: Option<&Documents>,
+    sight: &Sight,
 ) -> Result<Tensor> {
     let (b, t, h, _) = q.dims4()?;
     let (_, s, g, _) = k.dims4()?;
@@ -24,8 +24,7 @@ pub fn causal_attention(
     };
     let q = q.transpose(1, 2)?.contiguous()?;
     let scores = (q.matmul(&spread(k)?.transpose(2, 3)?.contiguous()?)? * scale)?;
-    let scores =
-        scores.broadcast_add(&mask(b, t, s, documents, q.device())?.to_dtype(q.dtype())?)?;
+    let scores = scores.broadcast_add(&mask(b, t, s, sight, q.device())?.to_dtype(q.dtype())?)?;
     let largest = scores.max_keepdim(D::Minus1)?.detach();
     let weights = scores.broadcast_sub(&largest)?.exp()?;
     let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
@@ -37,14 +36,15 @@ fn mask(
     b: usize,
     t: usize,
     s: usize,
-    documents: Option<&Documents>,
+    sight: &Sight,
     device: &candle_core::Device,
 ) -> Result<Tensor> {
     let mut mask = Vec::with_capacity(b * t * s);
     for row in 0..b {
         for i in 0..t {
-            let start = documents.map_or(0, |d| d.row(row)[i] as usize);
-            let seen = |j: usize| (start..=s - t + i).contains(&j);
+            let (start, at) = (sight.start(row, i), sight.past(row, t, s) + i);
+            let (far, near) = sight.bounds(start, at);
+            let seen = |j: usize| (start..far).contains(&j) || (near..=at).contains(&j);
             mask.extend((0..s).map(|j| if seen(j) { 0f32 } else { -1e30 }));
         }
     }

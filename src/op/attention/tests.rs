@@ -1,4 +1,4 @@
-use super::causal_attention;
+use super::{Sight, Window, causal_attention};
 use crate::op::Documents;
 use crate::op::laws::{check, gap, random};
 use candle_core::{DType, Tensor};
@@ -19,7 +19,7 @@ fn kernel_equals_reference() {
             &format!("{t} of {s}, heads {h}/{g}, {k} {v}"),
             &inputs,
             2e-5,
-            &|i| causal_attention(&(&i[0] * 3.)?, &i[1], &i[2], 0.7, None),
+            &|i| causal_attention(&(&i[0] * 3.)?, &i[1], &i[2], 0.7, &None.into()),
         );
     }
 }
@@ -36,13 +36,14 @@ fn documents_do_not_see_each_other() {
     let documents = Documents::new(rows, t);
     let inputs = random(&[&[2, t, 4, 6], &[2, t, 2, 6], &[2, t, 2, 6]], 2);
     check("documents", &inputs, 2e-5, &|i| {
-        causal_attention(&i[0], &i[1], &i[2], 1., Some(&documents))
+        causal_attention(&i[0], &i[1], &i[2], 1., &Some(&documents).into())
     });
     let f32s: Vec<Tensor> = inputs
         .iter()
         .map(|t| t.to_dtype(DType::F32).unwrap())
         .collect();
-    let packed = causal_attention(&f32s[0], &f32s[1], &f32s[2], 1., Some(&documents)).unwrap();
+    let packed =
+        causal_attention(&f32s[0], &f32s[1], &f32s[2], 1., &Some(&documents).into()).unwrap();
     let part = |t: &Tensor| {
         t.narrow(0, 0, 1)
             .unwrap()
@@ -51,8 +52,14 @@ fn documents_do_not_see_each_other() {
             .contiguous()
             .unwrap()
     };
-    let alone =
-        causal_attention(&part(&f32s[0]), &part(&f32s[1]), &part(&f32s[2]), 1., None).unwrap();
+    let alone = causal_attention(
+        &part(&f32s[0]),
+        &part(&f32s[1]),
+        &part(&f32s[2]),
+        1.,
+        &None.into(),
+    )
+    .unwrap();
     assert!(gap(&part(&packed), &alone) < 1e-6);
 }
 
@@ -66,7 +73,7 @@ fn views_are_read_where_they_stand() {
             &i[1].narrow(3, 0, 6)?,
             &i[1].narrow(3, 5, 5)?,
             1.,
-            None,
+            &None.into(),
         )
     });
 }
@@ -74,8 +81,46 @@ fn views_are_read_where_they_stand() {
 #[test]
 fn shapes_that_do_not_fit_are_named() {
     let inputs = random(&[&[1, 3, 4, 6], &[1, 2, 2, 6]], 1);
-    let message = causal_attention(&inputs[0], &inputs[1], &inputs[1], 1., None)
+    let message = causal_attention(&inputs[0], &inputs[1], &inputs[1], 1., &None.into())
         .unwrap_err()
         .to_string();
     assert!(message.contains("do not fit"), "{message}");
+}
+
+/// Rows of queries that stand at different places among their keys, and windows with sinks, packed or not.
+#[test]
+fn every_sight_equals_the_reference() {
+    let starts = [vec![0; 30], vec![30; 40]].concat();
+    let documents = Documents::new(starts, 70);
+    let window = |size: usize, sinks: usize| Some(Window { size, sinks });
+    let inputs = random(&[&[2, 9, 4, 6], &[2, 90, 2, 6], &[2, 90, 2, 5]], 5);
+    let packed = random(&[&[1, 70, 4, 6], &[1, 70, 2, 6], &[1, 70, 2, 5]], 6);
+    let past = |rows: [usize; 2]| Some(std::sync::Arc::from(rows));
+    for window in [
+        None,
+        window(1, 0),
+        window(7, 0),
+        window(7, 3),
+        window(100, 2),
+        window(1, 1),
+    ] {
+        for past in [None, past([0, 81]), past([40, 3])] {
+            let sight = Sight {
+                past,
+                window,
+                ..Sight::default()
+            };
+            check(&format!("{sight:?}"), &inputs, 2e-5, &|i| {
+                causal_attention(&i[0], &i[1], &i[2], 0.7, &sight)
+            });
+        }
+        let sight = Sight {
+            documents: Some(documents.clone()),
+            window,
+            ..Sight::default()
+        };
+        check(&format!("{sight:?}"), &packed, 2e-5, &|i| {
+            causal_attention(&i[0], &i[1], &i[2], 0.7, &sight)
+        });
+    }
 }

@@ -3,20 +3,21 @@
 use super::RopeLayout;
 use rayon::prelude::*;
 
-/// `x [B, T, H, K]` with `dims = [T, H, K]`, tables `[T, K/2]`; `sign` −1 turns back.
+/// `x [B, T, H, K]` with `dims = [H, K]`, tables `[T, K/2]` or `[B, T, K/2]`; `sign` −1 turns back.
 pub fn rope(
     x: &[f32],
     cos: &[f32],
     sin: &[f32],
-    dims: [usize; 3],
+    dims: [usize; 2],
     layout: RopeLayout,
     sign: f32,
 ) -> Vec<f32> {
-    let [t, h, k] = dims;
+    let [h, k] = dims;
     let mut y = vec![0.; x.len()];
     if y.is_empty() {
         return y;
     }
+    let rows = cos.len() / (k / 2);
     // Positions a task; a position is all heads of one token.
     let positions = (1usize << 13).div_ceil(h * k);
     let block = positions * h * k;
@@ -26,7 +27,7 @@ pub fn rope(
         .for_each(|(i, (y, x))| {
             let tokens = y.chunks_exact_mut(h * k).zip(x.chunks_exact(h * k));
             for (j, (y, x)) in tokens.enumerate() {
-                let at = (i * positions + j) % t * (k / 2);
+                let at = (i * positions + j) % rows * (k / 2);
                 let (cos, sin) = (&cos[at..][..k / 2], &sin[at..][..k / 2]);
                 for (y, x) in y.chunks_exact_mut(k).zip(x.chunks_exact(k)) {
                     turn(y, x, cos, sin, layout, sign);

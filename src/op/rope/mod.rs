@@ -17,11 +17,12 @@ pub enum RopeLayout {
     Interleaved,
 }
 
-/// `x [B, T, H, K]`, `cos, sin [T, K/2]` → `[B, T, H, K]`, every dim staying where it was: each pair
+/// `x [B, T, H, K]`, `cos, sin [T, K/2]` or, where rows stand at different positions, `[B, T, K/2]` → `[B, T, H, K]`, every dim staying where it was: each pair
 /// `(a, b)` becomes `(a cos − b sin, b cos + a sin)`. The tables get no gradient.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
-    let (_, t, _, k) = x.dims4()?;
-    if k % 2 != 0 || cos.dims() != [t, k / 2] || sin.dims() != [t, k / 2] {
+    let (b, t, _, k) = x.dims4()?;
+    let fits = cos.dims() == [t, k / 2] || cos.dims() == [b, t, k / 2];
+    if k % 2 != 0 || !fits || sin.dims() != cos.dims() {
         bail!(
             "rope: x {:?} wants tables [{t}, {}], not {:?} and {:?}",
             x.shape(),
@@ -58,12 +59,12 @@ impl CustomOp1 for Rope {
     fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (cos_storage, cos_layout) = self.cos.storage_and_layout();
         let (sin_storage, sin_layout) = self.sin.storage_and_layout();
-        let (_, t, h, k) = x_layout.shape().dims4()?;
+        let (_, _, h, k) = x_layout.shape().dims4()?;
         let y = cpu::rope(
             slice(x, x_layout)?,
             slice(host(&cos_storage)?, cos_layout)?,
             slice(host(&sin_storage)?, sin_layout)?,
-            [t, h, k],
+            [h, k],
             self.layout,
             if self.back { -1. } else { 1. },
         );
