@@ -149,7 +149,6 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
     };
     for (i, layer) in config.layers.iter().enumerate() {
         let odd = match layer {
-            MixerConfig::Attention(_) => return refuse(i, "is neither mla nor mamba2"),
             MixerConfig::Mla(c) if c.rope.inv_freq.is_some() => {
                 return refuse(i, "has frequencies of its own");
             }
@@ -158,6 +157,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
                 return refuse(i, "has another d_conv than 4");
             }
             MixerConfig::Mamba2(c) => mamba2 != Some(c),
+            _ => return refuse(i, "is neither mla nor mamba2"),
         };
         if odd {
             return refuse(i, "has other sizes than the first of its kind");

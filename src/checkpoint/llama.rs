@@ -166,7 +166,12 @@ pub(super) fn read_scaling(path: &Path, value: &Value) -> Result<Option<RopeScal
 /// # Errors
 /// When a layer is not attention, or layers differ: a Llama has one kind.
 pub(super) fn write(config: &ModelConfig) -> Result<Value> {
-    let attention = config.attention(0)?;
+    let MixerConfig::Attention(attention) = &config.layers[0] else {
+        return Err(Error::invalid(format!(
+            "layer 0 ({}) is not attention, the one mixer that the llama format has: use --format zebroid",
+            config.layers[0].name()
+        )));
+    };
     for (i, layer) in config.layers.iter().enumerate() {
         if layer != &config.layers[0] {
             return Err(Error::invalid(format!(

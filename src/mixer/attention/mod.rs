@@ -147,7 +147,7 @@ impl Attention {
     }
 
     /// Queries `[B, T, H, hd]`, keys and values `[B, T, G, hd]`, rotated.
-    fn project(&self, x: &Tensor, at: &Positions) -> Result<[Tensor; 3]> {
+    pub(super) fn project(&self, x: &Tensor, at: &Positions) -> Result<[Tensor; 3]> {
         let (b, t, _) = x.dims3()?;
         let w = &self.weights;
         let (h, g, hd) = (
@@ -169,7 +169,13 @@ impl Attention {
         ])
     }
 
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, sight: &Sight) -> Result<Tensor> {
+    pub(super) fn attend(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        sight: &Sight,
+    ) -> Result<Tensor> {
         let (b, t, h, hd) = q.dims4()?;
         let y = causal_attention(q, k, v, (hd as f64).powf(-0.5), sight)?;
         Ok(linear(&y.reshape((b, t, h * hd))?, &self.weights.o)?)
