@@ -17,7 +17,7 @@ pub struct PlanOptions {
     /// Layers that keep their attention.
     #[arg(long, value_delimiter = ',', value_name = "I,J,..")]
     pub attention: Vec<usize>,
-    /// One mixer a layer, first to last: attention, mamba2, mla, mla:KV_RANK or mla:KV_RANK:Q_RANK.
+    /// One mixer a layer, first to last: attention, mamba2, mla[:KV_RANK[:Q_RANK]] or window[:SIZE[:SINKS]].
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND,..", conflicts_with_all = ["mla", "attention"])]
     pub layers: Option<Vec<LayerKind>>,
     #[command(flatten)]

@@ -8,10 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::mla::plan::MlaKind;
 use super::mla::rank::RankRule;
+use super::window::plan::WindowKind;
 use super::{AttentionConfig, Mamba2Config, MixerConfig};
 use crate::{Error, Result};
 
-/// As text: `attention`, `mamba2`, `mla`, `mla:KV_RANK` or `mla:KV_RANK:Q_RANK`.
+/// As text: `attention`, `mamba2`, `mla`, `mla:KV_RANK`, `mla:KV_RANK:Q_RANK`, `window`, `window:SIZE` or `window:SIZE:SINKS`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum LayerKind {
@@ -19,6 +20,7 @@ pub enum LayerKind {
     Attention,
     Mla(MlaKind),
     Mamba2,
+    Window(WindowKind),
 }
 
 impl LayerKind {
@@ -28,10 +30,16 @@ impl LayerKind {
         q_lora_rank: None,
     });
 
+    /// The window with its default sizes.
+    pub const WINDOW: Self = LayerKind::Window(WindowKind {
+        sliding_window: None,
+        num_sink_tokens: None,
+    });
+
     /// What a plan says of a layer, where that is this kind with sizes of its own, else this kind.
     pub fn specified(self, planned: Self) -> Self {
         match (self, planned) {
-            (Self::MLA, LayerKind::Mla(_)) => planned,
+            (Self::MLA, LayerKind::Mla(_)) | (Self::WINDOW, LayerKind::Window(_)) => planned,
             _ => self,
         }
     }
@@ -55,6 +63,7 @@ impl LayerKind {
             LayerKind::Attention => MixerConfig::Attention(attention.clone()),
             LayerKind::Mla(kind) => MixerConfig::Mla(kind.settle(attention, hidden, options)?),
             LayerKind::Mamba2 => MixerConfig::Mamba2(Mamba2Config::settle(attention, options)),
+            LayerKind::Window(kind) => MixerConfig::Window(kind.settle(attention)),
         })
     }
 }
@@ -70,12 +79,14 @@ impl FromStr for LayerKind {
             ("attention", []) => Some(LayerKind::Attention),
             ("mamba2", []) => Some(LayerKind::Mamba2),
             ("mla", arguments) => MlaKind::parse(arguments).map(LayerKind::Mla),
+            ("window", arguments) => WindowKind::parse(arguments).map(LayerKind::Window),
             _ => None,
         };
         kind.ok_or_else(|| {
             Error::invalid(format!(
-                "layer {text:?}: choose attention, mamba2, {}",
-                MlaKind::SPELLINGS
+                "layer {text:?}: choose attention, mamba2, {}, {}",
+                MlaKind::SPELLINGS,
+                WindowKind::SPELLINGS
             ))
         })
     }
@@ -87,6 +98,7 @@ impl fmt::Display for LayerKind {
             LayerKind::Attention => f.write_str("attention"),
             LayerKind::Mamba2 => f.write_str("mamba2"),
             LayerKind::Mla(kind) => kind.fmt(f),
+            LayerKind::Window(kind) => kind.fmt(f),
         }
     }
 }
@@ -195,7 +207,16 @@ mod tests {
 
     #[test]
     fn layers_are_read_as_they_are_written() {
-        let layers = ["attention", "mamba2", "mla", "mla:16", "mla:16:48"];
+        let layers = [
+            "attention",
+            "mamba2",
+            "mla",
+            "mla:16",
+            "mla:16:48",
+            "window",
+            "window:8",
+            "window:8:0",
+        ];
         for text in layers {
             assert_eq!(text.parse::<LayerKind>().unwrap().to_string(), text);
         }

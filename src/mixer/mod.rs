@@ -25,6 +25,7 @@ pub mod rotary;
 pub mod sizes;
 #[cfg(test)]
 mod tests;
+pub mod window;
 
 use calibration::{Sample, Statistics};
 
@@ -34,6 +35,7 @@ pub use mamba2::{Mamba2, Mamba2Config, Mamba2State};
 pub use mla::{Mla, MlaConfig};
 pub use positions::Positions;
 pub use rotary::{RopeConfig, RopeScaling};
+pub use window::{Window, WindowConfig, WindowState};
 
 /// A tensor a mixer owns: its name after the layer's prefix, and its shape.
 pub type Param = (String, Vec<usize>);
@@ -45,6 +47,7 @@ pub enum MixerConfig {
     Attention(AttentionConfig),
     Mla(MlaConfig),
     Mamba2(Mamba2Config),
+    Window(WindowConfig),
 }
 
 /// What a mixer needs to be stored, and to run a sequence of a given length.
@@ -76,13 +79,14 @@ impl MixerConfig {
             MixerConfig::Attention(_) => "attention",
             MixerConfig::Mla(_) => "mla",
             MixerConfig::Mamba2(_) => "mamba2",
+            MixerConfig::Window(_) => "window",
         }
     }
 
     /// The mixer's prefix inside a layer (`model.layers.N.<prefix>`), as Hugging Face and AMD name it.
     pub fn prefix(&self) -> &'static str {
         match self {
-            MixerConfig::Attention(_) => "self_attn",
+            MixerConfig::Attention(_) | MixerConfig::Window(_) => "self_attn",
             MixerConfig::Mla(_) => "mla",
             MixerConfig::Mamba2(_) => "mamba",
         }
@@ -95,6 +99,7 @@ impl MixerConfig {
             MixerConfig::Attention(c) => c.validate(),
             MixerConfig::Mla(c) => c.validate(),
             MixerConfig::Mamba2(c) => c.validate(),
+            MixerConfig::Window(c) => c.validate(),
         }
     }
 
@@ -104,13 +109,14 @@ impl MixerConfig {
             MixerConfig::Attention(c) => c.params(hidden),
             MixerConfig::Mla(c) => c.params(hidden),
             MixerConfig::Mamba2(c) => c.params(hidden),
+            MixerConfig::Window(c) => c.params(hidden),
         }
     }
 
     /// Weights that hold several matrices, one above the other: the tensor's name and each matrix's rows.
     pub fn stacked(&self) -> Vec<(&'static str, Vec<usize>)> {
         match self {
-            MixerConfig::Attention(_) => vec![],
+            MixerConfig::Attention(_) | MixerConfig::Window(_) => vec![],
             MixerConfig::Mla(c) => c.stacked(),
             MixerConfig::Mamba2(c) => c.stacked(),
         }
@@ -119,7 +125,7 @@ impl MixerConfig {
     /// The tensor that makes the mixer's output of what its heads give, `[D, ..]`.
     pub fn output(&self) -> &'static str {
         match self {
-            MixerConfig::Attention(_) => "o_proj.weight",
+            MixerConfig::Attention(_) | MixerConfig::Window(_) => "o_proj.weight",
             MixerConfig::Mla(_) | MixerConfig::Mamba2(_) => "out_proj.weight",
         }
     }
@@ -130,6 +136,7 @@ impl MixerConfig {
             MixerConfig::Attention(c) => c.show(),
             MixerConfig::Mla(c) => c.show(),
             MixerConfig::Mamba2(c) => c.show(),
+            MixerConfig::Window(c) => c.show(),
         }
     }
 
@@ -140,7 +147,7 @@ impl MixerConfig {
     pub fn born(&self, attention: &AttentionWeights, birth: &Birth) -> Result<Born> {
         let mut config = self.clone();
         let tensors = match (&mut config, birth) {
-            (MixerConfig::Attention(_), _) => attention.tensors(),
+            (MixerConfig::Attention(_) | MixerConfig::Window(_), _) => attention.tensors(),
             (MixerConfig::Mla(c), Birth::Published { .. }) => mla::reference(c, attention)?,
             (MixerConfig::Mla(c), Birth::Refined { statistics, sample }) => {
                 let (chosen, fitted) = mla::refined(c, attention, statistics, sample)?;
@@ -163,6 +170,7 @@ impl MixerConfig {
             MixerConfig::Attention(c) => c.cost(hidden, length),
             MixerConfig::Mla(c) => c.cost(hidden, length),
             MixerConfig::Mamba2(c) => c.cost(hidden),
+            MixerConfig::Window(c) => c.cost(hidden, length),
         }
     }
 }
@@ -192,6 +200,7 @@ pub enum Mixer {
     Attention(Attention),
     Mla(Mla),
     Mamba2(Mamba2),
+    Window(Window),
 }
 
 impl Mixer {
@@ -201,6 +210,7 @@ impl Mixer {
             MixerConfig::Attention(c) => Mixer::Attention(Attention::new(c, weights)?),
             MixerConfig::Mla(c) => Mixer::Mla(Mla::new(c, weights)?),
             MixerConfig::Mamba2(c) => Mixer::Mamba2(Mamba2::new(c, weights)?),
+            MixerConfig::Window(c) => Mixer::Window(Window::new(c, weights)?),
         })
     }
 
@@ -210,6 +220,7 @@ impl Mixer {
             Mixer::Attention(m) => m.forward(x, documents),
             Mixer::Mla(m) => m.forward(x, documents),
             Mixer::Mamba2(m) => m.forward(x, documents),
+            Mixer::Window(m) => m.forward(x, documents),
         }
     }
 
@@ -219,6 +230,7 @@ impl Mixer {
             Mixer::Attention(_) => MixerState::Attention(Default::default()),
             Mixer::Mla(_) => MixerState::Mla(Default::default()),
             Mixer::Mamba2(m) => MixerState::Mamba2(m.state(batch, device, dtype)?),
+            Mixer::Window(m) => MixerState::Window(m.state()),
         })
     }
 
@@ -229,6 +241,7 @@ impl Mixer {
             (Mixer::Attention(m), MixerState::Attention(s)) => m.prefill(x, s, at),
             (Mixer::Mla(m), MixerState::Mla(s)) => m.prefill(x, s, at),
             (Mixer::Mamba2(m), MixerState::Mamba2(s)) => m.prefill(x, s, at),
+            (Mixer::Window(m), MixerState::Window(s)) => m.prefill(x, s, at),
             _ => unreachable!("a state is made by its own mixer"),
         }
     }
@@ -251,6 +264,7 @@ pub enum MixerState {
     /// Latents and rotated shared keys.
     Mla(cache::Cache),
     Mamba2(Mamba2State),
+    Window(WindowState),
 }
 
 impl MixerState {
@@ -267,6 +281,7 @@ impl MixerState {
                 conv: s.conv.index_select(rows, 0)?,
                 ssm: s.ssm.index_select(rows, 0)?,
             }),
+            MixerState::Window(s) => MixerState::Window(s.select(rows)?),
         })
     }
 
@@ -276,6 +291,7 @@ impl MixerState {
             MixerState::Attention(s) => s.keys.allocated() + s.values.allocated(),
             MixerState::Mla(s) => s.allocated(),
             MixerState::Mamba2(s) => s.conv.elem_count() + s.ssm.elem_count(),
+            MixerState::Window(s) => s.allocated(),
         }
     }
 }

@@ -47,6 +47,16 @@ fn variants() -> Vec<MixerConfig> {
             rope,
         })
     };
+    let window = |g: usize, rope: Option<RopeConfig>, size: usize, sinks: usize| {
+        MixerConfig::Window(WindowConfig {
+            num_attention_heads: 4,
+            num_key_value_heads: g,
+            head_dim: 6,
+            rope,
+            sliding_window: size,
+            num_sink_tokens: sinks,
+        })
+    };
     let mamba2 = |g: usize, repeat: bool, chunk: usize, state: usize| {
         MixerConfig::Mamba2(Mamba2Config {
             num_heads: 4,
@@ -66,6 +76,9 @@ fn variants() -> Vec<MixerConfig> {
         mla(4, 4, 2, true, rope(100.0)),
         mla(2, 6, 0, false, rope(100.0)),
         mla(2, 0, 6, false, rope(100.0)),
+        window(2, Some(rope(100.0)), 3, 2),
+        window(4, Some(rope(100.0)), 4, 0),
+        window(1, None, 64, 1),
         mamba2(2, false, 256, 6),
         mamba2(2, true, 5, 6),
         mamba2(4, false, 1, 4),

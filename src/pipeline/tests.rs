@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 
 use super::*;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint, Format};
 use crate::mixer::MixerConfig;
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -257,6 +257,37 @@ fn a_bank_may_have_any_number_of_candidates() {
         error.contains("[select] say which candidate is meant with place"),
         "{error}"
     );
+}
+
+/// The fourth mixer goes the whole way as the others do: bank, SMART, KD, its own format; others refuse it by name.
+#[test]
+fn a_window_goes_through_bank_selection_and_training() {
+    let mut recipe = Recipe::parse(SMALL).unwrap();
+    recipe.dpo = None;
+    let kinds = ["window:16:2", "mamba2"].map(|kind| kind.parse().unwrap());
+    recipe.ild.as_mut().unwrap().candidates = kinds.to_vec();
+    let root = tempfile::tempdir().unwrap();
+    let outcome = carry_out(&recipe, root.path(), 0).0.unwrap();
+    let scores = outcome.scores.unwrap();
+    assert_eq!([scores.place, scores.elsewhere], kinds);
+    let checkpoint = Checkpoint::open(&outcome.student).unwrap();
+    let names = checkpoint.config.layers.iter().map(MixerConfig::name);
+    assert_eq!(names.filter(|name| *name == "window").count(), 1);
+    let per_token = |length: usize| checkpoint.config.cost(length).cached / length;
+    assert!(per_token(18) > 0 && per_token(1800) * 99 <= per_token(18));
+    let tensors = checkpoint.raw_tensors().unwrap();
+    for (format, word) in [
+        (Format::Amd, "(window) is neither"),
+        (Format::Llama, "is not attention"),
+    ] {
+        let out = root.path().join("exported");
+        let saved = checkpoint::save(&out, format, &checkpoint.config, &tensors, None, false);
+        let message = saved.unwrap_err().to_string();
+        assert!(
+            message.contains(word) && message.contains("--format zebroid"),
+            "{message}"
+        );
+    }
 }
 
 /// Whatever cannot work is found before the first stage, by `run` and by `run --plan` in the same words.

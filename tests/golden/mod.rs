@@ -233,7 +233,7 @@ fn reference_initialisation_equals_the_reference() {
                     range("conv1d.weight", -0.5, 0.5);
                     range("D", 1.0, 1.0);
                 }
-                MixerConfig::Attention(_) => unreachable!("goldens have none"),
+                _ => unreachable!("goldens have none"),
             }
         }
         for copied in [
