@@ -17,6 +17,7 @@ use crate::{Error, Result};
 
 mod amd;
 mod files;
+mod gguf;
 mod llama;
 mod lock;
 mod replace;
