@@ -17,7 +17,6 @@ use crate::{Error, Result};
 
 mod amd;
 mod files;
-mod gguf;
 mod llama;
 mod lock;
 mod replace;

@@ -1,8 +1,12 @@
 //! GGUF (version 3, little-endian), llama.cpp's file of a whole model: metadata, and tensors that stand at aligned offsets.
-//! This file reads and writes the container, distrusting it; what its names mean for a Llama is in `llama.rs`.
+//! This file reads and writes the container, distrusting it; what its names mean is for `checkpoint` and `data` to say.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
+
+use crate::mapped::map;
 use crate::op::blocks::BlockType;
 use crate::{Error, Result};
 
@@ -74,6 +78,38 @@ pub struct Info {
     pub storage: Storage,
     /// Bytes of the file.
     pub range: std::ops::Range<usize>,
+}
+
+/// An opened file.
+#[derive(Debug)]
+pub struct Gguf {
+    pub path: PathBuf,
+    pub header: Header,
+    map: Mmap,
+}
+
+impl Gguf {
+    /// # Errors
+    /// Names the file and what is wrong with it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let map = map(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            header: Header::read(&map).map_err(|e| Error::file(path, e))?,
+            map,
+        })
+    }
+
+    /// Whether a path is that of such a file, by its name.
+    pub fn is_named(path: &Path) -> bool {
+        path.extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+    }
+
+    /// The stored bytes of a tensor.
+    pub fn bytes(&self, info: &Info) -> &[u8] {
+        &self.map[info.range.clone()]
+    }
 }
 
 /// What a file says before its tensors' data.
