@@ -2,11 +2,13 @@
 //! heads of 16). Run with `cargo bench`, or one with `cargo bench -- attention`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use zebroid::op::Documents;
 use zebroid::op::adamw::{AdamW, adamw_step};
 use zebroid::op::attention::causal_attention;
+use zebroid::op::blocks::{Activations, BlockType, product, quantize};
 use zebroid::op::causal_conv::causal_conv;
+use zebroid::op::isa::Isa;
 use zebroid::op::linear::linear;
 use zebroid::op::loss::{cross_entropy, forward_kl, mean_l2, relative_mse};
 use zebroid::op::rms_norm::{gated_rms_norm, rms_norm};
@@ -134,5 +136,29 @@ fn ops(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, ops);
+/// Rows in blocks, more of them than caches hold, with one and with eight rows of activations.
+fn blocks(c: &mut Criterion) {
+    const WIDTH: usize = 8192;
+    const OUTS: usize = 16384;
+    let row: Vec<f32> = (0..WIDTH).map(|i| (i as f32 * 0.37).sin()).collect();
+    for kind in BlockType::ALL {
+        let mut coded = vec![0; kind.row_bytes(WIDTH).unwrap()];
+        quantize(kind, &row, None, &mut coded);
+        let matrix = coded.repeat(OUTS);
+        let mut group = c.benchmark_group(format!("blocks/{}", kind.name()));
+        group.throughput(Throughput::Bytes(matrix.len() as u64));
+        group.sample_size(10);
+        for rows in [1, 8] {
+            let x = Activations::new(&row.repeat(rows), WIDTH);
+            let mut y = vec![0.; rows * OUTS];
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+                group.bench_function(format!("{} rows {rows}", isa.name()), |b| {
+                    b.iter(|| product(isa, kind, &matrix, &x, &mut y))
+                });
+            }
+        }
+    }
+}
+
+criterion_group!(benches, ops, blocks);
 criterion_main!(benches);

@@ -16,8 +16,10 @@
 //! | 5 | [`model`] | embedding, layer, head: the first file to read |
 //! | 6 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
 //! | 7 | [`weights`] | named tensors, taken strictly |
+//! | 7 | [`gguf`] | the container of a GGUF file |
 //! | 8 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
 //! | 9 | [`numerics`] | what results that are kept depend on besides their inputs |
+//! | 9 | [`mapped`] | files seen as memory |
 //! | 9 | [`watch`] | progress of long work, and the wish to stop it |
 //! | 10 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
@@ -30,7 +32,9 @@
 //! | `op/ssd/cpu.rs` | columns of one buffer that threads write apart |
 //! | `op/ssd/backward.rs` | the same, for gradients |
 //! | `op/runtime.rs` | the process: its environment, its allocator |
-//! | `checkpoint/files.rs` | the memory map of a file of tensors |
+//! | `mapped.rs` | the memory map of a file |
+//! | `op/blocks/dot.rs` | the choice of instructions that the processor has |
+//! | `op/blocks/dot/avx2.rs`, `op/blocks/dot/avx512.rs` | vector loads from checked slices |
 //! | `main.rs` | the call of `op::runtime::prepare`, before any thread |
 //!
 //! # Shape letters
@@ -46,7 +50,9 @@ pub mod data;
 pub mod error;
 pub mod eval;
 pub mod generate;
+pub mod gguf;
 pub mod hash;
+pub mod mapped;
 pub mod mixer;
 pub mod model;
 pub mod numerics;

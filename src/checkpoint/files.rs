@@ -12,6 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::save::write_atomic;
+use crate::mapped::map;
 use crate::{Error, Result};
 
 /// A mapped file and its parsed header.
@@ -26,11 +27,7 @@ struct TensorFile {
 
 impl TensorFile {
     fn open(path: &Path) -> Result<Self> {
-        let file = fs::File::open(path).map_err(Error::io("cannot open", path))?;
-        if !file.metadata().is_ok_and(|about| about.is_file()) {
-            return Err(Error::file(path, "not a file of tensors (.safetensors)"));
-        }
-        let map = map(&file).map_err(Error::io("cannot map", path))?;
+        let map = map(path)?;
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| {
             Error::file(
                 path,
@@ -71,14 +68,6 @@ impl TensorFile {
             &Device::Cpu,
         )?)
     }
-}
-
-/// One of the places where unsafe code is allowed (see `src/lib.rs`).
-#[allow(unsafe_code)]
-fn map(file: &fs::File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is read-only; a file that another process cuts while it is mapped is the one way to
-    // fault, as with every reader of safetensors.
-    unsafe { Mmap::map(file) }
 }
 
 /// A JSON object that names nothing twice; its values are read as `V` and dropped.

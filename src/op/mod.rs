@@ -10,8 +10,10 @@ pub use documents::Documents;
 
 pub mod adamw;
 pub mod attention;
+pub mod blocks;
 pub mod causal_conv;
 pub mod cpu;
+pub mod isa;
 #[cfg(test)]
 pub(crate) mod laws;
 pub mod linear;

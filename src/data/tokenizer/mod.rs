@@ -4,8 +4,11 @@ use std::{fs, io, ops::Range, path::Path, sync::Arc};
 
 use serde_json::Value;
 
+use crate::gguf::Gguf;
 use crate::hash::Hash;
 use crate::{Error, Result};
+
+pub mod gguf;
 
 /// A `tokenizer.json` with the ids that begin and end a text. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -17,13 +20,16 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` from a checkpoint folder. The begin and end ids come from the first of
+    /// Reads `tokenizer.json` from a checkpoint folder (or what a `.gguf` file says of it). The begin and end ids come from the first of
     /// `generation_config.json`, `config.json` (ids) and `tokenizer_config.json` (token texts) that
     /// names them, the order in which Hugging Face generation decides when to stop.
     ///
     /// # Errors
     /// A missing or garbled file, and an id outside the vocabulary, by file and field.
     pub fn open(folder: &Path) -> Result<Self> {
+        if Gguf::is_named(folder) {
+            return Self::of_gguf(&Gguf::open(folder)?);
+        }
         let path = folder.join("tokenizer.json");
         let bytes = fs::read(&path).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::file(
@@ -69,6 +75,18 @@ impl Tokenizer {
             }
         }
         Ok(tokenizer)
+    }
+
+    fn of_gguf(file: &Gguf) -> Result<Self> {
+        let at = |e: Error| Error::file(&file.path, e);
+        let found = gguf::read(&file.header.metadata).map_err(at)?;
+        let json = serde_json::to_vec(&found.json).expect("JSON is written");
+        let read = Self::from_json(&json).map_err(at)?;
+        Ok(Self {
+            bos: found.bos,
+            eos: found.eos,
+            ..read
+        })
     }
 
     /// From the text of a `tokenizer.json`; it knows neither begin nor end id.
@@ -265,149 +283,4 @@ impl DecodeStream {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TEXT: &str = "Once upon a time, there was a café.\nZoë ate 3 jalapeños 🌶 — “hot”!";
-
-    /// A byte-fallback tokenizer of the Llama kind: `▁` for spaces, first space stripped, `<s>` added.
-    pub(crate) fn llama_json() -> Value {
-        let mut vocab = serde_json::Map::new();
-        let words = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁ab"];
-        let bytes = (0..=255).map(|b| format!("<0x{b:02X}>"));
-        for token in words.map(String::from).into_iter().chain(bytes) {
-            let id = vocab.len();
-            vocab.insert(token, id.into());
-        }
-        let special = |id: u32, content: &str| {
-            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": true})
-        };
-        serde_json::json!({
-            "version": "1.0",
-            "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
-            "padding": null,
-            "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
-            "normalizer": {"type": "Sequence", "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-            "pre_tokenizer": null,
-            "post_processor": {"type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [],
-                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
-            "decoder": {"type": "Sequence", "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"}, {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-            "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "fuse_unk": true,
-                "byte_fallback": true, "vocab": vocab, "merges": [["▁", "a"], ["▁a", "b"]]},
-        })
-    }
-
-    fn llama() -> Tokenizer {
-        Tokenizer::from_json(llama_json().to_string().as_bytes()).unwrap()
-    }
-
-    fn streamed(tokenizer: &Tokenizer, context: &[u32], ids: &[u32]) -> String {
-        let mut stream = tokenizer.decode_stream(context);
-        let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
-        text += &stream.finish().unwrap();
-        text
-    }
-
-    #[test]
-    fn encode_adds_bos_and_ignores_truncation() {
-        let tokenizer = llama();
-        assert_eq!(tokenizer.encode("ab ab").unwrap(), [1, 7, 7]);
-        assert_eq!(tokenizer.encode_plain("ab").unwrap(), [7]);
-        assert_eq!(tokenizer.encode("a a a a a a a").unwrap().len(), 8);
-        let offsets = tokenizer.encode_with_offsets("ab ab").unwrap();
-        assert_eq!(offsets, [(1, 0..0), (7, 0..2), (7, 2..5)]);
-    }
-
-    #[test]
-    fn stream_equals_decode_and_never_splits_a_character() {
-        let tokenizer = llama();
-        let ids = tokenizer.encode(TEXT).unwrap();
-        assert_eq!(tokenizer.decode(&ids).unwrap(), TEXT);
-        assert_eq!(streamed(&tokenizer, &[], &ids), TEXT);
-        let mut stream = tokenizer.decode_stream(&[]);
-        for &id in &ids {
-            assert!(!stream.push(id).unwrap().contains('\u{FFFD}'));
-        }
-    }
-
-    #[test]
-    fn stream_after_a_prompt_keeps_the_first_space() {
-        let tokenizer = llama();
-        assert_eq!(streamed(&tokenizer, &[1, 7], &[6, 6]), " a a");
-        assert_eq!(streamed(&tokenizer, &[1], &[6, 6]), "a a");
-    }
-
-    #[test]
-    fn stream_survives_stray_bytes() {
-        let tokenizer = llama();
-        let byte = |b: u32| 8 + b;
-        // "é", then a lead byte that is never continued, then plain text.
-        let ids = [byte(0xC3), byte(0xA9), byte(0xE2), 4];
-        assert_eq!(streamed(&tokenizer, &[7], &ids), "é\u{FFFD}a");
-        let garbage = vec![byte(0xE2); 40];
-        let text = streamed(&tokenizer, &[7], &garbage);
-        assert!(text.chars().count() >= 40 && text.chars().all(|c| c == '\u{FFFD}'));
-    }
-
-    #[test]
-    fn special_ids_come_from_the_configs() {
-        let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
-        write("tokenizer.json", &llama_json().to_string());
-        assert!(Tokenizer::open(folder.path()).unwrap().eos().is_empty());
-        write(
-            "tokenizer_config.json",
-            r#"{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}"#,
-        );
-        let tokenizer = Tokenizer::open(folder.path()).unwrap();
-        assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), &[2][..]));
-        write(
-            "config.json",
-            r#"{"bos_token_id": 3, "eos_token_id": [4, 5]}"#,
-        );
-        let tokenizer = Tokenizer::open(folder.path()).unwrap();
-        assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(3), &[4, 5][..]));
-        write("generation_config.json", r#"{"eos_token_id": 2}"#);
-        let tokenizer = Tokenizer::open(folder.path()).unwrap();
-        assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(3), &[2][..]));
-    }
-
-    #[test]
-    fn errors_name_file_and_field() {
-        let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
-        let message = || Tokenizer::open(folder.path()).unwrap_err().to_string();
-        assert!(message().contains("tokenizer.json: not found"));
-        write("tokenizer.json", "{\"model\": 3");
-        assert!(message().contains("tokenizer.json: not a tokenizer"));
-        write("tokenizer.json", &llama_json().to_string());
-        write("config.json", "{");
-        assert!(message().contains("config.json: not JSON"));
-        write("config.json", r#"{"eos_token_id": "2"}"#);
-        assert!(message().contains("config.json: eos_token_id is \"2\", not a token id"));
-        write("config.json", r#"{"eos_token_id": 999}"#);
-        assert!(message().contains("999"));
-    }
-
-    #[test]
-    fn two_tokens_with_one_id_are_named() {
-        let mut json = llama_json();
-        json["model"]["vocab"]["b"] = 4.into();
-        let read = Tokenizer::from_json(json.to_string().as_bytes());
-        let message = read.unwrap_err().to_string();
-        assert!(
-            message.contains(r#"tokens "a" and "b" both have id 4"#),
-            "{message}"
-        );
-        // A token of the vocabulary that is added as well is one token.
-        assert_eq!(llama().id("</s>"), Some(2));
-    }
-}
+mod tests;

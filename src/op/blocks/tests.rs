@@ -1,0 +1,164 @@
+use super::*;
+use crate::op::isa::Isa;
+use rand::{RngExt, SeedableRng};
+
+fn random(count: usize, seed: u64) -> Vec<f32> {
+    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    // Nearly normal, with a heavier one now and then.
+    let mut normal = || {
+        (0..4)
+            .map(|_| random.random_range(-1.0..1.0f32))
+            .sum::<f32>()
+    };
+    (0..count)
+        .map(|i| match i % 61 {
+            7 => 4. * normal(),
+            _ => normal(),
+        })
+        .collect()
+}
+
+fn coded(kind: BlockType, x: &[f32], importance: Option<&[f32]>) -> (Vec<u8>, Vec<f32>) {
+    let mut bytes = vec![0; kind.row_bytes(x.len()).unwrap()];
+    quantize(kind, x, importance, &mut bytes);
+    let mut back = vec![0.; x.len()];
+    dequantize(kind, &bytes, &mut back);
+    (bytes, back)
+}
+
+fn share(x: &[f32], back: &[f32], w: &[f32]) -> f64 {
+    let sum = |f: &dyn Fn(usize) -> f32| (0..x.len()).map(|i| f64::from(f(i))).sum::<f64>();
+    sum(&|i| w[i] * (x[i] - back[i]).powi(2)) / sum(&|i| w[i] * x[i].powi(2))
+}
+
+/// The share of a normal weight's energy that each type loses; bits tell the order of magnitude.
+#[test]
+fn rounding_loses_what_the_bits_allow() {
+    let x = random(4096, 1);
+    let equal = vec![1.; x.len()];
+    for (kind, most) in [
+        (BlockType::Q8_0, 5e-5),
+        (BlockType::Q6K, 6e-4),
+        (BlockType::Q4K, 9e-3),
+        (BlockType::Q4_0, 1.5e-2),
+    ] {
+        let lost = share(&x, &coded(kind, &x, None).1, &equal);
+        assert!(lost < most && lost > most / 10., "{}: {lost}", kind.name());
+    }
+}
+
+#[test]
+fn importance_moves_the_error_to_where_it_costs_least() {
+    let x = random(4096, 2);
+    let w: Vec<f32> = random(4096, 3).iter().map(|w| w.powi(4)).collect();
+    for kind in BlockType::ALL {
+        let plain = share(&x, &coded(kind, &x, None).1, &w);
+        let weighted = share(&x, &coded(kind, &x, Some(&w)).1, &w);
+        assert!(
+            weighted < 0.95 * plain,
+            "{}: {weighted} {plain}",
+            kind.name()
+        );
+    }
+}
+
+#[test]
+fn zeros_constants_and_signs_are_kept() {
+    for kind in BlockType::ALL {
+        assert!(coded(kind, &[0.; 512], None).1.iter().all(|x| *x == 0.));
+        for value in [3.5, -0.01] {
+            let back = coded(kind, &[value; 512], Some(&[0.; 512])).1;
+            let near = |x: &f32| (x - value).abs() < 0.01 * value.abs();
+            assert!(back.iter().all(near), "{} {value}: {back:?}", kind.name());
+        }
+    }
+}
+
+/// What is read is coded again to the same weights.
+#[test]
+fn coding_twice_changes_little() {
+    let x = random(2048, 4);
+    for kind in BlockType::ALL {
+        let once = coded(kind, &x, None).1;
+        let twice = coded(kind, &once, None).1;
+        let equal = vec![1.; x.len()];
+        let moved = share(&once, &twice, &equal);
+        assert!(moved < 2e-4, "{}: {moved}", kind.name());
+    }
+}
+
+/// Every path this processor has, against the plain product of what weights and codes stand for.
+#[test]
+fn products_equal_the_plain_ones_on_every_path() {
+    for kind in BlockType::ALL {
+        for (outs, width) in [(1, 256), (37, 512), (20, 768), (70, 2048)] {
+            // An odd number of small blocks too.
+            let width = match kind.weights() {
+                32 => width + 32,
+                _ => width,
+            };
+            let weights = random(outs * width, 5);
+            let (bytes, back) = coded(kind, &weights, None);
+            for rows in [1, 2, 4, 7] {
+                let x = Activations::new(&random(rows * width, 6), width);
+                let plain = x.dequantized();
+                for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+                    let mut y = vec![f32::NAN; rows * outs];
+                    product(isa, kind, &bytes, &x, &mut y);
+                    for (at, y) in y.iter().enumerate() {
+                        let (i, j) = (at / outs, at % outs);
+                        let pairs = plain[i * width..][..width].iter().zip(&back[j * width..]);
+                        let terms = pairs.map(|(a, b)| f64::from(a * b));
+                        let (sum, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
+                        let off = (f64::from(*y) - sum).abs() / size;
+                        assert!(off < 2e-6, "{} {isa:?} {i} {j}: {y} {sum}", kind.name());
+                    }
+                    // A row alone gives the same bits.
+                    for (row, y) in y.chunks_exact(outs).enumerate() {
+                        let alone = Activations::new(
+                            &random(rows * width, 6)[row * width..][..width],
+                            width,
+                        );
+                        let mut found = vec![0.; outs];
+                        product(isa, kind, &bytes, &alone, &mut found);
+                        assert_eq!(found, y, "{} {isa:?}", kind.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_stays_none() {
+    let mut x = random(256, 7);
+    x[40] = f32::INFINITY;
+    let (bytes, _) = coded(BlockType::Q4K, &random(256, 8), None);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+        let mut y = [0.];
+        product(
+            isa,
+            BlockType::Q4K,
+            &bytes,
+            &Activations::new(&x, 256),
+            &mut y,
+        );
+        assert!(!y[0].is_finite(), "{isa:?}");
+    }
+}
+
+#[test]
+fn widths_that_do_not_fit_are_named() {
+    let message = BlockType::Q4K.row_bytes(320).unwrap_err().to_string();
+    assert!(
+        message.contains("320") && message.contains("q4_k"),
+        "{message}"
+    );
+    assert!(
+        "q5_1"
+            .parse::<BlockType>()
+            .unwrap_err()
+            .to_string()
+            .contains("q4_0")
+    );
+}

@@ -1,0 +1,81 @@
+//! Which vector instructions the kernels that are written for them use.
+
+use std::sync::OnceLock;
+
+/// From the plainest to the widest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// What every processor of the architecture has.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C (x86-64-v3).
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
+    Avx512,
+}
+
+/// Forces one: `portable`, `avx2` or `avx512`.
+pub const VARIABLE: &str = "ZEBROID_ISA";
+
+impl Isa {
+    pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this processor has it.
+    pub fn is_here(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_here()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The widest that this processor has, or the one that the environment names. Found once.
+    pub fn here() -> Self {
+        static FOUND: OnceLock<Isa> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            let has = |isa: &Isa| isa.is_here();
+            let widest = || Self::ALL.into_iter().rev().find(has);
+            let widest = || widest().unwrap_or(Self::Portable);
+            let Ok(wanted) = std::env::var(VARIABLE) else {
+                return widest();
+            };
+            let named = Self::ALL.into_iter().find(|isa| isa.name() == wanted);
+            named.filter(has).unwrap_or_else(|| {
+                let names: Vec<_> = Self::ALL
+                    .iter()
+                    .filter(|i| has(i))
+                    .map(|i| i.name())
+                    .collect();
+                let found = widest();
+                tracing::warn!(
+                    "{VARIABLE}={wanted}: this processor has {}; {} is taken",
+                    names.join(", "),
+                    found.name()
+                );
+                found
+            })
+        })
+    }
+}
