@@ -58,7 +58,7 @@ fn ops(c: &mut Criterion) {
     );
     let documents = &documents;
     bench(c, "linear", &[&[B, T, D], &[352, D]], &|i| {
-        linear(&i[0], &i[1])
+        linear(&i[0], &i[1].clone().into())
     });
     bench(c, "rms_norm", &[&[B, T, D], &[D]], &|i| {
         rms_norm(&i[0], &i[1], 1e-5)

@@ -8,6 +8,7 @@ use memmap2::Mmap;
 
 use crate::mapped::map;
 use crate::op::blocks::BlockType;
+use crate::op::linear::Storage;
 use crate::{Error, Result};
 
 #[cfg(test)]
@@ -32,15 +33,6 @@ pub enum Value {
     Array(Vec<Value>),
 }
 
-/// How a tensor's entries are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Storage {
-    F32,
-    F16,
-    Bf16,
-    Blocks(BlockType),
-}
-
 /// ggml's numbers of the types that we know.
 const STORAGES: [(u32, Storage); 7] = [
     (0, Storage::F32),
@@ -51,24 +43,6 @@ const STORAGES: [(u32, Storage); 7] = [
     (12, Storage::Blocks(BlockType::Q4K)),
     (14, Storage::Blocks(BlockType::Q6K)),
 ];
-
-impl Storage {
-    /// Bytes of a row of `width` entries.
-    ///
-    /// # Errors
-    /// A width that is no whole number of blocks.
-    pub fn row_bytes(self, width: usize) -> Result<usize> {
-        let of = |bytes: usize| {
-            let size = width.checked_mul(bytes);
-            size.ok_or_else(|| Error::invalid(format!("a row of {width} entries")))
-        };
-        match self {
-            Self::F32 => of(4),
-            Self::F16 | Self::Bf16 => of(2),
-            Self::Blocks(kind) => kind.row_bytes(width),
-        }
-    }
-}
 
 /// A tensor's place in the file.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,9 +1,8 @@
 use super::*;
 
-fn sample() -> (
-    Vec<(&'static str, Value)>,
-    Vec<(String, Vec<usize>, Storage)>,
-) {
+type Tensors = Vec<(String, Vec<usize>, Storage)>;
+
+fn sample() -> (Vec<(&'static str, Value)>, Tensors) {
     let texts = ["a", "βγ", ""].map(|t| Value::Text(t.into()));
     let metadata = vec![
         ("general.architecture", Value::Text("llama".into())),

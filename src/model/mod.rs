@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use crate::Result;
 use crate::mixer::{Mixer, MixerState, Positions};
 use crate::op::Documents;
-use crate::op::linear::linear;
+use crate::op::linear::{Matrix, linear};
 use crate::op::rms_norm::rms_norm;
 use crate::op::swiglu::swiglu;
 use crate::weights::Weights;
@@ -18,17 +18,17 @@ pub use config::{FORMAT_VERSION, ModelConfig};
 
 #[derive(Debug)]
 pub struct Mlp {
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
+    gate_proj: Matrix,
+    up_proj: Matrix,
+    down_proj: Matrix,
 }
 
 impl Mlp {
     fn new(weights: &Weights) -> Result<Self> {
         Ok(Self {
-            gate_proj: weights.get("gate_proj.weight")?,
-            up_proj: weights.get("up_proj.weight")?,
-            down_proj: weights.get("down_proj.weight")?,
+            gate_proj: weights.matrix("gate_proj.weight")?,
+            up_proj: weights.matrix("up_proj.weight")?,
+            down_proj: weights.matrix("down_proj.weight")?,
         })
     }
 
@@ -95,10 +95,10 @@ impl Layer {
 #[derive(Debug)]
 pub struct Lm {
     pub config: ModelConfig,
-    embed_tokens: Tensor,
+    embed_tokens: Matrix,
     pub layers: Vec<Layer>,
     norm: Tensor,
-    lm_head: Option<Tensor>,
+    lm_head: Option<Matrix>,
 }
 
 /// What a forward pass went through.
@@ -142,11 +142,11 @@ impl Lm {
             .map(|i| Layer::new(config, i, weights))
             .collect::<Result<_>>()?;
         Ok(Self {
-            embed_tokens: weights.get("model.embed_tokens.weight")?,
+            embed_tokens: weights.matrix("model.embed_tokens.weight")?,
             norm: weights.get("model.norm.weight")?,
             lm_head: match config.tie_word_embeddings {
                 true => None,
-                false => Some(weights.get("lm_head.weight")?),
+                false => Some(weights.matrix("lm_head.weight")?),
             },
             config: config.clone(),
             layers,
@@ -156,7 +156,7 @@ impl Lm {
     /// `ids [B, T]` (u32) → `[B, T, D]`.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        let rows = self.embed_tokens.index_select(&ids.flatten_all()?, 0)?;
+        let rows = self.embed_tokens.gather(&ids.flatten_all()?)?;
         Ok(rows.reshape((b, t, self.config.hidden_size))?)
     }
 

@@ -1,4 +1,3 @@
-
 use super::*;
 
 const TEXT: &str = "Once upon a time, there was a café.\nZoë ate 3 jalapeños 🌶 — “hot”!";

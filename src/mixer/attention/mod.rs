@@ -10,7 +10,7 @@ use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
 use crate::op::attention::{Sight, causal_attention};
-use crate::op::linear::linear;
+use crate::op::linear::{Matrix, linear};
 use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -131,14 +131,22 @@ pub struct KvCache {
 
 #[derive(Debug)]
 pub struct Attention {
-    weights: AttentionWeights,
+    config: AttentionConfig,
+    q_proj: Matrix,
+    k_proj: Matrix,
+    v_proj: Matrix,
+    o_proj: Matrix,
     rotary: Option<Rotary>,
 }
 
 impl Attention {
     pub(super) fn new(config: &AttentionConfig, weights: &Weights) -> Result<Self> {
         Ok(Self {
-            weights: AttentionWeights::new(config, weights)?,
+            config: config.clone(),
+            q_proj: weights.matrix("q_proj.weight")?,
+            k_proj: weights.matrix("k_proj.weight")?,
+            v_proj: weights.matrix("v_proj.weight")?,
+            o_proj: weights.matrix("o_proj.weight")?,
             rotary: config
                 .rope
                 .as_ref()
@@ -149,15 +157,11 @@ impl Attention {
     /// Queries `[B, T, H, hd]`, keys and values `[B, T, G, hd]`, rotated.
     pub(super) fn project(&self, x: &Tensor, at: &Positions) -> Result<[Tensor; 3]> {
         let (b, t, _) = x.dims3()?;
-        let w = &self.weights;
-        let (h, g, hd) = (
-            w.config.num_attention_heads,
-            w.config.num_key_value_heads,
-            w.config.head_dim,
-        );
-        let q = linear(x, &w.q)?.reshape((b, t, h, hd))?;
-        let k = linear(x, &w.k)?.reshape((b, t, g, hd))?;
-        let v = linear(x, &w.v)?.reshape((b, t, g, hd))?;
+        let c = &self.config;
+        let (h, g, hd) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        let q = linear(x, &self.q_proj)?.reshape((b, t, h, hd))?;
+        let k = linear(x, &self.k_proj)?.reshape((b, t, g, hd))?;
+        let v = linear(x, &self.v_proj)?.reshape((b, t, g, hd))?;
         let Some(rotary) = &self.rotary else {
             return Ok([q, k, v]);
         };
@@ -178,7 +182,7 @@ impl Attention {
     ) -> Result<Tensor> {
         let (b, t, h, hd) = q.dims4()?;
         let y = causal_attention(q, k, v, (hd as f64).powf(-0.5), sight)?;
-        Ok(linear(&y.reshape((b, t, h * hd))?, &self.weights.o)?)
+        Ok(linear(&y.reshape((b, t, h * hd))?, &self.o_proj)?)
     }
 
     pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {

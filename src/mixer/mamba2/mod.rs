@@ -11,7 +11,7 @@ use super::sizes::{MAX_HEADS, MAX_POSITIONS, MAX_WIDTH, at_most, bounded, bounde
 use super::{Cost, MixerOptions, Param};
 use crate::op::Documents;
 use crate::op::causal_conv::{causal_conv, causal_conv_resume};
-use crate::op::linear::linear;
+use crate::op::linear::{Matrix, linear};
 use crate::op::rms_norm::gated_rms_norm;
 use crate::op::ssd::{SsdShape, ssd, ssd_resume};
 use crate::weights::Weights;
@@ -208,28 +208,28 @@ impl Mamba2State {
 pub struct Mamba2 {
     config: Mamba2Config,
     /// Rows of `in_proj`: the gate, then x, B and C side by side, then the steps.
-    z_proj: Tensor,
-    xbc_proj: Tensor,
-    dt_proj: Tensor,
+    z_proj: Matrix,
+    xbc_proj: Matrix,
+    dt_proj: Matrix,
     conv_weight: Tensor,
     conv_bias: Tensor,
     /// `A_log`, `dt_bias`, `D`, `[3, H]`.
     params: Tensor,
     norm: Tensor,
-    out_proj: Tensor,
+    out_proj: Matrix,
 }
 
 impl Mamba2 {
     pub(super) fn new(c: &Mamba2Config, weights: &Weights) -> Result<Self> {
-        let in_proj = weights.get("in_proj.weight")?;
+        let in_proj = weights.matrix("in_proj.weight")?;
         let (di, h) = (c.d_inner(), c.num_heads);
         let xbc: usize = c.widths().iter().sum();
         let per_head = ["A_log", "dt_bias", "D"].map(|name| weights.get(name));
         let [a_log, dt_bias, d] = per_head;
         Ok(Self {
-            z_proj: in_proj.narrow(0, 0, di)?,
-            xbc_proj: in_proj.narrow(0, di, xbc)?,
-            dt_proj: in_proj.narrow(0, di + xbc, h)?,
+            z_proj: in_proj.rows(0, di)?,
+            xbc_proj: in_proj.rows(di, xbc)?,
+            dt_proj: in_proj.rows(di + xbc, h)?,
             conv_weight: weights.get("conv1d.weight")?.squeeze(1)?,
             conv_bias: weights.get("conv1d.bias")?,
             params: Tensor::stack(&[&a_log?, &dt_bias?, &d?], 0)?.to_dtype(
@@ -239,7 +239,7 @@ impl Mamba2 {
                 },
             )?,
             norm: weights.get("norm.weight")?,
-            out_proj: weights.get("out_proj.weight")?,
+            out_proj: weights.matrix("out_proj.weight")?,
             config: c.clone(),
         })
     }

@@ -15,7 +15,7 @@ use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
 use crate::op::Documents;
 use crate::op::attention::{Sight, causal_attention};
-use crate::op::linear::linear;
+use crate::op::linear::{Matrix, linear};
 use crate::op::rms_norm::rms_norm;
 use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
@@ -195,17 +195,17 @@ impl MlaConfig {
 #[derive(Debug)]
 pub struct Mla {
     config: MlaConfig,
-    q_a_proj: Tensor,
-    q_b_proj: Tensor,
+    q_a_proj: Matrix,
+    q_b_proj: Matrix,
     /// Rows of the latent, `[R, D]`.
-    latent_proj: Tensor,
+    latent_proj: Matrix,
     /// Rows of the shared rotary key, `[rope, D]`, where there are rotary dims.
-    rope_proj: Option<Tensor>,
-    /// Key rows of `kv_b_proj`, `[G, nope, R]`.
+    rope_proj: Option<Matrix>,
+    /// Key rows of `kv_b_proj`, `[G, nope, R]`, dense: decoding multiplies by both sides of it.
     key_up: Tensor,
     /// Value rows of `kv_b_proj`, `[G, V, R]`.
     value_up: Tensor,
-    out_proj: Tensor,
+    out_proj: Matrix,
     norms: Option<(Tensor, Tensor)>,
     /// Turns whole query heads: the first `nope` dims stand still.
     query_rotary: Rotary,
@@ -216,7 +216,7 @@ impl Mla {
     pub(super) fn new(c: &MlaConfig, weights: &Weights) -> Result<Self> {
         let (g, r) = (c.kv_heads(), c.kv_lora_rank);
         let (nope, rope, v) = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim);
-        let down = weights.get("kv_a_proj_with_mqa.weight")?;
+        let down = weights.matrix("kv_a_proj_with_mqa.weight")?;
         let up = weights.get("kv_b_proj.weight")?.reshape((g, nope + v, r))?;
         let norms = match c.use_lora_layer_norm {
             true => Some((
@@ -226,13 +226,13 @@ impl Mla {
             false => None,
         };
         Ok(Self {
-            q_a_proj: weights.get("q_a_proj.weight")?,
-            q_b_proj: weights.get("q_b_proj.weight")?,
-            latent_proj: down.narrow(0, 0, r)?,
-            rope_proj: (rope > 0).then(|| down.narrow(0, r, rope)).transpose()?,
+            q_a_proj: weights.matrix("q_a_proj.weight")?,
+            q_b_proj: weights.matrix("q_b_proj.weight")?,
+            latent_proj: down.rows(0, r)?,
+            rope_proj: (rope > 0).then(|| down.rows(r, rope)).transpose()?,
             key_up: up.narrow(1, 0, nope)?,
             value_up: up.narrow(1, nope, v)?,
-            out_proj: weights.get("out_proj.weight")?,
+            out_proj: weights.matrix("out_proj.weight")?,
             norms,
             query_rotary: Rotary::new(&c.rope, rope, nope),
             key_rotary: Rotary::new(&c.rope, rope, 0),
@@ -289,7 +289,7 @@ impl Mla {
         let (b, s, r) = latent.dims3()?;
         let (g, nope, v) = (c.kv_heads(), c.qk_nope_head_dim, c.v_head_dim);
         let expand = |up: &Tensor, dim: usize| -> Result<Tensor> {
-            let flat = linear(latent, &up.reshape((g * dim, r))?)?;
+            let flat = linear(latent, &up.reshape((g * dim, r))?.into())?;
             Ok(flat.reshape((b, s, g, dim))?)
         };
         let values = expand(&self.value_up, v)?;

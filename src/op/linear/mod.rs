@@ -1,6 +1,9 @@
-//! `y = x Wᵀ`.
+//! `y = x Wᵀ`: of a [`Matrix`] that is trained, or of one as a file has it.
 
-mod reference;
+mod dot;
+mod matrix;
+mod plain;
+mod stored;
 #[cfg(test)]
 mod tests;
 
@@ -8,20 +11,29 @@ use crate::op::cpu::{host, slice, takes};
 use crate::op::matmul::{View, matmul};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
+pub use matrix::Matrix;
+use stored::StoredLinear;
+pub use stored::{Owner, Storage, Stored};
+
 /// `x [.., in]`, `w [out, in]` → `[.., out]`.
-pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let (_, width) = w.dims2()?;
+pub fn linear(x: &Tensor, w: &Matrix) -> Result<Tensor> {
+    let (rows, width) = w.dims()?;
     if x.dims().last() != Some(&width) {
         bail!(
-            "linear: x {:?} does not end with the {width} inputs of w {:?}",
+            "linear: x {:?} does not end with the {width} inputs of w [{rows}, {width}]",
             x.shape(),
-            w.shape()
         );
     }
-    if !takes(&[x, w]) {
-        return reference::linear(x, w);
+    match w {
+        Matrix::Dense(w) if takes(&[x, w]) => x.contiguous()?.apply_op2(&w.contiguous()?, Linear),
+        Matrix::Dense(w) => plain::linear(x, w),
+        Matrix::Stored(w) if takes(&[x]) => x.contiguous()?.apply_op1(StoredLinear(w.clone())),
+        Matrix::Stored(_) => bail!(
+            "linear: a matrix as stored is multiplied in f32 on the CPU, not {:?} on {:?}",
+            x.dtype(),
+            x.device()
+        ),
     }
-    x.contiguous()?.apply_op2(&w.contiguous()?, Linear)
 }
 
 struct Linear;

@@ -1,13 +1,18 @@
-use super::linear;
+use super::*;
+use crate::op::blocks::{BlockType, quantize};
+use crate::op::isa::Isa;
 use crate::op::laws::{check, random};
+use candle_core::DType;
+use half::{bf16, f16};
+use std::sync::Arc;
 
 #[test]
-fn kernel_equals_reference() {
+fn kernel_equals_the_plain_product() {
     for (lead, ins, outs) in [(&[1][..], 3, 5), (&[2, 7], 16, 9), (&[3, 40], 33, 64)] {
         let x: Vec<usize> = lead.iter().copied().chain([ins]).collect();
         let inputs = random(&[&x, &[outs, ins]], 1);
         check(&format!("{x:?} to {outs}"), &inputs, 1e-5, &|i| {
-            linear(&i[0], &i[1])
+            linear(&i[0], &i[1].clone().into())
         });
     }
 }
@@ -16,19 +21,154 @@ fn kernel_equals_reference() {
 fn views_are_read_where_they_stand() {
     let inputs = random(&[&[2, 5, 6], &[9, 4]], 2);
     check("narrowed x, narrowed w", &inputs, 1e-5, &|i| {
-        linear(&i[0].narrow(2, 1, 4)?, &i[1].narrow(0, 3, 5)?)
+        linear(&i[0].narrow(2, 1, 4)?, &i[1].narrow(0, 3, 5)?.into())
     });
     check(
         "transposed x",
         &random(&[&[2, 4, 5], &[3, 4]], 3),
         1e-5,
-        &|i| linear(&i[0].transpose(1, 2)?, &i[1]),
+        &|i| linear(&i[0].transpose(1, 2)?, &i[1].clone().into()),
     );
 }
 
 #[test]
 fn shapes_that_do_not_fit_are_named() {
     let inputs = random(&[&[2, 5], &[3, 4]], 1);
-    let message = linear(&inputs[0], &inputs[1]).unwrap_err().to_string();
+    let message = linear(&inputs[0], &inputs[1].clone().into())
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("4 inputs"), "{message}");
+}
+
+/// A random matrix in every storage, and what it means in f32.
+fn stored(rows: usize, width: usize) -> Vec<(Stored, Tensor)> {
+    let w = random(&[&[rows, width]], 4)[0]
+        .to_dtype(DType::F32)
+        .unwrap();
+    let entries = w.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let bytes =
+        |to: &dyn Fn(f32) -> Vec<u8>| entries.iter().flat_map(|x| to(*x)).collect::<Vec<u8>>();
+    let mut all = vec![
+        (Storage::F32, bytes(&|x| x.to_le_bytes().to_vec())),
+        (
+            Storage::F16,
+            bytes(&|x| f16::from_f32(x).to_le_bytes().to_vec()),
+        ),
+        (
+            Storage::Bf16,
+            bytes(&|x| bf16::from_f32(x).to_le_bytes().to_vec()),
+        ),
+    ];
+    for kind in BlockType::ALL {
+        if let Ok(row) = kind.row_bytes(width) {
+            let mut bytes = vec![0; rows * row];
+            quantize(kind, &entries, None, &mut bytes);
+            all.push((Storage::Blocks(kind), bytes));
+        }
+    }
+    let make = |(storage, bytes): (Storage, Vec<u8>)| {
+        // Off any alignment.
+        let range = 1..1 + bytes.len();
+        let owner: Owner = Arc::new([vec![0], bytes].concat());
+        let stored = Stored::new(owner, range, storage, rows, width).unwrap();
+        let wide = stored.to_tensor().unwrap();
+        (stored, wide)
+    };
+    all.into_iter().map(make).collect()
+}
+
+/// Few rows and many, whole and sliced, widths that fill no vector, and the gradient of x.
+#[test]
+fn stored_matrices_give_what_their_entries_give() {
+    for (rows, width) in [(5, 3), (70, 256), (131, 100), (64, 512)] {
+        for (w, wide) in stored(rows, width) {
+            // Blocks round activations too where there are few rows.
+            let bound = match w.storage() {
+                Storage::Blocks(_) => 2e-2,
+                _ => 1e-5,
+            };
+            let close = |a: &Tensor, b: &Tensor, bound: f64, what: &str| {
+                let size = b
+                    .sqr()
+                    .unwrap()
+                    .mean_all()
+                    .unwrap()
+                    .to_scalar::<f32>()
+                    .unwrap()
+                    .sqrt();
+                let gap = crate::op::laws::gap(a, b) / f64::from(size);
+                assert!(gap < bound, "{w:?} {what}: {gap}");
+            };
+            let matrix = Matrix::Stored(w.clone());
+            for m in [1, 3, 8, 9, 40] {
+                let x = random(&[&[m, width]], 5)[0].to_dtype(DType::F32).unwrap();
+                let x = candle_core::Var::from_tensor(&x).unwrap();
+                let y = linear(&x, &matrix).unwrap();
+                let truth = linear(&x, &wide.clone().into()).unwrap();
+                close(
+                    &y,
+                    &truth,
+                    if m > 8 { 1e-5 } else { bound },
+                    &format!("{m} rows"),
+                );
+                let part = linear(&x, &matrix.rows(2, 3).unwrap()).unwrap();
+                close(&part, &y.narrow(1, 2, 3).unwrap(), 1e-5, "a slice");
+                let dx = |y: &Tensor| {
+                    let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                    grads.get(&x).unwrap().clone()
+                };
+                close(&dx(&y), &dx(&truth), 2. * bound, "dx");
+            }
+            let ids = Tensor::new(&[4u32, 0, 4], &Device::Cpu).unwrap();
+            let found = matrix.gather(&ids).unwrap();
+            close(&found, &wide.index_select(&ids, 0).unwrap(), 1e-9, "rows");
+        }
+    }
+}
+
+/// Every path that this processor has, against each other; a row alone gives the same bits as among others.
+#[test]
+fn paths_agree_and_rows_are_alone() {
+    for (w, wide) in stored(37, 83) {
+        let wide = wide.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for m in [1, 4, 6] {
+            let x = random(&[&[m, 83]], 6)[0].to_dtype(DType::F32).unwrap();
+            let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+                let product = |x: &[f32]| {
+                    let mut y = vec![f32::NAN; x.len() / 83 * 37];
+                    dot::product(isa, w.storage(), w.bytes(), x, 83, &mut y);
+                    y
+                };
+                let y = product(&x);
+                for (at, y) in y.iter().enumerate() {
+                    let pairs = x[at / 37 * 83..][..83].iter().zip(&wide[at % 37 * 83..]);
+                    let truth: f64 = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    assert!(
+                        (f64::from(*y) - truth).abs() < 1e-4,
+                        "{w:?} {isa:?}: {y} {truth}"
+                    );
+                }
+                for (i, y) in y.chunks_exact(37).enumerate() {
+                    assert_eq!(product(&x[i * 83..][..83]), y, "{w:?} {isa:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_that_do_not_fit_are_named() {
+    let owner: Owner = Arc::new(vec![0u8; 100]);
+    let new = |range, storage, rows, width| Stored::new(owner.clone(), range, storage, rows, width);
+    assert!(new(0..96, Storage::F32, 4, 6).is_ok());
+    for (range, storage, rows, width) in [
+        (0..104, Storage::F32, 4, 6),
+        (0..92, Storage::F32, 4, 6),
+        (0..0, Storage::F32, 4, 0),
+        (0..96, Storage::F32, usize::MAX, 1 << 40),
+        (0..34, Storage::Blocks(BlockType::Q8_0), 1, 33),
+    ] {
+        assert!(new(range, storage, rows, width).is_err());
+    }
 }

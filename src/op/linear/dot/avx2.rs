@@ -1,0 +1,79 @@
+//! 8 weights at a time, in two sums.
+
+use std::arch::x86_64::*;
+
+use super::super::stored::Storage;
+
+const WIDTH: usize = 8;
+
+/// # Safety
+/// The processor has what [`super::Isa`] says of it; `w` holds as many weights as each of `x` has entries.
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub unsafe fn dot<const N: usize>(storage: Storage, w: &[u8], x: [&[f32]; N]) -> [f32; N] {
+    // SAFETY: the caller's promise is the function's.
+    unsafe {
+        match storage {
+            Storage::F32 => sum::<N, 4>(storage, w, x, |at| _mm256_loadu_ps(at.cast())),
+            Storage::F16 => sum::<N, 2>(storage, w, x, |at| {
+                _mm256_cvtph_ps(_mm_loadu_si128(at.cast()))
+            }),
+            _ => sum::<N, 2>(storage, w, x, |at| {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                    _mm_loadu_si128(at.cast()),
+                )))
+            }),
+        }
+    }
+}
+
+/// # Safety
+/// As [`dot`]; `widen` reads `WIDTH` weights of `BYTES` bytes.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn sum<const N: usize, const BYTES: usize>(
+    storage: Storage,
+    w: &[u8],
+    x: [&[f32]; N],
+    widen: impl Fn(*const u8) -> __m256,
+) -> [f32; N] {
+    let width = w.len() / BYTES;
+    let whole = width / (2 * WIDTH) * (2 * WIDTH);
+    let mut sums = [[_mm256_setzero_ps(); 2]; N];
+    for at in (0..whole).step_by(2 * WIDTH) {
+        for (half, from) in [(0, at), (1, at + WIDTH)] {
+            // SAFETY: WIDTH weights and entries of each row stand from `from` on.
+            unsafe {
+                let w = widen(w.as_ptr().add(from * BYTES));
+                for (sums, x) in sums.iter_mut().zip(&x) {
+                    sums[half] =
+                        _mm256_fmadd_ps(w, _mm256_loadu_ps(x.as_ptr().add(from)), sums[half]);
+                }
+            }
+        }
+    }
+    if whole < width {
+        // What is left, filled up with zeros.
+        let mut left = [0f32; 2 * WIDTH];
+        storage.widen(&w[whole * BYTES..], &mut left[..width - whole]);
+        for (sums, x) in sums.iter_mut().zip(&x) {
+            let mut entries = [0f32; 2 * WIDTH];
+            entries[..width - whole].copy_from_slice(&x[whole..width]);
+            for (half, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: both arrays hold two vectors.
+                unsafe {
+                    let w = _mm256_loadu_ps(left.as_ptr().add(half * WIDTH));
+                    let x = _mm256_loadu_ps(entries.as_ptr().add(half * WIDTH));
+                    *sum = _mm256_fmadd_ps(w, x, *sum);
+                }
+            }
+        }
+    }
+    sums.map(|[a, b]| {
+        let mut lanes = [0f32; WIDTH];
+        // SAFETY: as many lanes as a vector has.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), _mm256_add_ps(a, b)) };
+        lanes.iter().sum()
+    })
+}

@@ -1,0 +1,69 @@
+//! A weight matrix, however it is kept.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::stored::Stored;
+
+/// `[N, K]`, the weight of `y = x Wᵀ`. Models and mixers know no more of how it is kept.
+#[derive(Debug, Clone)]
+pub enum Matrix {
+    /// Trained, or about to be: a tensor in the type that is computed with.
+    Dense(Tensor),
+    /// As a file has it, read where it stands; computed with in f32 on the CPU, never trained.
+    Stored(Stored),
+}
+
+impl From<Tensor> for Matrix {
+    fn from(tensor: Tensor) -> Self {
+        Self::Dense(tensor)
+    }
+}
+
+impl Matrix {
+    /// `[N, K]`
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Dense(w) => w.dims2(),
+            Self::Stored(w) => Ok((w.rows(), w.width())),
+        }
+    }
+
+    /// Rows `from .. from + count`.
+    pub fn rows(&self, from: usize, count: usize) -> Result<Self> {
+        Ok(match self {
+            Self::Dense(w) => Self::Dense(w.narrow(0, from, count)?),
+            Self::Stored(w) => Self::Stored(w.slice(from, count)?),
+        })
+    }
+
+    /// Rows `ids` (u32, any of them any number of times), in the type that is computed with: `[ids, K]`.
+    pub fn gather(&self, ids: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(w) => w.index_select(ids, 0),
+            Self::Stored(w) => w.gather(&ids.to_vec1::<u32>()?),
+        }
+    }
+
+    /// The whole of it in the type that is computed with.
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Dense(w) => Ok(w.clone()),
+            Self::Stored(w) => w.to_tensor(),
+        }
+    }
+
+    /// What activations are computed in.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::Dense(w) => w.dtype(),
+            Self::Stored(_) => DType::F32,
+        }
+    }
+
+    pub fn device(&self) -> &Device {
+        match self {
+            Self::Dense(w) => w.device(),
+            Self::Stored(_) => &Device::Cpu,
+        }
+    }
+}

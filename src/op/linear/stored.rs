@@ -1,0 +1,264 @@
+//! Matrices as files have them: bf16, f16 and block-quantised rows are read where they stand.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::dot;
+use crate::op::blocks::{self, Activations, BlockType, dequantize};
+use crate::op::cpu::{host, slice};
+use crate::op::isa::Isa;
+use crate::op::matmul::{View, matmul};
+
+/// How entries are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    F32,
+    F16,
+    Bf16,
+    Blocks(BlockType),
+}
+
+impl Storage {
+    /// Bytes of a row of `width` entries.
+    ///
+    /// # Errors
+    /// A width that is no whole number of blocks, or past all memory.
+    pub fn row_bytes(self, width: usize) -> crate::Result<usize> {
+        let of = |bytes: usize| {
+            let size = width.checked_mul(bytes);
+            size.ok_or_else(|| crate::Error::invalid(format!("a row of {width} entries")))
+        };
+        match self {
+            Self::F32 => of(4),
+            Self::F16 | Self::Bf16 => of(2),
+            Self::Blocks(kind) => kind.row_bytes(width),
+        }
+    }
+
+    /// The entries of whole rows.
+    pub(super) fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        let halves = |to: fn(u16) -> f32, out: &mut [f32]| {
+            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *x = to(u16::from_le_bytes([b[0], b[1]]));
+            }
+        };
+        match self {
+            Self::F32 => {
+                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            Self::F16 => halves(|bits| f16::from_bits(bits).to_f32(), out),
+            Self::Bf16 => halves(|bits| bf16::from_bits(bits).to_f32(), out),
+            Self::Blocks(kind) => dequantize(kind, bytes, out),
+        }
+    }
+}
+
+/// Bytes that something else keeps: a mapped file, a buffer.
+pub type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// `[N, K]`, row after row.
+#[derive(Clone)]
+pub struct Stored {
+    owner: Owner,
+    bytes: Range<usize>,
+    storage: Storage,
+    rows: usize,
+    width: usize,
+    row_bytes: usize,
+}
+
+impl fmt::Debug for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Stored[{}, {}; {:?}]",
+            self.rows, self.width, self.storage
+        )
+    }
+}
+
+/// Rows of activations up to which weights are multiplied as they are read; more of them share weights that are
+/// widened a panel at a time.
+const FEW: usize = 8;
+/// Rows of weights a panel.
+const PANEL: usize = 64;
+
+impl Stored {
+    /// `rows` of `width` entries in `bytes` of `owner`.
+    ///
+    /// # Errors
+    /// A width that is no whole number of blocks, or another number of bytes.
+    pub fn new(
+        owner: Owner,
+        bytes: Range<usize>,
+        storage: Storage,
+        rows: usize,
+        width: usize,
+    ) -> crate::Result<Self> {
+        let row_bytes = storage.row_bytes(width)?;
+        let whole = (*owner).as_ref().len();
+        if bytes.end > whole || Some(bytes.len()) != rows.checked_mul(row_bytes) || row_bytes == 0 {
+            return Err(crate::Error::invalid(format!(
+                "{rows} rows of {width} entries are not bytes {} to {} of {whole}",
+                bytes.start, bytes.end
+            )));
+        }
+        Ok(Self {
+            owner,
+            bytes,
+            storage,
+            rows,
+            width,
+            row_bytes,
+        })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    pub fn storage(&self) -> Storage {
+        self.storage
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.bytes.clone()]
+    }
+
+    fn row(&self, row: usize) -> &[u8] {
+        &self.bytes()[row * self.row_bytes..][..self.row_bytes]
+    }
+
+    pub(super) fn slice(&self, from: usize, count: usize) -> Result<Self> {
+        if from + count > self.rows {
+            bail!("rows {from} to {} of {self:?}", from + count);
+        }
+        let start = self.bytes.start + from * self.row_bytes;
+        Ok(Self {
+            bytes: start..start + count * self.row_bytes,
+            rows: count,
+            ..self.clone()
+        })
+    }
+
+    pub(super) fn gather(&self, ids: &[u32]) -> Result<Tensor> {
+        let mut out = vec![0.; ids.len() * self.width];
+        for (id, out) in ids.iter().zip(out.chunks_exact_mut(self.width)) {
+            if *id as usize >= self.rows {
+                bail!("row {id} of {self:?}");
+            }
+            self.storage.widen(self.row(*id as usize), out);
+        }
+        Tensor::from_vec(out, (ids.len(), self.width), &Device::Cpu)
+    }
+
+    /// All of it in f32.
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        let mut out = vec![0.; self.rows * self.width];
+        let panels = out.par_chunks_mut(PANEL * self.width).enumerate();
+        panels.for_each(|(i, out)| self.panel(i, out));
+        Tensor::from_vec(out, (self.rows, self.width), &Device::Cpu)
+    }
+
+    /// Rows from `PANEL · i` on, as many as `out` has.
+    fn panel(&self, i: usize, out: &mut [f32]) {
+        let count = out.len() / self.width;
+        let bytes = &self.bytes()[PANEL * i * self.row_bytes..][..count * self.row_bytes];
+        self.storage.widen(bytes, out);
+    }
+
+    /// `x [M, K]` → `y [M, N]`.
+    fn product(&self, x: &[f32]) -> Vec<f32> {
+        let m = x.len() / self.width;
+        let mut y = vec![0.; m * self.rows];
+        match (m <= FEW, self.storage) {
+            (true, Storage::Blocks(kind)) => {
+                let x = Activations::new(x, self.width);
+                blocks::product(Isa::here(), kind, self.bytes(), &x, &mut y);
+            }
+            (true, storage) => {
+                dot::product(Isa::here(), storage, self.bytes(), x, self.width, &mut y)
+            }
+            (false, _) => self.by_panels(x, m, &mut y),
+        }
+        y
+    }
+
+    fn by_panels(&self, x: &[f32], m: usize, y: &mut [f32]) {
+        let x = View::rows(x, m, self.width);
+        // [N, M]: a panel's results side by side.
+        let mut turned = vec![0.; y.len()];
+        let panels = turned.par_chunks_mut(PANEL * m).enumerate();
+        panels.for_each(|(i, turned)| {
+            let count = turned.len() / m;
+            let mut panel = vec![0.; count * self.width];
+            self.panel(i, &mut panel);
+            let panel = View::rows(&panel, count, self.width);
+            matmul(turned, panel, x.transposed(), false, false);
+        });
+        let rows = self.rows;
+        y.par_chunks_mut(rows).enumerate().for_each(|(i, y)| {
+            for (j, y) in y.iter_mut().enumerate() {
+                *y = turned[j * m + i];
+            }
+        });
+    }
+
+    /// `dy [M, N]` → `dx [M, K] = dy W`.
+    fn back(&self, dy: &[f32]) -> Vec<f32> {
+        let m = dy.len() / self.rows;
+        let mut dx = vec![0.; m * self.width];
+        for first in (0..self.rows).step_by(PANEL) {
+            let count = PANEL.min(self.rows - first);
+            let mut panel = vec![0.; count * self.width];
+            self.panel(first / PANEL, &mut panel);
+            let dy = View {
+                data: &dy[first..],
+                dims: [m, count],
+                strides: [self.rows, 1],
+            };
+            matmul(
+                &mut dx,
+                dy,
+                View::rows(&panel, count, self.width),
+                true,
+                true,
+            );
+        }
+        dx
+    }
+}
+
+/// The product with a stored matrix, which itself gets no gradient.
+pub(super) struct StoredLinear(pub Stored);
+
+impl CustomOp1 for StoredLinear {
+    fn name(&self) -> &'static str {
+        "stored_linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = self.0.product(slice(x, layout)?);
+        let mut dims = layout.dims().to_vec();
+        *dims.last_mut().expect("checked to end with the inputs") = self.0.rows;
+        Ok((CpuStorage::F32(y), dims.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let (storage, layout) = dy.storage_and_layout();
+        let dx = self.0.back(slice(host(&storage)?, layout)?);
+        Ok(Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?))
+    }
+}
