@@ -399,7 +399,7 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         (
             "count = 1",
             "count = 1\nkv_bytes = 9",
-            "[select] kv_bytes and state_bytes",
+            "[select] kv_bytes, state_bytes, candidates and length",
         ),
         (
             "count = 1",
