@@ -13,7 +13,7 @@ while read -r teacher kv rope lr; do
   for seed in $seeds; do
     for init in reference refined; do
       out=$runs/$teacher-$init-$seed
-      [ -d "$out" ] || target/release/zebroid train --stage ild --teacher "$teachers/$teacher" --data "$data/train.jsonl" "$out" \
+      [ -d "$out" ] || target/release/zebroid train ild --teacher "$teachers/$teacher" --data "$data/train.jsonl" "$out" \
         --kv-rank "$kv" --rope-dim "$rope" --tokens 400000 --lr "$lr" --init $init --seed "$seed"
     done
     python3 - "$runs/$teacher-reference-$seed" "$runs/$teacher-refined-$seed" <<'PY'

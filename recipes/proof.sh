@@ -32,12 +32,12 @@ field() { grep -o "\"$1\": [-0-9.e]*" | cut -d' ' -f2; }
 hybrid() {
   local run=$out/$name/$1-$2-$3-$4 init
   case $1 in
-    published) init="--init reference --loss l2-norm" ;;
+    published) init="--init published --loss l2-norm" ;;
     refined) init="--init refined --loss relative-mse" ;;
   esac
   if [ ! -d "$run-hybrid" ]; then
     rm -rf "$run-bank"
-    "$zebroid" train --stage ild --teacher "$teacher" --data "$train" "$run-bank" --kv-rank "$kv" --rope-dim "$rope" $init \
+    "$zebroid" train ild --teacher "$teacher" --data "$train" "$run-bank" --kv-rank "$kv" --rope-dim "$rope" $init \
       --beta2 0.999 --tokens $(($4 / 5)) --lr "$3" --seed "$2" > /dev/null 2>&1
     "$zebroid" compose "$teacher" "$run-hybrid" --mla "$mla" --kv-rank "$kv" --rope-dim "$rope" --bank "$run-bank" > /dev/null 2>&1
     rm -rf "$run-bank"
@@ -54,7 +54,7 @@ distilled() {
     muon) rates="--optimizer muon --lr-scheduler wsd --lr $5 --adamw-lr $(awk "BEGIN { print $5 / 2 }")" ;;
   esac
   if [ ! -d "$run" ]; then
-    "$zebroid" train --stage kd --teacher "$teacher" --student "$(hybrid "$1" "$3" "$4" "$6")" --data "$train" "$run" $rates \
+    "$zebroid" train kd --teacher "$teacher" --student "$(hybrid "$1" "$3" "$4" "$6")" --data "$train" "$run" $rates \
       --tokens $(($6 / 5 * 4)) --seed "$(($3 + 10))" > /dev/null 2>&1
   fi
   echo "$run"

@@ -29,7 +29,7 @@ for name in $names; do
   kl() { "$zebroid" eval kl --teacher "$teacher" --student "$1" --data "$report" --json 2> /dev/null | grep -o '"kl": [0-9.]*' | cut -d' ' -f2; }
   for seed in $seeds; do
     bank=$out/$name-$seed-bank scores=$out/$name-$seed.json
-    [ -d "$bank" ] || "$zebroid" train --stage ild --teacher "$teacher" --data "$train" "$bank" --kv-rank "$kv" --rope-dim "$rope" \
+    [ -d "$bank" ] || "$zebroid" train ild --teacher "$teacher" --data "$train" "$bank" --kv-rank "$kv" --rope-dim "$rope" \
       --init refined --loss relative-mse --beta2 0.999 --tokens 400000 --lr "$ild" --seed "$seed" > /dev/null 2>&1
     [ -f "$scores" ] || "$zebroid" select --teacher "$teacher" --bank "$bank" --data "$score" --count 1 --tokens 32768 \
       --save-scores "$scores" > /dev/null 2>&1
@@ -42,7 +42,7 @@ for name in $names; do
       run=$out/$name-$seed-$place
       [ -d "$run-hybrid" ] || "$zebroid" compose "$teacher" "$run-hybrid" --mla "$place" --kv-rank "$kv" --rope-dim "$rope" \
         --bank "$bank" > /dev/null 2>&1
-      [ -d "$run" ] || "$zebroid" train --stage kd --teacher "$teacher" --student "$run-hybrid" --data "$train" "$run" \
+      [ -d "$run" ] || "$zebroid" train kd --teacher "$teacher" --student "$run-hybrid" --data "$train" "$run" \
         --optimizer muon --lr-scheduler wsd --lr "$muon" --adamw-lr "$(awk "BEGIN { print $muon / 2 }")" --tokens 400000 \
         --seed "$((seed + 20))" > /dev/null 2>&1
       echo "$name seed $seed $method: layer $place, KL after ILD $(kl "$run-hybrid"), after KD $(kl "$run")"

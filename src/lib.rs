@@ -1,27 +1,28 @@
 //! Zebroid composes hybrid (MLA + Mamba2) language models from pretrained Llama checkpoints.
 //!
 //! # Layout
-//! Modules in data-flow order; `tests/arrows.rs` guards who may use whom.
+//! Modules in data-flow order: each uses only what has a higher number. `tests/arrows.rs` reads this table and guards it.
 //!
 //! | rank | module | holds |
 //! |---|---|---|
 //! | 1 | [`cli`] | one file per command |
 //! | 2 | [`pipeline`] | an opened teacher and its stages, shared by commands and recipes |
-//! | 3 | [`eval`] | KL, perplexity, parity, recall, probes, retention, sensitivity; `task/<name>.rs` and `harness/`; HTML report |
+//! | 3 | [`eval`] | KL, perplexity, parity, recall, probes, retention, sensitivity; `task/<name>.rs` and `harness/` |
 //! | 3 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
 //! | 3 | [`convert`] | Llama checkpoint + layer plan → hybrid checkpoint |
-//! | 4 | [`generate`] | prefill, decode, sampling |
-//! | 4 | [`checkpoint`] | folders on disk: formats, shards, atomic save |
-//! | 4 | [`data`] | tokens, packing, the story generator |
-//! | 5 | [`model`] | embedding, layer, head: the first file to read |
-//! | 6 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
-//! | 7 | [`weights`] | named tensors, taken strictly |
-//! | 7 | [`gguf`] | the container of a GGUF file |
-//! | 8 | [`op`] | one folder per kernel: public function, plain reference, CPU kernel, tests |
-//! | 9 | [`numerics`] | what results that are kept depend on besides their inputs |
-//! | 9 | [`mapped`] | files seen as memory |
-//! | 9 | [`watch`] | progress of long work, and the wish to stop it |
-//! | 10 | [`error`], [`hash`] | the error type; content hashes for resume checks |
+//! | 4 | [`generate`] | prefill, decode, sampling; log-likelihoods |
+//! | 4 | [`report`] | HTML pages and plots |
+//! | 5 | [`checkpoint`] | folders on disk: formats, families, shards, atomic save |
+//! | 5 | [`data`] | tokens, packing, the story generator |
+//! | 6 | [`model`] | embedding, layer, head: the first file to read; `parts.rs`: a model before it runs |
+//! | 7 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
+//! | 8 | [`weights`] | named weights, taken strictly; where and in what they are computed with |
+//! | 8 | [`gguf`] | the container of a GGUF file |
+//! | 9 | [`op`] | one folder per kernel: public function, plain version, CPU kernel, tests |
+//! | 10 | [`numerics`] | what results that are kept depend on besides their inputs |
+//! | 10 | [`mapped`] | files seen as memory |
+//! | 10 | [`watch`] | progress of long work, and the wish to stop it |
+//! | 11 | [`error`], [`hash`] | the error type; content hashes for resume checks |
 //!
 //! # Unsafe code
 //! Denied but in these files; every block says why it is sound. `tests/arrows.rs` guards the list.
@@ -60,6 +61,7 @@ pub mod model;
 pub mod numerics;
 pub mod op;
 pub mod pipeline;
+pub mod report;
 pub mod train;
 pub mod watch;
 pub mod weights;

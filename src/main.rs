@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use zebroid::Error;
-use zebroid::cli::output::note;
+use zebroid::cli::show::note;
 
 /// Training allocates and frees many mid-sized tensors; the system allocator costs a fifth of a step.
 #[global_allocator]

@@ -1,51 +1,58 @@
-//! Named tensors on their way from a checkpoint (or a trainer's variables) into a model.
+//! Named weights on their way from a checkpoint (or a trainer's variables) into a model.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::op::linear::{Matrix, Stored};
+use crate::op::linear::Matrix;
 use crate::{Error, Result};
 
-/// A shared map of tensors, seen from a prefix: `weights.at("model.layers.0").get("mlp.up_proj.weight")`.
+/// A shared map of weights, seen from a prefix: `weights.at("model.layers.0").get("mlp.up_proj.weight")`. Matrices may
+/// stand as a file has them; what is no matrix is dense.
 #[derive(Debug, Clone, Default)]
 pub struct Weights {
-    tensors: Arc<BTreeMap<String, Tensor>>,
-    /// Matrices that are left as a file has them.
-    stored: Arc<BTreeMap<String, Stored>>,
+    all: Arc<BTreeMap<String, Matrix>>,
     prefix: String,
+}
+
+impl From<BTreeMap<String, Matrix>> for Weights {
+    fn from(all: BTreeMap<String, Matrix>) -> Self {
+        Self {
+            all: Arc::new(all),
+            prefix: String::new(),
+        }
+    }
+}
+
+impl From<&BTreeMap<String, Tensor>> for Weights {
+    fn from(tensors: &BTreeMap<String, Tensor>) -> Self {
+        Self::new(tensors.clone())
+    }
+}
+
+impl From<&Weights> for Weights {
+    fn from(weights: &Weights) -> Self {
+        weights.clone()
+    }
 }
 
 impl Weights {
     pub fn new(tensors: BTreeMap<String, Tensor>) -> Self {
-        Self {
-            tensors: Arc::new(tensors),
-            ..Self::default()
-        }
+        let all = tensors.into_iter().map(|(name, t)| (name, t.into()));
+        all.collect::<BTreeMap<String, Matrix>>().into()
     }
 
-    /// With matrices that are left as a file has them; nothing trains or walks these.
-    pub fn with_stored(
-        tensors: BTreeMap<String, Tensor>,
-        stored: BTreeMap<String, Stored>,
-    ) -> Self {
-        Self {
-            tensors: Arc::new(tensors),
-            stored: Arc::new(stored),
-            prefix: String::new(),
-        }
-    }
-
-    /// The same tensors seen from `name` on.
+    /// The same weights seen from `name` on.
     pub fn at(&self, name: impl std::fmt::Display) -> Self {
         Self {
-            tensors: self.tensors.clone(),
-            stored: self.stored.clone(),
+            all: self.all.clone(),
             prefix: format!("{}{name}.", self.prefix),
         }
     }
 
+    /// A weight in the type that is computed with.
+    ///
     /// # Errors
     /// Names the tensor when it is absent. Checkpoints are checked as a whole when they are opened, so
     /// this is met only by weights that were put together by hand.
@@ -59,49 +66,82 @@ impl Weights {
     /// As [`Weights::get`].
     pub fn matrix(&self, name: &str) -> Result<Matrix> {
         let full = format!("{}{name}", self.prefix);
-        let dense = self.tensors.get(&full).cloned().map(Matrix::Dense);
-        let found = dense.or_else(|| self.stored.get(&full).cloned().map(Matrix::Stored));
+        let found = self.all.get(&full).cloned();
         found.ok_or_else(|| Error::invalid(format!("tensor {full} is missing")))
     }
 
     pub fn contains(&self, name: &str) -> bool {
-        let full = format!("{}{name}", self.prefix);
-        self.tensors.contains_key(&full) || self.stored.contains_key(&full)
+        self.all.contains_key(&format!("{}{name}", self.prefix))
     }
 
-    /// Full names and tensors, in name order, whatever the prefix; matrices left as stored are not among them.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.tensors.iter().map(|(name, t)| (name.as_str(), t))
+    /// Full names and weights, in name order, whatever the prefix.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Matrix)> {
+        self.all.iter().map(|(name, w)| (name.as_str(), w))
     }
 
     /// The map itself (cloned handles, shared storage).
-    pub fn to_map(&self) -> BTreeMap<String, Tensor> {
-        self.tensors.as_ref().clone()
+    pub fn to_map(&self) -> BTreeMap<String, Matrix> {
+        self.all.as_ref().clone()
     }
 
     /// A view of the same storage that records no gradient graph.
     pub fn detach(&self) -> Self {
+        let all = self.all.iter().map(|(n, w)| (n.clone(), w.detach()));
         Self {
-            tensors: Arc::new(
-                self.tensors
-                    .iter()
-                    .map(|(n, t)| (n.clone(), t.detach()))
-                    .collect(),
-            ),
-            stored: self.stored.clone(),
+            all: Arc::new(all.collect()),
             prefix: self.prefix.clone(),
         }
     }
 
-    pub fn to_device(&self, device: &Device, dtype: DType) -> Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for (name, t) in self.tensors.iter() {
-            tensors.insert(name.clone(), t.to_dtype(dtype)?.to_device(device)?);
+    /// Where and in what `place` says.
+    pub fn to(&self, place: &Place) -> Result<Self> {
+        let mut all = BTreeMap::new();
+        for (name, w) in self.all.iter() {
+            let moved = match (w, place.frozen) {
+                (Matrix::Stored(_), Frozen::Stored) if place.device.is_cpu() => w.clone(),
+                _ => {
+                    let w = w.to_tensor()?.to_dtype(place.compute)?;
+                    w.to_device(&place.device)?.into()
+                }
+            };
+            all.insert(name.clone(), moved);
         }
         Ok(Self {
-            tensors: Arc::new(tensors),
-            stored: self.stored.clone(),
+            all: Arc::new(all),
             prefix: self.prefix.clone(),
         })
+    }
+}
+
+/// How weights are kept that are not trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Frozen {
+    /// As the file has them, read where they stand (on the CPU; other devices get them in the type that is computed with).
+    #[default]
+    Stored,
+    /// Widened once: more memory, and no less time where many tokens go through at once.
+    F32,
+}
+
+/// Where a model computes, and in which types: decided once, for a whole command. What is trained is kept in f32.
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub device: Device,
+    pub frozen: Frozen,
+    /// Of activations.
+    pub compute: DType,
+}
+
+impl Place {
+    pub fn new(device: Device, frozen: Frozen) -> Self {
+        Self {
+            device,
+            frozen,
+            compute: DType::F32,
+        }
+    }
+
+    pub fn cpu() -> Self {
+        Self::new(Device::Cpu, Frozen::Stored)
     }
 }

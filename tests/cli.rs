@@ -243,7 +243,6 @@ fn bad_data_lines_are_named() {
     let out = folder.path().join("out");
     let train = [
         "train",
-        "--stage",
         "ild",
         "--teacher",
         TEACHER,
@@ -360,7 +359,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     let out = folder.path().join("out");
     let program = env!("CARGO_BIN_EXE_zebroid");
     let script = format!(
-        "trap '' XFSZ; ulimit -f 256; exec {program} compose {TEACHER} {} --mla 1 --init reference",
+        "trap '' XFSZ; ulimit -f 256; exec {program} compose {TEACHER} {} --mla 1 --init published",
         text(&out)
     );
     let output = Command::new("bash").args(["-c", &script]).output().unwrap();

@@ -34,7 +34,7 @@ fn data_that_cannot_be_read_is_bad_input_for_every_command() {
             "eval kl --teacher TEACHER --student TEACHER --data DATA",
             "calibrate TEACHER DATA",
             "compose TEACHER OUT --mla 1 --kv-rank 16 --rope-dim 8 --calibration DATA",
-            "train --stage ild --teacher TEACHER --data DATA OUT",
+            "train ild --teacher TEACHER --data DATA OUT",
             "pretrain OUT --data DATA --tokenizer TEACHER",
             "select --method budget --teacher TEACHER --data DATA --calibration DATA --kv-bytes 64",
             "run recipes/demo.toml --out OUT-run --train DATA",
@@ -68,7 +68,7 @@ fn other_files_that_cannot_be_read_are_bad_input() {
         "plan FILE --mla 1",
         "parity TEACHER FILE",
         "plot PLACE/x.svg FILE",
-        "train --stage dpo --student TEACHER --data FILE PLACE/out",
+        "train dpo --student TEACHER --data FILE PLACE/out",
         "generate FILE",
         "eval harness TEACHER --tasks piqa --data-dir FILE",
     ] {
@@ -114,7 +114,7 @@ fn a_folder_that_is_no_checkpoint_is_named() {
         "--bank",
         empty,
     ];
-    assert!(fails(2, &bank).contains("not an ILD bank"));
+    assert!(fails(2, &bank).contains("not a bank"));
 }
 
 /// Numbers: a minus sign is a value's and no flag, and what is said has no endless digits.
@@ -125,8 +125,7 @@ fn numbers_that_cannot_work_are_named() {
     succeeds(&["stories", text(&stories), "--count", "4"]);
     let (data, out) = (stories.join("stories.jsonl"), folder.path().join("out"));
     let (data, out) = (text(&data), text(&out));
-    let kd =
-        format!("train --stage kd --teacher {TEACHER} --student {TEACHER} --data {data} {out}");
+    let kd = format!("train kd --teacher {TEACHER} --student {TEACHER} --data {data} {out}");
     let kl = format!("eval kl --teacher {TEACHER} --student {TEACHER} --data {data}");
     let bench = format!("bench train {TEACHER} --mla 1 --kv-rank 16 --rope-dim 8");
     for (line, part) in [
@@ -286,7 +285,7 @@ fn a_tokenizer_of_another_model_is_refused() {
         format!("eval harness {model} --tasks piqa --data-dir {model}"),
         format!("calibrate {model} {data}"),
         format!("generate {model}"),
-        format!("train --stage dpo --student {model} --data {data} {model}/out"),
+        format!("train dpo --student {model} --data {data} {model}/out"),
     ] {
         let said = fails(2, &line.split(' ').collect::<Vec<_>>());
         assert!(said.contains("do not belong together"), "{line}: {said}");

@@ -12,7 +12,7 @@ use crate::cli::{command, succeeds};
 
 const RECIPE: &str = r#"
 teacher = "embedded"
-init = "reference"
+init = "published"
 [data]
 train = "stories:1:20"
 validation = "stories:3:10"
@@ -35,11 +35,11 @@ const COMMANDS: &str = "
     run recipe.toml --plan --json
     plan teacher --mla 1 --kv-rank 16 --rope-dim 8
     plan teacher --mla 1 --kv-rank 16 --rope-dim 8 --json
-    compose teacher OUT --mla 1 --kv-rank 16 --rope-dim 8 --init reference
-    compose teacher OUT --mla 1 --kv-rank 16 --rope-dim 8 --init reference --json
+    compose teacher OUT --mla 1 --kv-rank 16 --rope-dim 8 --init published
+    compose teacher OUT --mla 1 --kv-rank 16 --rope-dim 8 --init published --json
     calibrate teacher stories/stories.jsonl --calibration-tokens 256 --calibration-seq-len 64
     calibrate teacher stories/stories.jsonl --calibration-tokens 256 --calibration-seq-len 64 --json
-    train --stage kd --teacher teacher --student hybrid --data stories/stories.jsonl OUT --steps 1 --seq-len 64 --batch-size 1 --json
+    train kd --teacher teacher --student hybrid --data stories/stories.jsonl OUT --steps 1 --seq-len 64 --batch-size 1 --json
     pretrain OUT --data stories/stories.jsonl --tokenizer stories --num-layers 1 --hidden-size 16 --intermediate-size 16 \
         --num-heads 2 --num-kv-heads 1 --seq-len 64 --batch-size 1 --steps 1 --json
     select --scores places.json --count 1
@@ -104,7 +104,7 @@ fn furnish(folder: &Path) {
     );
     for line in [
         "stories stories --count 20",
-        "compose teacher hybrid --mla 1 --kv-rank 16 --rope-dim 8 --init reference",
+        "compose teacher hybrid --mla 1 --kv-rank 16 --rope-dim 8 --init published",
         "eval harness teacher --tasks winogrande --limit 2 --data-dir data --json scores.json",
     ] {
         let output = command()
@@ -201,7 +201,7 @@ fn results_outlive_the_reader() {
     run(folder.path(), &words(harness), closed());
     assert!(folder.path().join("kept.json").exists());
     let train = words(
-        "train --stage kd --teacher teacher --student hybrid --data stories/stories.jsonl kd --steps 3 --seq-len 64 \
+        "train kd --teacher teacher --student hybrid --data stories/stories.jsonl kd --steps 3 --seq-len 64 \
          --batch-size 1 --json",
     );
     let (code, said) = run(folder.path(), &train, closed());

@@ -21,7 +21,6 @@ fn stories_to_bank_to_hybrid_to_distilled() {
     let bank = at("bank");
     let ild = [
         "train",
-        "--stage",
         "ild",
         "--teacher",
         TEACHER,
@@ -57,7 +56,6 @@ fn stories_to_bank_to_hybrid_to_distilled() {
     }
     let kd = [
         "train",
-        "--stage",
         "kd",
         "--teacher",
         TEACHER,
@@ -177,7 +175,6 @@ fn stories_to_bank_to_hybrid_to_distilled() {
     let (pairs, preferring) = (at("stories/preferences.jsonl"), at("preferring"));
     let dpo = [
         "train",
-        "--stage",
         "dpo",
         "--student",
         &distilled,

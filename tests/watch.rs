@@ -5,7 +5,6 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use candle_core::{DType, Device};
 use zebroid::checkpoint::{Checkpoint, lock};
 use zebroid::data::Tokenizer;
 use zebroid::eval::harness::{HarnessConfig, Source, run_task};
@@ -13,6 +12,7 @@ use zebroid::eval::task::find;
 use zebroid::watch::Quiet;
 
 use crate::cli::{fails, succeeds, zebroid};
+use zebroid::weights::Place;
 
 const TEACHER: &str = "assets/teacher";
 
@@ -57,7 +57,7 @@ fn ctrl_c_is_seen_wherever_work_is_long() {
     )));
     let data = format!("{path}/stories/stories.jsonl");
     succeeds(&words(&format!(
-        "train --stage ild --init reference --teacher {TEACHER} --data {data} {path}/bank --kv-rank 32 --rope-dim 8 \
+        "train ild --init published --teacher {TEACHER} --data {data} {path}/bank --kv-rank 32 --rope-dim 8 \
          --steps 1 --seq-len 64 --batch-size 1"
     )));
     let calibration = "--calibration-tokens 100000 --fit-tokens 100000 --held-out-tokens 1024";
@@ -112,7 +112,7 @@ fn ctrl_c_is_seen_wherever_work_is_long() {
             "dpo reference",
             "pairs",
             format!(
-                "train --stage dpo --student {TEACHER} --data {path}/stories/preferences.jsonl {path}/preferring"
+                "train dpo --student {TEACHER} --data {path}/stories/preferences.jsonl {path}/preferring"
             ),
         ),
     ] {
@@ -131,7 +131,7 @@ fn ctrl_c_is_seen_wherever_work_is_long() {
 #[test]
 fn an_interrupted_harness_goes_on() {
     let checkpoint = Checkpoint::open(Path::new(TEACHER)).unwrap();
-    let lm = checkpoint.model(&Device::Cpu, DType::F32).unwrap();
+    let lm = checkpoint.model(&Place::cpu()).unwrap();
     let tokenizer = Tokenizer::open(Path::new(TEACHER)).unwrap();
     let cache = tempfile::tempdir().unwrap();
     let config = HarnessConfig {
@@ -190,10 +190,10 @@ fn an_output_in_use_is_refused() {
     let held = lock(&out).unwrap();
     let export = format!("export {TEACHER} {path}/out --format zebroid");
     for line in [
-        format!("compose {TEACHER} {path}/out --mla 1 --init reference"),
+        format!("compose {TEACHER} {path}/out --mla 1 --init published"),
         export.clone(),
-        format!("train --stage ild --teacher {TEACHER} --data none.jsonl {path}/out"),
-        format!("train --stage dpo --student {TEACHER} --data none.jsonl {path}/out --force"),
+        format!("train ild --teacher {TEACHER} --data none.jsonl {path}/out"),
+        format!("train dpo --student {TEACHER} --data none.jsonl {path}/out --force"),
         format!("pretrain {path}/out --data none.jsonl --tokenizer {TEACHER}"),
         format!("run recipes/demo.toml --out {path}/out"),
         format!("demo --out {path}/out --force"),

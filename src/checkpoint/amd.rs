@@ -1,11 +1,12 @@
-//! AMD's released hybrids (spec 1.9): the base's Llama `config.json` beside `hybrid_config.json`, whose
+//! AMD's released hybrids: the base's Llama `config.json` beside `hybrid_config.json`, whose
 //! fields hold for all MLA layers and all Mamba2 layers alike.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Fields, llama};
+use super::Fields;
+use super::family::llama;
 use crate::mixer::{AttentionConfig, Mamba2Config, MixerConfig, MlaConfig, RopeConfig};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
@@ -286,7 +287,7 @@ mod tests {
         (base, hybrid)
     }
 
-    /// Its tensors (spec 1.9), shape by shape.
+    /// Its tensors, shape by shape.
     fn shapes(mla_layers: &[usize], full: bool, norm: bool) -> BTreeMap<String, Vec<usize>> {
         let mut all = BTreeMap::from([
             ("model.embed_tokens.weight".to_owned(), vec![20, 32]),
@@ -381,7 +382,7 @@ mod tests {
                     to,
                     format,
                     &read.config,
-                    &read.raw_tensors().unwrap(),
+                    read.stored().unwrap(),
                     None,
                     false,
                 )

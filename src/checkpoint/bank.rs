@@ -44,7 +44,7 @@ impl Bank {
             }
         };
         if kinds.is_empty() {
-            let message = "not a bank (train --stage ild without --student makes one)";
+            let message = "not a bank (train ild without --student makes one)";
             return Err(Error::file(folder, message));
         }
         let open = |kind: LayerKind| Ok((kind, Checkpoint::open(&folder.join(kind.folder()))?));

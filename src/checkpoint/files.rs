@@ -1,25 +1,31 @@
 //! safetensors files, distrusted: headers are checked against the file before a tensor is made.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::{BufWriter, Write};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::{fmt, fs};
 
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::tensor::{Metadata, TensorInfo};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensors, View};
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::save::write_atomic;
+use super::save::write_atomic_with;
 use crate::mapped::map;
+use crate::op::linear::{Matrix, Storage, Stored};
 use crate::{Error, Result};
 
 /// A mapped file and its parsed header.
 #[derive(Debug)]
 struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
     /// Bytes before the tensors' data.
     data_start: usize,
     header: Metadata,
@@ -27,7 +33,7 @@ struct TensorFile {
 
 impl TensorFile {
     fn open(path: &Path) -> Result<Self> {
-        let map = map(path)?;
+        let map = Arc::new(map(path)?);
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| {
             Error::file(
                 path,
@@ -48,10 +54,31 @@ impl TensorFile {
         })
     }
 
-    fn bytes(&self, info: &TensorInfo) -> &[u8] {
+    fn range(&self, info: &TensorInfo) -> Range<usize> {
         // The offsets were checked against the file when the header was read.
         let (from, to) = info.data_offsets;
-        &self.map[self.data_start + from..self.data_start + to]
+        self.data_start + from..self.data_start + to
+    }
+
+    fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        &self.map[self.range(info)]
+    }
+
+    /// A matrix where it stands; of anything else a copy.
+    fn matrix(&self, name: &str, info: &TensorInfo) -> Result<Matrix> {
+        let storage = match info.dtype {
+            Dtype::F32 => Storage::F32,
+            Dtype::F16 => Storage::F16,
+            Dtype::BF16 => Storage::Bf16,
+            _ => return Ok(self.load(name, info)?.into()),
+        };
+        match info.shape[..] {
+            [rows, width] if width > 0 => {
+                let bytes = self.range(info);
+                Stored::new(self.map.clone(), bytes, storage, rows, width).map(Matrix::Stored)
+            }
+            _ => Ok(self.load(name, info)?.into()),
+        }
     }
 
     fn load(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
@@ -255,11 +282,16 @@ impl TensorFiles {
         }
     }
 
-    /// The tensor in its stored dtype.
+    /// A matrix where it stands in its file, anything else in its stored dtype.
     ///
     /// # Errors
     /// When it holds a value that is not a finite number.
-    pub fn load(&self, name: &str) -> Result<Tensor> {
+    pub fn matrix(&self, name: &str) -> Result<Matrix> {
+        let (file, info) = self.finite(name)?;
+        file.matrix(name, info)
+    }
+
+    fn finite(&self, name: &str) -> Result<(&TensorFile, &TensorInfo)> {
         let Some((file, info)) = self.find(name) else {
             return Err(Error::invalid(format!("tensor {name} is missing")));
         };
@@ -269,7 +301,7 @@ impl TensorFiles {
                 format!("{name} holds NaN or infinite values: the checkpoint is damaged"),
             ));
         }
-        file.load(name, info)
+        Ok((file, info))
     }
 }
 
@@ -279,6 +311,14 @@ fn ignored(name: &str) -> bool {
 }
 
 fn finite(bytes: &[u8], dtype: Dtype) -> bool {
+    // A whole number of entries, and work for a thread.
+    const PART: usize = 1 << 20;
+    bytes
+        .par_chunks(PART)
+        .all(|part| part_is_finite(part, dtype))
+}
+
+fn part_is_finite(bytes: &[u8], dtype: Dtype) -> bool {
     // All exponent bits set: infinite or NaN.
     let halves = |exponent: u16| {
         bytes
@@ -351,27 +391,78 @@ pub fn write_tensors(
     tensors: &BTreeMap<String, Tensor>,
     metadata: HashMap<String, String>,
 ) -> Result<()> {
-    // The format hint that `transformers` asks for.
-    let mut metadata = metadata;
-    metadata.insert("format".into(), "pt".into());
-    let mut bytes =
-        safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::file(path, e))?;
-    sort_header(&mut bytes).map_err(|e| Error::file(path, e))?;
-    write_atomic(path, &bytes)
+    let matrices = tensors.iter().map(|(n, t)| (n.clone(), t.clone().into()));
+    write_matrices(path, &matrices.collect(), metadata)
 }
 
-/// Safetensors writes its metadata in a hash map's order, which differs from run to run.
-fn sort_header(bytes: &mut [u8]) -> serde_json::Result<()> {
-    let (length, rest) = bytes.split_at_mut(8);
-    let length: usize = length.iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
-    let header = &mut rest[..length];
-    let sorted: BTreeMap<String, BTreeMap<String, serde_json::Value>> =
-        serde_json::from_slice(header)?;
-    let sorted = serde_json::to_vec(&sorted)?;
-    // The same entries in another order: only the padding of spaces differs.
-    header.fill(b' ');
-    header[..sorted.len()].copy_from_slice(&sorted);
-    Ok(())
+/// What a weight stands in a file as.
+fn written_as(weight: &Matrix) -> Dtype {
+    match weight {
+        Matrix::Dense(t) => View::dtype(t),
+        Matrix::Stored(w) => match w.storage() {
+            Storage::F16 => Dtype::F16,
+            Storage::Bf16 => Dtype::BF16,
+            Storage::F32 | Storage::Blocks(_) => Dtype::F32,
+        },
+    }
+}
+
+/// How many bytes a weight takes in a file.
+pub(super) fn bytes_of(weight: &Matrix) -> usize {
+    weight.shape().iter().product::<usize>() * written_as(weight).bitsize() / 8
+}
+
+fn bytes(weight: &Matrix) -> candle_core::Result<Cow<'_, [u8]>> {
+    Ok(match weight {
+        Matrix::Dense(t) => View::data(t),
+        Matrix::Stored(w) => match w.storage() {
+            Storage::Blocks(_) => {
+                let entries = weight.to_host()?;
+                let bytes = entries.iter().flat_map(|x| x.to_le_bytes());
+                bytes.collect::<Vec<u8>>().into()
+            }
+            _ => w.bytes().into(),
+        },
+    })
+}
+
+/// As [`write_tensors`], of weights however they are kept; blocks are widened to f32.
+pub(super) fn write_matrices(
+    path: &Path,
+    weights: &BTreeMap<String, Matrix>,
+    metadata: HashMap<String, String>,
+) -> Result<()> {
+    // The format hint that `transformers` asks for; in order, so that the same tensors give the same bytes.
+    let mut metadata: BTreeMap<String, String> = metadata.into_iter().collect();
+    metadata.insert("format".into(), "pt".into());
+    // The widest types first: every tensor then stands at a multiple of its entries' size.
+    let order = weights.iter().map(|(name, w)| (written_as(w), name, w));
+    let mut order: Vec<_> = order.collect();
+    order.sort_by(|(a, n, _), (b, m, _)| b.cmp(a).then(n.cmp(m)));
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), serde_json::json!(metadata));
+    let mut at = 0;
+    for (dtype, name, weight) in &order {
+        let end = at + bytes_of(weight);
+        let info = TensorInfo {
+            dtype: *dtype,
+            shape: weight.shape(),
+            data_offsets: (at, end),
+        };
+        header.insert((*name).clone(), serde_json::json!(info));
+        at = end;
+    }
+    let mut header = serde_json::to_vec(&header).map_err(|e| Error::file(path, e))?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    write_atomic_with(path, |file| {
+        let mut file = BufWriter::new(file);
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        for (_, _, weight) in &order {
+            file.write_all(&bytes(weight).map_err(std::io::Error::other)?)?;
+        }
+        file.flush()
+    })
 }
 
 #[cfg(test)]

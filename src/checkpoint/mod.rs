@@ -1,24 +1,25 @@
 //! Checkpoint folders: what is in them is checked as a whole before a tensor is loaded, and they are
 //! written as a whole or not at all.
 //!
-//! Three formats, one set of tensor names: Hugging Face's Llama ([`llama`]), AMD's released hybrids
+//! Three formats, one set of tensor names: Hugging Face's Llama ([`family::llama`]), AMD's released hybrids
 //! ([`amd`]) and our own, whose `config.json` is [`ModelConfig`].
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::DType;
 
-use crate::hash::Hash;
-use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
-use crate::weights::Weights;
+use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
+use crate::op::linear::Matrix;
+use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 mod amd;
 mod bank;
+mod family;
 mod files;
-mod llama;
+
 mod lock;
 mod replace;
 mod save;
@@ -93,7 +94,7 @@ impl Checkpoint {
         }
         match config["model_type"].as_str() {
             Some(ModelConfig::MODEL_TYPE) => Ok((own(&file, config)?, Format::Zebroid)),
-            Some("llama") => Ok((llama::read(&file, &config)?, Format::Llama)),
+            Some("llama") => Ok((family::llama::read(&file, &config)?, Format::Llama)),
             other => Err(Error::file(
                 &file,
                 format!(
@@ -104,31 +105,34 @@ impl Checkpoint {
         }
     }
 
-    /// All tensors the model needs, as `dtype` on `device`.
+    /// All that the model needs: matrices where they stand in the files, the rest (norms, recurrences, convolutions) in f32.
     ///
     /// # Errors
     /// Names the tensor (and file) that holds a value which is not a finite number.
-    pub fn weights(&self, dtype: DType, device: &Device) -> Result<Weights> {
-        let mut tensors = BTreeMap::new();
+    pub fn parts(&self) -> Result<Parts> {
+        let mut all = BTreeMap::new();
         for (name, _) in self.config.params() {
-            let tensor = self.files.load(&name)?.to_dtype(dtype)?.to_device(device)?;
-            tensors.insert(name, tensor);
+            let weight = match self.files.matrix(&name)? {
+                Matrix::Dense(tensor) => tensor.to_dtype(DType::F32)?.into(),
+                stored => stored,
+            };
+            all.insert(name, weight);
         }
-        Ok(Weights::new(tensors))
+        Ok(Parts::new(self.config.clone(), Weights::from(all)))
     }
 
-    /// All stored tensors in their stored dtypes, a stored copy of a tied head included.
-    pub fn raw_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
-        let mut tensors = BTreeMap::new();
-        for name in self.files.names() {
-            tensors.insert(name.to_owned(), self.files.load(name)?);
-        }
-        Ok(tensors)
+    /// All that is stored, as it is stored, a copy of a tied head included.
+    pub fn stored(&self) -> Result<Weights> {
+        let all = self
+            .files
+            .names()
+            .map(|name| Ok((name.to_owned(), self.files.matrix(name)?)));
+        Ok(all.collect::<Result<BTreeMap<_, _>>>()?.into())
     }
 
     /// The model, ready to run.
-    pub fn model(&self, device: &Device, dtype: DType) -> Result<Lm> {
-        Lm::new(&self.config, &self.weights(dtype, device)?)
+    pub fn model(&self, place: &Place) -> Result<Lm> {
+        self.parts()?.lm(place)
     }
 }
 
@@ -231,18 +235,4 @@ impl<'a> Fields<'a> {
             .map(|v| id(v).ok_or_else(|| self.wrong(field, "a token id or a list of them")))
             .collect()
     }
-}
-
-/// A fingerprint of sizes and weights, for resume checks.
-pub fn fingerprint(config: &ModelConfig, weights: &Weights) -> Result<String> {
-    let sizes = serde_json::to_string(config).expect("configs serialise");
-    let mut hash = Hash::of(sizes.as_bytes());
-    for (name, tensor) in weights.iter() {
-        hash = hash.with(name.as_bytes());
-        let values = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-        for value in values.flatten_all()?.to_vec1::<f32>()? {
-            hash = hash.with(&value.to_le_bytes());
-        }
-    }
-    Ok(hash.to_string())
 }

@@ -5,12 +5,14 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use serde_json::json;
 
-use super::files::INDEX;
-use super::{Format, amd, bank, llama, replace, write_tensors};
+use super::family::llama;
+use super::files::{INDEX, bytes_of, write_matrices};
+use super::{Format, amd, bank, replace};
 use crate::model::ModelConfig;
+use crate::op::linear::Matrix;
+use crate::weights::Weights;
 use crate::{Error, Result};
 
 /// Files of the source that go along with the weights.
@@ -128,7 +130,7 @@ pub fn save(
     out: &Path,
     format: Format,
     config: &ModelConfig,
-    tensors: &BTreeMap<String, Tensor>,
+    weights: impl Into<Weights>,
     source: Option<&Path>,
     force: bool,
 ) -> Result<()> {
@@ -150,7 +152,7 @@ pub fn save(
     let folder = partial.path();
     #[cfg(unix)]
     fs::set_permissions(folder, usual(0o755)).map_err(Error::io("cannot write into", folder))?;
-    write_weights(folder, tensors, SHARD)?;
+    write_weights(folder, &weights.into().to_map(), SHARD)?;
     for (name, value) in configs {
         let text = serde_json::to_string_pretty(&value).expect("configs serialise") + "\n";
         write_atomic(&folder.join(name), text.as_bytes())?;
@@ -166,21 +168,21 @@ pub fn save(
     Ok(())
 }
 
-fn write_weights(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize) -> Result<()> {
-    let mut shards: Vec<(usize, BTreeMap<String, Tensor>)> = vec![(0, BTreeMap::new())];
-    for (name, tensor) in tensors {
-        let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+fn write_weights(folder: &Path, weights: &BTreeMap<String, Matrix>, limit: usize) -> Result<()> {
+    let mut shards: Vec<(usize, BTreeMap<String, Matrix>)> = vec![(0, BTreeMap::new())];
+    for (name, weight) in weights {
+        let bytes = bytes_of(weight);
         let (filled, shard) = shards.last_mut().expect("starts with one");
         if *filled > 0 && *filled + bytes > limit {
-            shards.push((bytes, [(name.clone(), tensor.clone())].into()));
+            shards.push((bytes, [(name.clone(), weight.clone())].into()));
         } else {
             *filled += bytes;
-            shard.insert(name.clone(), tensor.clone());
+            shard.insert(name.clone(), weight.clone());
         }
     }
     let count = shards.len();
     if count == 1 {
-        return write_tensors(
+        return write_matrices(
             &folder.join("model.safetensors"),
             &shards[0].1,
             Default::default(),
@@ -189,7 +191,7 @@ fn write_weights(folder: &Path, tensors: &BTreeMap<String, Tensor>, limit: usize
     let mut map = serde_json::Map::new();
     for (i, (_, shard)) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{count:05}.safetensors", i + 1);
-        write_tensors(&folder.join(&name), shard, Default::default())?;
+        write_matrices(&folder.join(&name), shard, Default::default())?;
         map.extend(shard.keys().map(|tensor| (tensor.clone(), json!(name))));
     }
     let total: usize = shards.iter().map(|(bytes, _)| bytes).sum();
@@ -211,12 +213,20 @@ fn usual(mode: u32) -> fs::Permissions {
 
 /// Writes a file, whole or not at all.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_with(path, |file| file.write_all(bytes))
+}
+
+/// The same, of what is not held in memory as a whole.
+pub(super) fn write_atomic_with(
+    path: &Path,
+    content: impl FnOnce(&mut fs::File) -> std::io::Result<()>,
+) -> Result<()> {
     let parent = parent(path);
     let write = || -> std::io::Result<()> {
         let mut file = private(".zebroid-").tempfile_in(&parent)?;
         #[cfg(unix)]
         file.as_file().set_permissions(usual(0o644))?;
-        file.write_all(bytes)?;
+        content(file.as_file_mut())?;
         file.as_file().sync_all()?;
         file.persist(path)?;
         replace::sync_folder(&parent)
@@ -227,8 +237,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 pub(super) fn write_sharded(
     folder: &Path,
-    tensors: &BTreeMap<String, Tensor>,
+    tensors: &BTreeMap<String, candle_core::Tensor>,
     limit: usize,
 ) -> Result<()> {
-    write_weights(folder, tensors, limit)
+    write_weights(folder, &Weights::from(tensors).to_map(), limit)
 }

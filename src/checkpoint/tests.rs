@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use super::save::write_sharded;
 use super::*;
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
+use crate::op::linear::Matrix;
 
 fn config(tied: bool) -> ModelConfig {
     let attention = AttentionConfig {
@@ -78,7 +79,7 @@ impl Folder {
 
     /// What opening and loading says.
     fn error(&self) -> String {
-        let loaded = Checkpoint::open(&self.path).and_then(|c| c.weights(DType::F32, &Device::Cpu));
+        let loaded = Checkpoint::open(&self.path).and_then(|c| c.parts());
         loaded.expect_err("this folder is wrong").to_string()
     }
 }
@@ -103,8 +104,8 @@ fn formats_round_trip() {
             save(&path, format, &config, &tensors, None, false).unwrap();
             let read = Checkpoint::open(&path).unwrap();
             assert_eq!((read.config.clone(), read.format), (config.clone(), format));
-            let raw = read.raw_tensors().unwrap();
-            assert!(tensors.iter().all(|(name, t)| bits(t) == bits(&raw[name])));
+            let raw = read.stored().unwrap();
+            assert!((tensors.iter()).all(|(name, t)| bits(t) == bits(&raw.get(name).unwrap())));
         }
     }
 }
@@ -145,11 +146,8 @@ fn shards_equal_one_file() {
     write_sharded(&folder.path, &all, 600).unwrap();
     let index = folder.path.join("model.safetensors.index.json");
     assert!(index.exists());
-    let read = Checkpoint::open(&folder.path)
-        .unwrap()
-        .raw_tensors()
-        .unwrap();
-    assert!(all.iter().all(|(name, t)| bits(t) == bits(&read[name])));
+    let read = Checkpoint::open(&folder.path).unwrap().stored().unwrap();
+    assert!((all.iter()).all(|(name, t)| bits(t) == bits(&read.get(name).unwrap())));
     // AMD's loader takes every file where no index is.
     fs::rename(&index, folder.path.join("aside")).unwrap();
     assert!(Checkpoint::open(&folder.path).is_ok());
@@ -176,18 +174,31 @@ fn half_precision_is_read() {
             .collect();
         let folder = Folder::new(&config(true), &halves);
         let read = Checkpoint::open(&folder.path).unwrap();
-        let weights = read.weights(DType::F32, &Device::Cpu).unwrap();
-        assert!(
-            weights
-                .iter()
-                .all(|(name, t)| bits(t) == bits(&halves[name]))
-        );
-        assert!(
-            read.raw_tensors()
-                .unwrap()
-                .values()
-                .all(|t| t.dtype() == dtype)
-        );
+        let weights = read.parts().unwrap().weights;
+        for (name, weight) in weights.iter() {
+            assert_eq!(
+                bits(&weight.to_tensor().unwrap()),
+                bits(&halves[name]),
+                "{name}"
+            );
+            // Matrices stay where they stand in the file.
+            let is_matrix = halves[name].rank() == 2;
+            assert_eq!(matches!(weight, Matrix::Stored(_)), is_matrix, "{name}");
+        }
+        // Written again, they are what they were.
+        let again = folder.path.join("again");
+        save(
+            &again,
+            Format::Llama,
+            &read.config,
+            read.stored().unwrap(),
+            None,
+            false,
+        )
+        .unwrap();
+        let name = "model.safetensors";
+        let [one, other] = [&folder.path, &again].map(|f| fs::read(f.join(name)).unwrap());
+        assert!(one == other);
     }
 }
 
@@ -201,10 +212,7 @@ fn a_stored_head_is_a_copy_or_unties() {
     );
     let folder = Folder::new(&config(true), &all);
     let read = Checkpoint::open(&folder.path).unwrap();
-    assert!(
-        read.config.tie_word_embeddings
-            && read.raw_tensors().unwrap().contains_key("lm_head.weight")
-    );
+    assert!(read.config.tie_word_embeddings && read.stored().unwrap().contains("lm_head.weight"));
     all.insert(
         "lm_head.weight".into(),
         (&all["model.embed_tokens.weight"] * 2.0).unwrap(),
@@ -319,7 +327,7 @@ fn damage_anywhere_never_panics() {
                 }
             }
             fs::write(&path, bytes).unwrap();
-            let _ = Checkpoint::open(&folder.path).and_then(|c| c.model(&Device::Cpu, DType::F32));
+            let _ = Checkpoint::open(&folder.path).and_then(|c| c.model(&Place::cpu()));
         }
         fs::write(&path, &whole).unwrap();
     }

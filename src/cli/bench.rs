@@ -3,22 +3,20 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use candle_core::DType;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::device::DeviceArg;
-use super::output::{Progress, bytes, print, print_json, table, thousands};
+use super::arg::device::DeviceArg;
 use super::positive;
+use super::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::Batch;
 use crate::op::adamw::AdamW;
 use crate::train::stage::kd::{Kd, KdConfig};
-use crate::train::{Optimizer, Shares, Stage, TrainConfig};
+use crate::train::{Optimizer, Stage, TrainConfig, take_step};
 use crate::watch::Watch;
-use crate::weights::Weights;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Bench {
@@ -34,8 +32,10 @@ pub struct TrainBench {
     teacher: PathBuf,
     #[command(flatten)]
     plan: PlanOptions,
+    /// Windows per step.
     #[arg(long, value_parser = positive, default_value_t = 16)]
     batch_size: usize,
+    /// Tokens per window.
     #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
     /// Counted steps.
@@ -80,28 +80,16 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
             .num_threads(threads)
             .build_global()?;
     }
-    let device = args.device.get()?;
+    let place = args.device.place()?;
     let teacher = Checkpoint::open(&args.teacher)?;
     let student = plan(&teacher.config, &args.plan)?;
-    let weights = teacher.weights(DType::F32, &candle_core::Device::Cpu)?;
+    let teacher = teacher.parts()?;
     let watch = Progress::default();
-    let composed = compose(
-        &teacher.config,
-        &weights,
-        &student,
-        &Init::Reference { seed: 0 },
-        &watch,
-    )?;
-    let weights = Weights::new(composed.tensors).to_device(&device, DType::F32)?;
-    let lm = teacher.model(&device, DType::F32)?;
-    let mut stage = Stage::Kd(Box::new(Kd::new(
-        lm,
-        String::new(),
-        &student,
-        &weights,
-        &[],
-        KdConfig::default(),
-    )?));
+    let init = Init::Published { seed: 0 };
+    let composed = compose(&teacher, &student, &init, &watch)?;
+    let (lm, config) = (teacher.lm(&place)?, KdConfig::default());
+    let kd = Kd::new(lm, String::new(), &composed, &[], config, &place)?;
+    let mut stage = Stage::Kd(Box::new(kd));
     let adamw = AdamW {
         lr: 1e-4,
         beta1: 0.9,
@@ -122,21 +110,13 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
             step as u64,
         );
         let started = Instant::now();
-        let mut terms = stage.backward(&batch, &Shares::alone())?;
-        let optimizing = Instant::now();
-        for group in stage.groups_mut() {
-            let norm = group.grad_norm()?;
-            group.update(norm, 1.0, &rules)?;
-        }
-        terms
-            .phases
-            .push(("clip and AdamW", optimizing.elapsed().as_secs_f64()));
+        let taken = take_step(&mut stage, &[batch], 1.0, &rules)?;
         watch.reached(step + 1, all, "steps")?;
         if step < args.warmup {
             continue;
         }
         seconds.push(started.elapsed().as_secs_f64());
-        for (i, (name, time)) in terms.phases.into_iter().enumerate() {
+        for (i, (name, time)) in taken.phases.into_iter().enumerate() {
             match phases.get_mut(i) {
                 Some((_, times)) => times.push(time),
                 None => phases.push((name, vec![time])),

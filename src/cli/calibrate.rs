@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::cache;
-use super::device::DeviceArg;
-use super::output::{Progress, print, print_json, table, thousands};
+use super::arg::cache;
+use super::arg::device::DeviceArg;
+use super::show::{Progress, print, print_json, table, thousands};
 use crate::convert::CalibrationConfig;
 use crate::data::{Corpus, Packing};
 use crate::pipeline::Base;
@@ -33,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let base = Base::open(&args.teacher, args.device.get()?)?;
+    let base = Base::open(&args.teacher, args.device.place()?)?;
     let corpus = Corpus::load(&args.data, &base.tokenizer, Packing::Documents)?;
     let watch = Progress::default();
     let found = base.calibrate(&corpus, &args.config, &cache::folder(), &watch)?;

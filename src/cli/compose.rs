@@ -2,20 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
 use serde_json::json;
 
-use super::init::InitArgs;
-use super::output::{Progress, check_file, print, print_json, table};
+use super::arg::init::InitArgs;
 use super::plan::{as_json, as_table};
+use super::show::{Progress, check_file, print, print_json, table};
 use crate::checkpoint::{self, Bank, Format};
-use crate::convert::{Calibration, Composed, PlanOptions, compose_from_bank};
+use crate::convert::{Calibration, PlanOptions, compose_from_bank};
 use crate::eval::fidelity::{Fidelity, fidelity};
-use crate::eval::report::{Bars, Report};
-use crate::model::{Lm, ModelConfig};
+use crate::model::{ModelConfig, Parts};
 use crate::pipeline::Base;
+use crate::report::{Bars, Report};
 use crate::watch::Watch;
-use crate::weights::Weights;
+use crate::weights::Place;
 use crate::{Error, Result};
 
 /// Make a hybrid at initialisation, or from the trained layers of an ILD bank.
@@ -23,7 +22,7 @@ use crate::{Error, Result};
 #[command(after_help = "Examples:\n  \
     zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --calibration train.jsonl --report report.html\n  \
     zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank budget:5% --calibration train.jsonl\n  \
-    zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --init reference\n  \
+    zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --init published\n  \
     zebroid compose ./teacher ./hybrid --mla 2 --bank ./bank")]
 pub struct Args {
     /// Llama checkpoint folder.
@@ -34,7 +33,7 @@ pub struct Args {
     plan: PlanOptions,
     #[command(flatten)]
     init: InitArgs,
-    /// Take whole layers from this ILD bank (a result of train --stage ild).
+    /// Take whole layers from this ILD bank (a result of train ild).
     #[arg(long)]
     bank: Option<PathBuf>,
     /// Of what the initialisation draws.
@@ -59,7 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(|p| p.as_path()).collect();
     let _lock = checkpoint::claim(&args.out, args.force, &inputs)?;
     args.report.iter().try_for_each(|path| check_file(path))?;
-    let base = Base::open(&args.teacher, Device::Cpu)?;
+    let base = Base::open(&args.teacher, Place::cpu())?;
     // Sizes that need no weights are refused before the text is read.
     if !args.plan.needs_weights() {
         base.plan(&args.plan, None)?;
@@ -75,13 +74,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let init = args.init.init(&calibration, true, args.seed);
             base.compose(&student, &init, &watch)?
         }
-        Some(bank) => compose_from_bank(&base.weights, &student, &Bank::open(bank)?)?,
+        Some(bank) => compose_from_bank(&base.parts.weights, &student, &Bank::open(bank)?)?,
     };
     checkpoint::save(
         &args.out,
         args.format,
         &composed.config,
-        &composed.tensors,
+        &composed.weights,
         Some(&args.teacher),
         args.force,
     )?;
@@ -125,15 +124,13 @@ fn written(error: Error, out: &Path) -> Error {
 
 fn measure(
     base: &Base,
-    composed: &Composed,
+    composed: &Parts,
     calibration: &Calibration,
     watch: &dyn Watch,
 ) -> Result<Fidelity> {
-    let weights = Weights::new(composed.tensors.clone()).to_device(&base.device, DType::F32)?;
-    let student = Lm::new(&composed.config, &weights)?;
     fidelity(
         &base.lm()?,
-        &student,
+        &composed.lm(&base.place)?,
         &calibration.fit,
         &calibration.held_out,
         watch,

@@ -3,11 +3,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use candle_core::DType;
-
-use super::device::DeviceArg;
-use super::output::{Progress, print, table, thousands};
+use super::arg::device::DeviceArg;
 use super::run::{SAVE_EVERY, page, rows};
+use super::show::{Progress, print, table, thousands};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::Init;
 use crate::data::stories::{Story, StoryGenerator};
@@ -17,7 +15,6 @@ use crate::eval::recall::{RecallReport, recall};
 use crate::generate::{Engine, Generation, SamplingParams};
 use crate::model::Lm;
 use crate::pipeline::{self, Base, Outcome, Recipe, StageResult, Surroundings, embedded};
-use crate::weights::Weights;
 use crate::{Error, Result};
 
 /// Calibration, ILD bank, hybrid, KD, evaluation, side-by-side text, HTML report: recipes/demo.toml.
@@ -39,6 +36,7 @@ pub struct Args {
     /// Layers that become MLA [default: the recipe's].
     #[arg(long, value_delimiter = ',')]
     mla: Option<Vec<usize>>,
+    /// Seed of all that is drawn.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Optimizer steps between saves, which a killed demo goes on from.
@@ -72,7 +70,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let watch = Progress::default();
     let with = Surroundings {
         out,
-        device: args.device.get()?,
+        place: args.device.place()?,
         save_every: args.save_every,
         watch: &watch,
     };
@@ -100,8 +98,8 @@ fn compare(
     with: &Surroundings,
     started: Instant,
 ) -> Result<Results> {
-    let base = Base::open(&outcome.base, with.device.clone())?;
-    let distilled = || Checkpoint::open(&outcome.student)?.model(&with.device, DType::F32);
+    let base = Base::open(&outcome.base, with.place.clone())?;
+    let distilled = || Checkpoint::open(&outcome.student)?.model(&with.place);
     let stories: Vec<Story> = StoryGenerator::new(HELD_OUT.0).take(HELD_OUT.1).collect();
     let recalls = [
         recall(&base.lm()?, &base.tokenizer, &stories, with.watch)?,
@@ -138,10 +136,8 @@ fn recipe(args: &Args) -> Result<Recipe> {
 /// The same hybrid as the published initialisation makes it, untrained.
 fn published(base: &Base, recipe: &Recipe, with: &Surroundings) -> Result<KlReport> {
     let student = base.plan(&recipe.plan, None)?;
-    let init = Init::Reference { seed: recipe.seed };
-    let composed = base.compose(&student, &init, with.watch)?;
-    let weights = Weights::new(composed.tensors).to_device(&base.device, DType::F32)?;
-    let lm = Lm::new(&composed.config, &weights)?;
+    let init = Init::Published { seed: recipe.seed };
+    let lm = base.compose(&student, &init, with.watch)?.lm(&base.place)?;
     let (seed, count) = HELD_OUT;
     let text = with.out.join(format!("stories-{seed}-{count}.jsonl"));
     let corpus = Corpus::load(&text, &base.tokenizer, Packing::Documents)?;
@@ -165,7 +161,8 @@ fn tell(lm: Lm, tokenizer: &Tokenizer, story: &Story) -> Result<Generation> {
     };
     let prompt = sentences.concat();
     let engine = Engine::new(lm, tokenizer.clone())?;
-    let mut generation = engine.generate(prompt.trim_end(), &params, &mut |_| true)?;
+    let found = engine.generate(&[prompt.trim_end()], &params, &mut |_, _| true)?;
+    let mut generation = found.into_iter().next().expect("one for one prompt");
     generation.text = format!("{}{}", prompt.trim_end(), generation.text);
     Ok(generation)
 }

@@ -2,11 +2,9 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
-
-use super::device::DeviceArg;
-use super::output::{Progress, print, print_json, table, thousands};
+use super::arg::device::DeviceArg;
 use super::positive;
+use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::stories::StoryGenerator;
 use crate::data::{Batches, Corpus, Packing, Tokenizer};
@@ -34,8 +32,10 @@ pub enum Eval {
     after_help = "Example:\n  zebroid eval kl --teacher ./teacher --student ./hybrid --data validation.jsonl --json"
 )]
 pub struct KlArgs {
+    /// Checkpoint folder of the teacher.
     #[arg(long)]
     teacher: PathBuf,
+    /// Checkpoint folder of the student.
     #[arg(long)]
     student: PathBuf,
     /// JSON lines with a text field.
@@ -44,6 +44,7 @@ pub struct KlArgs {
     /// Tokens a window.
     #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
+    /// Windows per forward pass.
     #[arg(long, value_parser = positive, default_value_t = 16)]
     batch_size: usize,
     /// documents: nothing crosses document borders; stream: one long text.
@@ -89,7 +90,7 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
-    let lm = checkpoint.model(&args.device.get()?, DType::F32)?;
+    let lm = checkpoint.model(&args.device.place()?)?;
     let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
     let watch = Progress::default();
     let report = recall(&lm, &tokenizer, &stories, &watch)?;
@@ -107,7 +108,7 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
 }
 
 fn run_kl(args: KlArgs) -> anyhow::Result<()> {
-    let device = args.device.get()?;
+    let place = args.device.place()?;
     let (teacher, student) = (
         Checkpoint::open(&args.teacher)?,
         Checkpoint::open(&args.student)?,
@@ -118,8 +119,8 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     corpus.check(1, args.seq_len)?;
     let watch = Progress::default();
     let report = kl::evaluate(
-        &teacher.model(&device, DType::F32)?,
-        &student.model(&device, DType::F32)?,
+        &teacher.model(&place)?,
+        &student.model(&place)?,
         &corpus,
         args.batch_size,
         args.seq_len,

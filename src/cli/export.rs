@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::output::print;
+use super::show::print;
 use crate::checkpoint::{self, Checkpoint, Format};
 
 /// Write a checkpoint in another format.
@@ -15,6 +15,7 @@ pub struct Args {
     checkpoint: PathBuf,
     /// Folder to write; must not exist.
     out: PathBuf,
+    /// The format to write.
     #[arg(long, value_enum)]
     format: Format,
     /// Replace OUT if it exists.
@@ -25,12 +26,12 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let _lock = checkpoint::claim(&args.out, args.force, &[&args.checkpoint])?;
     let source = Checkpoint::open(&args.checkpoint)?;
-    let tensors = source.raw_tensors()?;
+    let stored = source.stored()?;
     checkpoint::save(
         &args.out,
         args.format,
         &source.config,
-        &tensors,
+        &stored,
         Some(&args.checkpoint),
         args.force,
     )?;

@@ -2,11 +2,9 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
-
-use super::device::DeviceArg;
-use super::interrupt;
-use super::output::{print, print_json};
+use super::arg::device::DeviceArg;
+use super::show::interrupt;
+use super::show::{print, print_json};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::generate::{Engine, SamplingParams};
@@ -19,9 +17,9 @@ use crate::generate::{Engine, SamplingParams};
 pub struct Args {
     /// Checkpoint folder of any format, with its tokenizer.
     checkpoint: PathBuf,
-    /// Empty: start from the BOS token.
+    /// Text to continue; empty: start from the BOS token. Several are continued together.
     #[arg(long, default_value = "")]
-    prompt: String,
+    prompt: Vec<String>,
     /// 0 takes the likeliest token.
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
@@ -34,6 +32,7 @@ pub struct Args {
     /// Only tokens with at least this share of the likeliest's probability.
     #[arg(long, default_value_t = 0.0)]
     min_p: f64,
+    /// Seed of what is sampled.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Most tokens to add [default: 200, or what the model's context leaves].
@@ -41,7 +40,7 @@ pub struct Args {
     max_tokens: Option<usize>,
     #[command(flatten)]
     device: DeviceArg,
-    /// One JSON object with text and timings instead of streaming.
+    /// One JSON object (of several prompts a list of them) with text and timings instead of streaming.
     #[arg(long)]
     json: bool,
 }
@@ -58,31 +57,41 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     params.validate()?;
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let lm = checkpoint.model(&args.device.get()?, DType::F32)?;
+    let lm = checkpoint.model(&args.device.place()?)?;
     let engine = Engine::new(lm, tokenizer)?;
     interrupt::install();
-    if !args.json {
-        print(&args.prompt)?;
+    let prompts: Vec<&str> = args.prompt.iter().map(String::as_str).collect();
+    // One text is shown as it grows; several would grow into each other.
+    let streams = !args.json && prompts.len() == 1;
+    if streams {
+        print(prompts[0])?;
     }
     let mut printed = Ok(());
-    let generation = engine.generate(&args.prompt, &params, &mut |piece| {
-        if !args.json && printed.is_ok() {
+    let found = engine.generate(&prompts, &params, &mut |_, piece| {
+        if streams && printed.is_ok() {
             printed = print(piece);
         }
         printed.is_ok() && !interrupt::asked()
     })?;
     printed?;
-    if args.json {
-        print_json(&generation)?;
-        return Ok(());
+    match (&found[..], args.json) {
+        ([one], true) => print_json(one)?,
+        (_, true) => print_json(&found)?,
+        ([_], false) => print("\n")?,
+        (_, false) => {
+            for (prompt, generation) in prompts.iter().zip(&found) {
+                print(format_args!("{prompt}{}\n\n", generation.text))?;
+            }
+        }
     }
-    print("\n")?;
-    tracing::info!(
-        prompt_tokens = generation.prompt_tokens,
-        completion_tokens = generation.completion_tokens,
-        ttft_s = generation.ttft_s,
-        tokens_per_s = generation.decode_tokens_per_s,
-        "generated"
-    );
+    for generation in &found {
+        tracing::info!(
+            prompt_tokens = generation.prompt_tokens,
+            completion_tokens = generation.completion_tokens,
+            ttft_s = generation.ttft_s,
+            tokens_per_s = generation.decode_tokens_per_s,
+            "generated"
+        );
+    }
     Ok(())
 }

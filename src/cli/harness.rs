@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use candle_core::DType;
 use serde_json::json;
 
-use super::cache;
-use super::device::DeviceArg;
-use super::output::{Progress, check_file, print};
+use super::arg::cache;
+use super::arg::device::DeviceArg;
 use super::positive;
-use crate::checkpoint::{self, Checkpoint, write_atomic};
+use super::show::{Progress, check_file, print};
+use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::data::Tokenizer;
 use crate::eval::harness::{
     FEWSHOT_SEED, HarnessConfig, Hub, Source, TaskResult, markdown, max_length, run_task, to_json,
@@ -67,13 +66,12 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let tasks = tasks(&args.tasks, args.num_fewshot)?;
     args.json.iter().try_for_each(|path| check_file(path))?;
-    let device = args.device.get()?;
+    let place = args.device.place()?;
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
-    let weights = checkpoint.weights(DType::F32, &device)?;
-    let fingerprint = checkpoint::fingerprint(&checkpoint.config, &weights)?;
-    let lm = crate::model::Lm::new(&checkpoint.config, &weights)?;
+    let parts = checkpoint.parts()?;
+    let (fingerprint, lm) = (parts.hash()?, parts.lm(&place)?);
     let config = HarnessConfig {
         data: match args.data_dir.clone() {
             Some(folder) => Source::Folder(folder),

@@ -1,6 +1,6 @@
-//! The command line: one file per command.
+//! The command line: one file per command; what they share is in `arg` (options) and `show` (what is printed).
 
-// See `output`.
+// See `show`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::{self, Write};
@@ -11,19 +11,15 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::numerics;
 
+pub mod arg;
 pub mod bench;
-pub mod cache;
 pub mod calibrate;
 pub mod compose;
 pub mod demo;
-pub mod device;
 pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod harness;
-pub mod init;
-pub mod interrupt;
-pub mod output;
 pub mod parity;
 pub mod plan;
 pub mod plot;
@@ -33,6 +29,7 @@ pub mod probe;
 pub mod retention;
 pub mod run;
 pub mod select;
+pub mod show;
 pub mod stories;
 pub mod train;
 
@@ -109,7 +106,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Err(said) => {
             let written = said.print().and_then(|()| io::stdout().flush());
             if !said.use_stderr() {
-                output::printed(written)?;
+                show::printed(written)?;
             }
             return Ok(ExitCode::from(said.exit_code() as u8));
         }
@@ -174,6 +171,11 @@ mod tests {
     use clap::CommandFactory;
 
     use super::Cli;
+    use crate::convert::PlanOptions;
+    use crate::train::TrainConfig;
+    use crate::train::stage::dpo::DpoConfig;
+    use crate::train::stage::ild::IldConfig;
+    use crate::train::stage::kd::KdConfig;
 
     /// Settings that several stages share are flattened into one command: two flags of one name would
     /// hide each other (clap says so in debug builds only).
@@ -191,5 +193,46 @@ mod tests {
             command.get_subcommands().for_each(check);
         }
         check(&Cli::command());
+    }
+
+    #[test]
+    fn every_flag_has_help() {
+        fn check(command: &clap::Command) {
+            for argument in command.get_arguments() {
+                let said = argument.get_help().or(argument.get_long_help());
+                let (name, argument) = (command.get_name(), argument.get_id());
+                assert!(said.is_some(), "{name}: {argument} has no help");
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    /// A setting is spelled on the command line as in a recipe.
+    #[test]
+    fn settings_have_one_spelling() {
+        fn fields<T: serde::Serialize>(of: &T) -> Vec<String> {
+            let value = serde_json::to_value(of).unwrap();
+            value.as_object().unwrap().keys().cloned().collect()
+        }
+        let cli = Cli::command();
+        let train = cli.find_subcommand("train").unwrap();
+        let command = |name: &str| train.find_subcommand(name).unwrap();
+        for (command, fields) in [
+            (command("kd"), fields(&TrainConfig::default())),
+            (command("kd"), fields(&KdConfig::default())),
+            (command("ild"), fields(&IldConfig::default())),
+            (command("dpo"), fields(&DpoConfig::default())),
+            (command("ild"), fields(&PlanOptions::default())),
+        ] {
+            for field in fields {
+                let flag = field.replace('_', "-");
+                let known = command.get_arguments().any(|argument| {
+                    let names = argument.get_long_and_visible_aliases().unwrap_or_default();
+                    names.contains(&flag.as_str())
+                });
+                assert!(known, "{}: no --{flag}", command.get_name());
+            }
+        }
     }
 }

@@ -3,10 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use candle_core::DType;
-
-use super::device::DeviceArg;
-use super::output::{note, print, print_json, table};
+use super::arg::device::DeviceArg;
+use super::show::{note, print, print_json, table};
 use crate::checkpoint::Checkpoint;
 use crate::eval::parity::parity;
 
@@ -20,6 +18,7 @@ pub struct Args {
     checkpoint: PathBuf,
     /// input_ids with hidden_states, mixer_out and logits.
     expected: PathBuf,
+    /// Greatest difference that is taken for equal.
     #[arg(long, default_value_t = 1e-4)]
     tolerance: f64,
     #[command(flatten)]
@@ -30,7 +29,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
     let report = parity(&lm, &args.expected)?;
     let departure = report.first_departure(args.tolerance);
     let printed = if args.json {

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use candle_core::Device;
 use serde_json::json;
 
-use super::output::{bytes, print, print_json, table, thousands};
 use super::positive;
+use super::show::{bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{PlanOptions, plan};
 use crate::model::ModelConfig;
 use crate::pipeline::Base;
+use crate::weights::Place;
 
 /// What the hybrid's cache and state would weigh, per layer and in total.
 #[derive(Debug, clap::Args)]
@@ -36,7 +36,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // Ranks by energy or budget are read off the weights; all else needs the config alone.
     let student = match args.plan.needs_weights() {
         false => plan(&teacher, &args.plan)?,
-        true => Base::open(&args.teacher, Device::Cpu)?.plan(&args.plan, None)?,
+        true => Base::open(&args.teacher, Place::cpu())?.plan(&args.plan, None)?,
     };
     let length = args.length.unwrap_or(teacher.max_position_embeddings);
     match args.json {

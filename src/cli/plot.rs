@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::output::{check_file, print};
+use super::show::{check_file, print};
 use crate::checkpoint::write_atomic;
-use crate::eval::report::{Series, line_svg};
+use crate::report::{Series, line_svg};
 use crate::{Error, Result};
 
 /// Draw a figure of several runs over the tokens they saw, from their metrics.jsonl.
@@ -22,6 +22,7 @@ pub struct Args {
     /// A field of metrics.jsonl: loss, kl, eval_kl, grad_norm ..
     #[arg(long, default_value = "loss")]
     metric: String,
+    /// Words above the curves.
     #[arg(long, default_value = "")]
     title: String,
     /// A linear y axis instead of a logarithmic one.

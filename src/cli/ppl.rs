@@ -2,11 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
-
-use super::device::DeviceArg;
-use super::output::{Progress, print, print_json, table, thousands};
+use super::arg::device::DeviceArg;
 use super::positive;
+use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::{Tokenizer, read_texts};
 use crate::eval::ppl::{PplMode, ppl};
@@ -43,7 +41,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     tokenizer.check(lm.config.vocab_size)?;
     let texts = texts(&args.data)?;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::output::{Progress, note};
+use super::show::Progress;
 use super::train::TrainArgs;
 use crate::checkpoint;
 use crate::data::{Corpus, Tokenizer};
@@ -25,19 +25,25 @@ pub struct Args {
     /// Folder with tokenizer.json.
     #[arg(long)]
     tokenizer: PathBuf,
+    /// Channels of the residual stream.
     #[arg(long, default_value_t = 128)]
     hidden_size: usize,
+    /// Channels inside the MLPs.
     #[arg(long, default_value_t = 352)]
     intermediate_size: usize,
+    /// Layers.
     #[arg(long, default_value_t = 5)]
     num_layers: usize,
+    /// Query heads.
     #[arg(long, default_value_t = 8)]
     num_heads: usize,
+    /// Key/value heads, a divisor of the query heads.
     #[arg(long, default_value_t = 4)]
     num_kv_heads: usize,
-    /// [default: hidden size over heads]
+    /// Channels of a head [default: hidden size over heads].
     #[arg(long)]
     head_dim: Option<usize>,
+    /// Base of the rotary frequencies.
     #[arg(long, default_value_t = 10_000.0)]
     rope_theta: f64,
     #[command(flatten)]
@@ -73,24 +79,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         layers: vec![MixerConfig::Attention(attention); args.num_layers],
         converted: None,
     };
-    let device = args.train.device.get()?;
-    let mut stage = Stage::Pretrain(Pretrain::new(&config, settings.seed, &device)?);
+    let place = args.train.device.place()?;
+    let mut stage = Stage::Pretrain(Pretrain::new(&config, settings.seed, &place)?);
     let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
-    let metrics = args.train.run(
+    let (out, watch) = (&args.out, Progress::default());
+    (args.train).finish(
         "pretrain",
         &mut stage,
         &corpus,
-        &args.out,
+        out,
         &args.tokenizer,
         None,
-        &Progress::default(),
+        watch,
     )?;
-    if let Some(last) = metrics.last() {
-        note(format_args!(
-            "{} steps, {} tokens, last loss {:.4}",
-            last.step, last.tokens, last.loss
-        ));
-    }
-    note(format_args!("written to {}", args.out.display()));
     Ok(())
 }

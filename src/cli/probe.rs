@@ -2,15 +2,13 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
-
-use super::device::DeviceArg;
-use super::output::{Progress, check_file, print, print_json, table};
+use super::arg::device::DeviceArg;
 use super::positive;
+use super::show::{Progress, check_file, print, print_json, table};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::probe::{Cell, Probe, Sweep, sweep};
-use crate::eval::report::Report;
+use crate::report::Report;
 
 /// Long-context and recall probes over length and depth: needle in a haystack, multi-query associative
 /// recall, phonebook lookup, copying, variable tracking. A share of exact answers in every cell.
@@ -33,6 +31,7 @@ pub struct Args {
     /// Questions a cell.
     #[arg(long, value_parser = positive, default_value_t = 20)]
     count: usize,
+    /// Seed of what is asked.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Tokens read at once.
@@ -50,7 +49,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     args.report.iter().try_for_each(|path| check_file(path))?;
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.get()?, DType::F32)?;
+    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     tokenizer.check(lm.config.vocab_size)?;
     let wanted = Sweep {

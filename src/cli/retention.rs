@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::output::{check_file, print, print_json, table};
-use crate::eval::report::{Bars, Report};
+use super::show::{check_file, print, print_json, table};
 use crate::eval::retention::{Retention, retention};
+use crate::report::{Bars, Report};
 use crate::{Error, Result};
 
 /// Compare results of eval harness (or lm_eval) task by task: student against base, with 95 % intervals
@@ -19,6 +19,7 @@ pub struct Args {
     /// Results of the model that the student was made from.
     #[arg(long)]
     base: PathBuf,
+    /// Results of the student (eval harness --json).
     #[arg(long)]
     student: PathBuf,
     /// Results of the model that it was distilled from, shown beside.
@@ -75,7 +76,7 @@ fn costs(base: &Value, student: &Value) -> Vec<(String, String)> {
         ));
     }
     if let Some(state) = number(student, "state") {
-        let bytes = super::output::bytes(4 * state as usize);
+        let bytes = super::show::bytes(4 * state as usize);
         costs.push(("state a sequence (f32)".into(), bytes));
     }
     for (name, of) in [("base", base), ("student", student)] {

@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::device::DeviceArg;
-use super::output::{Progress, print, print_json, table};
+use super::arg::device::DeviceArg;
 use super::plan::{as_json, as_table};
+use super::show::{Progress, print, print_json, table};
 use crate::checkpoint::{self, Checkpoint};
-use crate::eval::report::{Report, Series};
 use crate::mixer::LayerKind;
 use crate::pipeline::{self, Outcome, Recipe, Surroundings, Teacher, Text};
+use crate::report::{Report, Series};
 use crate::{Error, Result};
 
 /// Carry out a recipe: calibrate, ILD, select, compose, KD, DPO, evaluation. What is done is not done
@@ -68,7 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let watch = Progress::default();
     let surroundings = Surroundings {
         out: &out,
-        device: args.device.get()?,
+        place: args.device.place()?,
         save_every: args.save_every,
         watch: &watch,
     };
@@ -195,7 +195,7 @@ pub fn rows(outcome: &Outcome) -> Vec<Vec<String>> {
             show(&|k| format!("{:.4}", k.ce_student)),
             show(&|k| format!("{:.2} %", 100.0 * k.agreement)),
             show(&|k| format!("{:.2} %", 100.0 * k.perplexity_retention())),
-            super::output::thousands(tokens),
+            super::show::thousands(tokens),
         ]
     };
     outcome.stages.iter().map(row).collect()

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::device::DeviceArg;
-use super::init::InitArgs;
-use super::output::{Progress, bytes, check_file, print, print_json, table, thousands};
+use super::arg::device::DeviceArg;
+use super::arg::init::InitArgs;
 use super::positive;
+use super::show::{Progress, bytes, check_file, print, print_json, table, thousands};
 use crate::checkpoint::{Bank, write_atomic};
 use crate::convert::{PlanOptions, Selector};
 use crate::data::{Batches, Corpus, Packing};
@@ -34,7 +34,7 @@ pub struct Args {
     /// Llama checkpoint folder.
     #[arg(long, required_unless_present = "scores")]
     teacher: Option<PathBuf>,
-    /// Result of train --stage ild, whose candidates are chosen from; budget goes without.
+    /// Result of train ild, whose candidates are chosen from; budget goes without.
     #[arg(long)]
     bank: Option<PathBuf>,
     /// JSON lines to score on.
@@ -217,7 +217,7 @@ fn read(path: &Path) -> Result<Saved> {
 fn open(args: &Args) -> Result<(Base, Corpus)> {
     let base = Base::open(
         needed(args.teacher.as_ref(), "--teacher")?,
-        args.device.get()?,
+        args.device.place()?,
     )?;
     let data = needed(args.data.as_ref(), "--data")?;
     let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::output::print;
 use super::positive;
+use super::show::print;
 use crate::checkpoint::{self, check_output};
 use crate::data::stories;
 use crate::{Error, Result};
@@ -14,6 +14,7 @@ use crate::{Error, Result};
 pub struct Args {
     /// Folder for stories.jsonl, preferences.jsonl, tokenizer.json and tokenizer_config.json; must not exist.
     out: PathBuf,
+    /// Stories.
     #[arg(long, value_parser = positive, default_value_t = 40_000)]
     count: usize,
     /// Different seeds give unrelated stories.

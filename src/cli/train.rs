@@ -3,11 +3,9 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
-
-use super::device::DeviceArg;
-use super::init::InitArgs;
-use super::output::{Progress, note, print_line};
+use super::arg::device::DeviceArg;
+use super::arg::init::InitArgs;
+use super::show::{Progress, note, print_line};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
@@ -26,36 +24,43 @@ use crate::{Error, Result};
 
 /// Train a hybrid. Interrupted runs go on when the same command is given again.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  \
-    zebroid train --stage ild --teacher ./teacher --data train.jsonl ./bank --kv-rank 16 --tokens 400000 --lr 2e-3\n  \
-    zebroid train --stage ild --teacher ./teacher --student ./hybrid --inputs joint --data train.jsonl ./aligned --tokens 400000\n  \
-    zebroid train --stage kd --teacher ./teacher --student ./hybrid --data train.jsonl ./distilled --tokens 1600000\n  \
-    zebroid train --stage kd --schedule stepwise --trained mixers --kl-weight 0.1 --ce-weight 1 --labels teacher \\\n    \
-      --teacher ./teacher --student ./hybrid --data train.jsonl ./stepwise --epochs 1\n  \
-    zebroid train --stage dpo --student ./distilled --data preferences.jsonl ./aligned --lr 5e-7 --beta 0.01")]
 pub struct Args {
-    #[arg(long, value_enum)]
-    stage: StageName,
-    /// Llama checkpoint folder (ild, kd).
-    #[arg(long, required_if_eq_any([("stage", "ild"), ("stage", "kd")]))]
-    teacher: Option<PathBuf>,
-    /// Hybrid checkpoint folder to start from (kd, dpo; ild: align this hybrid, instead of a bank).
-    #[arg(long, required_if_eq_any([("stage", "kd"), ("stage", "dpo")]))]
+    #[command(subcommand)]
+    stage: StageArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum StageArgs {
+    /// Intermediate layer distillation: every layer towards the teacher's.
+    Ild(Box<IldArgs>),
+    /// Knowledge distillation: the next-token distribution towards the teacher's.
+    Kd(KdArgs),
+    /// Preference optimisation: chosen answers over rejected ones.
+    Dpo(DpoArgs),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    zebroid train ild --teacher ./teacher --data train.jsonl ./bank --kv-rank 16 --tokens 400000 --lr 2e-3\n  \
+    zebroid train ild --teacher ./teacher --data train.jsonl ./bank --candidates mla:8,mla:16,mamba2 --tokens 400000\n  \
+    zebroid train ild --teacher ./teacher --student ./hybrid --inputs joint --data train.jsonl ./aligned --tokens 400000")]
+struct IldArgs {
+    /// Llama checkpoint folder.
+    #[arg(long)]
+    teacher: PathBuf,
+    /// Align this hybrid, instead of training a bank.
+    #[arg(long)]
     student: Option<PathBuf>,
-    /// JSON lines: text, or prompt and completion (dpo: prompt, chosen and rejected).
+    /// JSON lines: text, or prompt and completion.
     #[arg(long)]
     data: PathBuf,
-    /// Folder of the result, a checkpoint (ild without --student: a bank, a folder a candidate); must not exist.
+    /// Folder of the result, a bank (a folder a candidate) or with --student a checkpoint; must not exist.
     out: PathBuf,
     #[command(flatten, next_help_heading = "ILD")]
     ild: IldConfig,
-    #[command(flatten, next_help_heading = "KD")]
-    kd: KdConfig,
-    #[command(flatten, next_help_heading = "DPO")]
-    dpo: DpoConfig,
     #[command(flatten, next_help_heading = "Training")]
     train: TrainArgs,
-    /// Kinds of layer to train side by side, as --layers spells them (ild without --student).
+    /// Kinds of layer to train side by side, as --layers spells them.
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND,..", default_values_t = CANDIDATES, help_heading = "Bank")]
     candidates: Vec<LayerKind>,
     /// Sizes of the bank's candidates.
@@ -65,14 +70,45 @@ pub struct Args {
     init: InitArgs,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum StageName {
-    /// Intermediate layer distillation: every layer towards the teacher's.
-    Ild,
-    /// Knowledge distillation: the next-token distribution towards the teacher's.
-    Kd,
-    /// Preference optimisation: chosen answers over rejected ones.
-    Dpo,
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    zebroid train kd --teacher ./teacher --student ./hybrid --data train.jsonl ./distilled --tokens 1600000\n  \
+    zebroid train kd --schedule stepwise --trained mixers --kl-weight 0.1 --ce-weight 1 --labels teacher \\\n    \
+      --teacher ./teacher --student ./hybrid --data train.jsonl ./stepwise --epochs 1")]
+struct KdArgs {
+    /// Checkpoint folder of the teacher.
+    #[arg(long)]
+    teacher: PathBuf,
+    /// Hybrid checkpoint folder to start from.
+    #[arg(long)]
+    student: PathBuf,
+    /// JSON lines: text, or prompt and completion.
+    #[arg(long)]
+    data: PathBuf,
+    /// Folder of the result, a checkpoint; must not exist.
+    out: PathBuf,
+    #[command(flatten, next_help_heading = "KD")]
+    kd: KdConfig,
+    #[command(flatten, next_help_heading = "Training")]
+    train: TrainArgs,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  \
+    zebroid train dpo --student ./distilled --data preferences.jsonl ./aligned --lr 5e-7 --beta 0.01")]
+struct DpoArgs {
+    /// Checkpoint folder to start from.
+    #[arg(long)]
+    student: PathBuf,
+    /// JSON lines of prompt, chosen and rejected.
+    #[arg(long)]
+    data: PathBuf,
+    /// Folder of the result, a checkpoint; must not exist.
+    out: PathBuf,
+    #[command(flatten, next_help_heading = "DPO")]
+    dpo: DpoConfig,
+    #[command(flatten, next_help_heading = "Training")]
+    train: TrainArgs,
 }
 
 /// How long, how fast, in which portions, and how the run is kept.
@@ -103,8 +139,37 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
+    /// Settings are checked, and the output is this process's, before anything is read.
+    fn claim(&self, out: &Path, inputs: &[&Path]) -> Result<checkpoint::Lock> {
+        self.config.validate()?;
+        checkpoint::claim(out, self.force, inputs)
+    }
+
+    /// Runs a stage and says how it ended.
+    pub fn finish(
+        &self,
+        name: &str,
+        stage: &mut Stage,
+        data: &dyn Batches,
+        out: &Path,
+        tokenizer: &Path,
+        teacher: Option<&Base>,
+        watch: Progress,
+    ) -> Result<()> {
+        let run = self.run(name, stage, data, out, tokenizer, teacher, &watch);
+        drop(watch);
+        if let Some(last) = run?.last() {
+            note(format_args!(
+                "{} steps, {} tokens, last loss {:.4}",
+                last.step, last.tokens, last.loss
+            ));
+        }
+        note(format_args!("written to {}", out.display()));
+        Ok(())
+    }
+
     /// Runs a stage.
-    pub fn run(
+    fn run(
         &self,
         name: &str,
         stage: &mut Stage,
@@ -177,89 +242,73 @@ impl TrainArgs {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    args.train.config.validate()?;
-    let models = [&args.teacher, &args.student].into_iter().flatten();
-    let inputs: Vec<&Path> = models.chain([&args.data]).map(|p| p.as_path()).collect();
-    let _lock = checkpoint::claim(&args.out, args.train.force, &inputs)?;
-    let watch = Progress::default();
-    let needed = |path: &Option<PathBuf>, flag: &str| {
-        let path = path.clone();
-        path.ok_or_else(|| Error::invalid(format!("this stage needs {flag}")))
-    };
-    let (name, mut stage, data, tokenizer, base): (_, _, Box<dyn Batches>, _, _) = match args.stage
-    {
-        StageName::Dpo => {
-            let student = needed(&args.student, "--student")?;
-            let (stage, pairs) = dpo(&args, &student, &watch)?;
-            ("dpo", stage, Box::new(pairs), student, None)
-        }
-        StageName::Ild | StageName::Kd => {
-            let teacher = needed(&args.teacher, "--teacher")?;
-            let base = Base::open(&teacher, args.train.device.get()?)?;
-            let corpus = Corpus::load(&args.data, &base.tokenizer, args.train.packing)?;
-            // Before the initialisation, which takes its text from the same data.
-            corpus.check(args.train.config.batch_size, args.train.config.seq_len)?;
-            args.train
-                .config
-                .steps(corpus.windows(args.train.config.seq_len))?;
-            let student = args.student.as_deref().map(Checkpoint::open).transpose()?;
-            let (name, stage) = match (args.stage, student) {
-                (StageName::Ild, None) => ("ild", bank(&args, &base, &watch)?),
-                (StageName::Ild, Some(student)) => ("ild", base.ild(&student, args.ild)?),
-                (_, Some(student)) => ("kd", base.kd(&student, &[], args.kd)?),
-                (_, None) => return Err(Error::invalid("this stage needs --student").into()),
-            };
-            (name, stage, Box::new(corpus), teacher, Some(base))
-        }
-    };
-    let run = args.train.run(
-        name,
-        &mut stage,
-        &*data,
-        &args.out,
-        &tokenizer,
-        base.as_ref(),
-        &watch,
-    );
-    drop(watch);
-    if let Some(last) = run?.last() {
-        note(format_args!(
-            "{} steps, {} tokens, last loss {:.4}",
-            last.step, last.tokens, last.loss
-        ));
-    }
-    note(format_args!("written to {}", args.out.display()));
+    match args.stage {
+        StageArgs::Ild(args) => ild(&args),
+        StageArgs::Kd(args) => kd(&args),
+        StageArgs::Dpo(args) => dpo(&args),
+    }?;
     Ok(())
 }
 
-/// All candidates for every layer, born from the teacher.
-fn bank(args: &Args, base: &Base, watch: &dyn Watch) -> Result<Stage> {
-    let calibration = (args.init).calibration(base, Some(&args.data), watch)?;
-    let init = args.init.init(&calibration, false, args.train.config.seed);
-    base.bank(&args.plan, &args.candidates, &init, args.ild, watch)
+/// Teacher and text; what cannot work is refused before the initialisation, which takes its text from the same data.
+fn open(train: &TrainArgs, teacher: &Path, data: &Path) -> Result<(Base, Corpus)> {
+    let base = Base::open(teacher, train.device.place()?)?;
+    let corpus = Corpus::load(data, &base.tokenizer, train.packing)?;
+    corpus.check(train.config.batch_size, train.config.seq_len)?;
+    train.config.steps(corpus.windows(train.config.seq_len))?;
+    Ok((base, corpus))
 }
 
-fn dpo(args: &Args, student: &Path, watch: &dyn Watch) -> Result<(Stage, Preferences)> {
+fn ild(args: &IldArgs) -> Result<()> {
+    let (data, train) = (args.data.as_path(), &args.train);
+    let student = args.student.iter().map(PathBuf::as_path);
+    let inputs: Vec<&Path> = student.chain([args.teacher.as_path(), data]).collect();
+    let _lock = train.claim(&args.out, &inputs)?;
+    let watch = Progress::default();
+    let (base, corpus) = open(train, &args.teacher, data)?;
+    let mut stage = match &args.student {
+        Some(student) => base.ild(&Checkpoint::open(student)?, args.ild)?,
+        None => {
+            let calibration = args.init.calibration(&base, Some(data), &watch)?;
+            let init = args.init.init(&calibration, false, train.config.seed);
+            base.bank(&args.plan, &args.candidates, &init, args.ild, &watch)?
+        }
+    };
+    let teacher = Some(&base);
+    train.finish(
+        "ild",
+        &mut stage,
+        &corpus,
+        &args.out,
+        &args.teacher,
+        teacher,
+        watch,
+    )
+}
+
+fn kd(args: &KdArgs) -> Result<()> {
+    let inputs = [&args.teacher, &args.student, &args.data].map(PathBuf::as_path);
+    let _lock = args.train.claim(&args.out, &inputs)?;
+    let watch = Progress::default();
+    let (base, corpus) = open(&args.train, &args.teacher, &args.data)?;
+    let mut stage = base.kd(&Checkpoint::open(&args.student)?, &[], args.kd)?;
+    let (out, teacher) = (&args.out, &args.teacher);
+    (args.train).finish("kd", &mut stage, &corpus, out, teacher, Some(&base), watch)
+}
+
+fn dpo(args: &DpoArgs) -> Result<()> {
+    let (train, student) = (&args.train.config, args.student.as_path());
+    let _lock = args.train.claim(&args.out, &[student, &args.data])?;
+    let watch = Progress::default();
     let checkpoint = Checkpoint::open(student)?;
     let tokenizer = Tokenizer::open(student)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
-    let pairs = Preferences::load(
-        &args.data,
-        &tokenizer,
-        args.dpo.max_prompt,
-        args.dpo.max_length,
-    )?;
-    let train = &args.train.config;
+    let (prompt, length) = (args.dpo.max_prompt, args.dpo.max_length);
+    let pairs = Preferences::load(&args.data, &tokenizer, prompt, length)?;
     pairs.check(train.batch_size, train.seq_len)?;
-    let weights = checkpoint.weights(DType::F32, &args.train.device.get()?)?;
-    let stored = partial_folder(&args.out).join("reference.safetensors");
-    let dpo = Dpo::new(
-        &checkpoint.config,
-        &weights,
-        &pairs,
-        args.dpo,
-        &stored,
-        watch,
-    )?;
-    Ok((Stage::Dpo(dpo), pairs))
+    let stored = partial_folder(&args.out).join("frozen.safetensors");
+    let (parts, place) = (checkpoint.parts()?, args.train.device.place()?);
+    let dpo = Dpo::new(&parts, &pairs, args.dpo, &stored, &place, &watch)?;
+    let mut stage = Stage::Dpo(dpo);
+    (args.train).finish("dpo", &mut stage, &pairs, &args.out, student, None, watch)
 }

@@ -12,12 +12,11 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{self, read_tensors_with_metadata, write_tensors};
 use crate::data::{Batch, Batches, Corpus};
 use crate::hash::Hash;
-use crate::mixer::AttentionWeights;
 use crate::mixer::calibration::{Statistics, sums};
-use crate::model::{Lm, ModelConfig};
+use crate::model::{Lm, Parts};
 use crate::numerics;
 use crate::watch::Watch;
-use crate::weights::Weights;
+use crate::weights::Place;
 use crate::{Error, Result};
 
 /// How much of the text is read, and for what.
@@ -29,17 +28,17 @@ pub struct CalibrationConfig {
         id = "calibration_tokens",
         long = "calibration-tokens",
         value_name = "TOKENS",
-        default_value_t = 131_072
+        default_value_t = Self::default().tokens
     )]
     pub tokens: usize,
     /// Tokens of these that output projections are fitted to.
-    #[arg(long = "fit-tokens", value_name = "TOKENS", default_value_t = 32_768)]
+    #[arg(long = "fit-tokens", value_name = "TOKENS", default_value_t = Self::default().fit_tokens)]
     pub fit_tokens: usize,
     /// Tokens after all of these that the result is tested on.
     #[arg(
         long = "held-out-tokens",
         value_name = "TOKENS",
-        default_value_t = 8_192
+        default_value_t = Self::default().held_out_tokens
     )]
     pub held_out_tokens: usize,
     /// Tokens a window.
@@ -47,7 +46,7 @@ pub struct CalibrationConfig {
         id = "calibration_seq_len",
         long = "calibration-seq-len",
         value_name = "TOKENS",
-        default_value_t = 256
+        default_value_t = Self::default().seq_len
     )]
     pub seq_len: usize,
 }
@@ -125,14 +124,14 @@ pub struct Calibration {
 
 /// What decides a calibration: teacher, text, settings, and what the program computes from them where.
 fn identity(
-    teacher: &Lm,
-    weights: &Weights,
+    teacher: &Parts,
+    place: &Place,
     corpus: &Corpus,
     config: &CalibrationConfig,
 ) -> Result<String> {
     let parts = serde_json::json!({
-        "numerics": numerics::version(numerics::Stage::Calibration, teacher.device()),
-        "teacher": checkpoint::fingerprint(&teacher.config, weights)?,
+        "numerics": numerics::version(numerics::Stage::Calibration, &place.device),
+        "teacher": teacher.hash()?,
         "data": corpus.hash(),
         "calibration": config,
     });
@@ -151,8 +150,8 @@ const SAVE_EVERY: usize = 16;
 /// Too little text, a file that cannot be written or that another process is making, or
 /// [`Error::Interrupted`] (what was done is saved).
 pub fn calibrate(
-    teacher: &Lm,
-    weights: &Weights,
+    teacher: &Parts,
+    place: &Place,
     corpus: &Corpus,
     config: &CalibrationConfig,
     folder: &Path,
@@ -161,14 +160,13 @@ pub fn calibrate(
     let split = config.split(corpus)?;
     let fit = corpus.ordered(0, split.fit, config.seq_len)?;
     let held_out = corpus.ordered(split.all, split.held_out, config.seq_len)?;
-    let identity = identity(teacher, weights, corpus, config)?;
+    let identity = identity(teacher, place, corpus, config)?;
     let mut sums = Sums {
         identity,
         windows: 0,
         tensors: BTreeMap::new(),
     };
-    let finished =
-        |sums: &Sums| sums.calibration(&teacher.config, weights, fit.clone(), held_out.clone());
+    let finished = |sums: &Sums| sums.calibration(teacher, fit.clone(), held_out.clone());
     let file = folder.join(format!("calibration-{}.safetensors", sums.identity));
     let partial = file.with_extension("partial");
     let drop_partial = || match partial.exists() {
@@ -184,13 +182,11 @@ pub fn calibrate(
     let _lock = checkpoint::lock(&file)?;
     sums.restore(&partial)?;
     watch.start("calibrate", split.all);
+    let lm = teacher.lm(place)?;
     let mut passes = 0;
     while sums.windows < split.all {
         let count = CHUNK.min(split.all - sums.windows);
-        sums.add(
-            teacher,
-            &corpus.ordered(sums.windows, count, config.seq_len)?,
-        )?;
+        sums.add(&lm, &corpus.ordered(sums.windows, count, config.seq_len)?)?;
         passes += 1;
         watch.at(sums.windows, "windows");
         let stopped = watch.stop() && sums.windows < split.all;
@@ -278,18 +274,10 @@ impl Sums {
         Ok(())
     }
 
-    fn calibration(
-        &self,
-        teacher: &ModelConfig,
-        weights: &Weights,
-        fit: Batch,
-        held_out: Batch,
-    ) -> Result<Calibration> {
+    fn calibration(&self, teacher: &Parts, fit: Batch, held_out: Batch) -> Result<Calibration> {
         let tokens = self.windows * fit.len;
         let layer = |i: usize| -> Result<Statistics> {
-            let source = weights.at(format!("model.layers.{i}"));
-            let source = source.at(teacher.layers[i].prefix());
-            let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
+            let attention = teacher.attention(i)?;
             let sum = |sum: &str| -> Result<Tensor> {
                 let key = name(i, sum);
                 let missing = || Error::invalid(format!("the saved calibration lacks {key}"));
@@ -300,7 +288,7 @@ impl Sums {
             Statistics::new(&attention, tokens, [&a?, &b?, &c?, &d?])
         };
         Ok(Calibration {
-            layers: (0..teacher.layers.len())
+            layers: (0..teacher.config.layers.len())
                 .map(layer)
                 .collect::<Result<_>>()?,
             fit,
@@ -320,8 +308,7 @@ mod tests {
     #[test]
     fn an_interrupted_pass_goes_on_and_ends_the_same() {
         let teacher = Checkpoint::open(Path::new("assets/teacher")).unwrap();
-        let weights = teacher.weights(DType::F32, &Device::Cpu).unwrap();
-        let lm = Lm::new(&teacher.config, &weights).unwrap();
+        let parts = teacher.parts().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("stories.jsonl");
         stories::write_jsonl(&data, 1, 60).unwrap();
@@ -334,7 +321,7 @@ mod tests {
             seq_len: 64,
         };
         let run = |folder: &Path, watch: &Quiet| {
-            calibrate(&lm, &weights, &corpus, &config, folder, watch)
+            calibrate(&parts, &Place::cpu(), &corpus, &config, folder, watch)
         };
         let quiet = Quiet::default();
         let straight = run(&folder.path().join("straight"), &quiet).unwrap();

@@ -3,29 +3,28 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Bank;
 use crate::data::Batch;
 use crate::mixer::calibration::{Sample, fit_output};
-use crate::mixer::{AttentionWeights, Birth, Born, Mixer, MixerConfig};
-use crate::model::{Lm, ModelConfig};
+use crate::mixer::{Birth, Born, Mixer, MixerConfig};
+use crate::model::{Lm, ModelConfig, Parts};
 use crate::op::Documents;
+use crate::op::linear::Matrix;
 use crate::watch::Watch;
-use crate::weights::Weights;
+use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
-mod budget;
 pub mod calibrate;
 mod plan;
 mod ranks;
 mod select;
-pub use budget::{Choice, fit_budget};
 pub use calibrate::{Calibration, CalibrationConfig, calibrate};
 pub use plan::{PlanOptions, plan};
 pub use ranks::{check_ranks, settle_ranks};
-pub use select::{Selector, select, smart_feasible};
+pub use select::{Choice, Selector, fit_budget, select, smart_feasible};
 
 /// How mixers are born from attention weights, as flags and recipes say it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
@@ -35,13 +34,15 @@ pub enum InitName {
     #[default]
     Refined,
     /// As published.
-    Reference,
+    #[value(alias = "reference")]
+    #[serde(alias = "reference")]
+    Published,
 }
 
 /// How mixers are born from attention weights.
 pub enum Init<'a> {
-    /// As published (spec 1.2, 1.3); what it draws follows from the seed.
-    Reference { seed: u64 },
+    /// As published; what it draws follows from the seed.
+    Published { seed: u64 },
     /// Fitted to the teacher's mixers on text. `own_inputs`: output projections are fitted to what reaches
     /// them in the hybrid, and make up for what the layers before them missed; a bank, whose layers are to
     /// be combined anew, is fitted to the teacher's inputs.
@@ -51,50 +52,46 @@ pub enum Init<'a> {
     },
 }
 
-/// What composing gives.
-pub struct Composed {
-    /// The plan; where a mixer turned by frequencies of its own, its config says so.
-    pub config: ModelConfig,
-    pub tensors: BTreeMap<String, Tensor>,
-}
-
-/// All tensors of `student` from the teacher's: MLPs, norms, embedding and head copied, mixers converted
-/// in f32 on the CPU, layer by layer.
+/// `student` from the teacher: MLPs, norms, embedding, head and attention that stays as the teacher has them, mixers converted
+/// in f32 on the CPU, layer by layer. Where a mixer turned by frequencies of its own, its config says so.
 ///
 /// # Errors
 /// When a layer of the plan cannot be born from the teacher's layer, or [`Error::Interrupted`].
 pub fn compose(
-    teacher: &ModelConfig,
-    weights: &Weights,
+    teacher: &Parts,
     student: &ModelConfig,
     init: &Init,
     watch: &dyn Watch,
-) -> Result<Composed> {
+) -> Result<Parts> {
     let layers = student.layers.len();
     watch.start("compose", layers);
-    let mut composed = Composed {
-        config: student.clone(),
-        tensors: BTreeMap::new(),
-    };
+    let mut composed = student.clone();
+    let mut weights = BTreeMap::new();
     for (name, _) in student.params() {
-        if weights.contains(&name) {
-            composed.tensors.insert(name.clone(), weights.get(&name)?);
+        if teacher.weights.contains(&name) {
+            weights.insert(name.clone(), teacher.weights.matrix(&name)?);
         }
     }
-    let mut teaching = match init {
-        Init::Reference { .. } => None,
-        Init::Refined { calibration, .. } => {
-            Some(Teaching::new(teacher, weights, &calibration.fit)?)
-        }
+    let (mut teaching, own_inputs) = match init {
+        Init::Published { .. } => (None, false),
+        Init::Refined {
+            calibration,
+            own_inputs,
+        } => (Some(Teaching::new(teacher, &calibration.fit)?), *own_inputs),
     };
     for (i, config) in student.layers.iter().enumerate() {
-        let prefix = format!("model.layers.{i}");
-        let source = weights.at(&prefix).at(teacher.layers[i].prefix());
         let sample = teaching.as_mut().map(|t| t.layer(i)).transpose()?;
-        let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
+        let attention = teacher.attention(i)?;
+        if !student.is_converted(i) {
+            if let Some(teaching) = teaching.as_mut().filter(|_| own_inputs) {
+                teaching.keep(i)?;
+            }
+            watch.reached(i + 1, layers, "layers")?;
+            continue;
+        }
         let birth = match (init, &sample) {
             // Each layer draws from a stream of its own.
-            (Init::Reference { seed }, _) => Birth::Published {
+            (Init::Published { seed }, _) => Birth::Published {
                 seed: seed
                     .wrapping_mul(0x9E37_79B9_7F4A_7C15)
                     .wrapping_add(i as u64),
@@ -108,33 +105,22 @@ pub fn compose(
             }
         };
         let Born { config, tensors } = config.born(&attention, &birth)?;
-        let tensors = match (&mut teaching, init) {
-            (
-                Some(teaching),
-                Init::Refined {
-                    own_inputs: true, ..
-                },
-            ) => {
+        let tensors = match teaching.as_mut().filter(|_| own_inputs) {
+            Some(teaching) => {
                 // Half of the layer's time is still to come.
                 watch.reached(i, layers, "layers")?;
-                match student.is_converted(i) {
-                    true => teaching.follow(i, &config, tensors)?,
-                    false => {
-                        teaching.keep(i)?;
-                        tensors
-                    }
-                }
+                teaching.follow(i, &config, tensors)?
             }
-            _ => tensors,
+            None => tensors,
         };
         for (name, tensor) in tensors {
-            let name = format!("{prefix}.{}.{name}", config.prefix());
-            composed.tensors.insert(name, tensor);
+            let name = format!("model.layers.{i}.{}.{name}", config.prefix());
+            weights.insert(name, tensor.into());
         }
-        composed.config.layers[i] = config;
+        composed.layers[i] = config;
         watch.reached(i + 1, layers, "layers")?;
     }
-    Ok(composed)
+    Ok(Parts::new(composed, weights))
 }
 
 /// The teacher, and the hybrid behind it, on their way through the text, a layer at a time.
@@ -149,8 +135,8 @@ struct Teaching {
 }
 
 impl Teaching {
-    fn new(teacher: &ModelConfig, weights: &Weights, text: &Batch) -> Result<Self> {
-        let lm = Lm::new(teacher, weights)?;
+    fn new(teacher: &Parts, text: &Batch) -> Result<Self> {
+        let lm = teacher.lm(&Place::cpu())?;
         let ids = Tensor::from_slice(&text.input_ids, (text.rows, text.len), lm.device())?;
         let hidden = lm.embed(&ids)?;
         Ok(Self {
@@ -209,19 +195,13 @@ impl Teaching {
 }
 
 /// Every layer of `student` taken whole (mixer, MLP and norms) from the bank's model of that mixer;
-/// embedding, final norm and head from the teacher (spec 1.1).
+/// embedding, final norm and head from the teacher (Zebra-Llama, arXiv 2505.17272).
 ///
 /// # Errors
 /// When the bank has no model with that mixer, or one of other sizes.
-pub fn compose_from_bank(
-    teacher: &Weights,
-    student: &ModelConfig,
-    bank: &Bank,
-) -> Result<Composed> {
-    let mut composed = Composed {
-        config: student.clone(),
-        tensors: BTreeMap::new(),
-    };
+pub fn compose_from_bank(teacher: &Weights, student: &ModelConfig, bank: &Bank) -> Result<Parts> {
+    let mut composed = student.clone();
+    let mut all: BTreeMap<String, Matrix> = BTreeMap::new();
     let configs: Vec<&ModelConfig> = bank.candidates.iter().map(|(_, c)| &c.config).collect();
     let taken = bank_layers(student, &configs)?;
     for (at, (_, candidate)) in bank.candidates.iter().enumerate() {
@@ -229,21 +209,20 @@ pub fn compose_from_bank(
         if layers().next().is_none() {
             continue;
         }
-        let weights = candidate.weights(DType::F32, &Device::Cpu)?;
+        let weights = candidate.parts()?.weights;
         for i in layers() {
-            composed.config.layers[i] = candidate.config.layers[i].clone();
+            composed.layers[i] = candidate.config.layers[i].clone();
             let prefix = format!("model.layers.{i}.");
-            for (name, tensor) in weights.iter().filter(|(name, _)| name.starts_with(&prefix)) {
-                composed.tensors.insert(name.to_owned(), tensor.clone());
-            }
+            let layer = weights.iter().filter(|(name, _)| name.starts_with(&prefix));
+            all.extend(layer.map(|(name, weight)| (name.to_owned(), weight.clone())));
         }
     }
     for (name, _) in student.params() {
         if !name.starts_with("model.layers.") {
-            composed.tensors.insert(name.clone(), teacher.get(&name)?);
+            all.insert(name.clone(), teacher.matrix(&name)?);
         }
     }
-    Ok(composed)
+    Ok(Parts::new(composed, all))
 }
 
 /// Which of a bank's candidates each layer of `student` is taken from: the first with that mixer in its sizes.
@@ -302,25 +281,30 @@ pub fn check_growth(after: &ModelConfig, before: &ModelConfig) -> Result<()> {
 ///
 /// # Errors
 /// As [`check_growth`].
-pub fn grow(composed: &mut Composed, before: &ModelConfig, weights: &Weights) -> Result<()> {
-    check_growth(&composed.config, before)?;
-    for (i, layer) in before.layers.iter().enumerate() {
-        let own = format!("model.layers.{i}.{}.", composed.config.layers[i].prefix());
-        let kept = composed.config.layers[i].name() == layer.name();
+pub fn grow(composed: Parts, before: &Parts) -> Result<Parts> {
+    let Parts {
+        mut config,
+        weights,
+    } = composed;
+    check_growth(&config, &before.config)?;
+    let mut all = weights.to_map();
+    for (i, layer) in before.config.layers.iter().enumerate() {
+        let own = format!("model.layers.{i}.{}.", config.layers[i].prefix());
+        let kept = config.layers[i].name() == layer.name();
         if kept {
-            composed.config.layers[i] = layer.clone();
+            config.layers[i] = layer.clone();
         }
-        for (name, tensor) in &mut composed.tensors {
+        for (name, weight) in &mut all {
             if name.starts_with(&format!("model.layers.{i}.")) && (kept || !name.starts_with(&own))
             {
-                *tensor = weights.get(name)?;
+                *weight = before.weights.matrix(name)?;
             }
         }
     }
-    for (name, tensor) in &mut composed.tensors {
+    for (name, weight) in &mut all {
         if !name.starts_with("model.layers.") {
-            *tensor = weights.get(name)?;
+            *weight = before.weights.matrix(name)?;
         }
     }
-    Ok(())
+    Ok(Parts::new(config, all))
 }

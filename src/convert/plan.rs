@@ -127,7 +127,7 @@ mod tests {
         }
     }
 
-    /// The six released models: KV ratios and parameter counts as published (spec 1.9, 1.10).
+    /// The six released models: KV ratios and parameter counts as published (arXiv 2505.17272).
     #[test]
     fn published_kv_ratios_and_parameter_counts() {
         let one = llama(16, 2048, 32, 8, 64, 8192);

@@ -4,10 +4,9 @@
 use super::calibrate::Calibration;
 use super::plan::{PlanOptions, plan};
 use crate::mixer::mla::rank::{RANK_STEP, RankRule, energy_rank};
-use crate::mixer::mla::{Spectrum, reference_spectrum, spectrum};
-use crate::mixer::{AttentionWeights, LayerKind, MixerConfig, MixerOptions};
-use crate::model::ModelConfig;
-use crate::weights::Weights;
+use crate::mixer::mla::{Spectrum, published_spectrum, spectrum};
+use crate::mixer::{LayerKind, MixerConfig, MixerOptions};
+use crate::model::{ModelConfig, Parts};
 use crate::{Error, Result};
 
 /// The same plan with every rank a number. Spectra are weighted by the calibration's text if there is one,
@@ -16,14 +15,14 @@ use crate::{Error, Result};
 /// # Errors
 /// A budget that the MLA layers' least latents already exceed; a budget for queries.
 pub fn settle_ranks(
-    teacher: &ModelConfig,
-    weights: &Weights,
+    base: &Parts,
     options: &PlanOptions,
     calibration: Option<&Calibration>,
 ) -> Result<PlanOptions> {
     if !options.needs_weights() {
         return Ok(options.clone());
     }
+    let teacher = &base.config;
     let budget = check_ranks(teacher, options)?;
     let rules = &options.sizes;
     let mut kinds = options.kinds(teacher.layers.len())?;
@@ -33,12 +32,10 @@ pub fn settle_ranks(
         let MixerConfig::Mla(config) = layer else {
             continue;
         };
-        let source = weights.at(format!("model.layers.{i}"));
-        let source = source.at(teacher.layers[i].prefix());
-        let attention = AttentionWeights::new(teacher.attention(i)?, &source)?;
+        let attention = base.attention(i)?;
         let found = match calibration {
             Some(calibration) => spectrum(config, &attention, &calibration.layers[i])?,
-            None => reference_spectrum(&attention)?,
+            None => published_spectrum(&attention)?,
         };
         spectra.push((i, found));
     }

@@ -18,7 +18,7 @@ pub enum Packing {
     /// Attention, convolution and state stop at document borders.
     #[default]
     Documents,
-    /// One long text, as the reference packs.
+    /// One long text, as AMD packs.
     Stream,
 }
 

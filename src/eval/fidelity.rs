@@ -76,7 +76,7 @@ fn walk(teacher: &Lm, student: &Lm, batch: &Batch, watch: &dyn Watch) -> Result<
         let mixed = ours.mixer.forward(&ours.mixer_input(&taught)?, documents)?;
         let mixer = relative(&mixed, &output)?;
         taught = theirs.finish(&taught, &output)?;
-        own = ours.forward(&own, documents)?.0;
+        own = ours.forward(&own, documents)?.hidden;
         errors.push((mixer, relative(&own, &taught)?));
         watch.reached(errors.len(), layers, "layers")?;
     }
@@ -100,9 +100,8 @@ mod tests {
 
     #[test]
     fn a_teacher_is_faithful_to_itself() {
-        let device = candle_core::Device::Cpu;
         let teacher = Checkpoint::open(Path::new("assets/teacher")).unwrap();
-        let lm = teacher.model(&device, DType::F32).unwrap();
+        let lm = teacher.model(&crate::weights::Place::cpu()).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("stories.jsonl");
         stories::write_jsonl(&data, 1, 30).unwrap();

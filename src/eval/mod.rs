@@ -7,7 +7,6 @@ pub mod parity;
 pub mod ppl;
 pub mod probe;
 pub mod recall;
-pub mod report;
 pub mod retention;
 pub mod sensitivity;
 pub mod task;

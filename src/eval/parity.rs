@@ -1,4 +1,4 @@
-//! A model against recorded outputs (spec: the golden folders), layer by layer.
+//! A model against recorded outputs, layer by layer.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -150,7 +150,7 @@ mod tests {
     fn windows_score_every_token_once() {
         let folder = Path::new("assets/teacher");
         let lm = Checkpoint::open(folder).unwrap();
-        let lm = lm.model(&Device::Cpu, DType::F32).unwrap();
+        let lm = lm.model(&crate::weights::Place::cpu()).unwrap();
         let tokenizer = Tokenizer::open(folder).unwrap();
         let texts = [
             "Tom had a red ball. Mia had a blue kite. Tom loved the red ball.".to_owned(),

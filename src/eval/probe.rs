@@ -11,8 +11,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::harness::{Tokens, log_likelihoods, tokens};
 use crate::data::Tokenizer;
+use crate::generate::score::{Tokens, log_likelihoods, tokens};
 use crate::model::Lm;
 use crate::watch::Watch;
 use crate::{Error, Result};

@@ -193,7 +193,7 @@ mod tests {
     fn kinds_make_the_whole() {
         let folder = std::path::Path::new("assets/teacher");
         let lm = crate::checkpoint::Checkpoint::open(folder).unwrap();
-        let lm = lm.model(&candle_core::Device::Cpu, DType::F32).unwrap();
+        let lm = lm.model(&crate::weights::Place::cpu()).unwrap();
         let tokenizer = Tokenizer::open(folder).unwrap();
         let stories: Vec<Story> = crate::data::stories::StoryGenerator::new(3)
             .take(20)

@@ -196,7 +196,7 @@ mod tests {
         ("winogrande", Metric::Acc, 1267.0),
     ];
 
-    /// A row of the paper's zero-shot table (spec 1.12), with binomial standard errors.
+    /// A row of the paper's zero-shot table (arXiv 2505.17272), with binomial standard errors.
     fn results(percent: [f64; 8]) -> Value {
         let mut rows = serde_json::Map::new();
         for ((task, metric, n), percent) in TASKS.into_iter().zip(percent) {

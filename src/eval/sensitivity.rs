@@ -1,12 +1,12 @@
 //! What one layer is worth: the KL to the teacher before and after a single layer of a model is replaced.
-//! SMART's scores (spec 1.5) restore one MLA layer in the all-Mamba2 model; the budget selector breaks one
+//! SMART's scores (arXiv 2505.17272) restore one MLA layer in the all-Mamba2 model; the budget selector breaks one
 //! layer of the teacher.
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Corpus;
-use crate::model::{Layer, Lm};
+use crate::model::{Layer, Lm, through};
 use crate::op::loss::forward_kl;
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -59,10 +59,8 @@ pub fn sensitivity(
             |logits: Tensor| -> Result<Tensor> { Ok(logits.squeeze(0)?.to_dtype(DType::F32)?) };
         let target = rows(teacher.forward(&ids, documents)?)?;
         // From `hidden` on, through `layers`, to the KL.
-        let kl = |mut hidden: Tensor, layers: &[Layer]| -> Result<f64> {
-            for layer in layers {
-                hidden = layer.forward(&hidden, documents)?.0;
-            }
+        let kl = |hidden: Tensor, layers: &[Layer]| -> Result<f64> {
+            let hidden = through(layers, hidden, documents)?;
             let logits = rows(model.head(&model.normed(&hidden)?)?)?;
             let kl = forward_kl(&target, &logits, 1.0)?.mean_all()?;
             Ok(kl.to_dtype(DType::F64)?.to_scalar()?)
@@ -71,9 +69,9 @@ pub fn sensitivity(
         let mut hidden = model.embed(&ids)?;
         let mut replaced = Vec::new();
         for (i, layer) in model.layers.iter().enumerate() {
-            let with_other = other.layers[i].forward(&hidden, documents)?.0;
+            let with_other = other.layers[i].forward(&hidden, documents)?.hidden;
             replaced.push(kl(with_other, &model.layers[i + 1..])?);
-            hidden = layer.forward(&hidden, documents)?.0;
+            hidden = layer.forward(&hidden, documents)?.hidden;
         }
         let all = kl(hidden, &[])?;
         base.push(all);

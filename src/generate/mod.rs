@@ -1,14 +1,15 @@
-//! Text from a model: prefill the prompt, then decode a token at a time.
-
-use std::time::{Duration, Instant};
-
-use candle_core::{DType, Tensor};
+//! Text from a model: prefill the prompts, then decode a token at a time ([`Batch`]); and how likely it is ([`score`]).
 
 use crate::data::Tokenizer;
 use crate::model::Lm;
 use crate::{Error, Result};
 
+mod batch;
 mod sampler;
+pub mod score;
+#[cfg(test)]
+mod tests;
+pub use batch::{Batch, Emit};
 pub use sampler::{MAX_TOKENS, Sampler, SamplingParams};
 
 /// A model with its tokenizer.
@@ -29,6 +30,20 @@ pub struct Generation {
     pub ttft_s: f64,
     /// Decoded tokens a second after the first.
     pub decode_tokens_per_s: f64,
+}
+
+impl Generation {
+    /// Nothing yet, after a prompt of so many tokens.
+    fn of(prompt_tokens: usize) -> Self {
+        Self {
+            text: String::new(),
+            prompt_tokens,
+            completion_tokens: 0,
+            finish_reason: "length",
+            ttft_s: 0.0,
+            decode_tokens_per_s: 0.0,
+        }
+    }
 }
 
 impl Engine {
@@ -87,64 +102,27 @@ impl Engine {
         }
     }
 
-    /// Continues `prompt`; `emit` gets every piece of text as soon as it is certain, and stops the
-    /// generation by returning false.
+    /// Continues `prompts`, together; the answers come in their order. A text does not depend on what it is continued
+    /// beside.
     ///
     /// # Errors
-    /// Settings out of range, or a prompt that fills the model's context.
+    /// As [`Batch::admit`].
     pub fn generate(
         &self,
-        prompt: &str,
+        prompts: &[&str],
         params: &SamplingParams,
-        emit: &mut dyn FnMut(&str) -> bool,
-    ) -> Result<Generation> {
-        params.validate()?;
-        let ids = self.prompt(prompt)?;
-        let most = self.most(ids.len(), params.max_tokens)?;
-        let started = Instant::now();
-        let mut state = self.lm.state(1)?;
-        let mut sampler = Sampler::new(params);
-        let mut stream = self.tokenizer.decode_stream(&ids);
-        let mut text = String::new();
-        let mut completion_tokens = 0;
-        let mut finish_reason = "length";
-        let mut first = Duration::ZERO;
-        let mut next = ids.clone();
-        while completion_tokens < most {
-            let input = Tensor::from_slice(&next, (1, next.len()), self.lm.device())?;
-            let hidden = self.lm.resume(&input, &mut state)?;
-            let last = hidden.narrow(1, next.len() - 1, 1)?;
-            let logits = self.lm.head(&last)?.flatten_all()?.to_dtype(DType::F32)?;
-            let token = sampler.sample(&logits.to_vec1::<f32>()?)?;
-            if completion_tokens == 0 {
-                first = started.elapsed();
-            }
-            completion_tokens += 1;
-            if self.is_eos(token) {
-                finish_reason = "stop";
-                break;
-            }
-            let piece = stream.push(token)?;
-            text.push_str(&piece);
-            if !piece.is_empty() && !emit(&piece) {
-                break;
-            }
-            next = vec![token];
+        emit: Emit,
+    ) -> Result<Vec<Generation>> {
+        let mut batch = Batch::admit(self, prompts, params)?;
+        let mut found = Vec::new();
+        while !batch.is_empty() {
+            found.extend(batch.step(emit)?);
         }
-        let rest = stream.finish()?;
-        if !rest.is_empty() {
-            text.push_str(&rest);
-            emit(&rest);
-        }
-        let decoding = (started.elapsed() - first).as_secs_f64();
-        Ok(Generation {
-            text,
-            prompt_tokens: ids.len(),
-            completion_tokens,
-            finish_reason,
-            ttft_s: first.as_secs_f64(),
-            decode_tokens_per_s: completion_tokens.saturating_sub(1) as f64 / decoding.max(1e-9),
-        })
+        found.sort_by_key(|(index, _)| *index);
+        Ok(found
+            .into_iter()
+            .map(|(_, generation)| generation)
+            .collect())
     }
 
     fn is_eos(&self, token: u32) -> bool {

@@ -149,7 +149,7 @@ fn refined_starts_as_well_with_as_without_scaling() {
 fn refined_beats_reference_with_the_same_fit() {
     let (attention, sample) = teacher(2);
     let config = mla(2, 4, 6);
-    let reference = mla::reference(&config, &attention).unwrap();
+    let reference = mla::published(&config, &attention).unwrap();
     let reference = fit_output(&MixerConfig::Mla(config.clone()), reference, &sample)
         .unwrap()
         .error;
@@ -230,7 +230,7 @@ fn fitted_output_is_a_minimum() {
     let MixerConfig::Mla(c) = &config else {
         unreachable!()
     };
-    let fitted = fit_output(&config, mla::reference(c, &attention).unwrap(), &sample).unwrap();
+    let fitted = fit_output(&config, mla::published(c, &attention).unwrap(), &sample).unwrap();
     let error = |tensors: &[(String, Tensor)]| -> f64 {
         let mixer = Mixer::new(&config, &Weights::new(tensors.iter().cloned().collect())).unwrap();
         let y = mixer

@@ -123,22 +123,22 @@ pub struct MixerOptions {
     /// Rank of the key/value latent: a number, energy:SHARE (X-EcoMLA's rule, layer by layer), budget:P%
     /// of the teacher's KV cache or budget:BYTES a token over all MLA layers [default: an eighth of the
     /// teacher's keys and values].
-    #[arg(long = "kv-rank", value_name = "RANK")]
+    #[arg(long, visible_alias = "kv-rank", value_name = "RANK")]
     pub kv_lora_rank: Option<RankRule>,
     /// Rank of the queries: a number or energy:SHARE [default: three quarters of the teacher's].
-    #[arg(long = "q-rank", value_name = "RANK")]
+    #[arg(long, visible_alias = "q-rank", value_name = "RANK")]
     pub q_lora_rank: Option<RankRule>,
     /// Rotated dims of a head [default: half].
-    #[arg(long = "rope-dim", value_name = "DIMS")]
+    #[arg(long, visible_alias = "rope-dim", value_name = "DIMS")]
     pub qk_rope_head_dim: Option<usize>,
     /// Un-rotated dims of a head [default: the rest].
-    #[arg(long = "nope-dim", value_name = "DIMS")]
+    #[arg(long, visible_alias = "nope-dim", value_name = "DIMS")]
     pub qk_nope_head_dim: Option<usize>,
     /// RMSNorm on the latents.
-    #[arg(long = "lora-layer-norm")]
+    #[arg(long, visible_alias = "lora-layer-norm")]
     pub use_lora_layer_norm: bool,
     /// Latent keys and values for every query head.
-    #[arg(long = "full-kv-head")]
+    #[arg(long, visible_alias = "full-kv-head")]
     pub use_full_kv_head: bool,
     /// Repeat x and B to all heads before the convolution.
     #[arg(long)]
@@ -147,8 +147,8 @@ pub struct MixerOptions {
     /// the teacher's do.
     #[arg(long, value_name = "FACTOR,WINDOW", value_parser = yarn)]
     pub yarn: Option<(f64, usize)>,
-    /// Positions a chunk of the Mamba2 scan.
-    #[arg(long, default_value_t = 256)]
+    /// Positions per chunk of the Mamba2 scan.
+    #[arg(long, default_value_t = Self::default().chunk_size)]
     pub chunk_size: usize,
 }
 

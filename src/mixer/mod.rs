@@ -148,14 +148,14 @@ impl MixerConfig {
         let mut config = self.clone();
         let tensors = match (&mut config, birth) {
             (MixerConfig::Attention(_) | MixerConfig::Window(_), _) => attention.tensors(),
-            (MixerConfig::Mla(c), Birth::Published { .. }) => mla::reference(c, attention)?,
+            (MixerConfig::Mla(c), Birth::Published { .. }) => mla::published(c, attention)?,
             (MixerConfig::Mla(c), Birth::Refined { statistics, sample }) => {
                 let (chosen, fitted) = mla::refined(c, attention, statistics, sample)?;
                 *c = chosen;
                 fitted.tensors
             }
             (MixerConfig::Mamba2(c), Birth::Published { seed }) => {
-                mamba2::reference(c, attention, *seed)?
+                mamba2::published(c, attention, *seed)?
             }
             (MixerConfig::Mamba2(c), Birth::Refined { statistics, sample }) => {
                 mamba2::refined(c, attention, statistics, sample)?.tensors

@@ -1,5 +1,6 @@
 //! Laws that every mixer keeps, in every config variant.
 
+use crate::weights::Place;
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -107,9 +108,11 @@ fn weights(config: &MixerConfig, rng: &mut ChaCha8Rng) -> BTreeMap<String, Tenso
 }
 
 fn build(config: &MixerConfig, weights: &BTreeMap<String, Tensor>, dtype: DType) -> Mixer {
-    let weights = Weights::new(weights.clone())
-        .to_device(&Device::Cpu, dtype)
-        .unwrap();
+    let place = Place {
+        compute: dtype,
+        ..Place::cpu()
+    };
+    let weights = Weights::new(weights.clone()).to(&place).unwrap();
     Mixer::new(config, &weights).unwrap()
 }
 
@@ -356,7 +359,7 @@ fn stacked_matrices_fill_their_tensors() {
     }
 }
 
-/// In f64 through the references: every parameter's gradient and the input's.
+/// In f64 through the plain versions: every parameter's gradient and the input's.
 #[test]
 fn gradients_agree_with_finite_differences() {
     for config in variants() {
@@ -403,9 +406,9 @@ fn gradients_agree_with_finite_differences() {
     }
 }
 
-/// The f32 kernels' gradients against the f64 references' through the whole mixer.
+/// The f32 kernels' gradients against those of the plain versions in f64, through the whole mixer.
 #[test]
-fn kernel_gradients_agree_with_references() {
+fn kernel_gradients_agree_with_plain_ones() {
     for config in variants() {
         let mut rng = ChaCha8Rng::seed_from_u64(13);
         let mut tensors = weights(&config, &mut rng);
@@ -463,9 +466,7 @@ fn full_rank_mla_without_rotary_dims_equals_attention_without_rope() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let tensors = weights(&config, &mut rng);
     let teacher = build(&config, &tensors, DType::F32);
-    let weights = Weights::new(tensors)
-        .to_device(&Device::Cpu, DType::F32)
-        .unwrap();
+    let weights = Weights::new(tensors).to(&Place::cpu()).unwrap();
     let source = AttentionWeights::new(&attention, &weights).unwrap();
     let mla = MlaConfig {
         num_attention_heads: 4,
@@ -479,7 +480,7 @@ fn full_rank_mla_without_rotary_dims_equals_attention_without_rope() {
         use_lora_layer_norm: false,
         rope: RopeConfig::new(10_000.0),
     };
-    let born = mla::reference(&mla, &source).unwrap().into_iter().collect();
+    let born = mla::published(&mla, &source).unwrap().into_iter().collect();
     let student = Mixer::new(&MixerConfig::Mla(mla), &Weights::new(born)).unwrap();
     let x = random(&[2, LEN, HIDDEN], 1.0, &mut rng)
         .to_dtype(DType::F32)

@@ -14,7 +14,9 @@ use crate::op::swiglu::swiglu;
 use crate::weights::Weights;
 
 mod config;
+mod parts;
 pub use config::{FORMAT_VERSION, ModelConfig};
+pub use parts::Parts;
 
 #[derive(Debug)]
 pub struct Mlp {
@@ -36,6 +38,25 @@ impl Mlp {
         let inner = swiglu(&linear(x, &self.gate_proj)?, &linear(x, &self.up_proj)?)?;
         Ok(linear(&inner, &self.down_proj)?)
     }
+}
+
+/// What a layer gives, `[B, T, D]` each.
+#[derive(Debug)]
+pub struct LayerOutput {
+    /// The residual stream after it.
+    pub hidden: Tensor,
+    /// Its mixer's output, before the residual addition.
+    pub mixed: Tensor,
+}
+
+/// The residual stream `x [B, T, D]` after `layers`.
+pub fn through<'l>(
+    layers: impl IntoIterator<Item = &'l Layer>,
+    x: Tensor,
+    documents: Option<&Documents>,
+) -> Result<Tensor> {
+    let mut layers = layers.into_iter();
+    layers.try_fold(x, |x, layer| Ok(layer.forward(&x, documents)?.hidden))
 }
 
 #[derive(Debug)]
@@ -75,10 +96,11 @@ impl Layer {
         Ok((x + y)?)
     }
 
-    /// `x [B, T, D]` → the layer's output and its mixer's (before the residual addition), same shapes.
-    pub fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<(Tensor, Tensor)> {
+    /// `x [B, T, D]` → what the layer makes of it.
+    pub fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<LayerOutput> {
         let mixed = self.mixer.forward(&self.mixer_input(x)?, documents)?;
-        Ok((self.finish(x, &mixed)?, mixed))
+        let hidden = self.finish(x, &mixed)?;
+        Ok(LayerOutput { hidden, mixed })
     }
 
     fn resume(&self, x: &Tensor, state: &mut MixerState, at: &Positions) -> Result<Tensor> {
@@ -175,10 +197,7 @@ impl Lm {
 
     /// `ids [B, T]` → logits `[B, T, V]`.
     pub fn forward(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let mut x = self.embed(ids)?;
-        for layer in &self.layers {
-            x = layer.forward(&x, documents)?.0;
-        }
+        let x = through(&self.layers, self.embed(ids)?, documents)?;
         self.head(&self.normed(&x)?)
     }
 
@@ -187,9 +206,9 @@ impl Lm {
         let mut hidden = vec![self.embed(ids)?];
         let mut mixer_out = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
-            let (x, mixed) = layer.forward(hidden.last().expect("starts with one"), documents)?;
-            hidden.push(x);
-            mixer_out.push(mixed);
+            let given = layer.forward(hidden.last().expect("starts with one"), documents)?;
+            hidden.push(given.hidden);
+            mixer_out.push(given.mixed);
         }
         let last = hidden.pop().expect("starts with one");
         hidden.push(self.normed(&last)?);

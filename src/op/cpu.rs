@@ -1,13 +1,6 @@
 //! What the CPU kernels share: slices out of candle storage, vectorisable exponentials, row loops.
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
-
-/// Whether every tensor is f32 on the CPU, where the kernels work.
-pub fn takes(tensors: &[&Tensor]) -> bool {
-    tensors
-        .iter()
-        .all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
-}
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 
 /// `a · b + c`, fused where the processor can.
 #[inline(always)]

@@ -1,5 +1,5 @@
-//! What every kernel owes its reference, and what its tests share. Public functions send f32 to the kernel
-//! and f64 to the reference, so one closure shows both.
+//! What every kernel owes its plain version, and what its tests share. Public functions send f32 to the kernel
+//! and f64 to the plain version, so one closure shows both.
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use rand::{RngExt, SeedableRng};
@@ -90,8 +90,8 @@ fn run(
     (y.detach(), grads.collect())
 }
 
-/// Kernel and reference agree in value and in every gradient (`tolerance`, relative to the largest
-/// entry); the reference's gradients agree with finite differences.
+/// Kernel and plain version agree in value and in every gradient (`tolerance`, relative to the largest
+/// entry); the plain version's gradients agree with finite differences.
 pub fn check(
     what: &str,
     inputs: &[Tensor],

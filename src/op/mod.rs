@@ -1,9 +1,9 @@
 //! Kernels. One folder an operation: `mod.rs` the public function and its `CustomOp` (forward and
-//! backward), `reference.rs` the same in plain tensor operations, `cpu.rs` loops over slices,
+//! backward), `plain.rs` the same in plain tensor operations, `cpu.rs` loops over slices,
 //! `tests.rs` the laws between them.
 //!
 //! Every public function takes tensors on any device: f32 tensors on the CPU go to the kernel, all
-//! else (other devices, f64 in gradient tests) to the differentiable reference.
+//! else (other devices, f64 in gradient tests) to the differentiable plain version.
 
 mod documents;
 pub use documents::Documents;
@@ -22,6 +22,7 @@ pub mod matmul;
 pub mod muon;
 pub mod rms_norm;
 pub mod rope;
+pub mod route;
 pub mod runtime;
 pub mod ssd;
 pub mod swiglu;

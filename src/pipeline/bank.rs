@@ -1,6 +1,5 @@
 //! The candidates of a bank, and which of two stands where.
 
-use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::base::Base;
@@ -148,7 +147,7 @@ impl Places {
         watch: &dyn Watch,
     ) -> Result<Self> {
         let [place, elsewhere] = pair.of(&bank.kinds())?;
-        let model = |at: usize| bank.candidates[at].1.model(&base.device, DType::F32);
+        let model = |at: usize| bank.candidates[at].1.model(&base.place);
         let windows = (tokens / seq_len.max(1)).max(1);
         let (teacher, other, everywhere) = (base.lm()?, model(place)?, model(elsewhere)?);
         Ok(Self {

@@ -1,44 +1,44 @@
 //! An opened teacher, and what can be made from it: shared by the commands and by recipes.
 
 use std::path::Path;
-
-use candle_core::{DType, Device};
+use std::sync::OnceLock;
 
 use super::bank::bank_plans;
 use crate::Result;
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::Checkpoint;
 use crate::convert::{
-    Calibration, CalibrationConfig, Composed, Init, PlanOptions, calibrate, compose, plan,
-    settle_ranks,
+    Calibration, CalibrationConfig, Init, PlanOptions, calibrate, compose, plan, settle_ranks,
 };
 use crate::data::{Corpus, Tokenizer};
 use crate::mixer::LayerKind;
-use crate::model::{Lm, ModelConfig};
+use crate::model::{Lm, ModelConfig, Parts};
 use crate::train::Stage;
 use crate::train::stage::ild::{Ild, IldConfig};
 use crate::train::stage::kd::{Kd, KdConfig};
 use crate::watch::Watch;
-use crate::weights::Weights;
+use crate::weights::Place;
 
 /// A Llama checkpoint, opened once.
 pub struct Base {
     pub checkpoint: Checkpoint,
-    /// f32, on the CPU.
-    pub weights: Weights,
+    pub parts: Parts,
     pub tokenizer: Tokenizer,
-    pub device: Device,
+    pub place: Place,
+    /// Once it was asked for.
+    hash: OnceLock<String>,
 }
 
 impl Base {
-    pub fn open(folder: &Path, device: Device) -> Result<Self> {
+    pub fn open(folder: &Path, place: Place) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let tokenizer = Tokenizer::open(folder)?;
         tokenizer.check(checkpoint.config.vocab_size)?;
         Ok(Self {
-            weights: checkpoint.weights(DType::F32, &Device::Cpu)?,
+            parts: checkpoint.parts()?,
             tokenizer,
             checkpoint,
-            device,
+            place,
+            hash: OnceLock::new(),
         })
     }
 
@@ -50,15 +50,18 @@ impl Base {
         &self.checkpoint.folder
     }
 
-    /// The model on its device.
+    /// The model in its place.
     pub fn lm(&self) -> Result<Lm> {
-        let weights = self.weights.to_device(&self.device, DType::F32)?;
-        Lm::new(self.config(), &weights)
+        self.parts.lm(&self.place)
     }
 
     /// A fingerprint of sizes and weights.
     pub fn hash(&self) -> Result<String> {
-        checkpoint::fingerprint(self.config(), &self.weights)
+        if let Some(known) = self.hash.get() {
+            return Ok(known.clone());
+        }
+        let found = self.parts.hash()?;
+        Ok(self.hash.get_or_init(|| found).clone())
     }
 
     /// [`calibrate`], kept in `folder`.
@@ -69,7 +72,7 @@ impl Base {
         folder: &Path,
         watch: &dyn Watch,
     ) -> Result<Calibration> {
-        calibrate(&self.lm()?, &self.weights, corpus, config, folder, watch)
+        calibrate(&self.parts, &self.place, corpus, config, folder, watch)
     }
 
     /// The student's config; ranks that depend on weights are settled.
@@ -78,17 +81,12 @@ impl Base {
         options: &PlanOptions,
         calibration: Option<&Calibration>,
     ) -> Result<ModelConfig> {
-        let settled = settle_ranks(self.config(), &self.weights, options, calibration)?;
+        let settled = settle_ranks(&self.parts, options, calibration)?;
         plan(self.config(), &settled)
     }
 
-    pub fn compose(
-        &self,
-        student: &ModelConfig,
-        init: &Init,
-        watch: &dyn Watch,
-    ) -> Result<Composed> {
-        compose(self.config(), &self.weights, student, init, watch)
+    pub fn compose(&self, student: &ModelConfig, init: &Init, watch: &dyn Watch) -> Result<Parts> {
+        compose(&self.parts, student, init, watch)
     }
 
     /// ILD of candidates for every layer.
@@ -104,34 +102,30 @@ impl Base {
         watch: &dyn Watch,
     ) -> Result<Stage> {
         let calibration = match init {
-            Init::Reference { .. } => None,
+            Init::Published { .. } => None,
             Init::Refined { calibration, .. } => Some(*calibration),
         };
         let plans = bank_plans(options, kinds, self.config().layers.len())?;
         let candidates = plans.into_iter().map(|(kind, options)| {
             let student = self.plan(&options, calibration)?;
-            let composed = self.compose(&student, init, watch)?;
-            let weights = Weights::new(composed.tensors).to_device(&self.device, DType::F32)?;
-            Ok((kind, composed.config, weights))
+            Ok((kind, self.compose(&student, init, watch)?))
         });
         let candidates = candidates.collect::<Result<_>>()?;
-        let ild = Ild::bank(self.lm()?, self.hash()?, candidates, config)?;
+        let ild = Ild::bank(self.lm()?, self.hash()?, candidates, config, &self.place)?;
         Ok(Stage::Ild(ild))
     }
 
     /// ILD of one hybrid.
     pub fn ild(&self, student: &Checkpoint, config: IldConfig) -> Result<Stage> {
-        let weights = student.weights(DType::F32, &self.device)?;
-        let student = (student.config.clone(), weights);
-        let ild = Ild::student(self.lm()?, self.hash()?, student, config)?;
+        let student = student.parts()?;
+        let ild = Ild::student(self.lm()?, self.hash()?, student, config, &self.place)?;
         Ok(Stage::Ild(ild))
     }
 
     /// KD of `student`, whose layers `settled` an earlier stage has trained.
     pub fn kd(&self, student: &Checkpoint, settled: &[usize], config: KdConfig) -> Result<Stage> {
-        let weights = student.weights(DType::F32, &self.device)?;
         let (lm, hash) = (self.lm()?, self.hash()?);
-        let kd = Kd::new(lm, hash, &student.config, &weights, settled, config)?;
+        let kd = Kd::new(lm, hash, &student.parts()?, settled, config, &self.place)?;
         Ok(Stage::Kd(Box::new(kd)))
     }
 }

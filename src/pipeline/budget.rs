@@ -1,7 +1,6 @@
 //! Mixer and rank of every layer under a budget of bytes: what each kind of layer costs the teacher in each place alone, and
 //! the choice of least damage that fits.
 
-use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::bank;
@@ -12,9 +11,8 @@ use crate::data::Corpus;
 use crate::eval::sensitivity::{Score, sensitivity};
 use crate::mixer::mla::{plan::MlaKind, rank::RankRule};
 use crate::mixer::{Cost, LayerKind};
-use crate::model::{Lm, ModelConfig};
+use crate::model::ModelConfig;
 use crate::watch::Watch;
-use crate::weights::Weights;
 use crate::{Error, Result};
 
 /// Where none are named: Mamba2, and MLA of these ranks.
@@ -194,12 +192,8 @@ pub fn damages(
     };
     for (i, (kind, student)) in models.into_iter().enumerate() {
         let lm = match candidates {
-            Candidates::Born { init, .. } => {
-                let composed = base.compose(&student, init, watch)?;
-                let weights = Weights::new(composed.tensors).to_device(&base.device, DType::F32)?;
-                Lm::new(&composed.config, &weights)?
-            }
-            Candidates::Bank(bank) => bank.candidates[i].1.model(&base.device, DType::F32)?,
+            Candidates::Born { init, .. } => base.compose(&student, init, watch)?.lm(&base.place)?,
+            Candidates::Bank(bank) => bank.candidates[i].1.model(&base.place)?,
         };
         let found = sensitivity(&teacher, &teacher, &lm, corpus, windows, seq_len, watch)?;
         damages.tokens = found.tokens;

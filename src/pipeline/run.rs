@@ -5,7 +5,6 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
@@ -16,7 +15,7 @@ use super::check::Checked;
 use super::recipe::{DpoStage, IldStage, KdStage, Recipe, SelectStage};
 use super::training::{start_training, tell_step};
 use crate::checkpoint::{self, Bank, Checkpoint, Format};
-use crate::convert::{Calibration, Composed, Init, InitName, PlanOptions, compose_from_bank, grow};
+use crate::convert::{Calibration, Init, InitName, PlanOptions, compose_from_bank, grow};
 use crate::data::{Batches, Corpus, Preferences};
 use crate::eval::kl::{self, KlReport};
 use crate::hash::Hash;
@@ -24,12 +23,13 @@ use crate::numerics;
 use crate::train::stage::dpo::Dpo;
 use crate::train::{RunOptions, Stage, StepMetrics, TrainConfig, partial_folder, train};
 use crate::watch::Watch;
+use crate::weights::Place;
 use crate::{Error, Result};
 
 /// What the surroundings of a run decide; none of it changes the result.
 pub struct Surroundings<'a> {
     pub out: &'a Path,
-    pub device: Device,
+    pub place: Place,
     /// Optimizer steps between saves.
     pub save_every: u64,
     pub watch: &'a dyn Watch,
@@ -129,7 +129,7 @@ struct Student {
 impl<'a> Run<'a> {
     fn open(recipe: &'a Recipe, with: &Surroundings) -> Result<Self> {
         let checked = Checked::open(recipe, with.out, with.out)?;
-        let base = Base::open(&checked.teacher, with.device.clone())?;
+        let base = Base::open(&checked.teacher, with.place.clone())?;
         Ok(Self {
             hash: base.hash()?,
             recipe,
@@ -222,7 +222,7 @@ impl<'a> Run<'a> {
     fn key(&self, stage: numerics::Stage, name: &str, settings: serde_json::Value) -> String {
         let all = json!({
             "stage": name,
-            "numerics": numerics::version(stage, &self.base.device),
+            "numerics": numerics::version(stage, &self.base.place.device),
             "base": self.hash,
             "data": self.train.hash(),
             "settings": settings,
@@ -252,7 +252,7 @@ impl<'a> Run<'a> {
                 calibration,
                 own_inputs,
             },
-            _ => Init::Reference {
+            _ => Init::Published {
                 seed: self.recipe.seed,
             },
         }
@@ -260,7 +260,7 @@ impl<'a> Run<'a> {
 
     /// What decides an initialisation.
     fn birth(&self) -> serde_json::Value {
-        let device = &self.base.device;
+        let device = &self.base.place.device;
         json!({
             "init": self.recipe.init,
             "calibration": self.recipe.calibration,
@@ -363,31 +363,30 @@ impl<'a> Run<'a> {
         let folder = with.out.join(format!("hybrid-{key}"));
         if !folder.exists() {
             let student = self.base.plan(options, calibration)?;
-            let composed: Composed = match (bank, before) {
-                (Some(bank), _) => {
-                    compose_from_bank(&self.base.weights, &student, &Bank::open(&bank.folder)?)?
-                }
+            let composed = match (bank, before) {
+                (Some(bank), _) => compose_from_bank(
+                    &self.base.parts.weights,
+                    &student,
+                    &Bank::open(&bank.folder)?,
+                )?,
                 // What has been trained since is not what layers could be fitted to: they get the teacher's inputs.
                 (None, before) => {
                     let own_inputs = before.is_none();
-                    let mut composed = self.base.compose(
-                        &student,
-                        &self.init(calibration, own_inputs),
-                        with.watch,
-                    )?;
-                    if let Some(before) = before {
-                        let before = Checkpoint::open(&before.folder)?;
-                        let weights = before.weights(DType::F32, &Device::Cpu)?;
-                        grow(&mut composed, &before.config, &weights)?;
+                    let init = self.init(calibration, own_inputs);
+                    let composed = self.base.compose(&student, &init, with.watch)?;
+                    match before {
+                        Some(before) => {
+                            grow(composed, &Checkpoint::open(&before.folder)?.parts()?)?
+                        }
+                        None => composed,
                     }
-                    composed
                 }
             };
             checkpoint::save(
                 &folder,
                 Format::Zebroid,
                 &composed.config,
-                &composed.tensors,
+                &composed.weights,
                 Some(self.base.folder()),
                 false,
             )?;
@@ -404,7 +403,7 @@ impl<'a> Run<'a> {
         with: &Surroundings,
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let other = match &kd.teacher {
-            Some(folder) => Some(Base::open(folder, with.device.clone())?),
+            Some(folder) => Some(Base::open(folder, with.place.clone())?),
             None => None,
         };
         let teacher = other.as_ref().unwrap_or(&self.base);
@@ -425,20 +424,11 @@ impl<'a> Run<'a> {
     ) -> Result<(Student, Vec<StepMetrics>)> {
         let settings = json!({ "dpo": dpo, "student": student.key, "pairs": pairs.hash() });
         let key = self.key(numerics::Stage::Dpo, "dpo", settings);
-        let stored = with.out.join(format!("reference-{key}.safetensors"));
-        let device = with.device.clone();
+        let stored = with.out.join(format!("frozen-{key}.safetensors"));
         self.train("dpo", key, &dpo.train, pairs, with, || {
-            let student = Checkpoint::open(&student.folder)?;
-            let weights = student.weights(DType::F32, &device)?;
+            let student = Checkpoint::open(&student.folder)?.parts()?;
             let config = dpo.objective;
-            let dpo = Dpo::new(
-                &student.config,
-                &weights,
-                pairs,
-                config,
-                &stored,
-                with.watch,
-            );
+            let dpo = Dpo::new(&student, pairs, config, &stored, &with.place, with.watch);
             Ok(Stage::Dpo(dpo?))
         })
     }
@@ -498,7 +488,7 @@ impl<'a> Run<'a> {
         let path = with.out.join(format!("eval-{key}.json"));
         let eval = &self.recipe.eval;
         let kl = self.once(&path, || {
-            let lm = Checkpoint::open(&student.folder)?.model(&with.device, DType::F32)?;
+            let lm = Checkpoint::open(&student.folder)?.model(&with.place)?;
             kl::evaluate(
                 &self.base.lm()?,
                 &lm,

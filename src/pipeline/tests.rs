@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
-
 use super::*;
 use crate::checkpoint::{self, Checkpoint, Format};
 use crate::mixer::MixerConfig;
 use crate::watch::Watch;
+use crate::weights::Place;
 use crate::{Error, Result};
 
 /// Every stage there is, small enough for a test.
@@ -75,7 +74,7 @@ fn carry_out(recipe: &Recipe, out: &Path, stop_after: usize) -> (Result<Outcome>
     };
     let surroundings = Surroundings {
         out,
-        device: Device::Cpu,
+        place: Place::cpu(),
         save_every: 100,
         watch: &watch,
     };
@@ -120,7 +119,7 @@ fn killed_anywhere_a_run_ends_the_same() {
             "eval",
             "kd 1",
             "eval",
-            "dpo reference",
+            "dpo, frozen model",
             "dpo",
             "eval"
         ]
@@ -153,7 +152,7 @@ fn killed_anywhere_a_run_ends_the_same() {
     let mut other = recipe.clone();
     other.kd[0].train.lr = 2e-3;
     let stages = carry_out(&other, &straight, 0).1;
-    assert_eq!(stages, ["kd 1", "eval", "dpo reference", "dpo", "eval"]);
+    assert_eq!(stages, ["kd 1", "eval", "dpo, frozen model", "dpo", "eval"]);
 }
 
 /// Everything that a score depends on is part of its key.
@@ -194,7 +193,7 @@ fn a_budget_chooses_mixers_and_ranks() {
     let options = recipe
         .plan
         .with_layers(chosen.iter().map(|c| c.kind).collect());
-    let base = Base::open(&outcome.base, Device::Cpu).unwrap();
+    let base = Base::open(&outcome.base, Place::cpu()).unwrap();
     assert_eq!(damages.options.len(), 3);
     let planned = base.plan(&options, None).unwrap();
     let sizes = |c: &crate::model::ModelConfig| {
@@ -275,7 +274,7 @@ fn a_window_goes_through_bank_selection_and_training() {
     assert_eq!(names.filter(|name| *name == "window").count(), 1);
     let per_token = |length: usize| checkpoint.config.cost(length).cached / length;
     assert!(per_token(18) > 0 && per_token(1800) * 99 <= per_token(18));
-    let tensors = checkpoint.raw_tensors().unwrap();
+    let tensors = checkpoint.stored().unwrap();
     for (format, word) in [
         (Format::Amd, "(window) is neither"),
         (Format::Llama, "is not attention"),
@@ -444,7 +443,7 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
 fn more_layers_can_be_converted_on_the_way() {
     let mut recipe = Recipe::parse(SMALL).unwrap();
     (recipe.ild, recipe.select, recipe.dpo) = (None, None, None);
-    recipe.init = crate::convert::InitName::Reference;
+    recipe.init = crate::convert::InitName::Published;
     recipe.plan.attention = vec![1, 2, 3];
     let mut more = recipe.kd[0].clone();
     let mut plan = recipe.plan.clone();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
-use crate::data::Batches;
+use crate::data::{Batch, Batches};
 use crate::model::Lm;
 use crate::{Error, Result};
 
@@ -50,6 +50,8 @@ pub enum LrScheduler {
 }
 
 const MUON_MOMENTUM: f64 = 0.95;
+/// Share of the steps in which wsd falls, where nobody says.
+const WSD_DECAY: f64 = 0.5;
 
 /// How to train; everything here decides the result, so a resumed run must agree with it. The same on the
 /// command line and in a recipe's `train`.
@@ -65,49 +67,53 @@ pub struct TrainConfig {
     /// Passes over the data [default, if neither tokens nor steps are given: 1].
     #[arg(long, conflicts_with_all = ["steps", "tokens"])]
     pub epochs: Option<f64>,
-    /// Windows (or preference pairs) a micro-batch.
-    #[arg(long, default_value_t = 16)]
+    /// Windows (or preference pairs) per micro-batch.
+    #[arg(long, default_value_t = Self::default().batch_size)]
     pub batch_size: usize,
-    /// Micro-batches a step.
-    #[arg(long, default_value_t = 1)]
+    /// Micro-batches per step.
+    #[arg(long, default_value_t = Self::default().accumulation)]
     pub accumulation: usize,
-    /// Tokens a window.
-    #[arg(long, default_value_t = 256)]
+    /// Tokens per window.
+    #[arg(long, default_value_t = Self::default().seq_len)]
     pub seq_len: usize,
     /// What a step follows.
-    #[arg(long, value_enum, default_value = "adamw")]
+    #[arg(long, value_enum, default_value_t = Self::default().optimizer)]
     pub optimizer: OptimizerName,
     /// Peak learning rate.
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = Self::default().lr)]
     pub lr: f64,
     /// Peak learning rate of what Muon leaves to AdamW: embedding, head, norms, vectors [default: that of --lr].
     #[arg(long)]
     pub adamw_lr: Option<f64>,
     /// Share of the steps that warm up linearly.
-    #[arg(long, default_value_t = 0.01)]
+    #[arg(long, default_value_t = Self::default().warmup)]
     pub warmup: f64,
     /// How the learning rate falls.
-    #[arg(long, value_enum, default_value = "cosine")]
+    #[arg(long, value_enum, default_value_t = Self::default().lr_scheduler)]
     pub lr_scheduler: LrScheduler,
-    /// Share of the steps in which wsd falls; 1 is a straight line from the beginning.
-    #[arg(long, default_value_t = 0.5)]
-    pub decay: f64,
+    /// Share of the steps in which wsd falls; 1 is a straight line from the beginning [default: 0.5].
+    #[arg(long)]
+    pub decay: Option<f64>,
     /// Learning rate at the end, as a share of the peak.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = Self::default().min_lr)]
     pub min_lr: f64,
-    #[arg(long, default_value_t = 0.0)]
+    /// Decoupled weight decay, times the learning rate.
+    #[arg(long, default_value_t = Self::default().weight_decay)]
     pub weight_decay: f64,
-    #[arg(long, default_value_t = 0.9)]
+    /// AdamW's decay of first moments.
+    #[arg(long, default_value_t = Self::default().beta1)]
     pub beta1: f64,
-    #[arg(long, default_value_t = 0.95)]
+    /// AdamW's decay of second moments.
+    #[arg(long, default_value_t = Self::default().beta2)]
     pub beta2: f64,
-    #[arg(long, default_value_t = 1e-8)]
+    /// AdamW's term against division by 0.
+    #[arg(long, default_value_t = Self::default().eps)]
     pub eps: f64,
     /// Global gradient norm is clipped to this; 0 never clips.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = Self::default().clip)]
     pub clip: f64,
-    /// Of the data order, and of what an initialisation draws.
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the data order, and of what an initialisation draws.
+    #[arg(long, default_value_t = Self::default().seed)]
     pub seed: u64,
 }
 
@@ -125,7 +131,7 @@ impl Default for TrainConfig {
             adamw_lr: None,
             warmup: 0.01,
             lr_scheduler: LrScheduler::Cosine,
-            decay: 0.5,
+            decay: None,
             min_lr: 0.0,
             weight_decay: 0.0,
             beta1: 0.9,
@@ -164,7 +170,11 @@ impl TrainConfig {
             ("lr", self.lr, 0.0..=1.0),
             ("warmup", self.warmup, 0.0..=1.0),
             ("adamw_lr", self.adamw_lr.unwrap_or(0.0), 0.0..=1.0),
-            ("decay", self.decay, f64::MIN_POSITIVE..=1.0),
+            (
+                "decay",
+                self.decay.unwrap_or(WSD_DECAY),
+                f64::MIN_POSITIVE..=1.0,
+            ),
             ("min_lr", self.min_lr, 0.0..=1.0),
             ("weight_decay", self.weight_decay, 0.0..=f64::MAX),
             ("beta1", self.beta1, 0.0..=1.0 - f64::EPSILON),
@@ -180,6 +190,25 @@ impl TrainConfig {
                     false => format!("between {low} and {high}"),
                 };
                 return Err(Error::invalid(format!("{name} {value} must be {wanted}")));
+            }
+        }
+        // What would not be read is a mistake.
+        for (name, given, owner, owned) in [
+            (
+                "adamw_lr",
+                self.adamw_lr.is_some(),
+                "optimizer muon",
+                self.optimizer == OptimizerName::Muon,
+            ),
+            (
+                "decay",
+                self.decay.is_some(),
+                "lr_scheduler wsd",
+                self.lr_scheduler == LrScheduler::Wsd,
+            ),
+        ] {
+            if given && !owned {
+                return Err(Error::invalid(format!("{name} is for {owner}")));
             }
         }
         let lengths = [
@@ -247,7 +276,7 @@ impl TrainConfig {
         let done = step as f64 / steps as f64;
         let fall = match self.lr_scheduler {
             LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
-            LrScheduler::Wsd => ((1.0 - done) / self.decay).min(1.0),
+            LrScheduler::Wsd => ((1.0 - done) / self.decay.unwrap_or(WSD_DECAY)).min(1.0),
         };
         rise * (self.min_lr + (1.0 - self.min_lr) * fall)
     }
@@ -353,14 +382,19 @@ pub fn train(
         let started = Instant::now();
         let step = run.step;
         let segment = stage.start_step(step, steps);
-        let (loss, mut terms, tokens) = accumulate(stage, data, config, step)?;
-        // Before any group is updated, so that what is kept is always whole.
-        let diverged = |e| run.diverged(e, step, config);
-        let grad_norm = norms(stage, loss).map_err(diverged)?;
         let rules = config.rules(step - segment.start, segment.end - segment.start);
-        for (group, norm) in stage.groups_mut().into_iter().zip(&grad_norm) {
-            group.update(*norm, config.clip, &rules)?;
-        }
+        let batches = config
+            .batches_of(step)
+            .map(|index| data.batch(config.seed, index, config.batch_size, config.seq_len));
+        let batches = batches.collect::<Result<Vec<_>>>()?;
+        let tokens = batches.iter().map(|b| (b.rows * b.len) as u64).sum();
+        let Step {
+            loss,
+            mut terms,
+            grad_norm,
+            ..
+        } = take_step(stage, &batches, config.clip, &rules)
+            .map_err(|e| run.diverged(e, step, config))?;
         let elapsed = started.elapsed();
         run.step += 1;
         if let (Some(validation), Some(student)) = (&options.validation, stage.student())
@@ -377,7 +411,7 @@ pub fn train(
             step: run.step,
             tokens: run.tokens() + tokens,
             loss,
-            lr: rules.adamw.lr,
+            lr: rules.lr(),
             grad_norm,
             terms,
             tokens_per_s: seen as f64 / seconds.as_secs_f64(),
@@ -406,37 +440,33 @@ pub fn train(
     run.finish(stage, &options)
 }
 
-/// The gradients' norm of every group.
-///
-/// # Errors
-/// A loss or a gradient that is not finite.
-fn norms(stage: &mut Stage, loss: f64) -> Result<Vec<f64>> {
-    if !loss.is_finite() {
-        return Err(Error::invalid(format!("the loss is {loss}")));
-    }
-    let groups = stage.groups_mut();
-    groups.into_iter().map(|group| group.grad_norm()).collect()
+/// What a step was like.
+pub struct Step {
+    pub loss: f64,
+    /// The stage's own figures.
+    pub terms: serde_json::Map<String, serde_json::Value>,
+    /// Before clipping; one a parameter group.
+    pub grad_norm: Vec<f64>,
+    /// Where the time went, in seconds, in order.
+    pub phases: Vec<(&'static str, f64)>,
 }
 
-/// Gradients of one step, those of one large batch, left in the stage's groups. Loss, the stage's figures,
-/// and tokens.
-fn accumulate(
+/// One step on micro-batches that count as one large batch: gradients, clip, update.
+///
+/// # Errors
+/// A loss or a gradient that is not finite: nothing was updated then, so that what is kept is always whole.
+pub fn take_step(
     stage: &mut Stage,
-    data: &dyn Batches,
-    config: &TrainConfig,
-    step: u64,
-) -> Result<(f64, serde_json::Map<String, serde_json::Value>, u64)> {
-    let batches = config
-        .batches_of(step)
-        .map(|index| data.batch(config.seed, index, config.batch_size, config.seq_len));
-    let batches = batches.collect::<Result<Vec<_>>>()?;
-    let shares = stage.shares(&batches)?;
+    batches: &[Batch],
+    clip: f64,
+    rules: &Optimizer,
+) -> Result<Step> {
+    let shares = stage.shares(batches)?;
     let mut loss = 0.0;
-    let mut tokens = 0;
     let mut sums: Vec<(String, f64)> = Vec::new();
+    let mut phases: Vec<(&'static str, f64)> = Vec::new();
     for (batch, share) in batches.iter().zip(&shares) {
         let terms = stage.backward(batch, share)?;
-        tokens += (batch.rows * batch.len) as u64;
         loss += terms.loss;
         for (name, value) in terms.named {
             match sums.iter_mut().find(|(known, _)| *known == name) {
@@ -444,9 +474,31 @@ fn accumulate(
                 None => sums.push((name, value)),
             }
         }
+        for (name, seconds) in terms.phases {
+            match phases.iter_mut().find(|(known, _)| *known == name) {
+                Some(sum) => sum.1 += seconds,
+                None => phases.push((name, seconds)),
+            }
+        }
     }
+    if !loss.is_finite() {
+        return Err(Error::invalid(format!("the loss is {loss}")));
+    }
+    let optimizing = Instant::now();
+    let groups = stage.groups_mut();
+    let grad_norm = groups.into_iter().map(|group| group.grad_norm());
+    let grad_norm = grad_norm.collect::<Result<Vec<f64>>>()?;
+    for (group, norm) in stage.groups_mut().into_iter().zip(&grad_norm) {
+        group.update(*norm, clip, rules)?;
+    }
+    phases.push(("clip and update", optimizing.elapsed().as_secs_f64()));
     let named = sums.into_iter().map(|(name, value)| (name, value.into()));
-    Ok((loss, named.collect(), tokens))
+    Ok(Step {
+        loss,
+        terms: named.collect(),
+        grad_norm,
+        phases,
+    })
 }
 
 /// Where a run that is not finished keeps its things.

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::op::adamw::{AdamW, adamw_step, sum_of_squares};
 use crate::op::muon::{Muon, muon_step};
-use crate::weights::Weights;
+use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 /// The rules of one step.
@@ -16,6 +16,13 @@ pub struct Optimizer {
     pub adamw: AdamW,
     /// For weight matrices, where it is given; all else follows AdamW.
     pub muon: Option<Muon>,
+}
+
+impl Optimizer {
+    /// Of the weight matrices.
+    pub fn lr(&self) -> f64 {
+        self.muon.map_or(self.adamw.lr, |muon| muon.lr)
+    }
 }
 
 struct Param {
@@ -48,25 +55,31 @@ pub struct ParamGroup {
 }
 
 impl ParamGroup {
-    /// Makes variables (f32) of the tensors that `trained` picks and returns, with the group, all weights
-    /// as a model should see them. `stacked`: the rows of the matrices in a tensor that holds several.
+    /// Makes variables (f32) of the weights that `trained` picks and returns, with the group, all weights as a model in
+    /// `place` should see them; what is not trained stays as it is kept. `stacked`: the rows of the matrices in a tensor that holds several.
     pub fn new(
         weights: &Weights,
         trained: impl Fn(&str) -> bool,
         stacked: &BTreeMap<String, Vec<usize>>,
+        place: &Place,
     ) -> Result<(Self, Weights)> {
         let mut params = BTreeMap::new();
-        let mut seen = weights.to_map();
-        for (name, tensor) in weights.iter().filter(|(name, _)| trained(name)) {
+        let (picked, frozen): (BTreeMap<_, _>, BTreeMap<_, _>) = weights
+            .to_map()
+            .into_iter()
+            .partition(|(name, _)| trained(name));
+        let mut seen = Weights::from(frozen).to(place)?.to_map();
+        for (name, weight) in &picked {
             // A copy: the source (the teacher) must stay as it is.
-            let var = Var::from_tensor(&tensor.to_dtype(DType::F32)?.copy()?)?;
+            let tensor = weight.to_tensor()?.to_dtype(DType::F32)?.copy()?;
+            let var = Var::from_tensor(&tensor.to_device(&place.device)?)?;
             let mut shape = tensor.dims().to_vec();
             shape.insert(0, 2);
-            seen.insert(name.to_owned(), var.as_tensor().clone());
+            seen.insert(name.clone(), var.as_tensor().clone().into());
             params.insert(
-                name.to_owned(),
+                name.clone(),
                 Param {
-                    moments: Tensor::zeros(shape, DType::F32, tensor.device())?,
+                    moments: Tensor::zeros(shape, DType::F32, &place.device)?,
                     var,
                     grad: None,
                     steps: 0,
@@ -74,7 +87,7 @@ impl ParamGroup {
                 },
             );
         }
-        Ok((Self { params }, Weights::new(seen)))
+        Ok((Self { params }, seen.into()))
     }
 
     /// Adds the group's gradients of one backward pass.

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::stage::dpo::{Dpo, DpoConfig};
 use super::stage::ild::{Ild, IldConfig, IldInputs};
@@ -15,9 +15,10 @@ use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig};
-use crate::model::{FORMAT_VERSION, Lm, ModelConfig};
+use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::numerics;
 use crate::watch::Quiet;
+use crate::weights::Place;
 use crate::weights::Weights;
 
 fn teacher_config() -> ModelConfig {
@@ -120,63 +121,61 @@ fn config(steps: u64) -> TrainConfig {
     }
 }
 
-fn teacher() -> (Lm, Weights) {
-    let stage = Pretrain::new(&teacher_config(), 5, &Device::Cpu).unwrap();
+fn parts() -> Parts {
+    let stage = Pretrain::new(&teacher_config(), 5, &Place::cpu()).unwrap();
     let tensors: BTreeMap<_, _> = stage
         .student
         .params
         .tensors()
         .map(|(n, t)| (n.to_owned(), t.detach()))
         .collect();
-    let weights = Weights::new(tensors);
-    (Lm::new(&teacher_config(), &weights).unwrap(), weights)
+    Parts::new(teacher_config(), &tensors)
 }
 
-fn student(kinds: [LayerKind; 2]) -> (ModelConfig, Weights) {
-    let (_, weights) = teacher();
+fn teacher() -> Lm {
+    parts().lm(&Place::cpu()).unwrap()
+}
+
+fn student(kinds: [LayerKind; 2]) -> Parts {
     let student = plan(
         &teacher_config(),
         &PlanOptions::default().with_layers(kinds.to_vec()),
     )
     .unwrap();
-    let composed = compose(
-        &teacher_config(),
-        &weights,
-        &student,
-        &Init::Reference { seed: 1 },
-        &Quiet::default(),
-    )
-    .unwrap();
-    (student, Weights::new(composed.tensors))
+    let init = Init::Published { seed: 1 };
+    compose(&parts(), &student, &init, &Quiet::default()).unwrap()
 }
 
 const NAMES: [&str; 6] = ["pretrain", "ild", "ild-joint", "kd", "kd-stepwise", "dpo"];
 
 fn stage(setting: &Setting, name: &str) -> Stage {
     let (mla, mamba2) = (LayerKind::MLA, LayerKind::Mamba2);
-    let bank = || {
-        [mla, mamba2].map(|kind| {
-            let (config, weights) = student([kind; 2]);
-            (kind, config, weights)
-        })
-    };
+    let bank = || [mla, mamba2].map(|kind| (kind, student([kind; 2])));
     let hybrid = student([mla, mamba2]);
     let kd = |config: KdConfig| {
-        let (student, weights) = student([mla, mamba2]);
-        let kd = Kd::new(teacher().0, "t".into(), &student, &weights, &[], config);
+        let student = student([mla, mamba2]);
+        let kd = Kd::new(teacher(), "t".into(), &student, &[], config, &Place::cpu());
         Stage::Kd(Box::new(kd.unwrap()))
     };
     match name {
-        "pretrain" => Stage::Pretrain(Pretrain::new(&teacher_config(), 5, &Device::Cpu).unwrap()),
+        "pretrain" => Stage::Pretrain(Pretrain::new(&teacher_config(), 5, &Place::cpu()).unwrap()),
         "ild" => Stage::Ild(
-            Ild::bank(teacher().0, "t".into(), bank().into(), IldConfig::default()).unwrap(),
+            Ild::bank(
+                teacher(),
+                "t".into(),
+                bank().into(),
+                IldConfig::default(),
+                &Place::cpu(),
+            )
+            .unwrap(),
         ),
         "ild-joint" => {
             let config = IldConfig {
                 inputs: IldInputs::Joint,
                 ..IldConfig::default()
             };
-            Stage::Ild(Ild::student(teacher().0, "t".into(), hybrid, config).unwrap())
+            let ild = Ild::student(teacher(), "t".into(), hybrid, config, &Place::cpu());
+            Stage::Ild(ild.unwrap())
         }
         "kd" => kd(KdConfig {
             temperature: 1.5,
@@ -196,16 +195,9 @@ fn stage(setting: &Setting, name: &str) -> Stage {
                 beta: 0.5,
                 ..DpoConfig::default()
             };
-            let stored = setting.out("reference.safetensors");
-            let (student, weights) = hybrid;
-            let dpo = Dpo::new(
-                &student,
-                &weights,
-                &setting.pairs,
-                config,
-                &stored,
-                &Quiet::default(),
-            );
+            let stored = setting.out("frozen.safetensors");
+            let (pairs, place) = (&setting.pairs, Place::cpu());
+            let dpo = Dpo::new(&hybrid, pairs, config, &stored, &place, &Quiet::default());
             Stage::Dpo(dpo.unwrap())
         }
         _ => unreachable!("{name}"),
@@ -287,7 +279,7 @@ fn every_stage_learns() {
         if name == "dpo" {
             let term = |m: &StepMetrics, name: &str| m.terms[name].as_f64().unwrap();
             let (first, last) = (&metrics[0], &metrics[29]);
-            assert_eq!(term(first, "margin"), 0.0, "the model is its own reference");
+            assert_eq!(term(first, "margin"), 0.0, "nothing has moved yet");
             assert!(term(last, "margin") > 0.0 && term(last, "accuracy") > 0.5);
         }
     }
@@ -302,7 +294,7 @@ fn every_stage_learns() {
         "dpo",
     ] {
         let checkpoint = Checkpoint::open(&setting.out(folder)).unwrap();
-        checkpoint.model(&Device::Cpu, DType::F32).unwrap();
+        checkpoint.model(&Place::cpu()).unwrap();
     }
 }
 
@@ -355,12 +347,11 @@ fn a_step_that_is_not_finite_is_not_taken() {
         .run(&mut stage(&setting, "kd"), &config, &out, 3)
         .unwrap_err();
     let saved = files(&partial_folder(&out));
-    let (_, weights) = teacher();
     let name = "model.layers.1.mlp.up_proj.weight";
-    let mut tensors = weights.to_map();
-    let broken = (tensors[name].ones_like().unwrap() * f64::NAN).unwrap();
-    tensors.insert(name.into(), broken);
-    let broken = Lm::new(&teacher_config(), &Weights::new(tensors)).unwrap();
+    let mut weights = parts().weights.to_map();
+    let broken = weights[name].to_tensor().unwrap().ones_like().unwrap() * f64::NAN;
+    weights.insert(name.into(), broken.unwrap().into());
+    let broken = Lm::new(&teacher_config(), &Weights::from(weights)).unwrap();
     let mut stopped = stage(&setting, "kd");
     let Stage::Kd(kd) = &mut stopped else {
         unreachable!()
@@ -396,7 +387,8 @@ fn a_gradient_that_is_not_finite_is_named() {
             ("plain".to_owned(), tensor(1.0)),
         ];
         let weights = Weights::new(tensors.into_iter().collect());
-        let (mut group, seen) = ParamGroup::new(&weights, |_| true, &BTreeMap::new()).unwrap();
+        let group = ParamGroup::new(&weights, |_| true, &BTreeMap::new(), &Place::cpu());
+        let (mut group, seen) = group.unwrap();
         let sum = |name: &str| seen.get(name).unwrap().sum_all().unwrap();
         let loss = (sum("odd").sqrt().unwrap() + sum("plain")).unwrap();
         assert!(loss.to_scalar::<f32>().unwrap().is_finite());
@@ -451,7 +443,7 @@ fn schedule_warms_up_and_falls() {
     assert!(config.lr_at(99, 100) < 0.11);
     let config = TrainConfig {
         lr_scheduler: LrScheduler::Wsd,
-        decay: 0.4,
+        decay: Some(0.4),
         min_lr: 0.0,
         ..config
     };
@@ -470,7 +462,9 @@ fn settings_out_of_range_are_named() {
     };
     assert!(say(|c| c.lr = f64::NAN).contains("lr NaN"));
     assert!(say(|c| c.beta2 = 1.0).contains("beta2 1"));
-    assert!(say(|c| c.decay = 0.0).contains("decay 0"));
+    assert!(say(|c| c.decay = Some(0.0)).contains("decay 0"));
+    assert!(say(|c| c.decay = Some(0.5)).contains("decay is for lr_scheduler wsd"));
+    assert!(say(|c| c.adamw_lr = Some(1e-3)).contains("adamw_lr is for optimizer muon"));
     assert!(say(|c| c.batch_size = 0).contains("batch_size"));
     assert!(say(|c| c.epochs = Some(0.0)).contains("epochs 0"));
     assert!(say(|c| c.accumulation = usize::MAX).contains("times a step: at most 16777216"));
@@ -545,13 +539,13 @@ fn a_stepwise_schedule_converts_layer_after_layer() {
     );
 
     // A layer that an earlier stage has trained stays in its place.
-    let (config, weights) = student([LayerKind::MLA, LayerKind::Mamba2]);
+    let parts = student([LayerKind::MLA, LayerKind::Mamba2]);
     let stepwise = KdConfig {
         schedule: Schedule::Stepwise,
         trained: Trained::Mixers,
         ..KdConfig::default()
     };
-    let kd = Kd::new(teacher().0, "t".into(), &config, &weights, &[1], stepwise);
+    let kd = Kd::new(teacher(), "t".into(), &parts, &[1], stepwise, &Place::cpu());
     let mut second = Stage::Kd(Box::new(kd.unwrap()));
     let (turn, mla, mamba) = moves(&mut second, 0);
     assert!(
@@ -621,23 +615,16 @@ fn tensors(stage: &Stage) -> BTreeMap<String, Vec<f32>> {
         .collect()
 }
 
-/// Reference log-probabilities of this model and data are read, not computed again; others are not used.
+/// Frozen log-probabilities of this model and data are read, not computed again; others are not used.
 #[test]
-fn reference_log_probabilities_are_computed_once() {
+fn frozen_log_probabilities_are_computed_once() {
     let setting = Setting::new();
-    let stored = setting.out("reference.safetensors");
-    let (config, weights) = student([LayerKind::MLA, LayerKind::Mamba2]);
+    let stored = setting.out("frozen.safetensors");
+    let parts = student([LayerKind::MLA, LayerKind::Mamba2]);
     let computed = |pairs: &Preferences| {
         let watch = Quiet::default();
-        Dpo::new(
-            &config,
-            &weights,
-            pairs,
-            DpoConfig::default(),
-            &stored,
-            &watch,
-        )
-        .unwrap();
+        let (config, place) = (DpoConfig::default(), Place::cpu());
+        Dpo::new(&parts, pairs, config, &stored, &place, &watch).unwrap();
         watch.steps()
     };
     assert_eq!(computed(&setting.pairs), 5, "40 pairs, 8 a pass");

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device};
 use zebroid::checkpoint::Checkpoint;
 use zebroid::data::Tokenizer;
 use zebroid::eval::harness::{HarnessConfig, Source, run_task, to_json};
 use zebroid::eval::task::find;
 use zebroid::watch::Quiet;
+use zebroid::weights::Place;
 
 pub const FOLDER: &str = "tests/golden/harness";
 
@@ -63,7 +63,7 @@ fn compare(
     let recorded: BTreeMap<String, Recorded> = serde_json::from_str(&text).unwrap();
     let tokenizer = Tokenizer::open(checkpoint).unwrap();
     let lm = Checkpoint::open(checkpoint).unwrap();
-    let lm = lm.model(&Device::Cpu, DType::F32).unwrap();
+    let lm = lm.model(&Place::cpu()).unwrap();
     let cache = tempfile::tempdir().unwrap();
     let length = max_length.unwrap_or(lm.config.max_position_embeddings);
     let config = config(data, limit, cache.path(), length);
@@ -121,7 +121,7 @@ fn a_hybrid_equals_lm_evaluation_harness() {
     let folder = tempfile::tempdir().unwrap();
     let hybrid = folder.path().join("hybrid");
     let place = hybrid.to_str().unwrap();
-    let plan = "--init reference --seed 1 --mla 1 --kv-rank 16 --rope-dim 8";
+    let plan = "--init published --seed 1 --mla 1 --kv-rank 16 --rope-dim 8";
     let args = ["compose", "assets/teacher", place].into_iter();
     crate::cli::succeeds(&args.chain(plan.split(' ')).collect::<Vec<_>>());
     let data = Path::new(FOLDER).join("data");

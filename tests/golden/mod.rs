@@ -7,7 +7,7 @@ mod numerics;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use zebroid::checkpoint::{Checkpoint, Format, read_tensors, save};
 use zebroid::convert::{Init, PlanOptions, compose, plan};
 use zebroid::eval::parity::{max_difference, parity};
@@ -21,12 +21,15 @@ use zebroid::watch::Quiet;
 use zebroid::weights::Weights;
 
 use crate::shared;
+use zebroid::model::{LayerOutput, Parts};
+use zebroid::op::linear::Matrix;
+use zebroid::weights::Place;
 
 const GOLDENS: [&str; 2] = ["zebra-2mla3m2", "zebra-1mla4m2-repeat"];
 
 fn model(folder: &Path) -> Lm {
     let checkpoint = Checkpoint::open(folder).unwrap();
-    checkpoint.model(&Device::Cpu, DType::F32).unwrap()
+    checkpoint.model(&Place::cpu()).unwrap()
 }
 
 /// RoPE plain, linear, llama3 (with its own head_dim) and YaRN; heads tied and untied.
@@ -70,7 +73,7 @@ fn amd_to_ours_to_amd_is_bit_exact() {
                 &to,
                 format,
                 &source.config,
-                &source.raw_tensors().unwrap(),
+                source.stored().unwrap(),
                 Some(from),
                 false,
             )
@@ -109,17 +112,20 @@ fn amd_to_ours_to_amd_is_bit_exact() {
 /// teacher's logits carry bf16's steps), so initialisation starts from rounded weights here too.
 struct Initialised {
     expected: BTreeMap<String, Tensor>,
-    teacher: Checkpoint,
-    rounded: Weights,
+    rounded: Parts,
     student: zebroid::model::ModelConfig,
-    tensors: BTreeMap<String, Tensor>,
+    weights: Weights,
 }
 
 fn initialise(shared: &Path, name: &str) -> Initialised {
     let folder = shared.join("golden").join(name);
     let teacher = Checkpoint::open(&shared.join("teachers/stories260K")).unwrap();
-    let rounded = teacher.weights(DType::BF16, &Device::Cpu).unwrap();
-    let rounded = rounded.to_device(&Device::Cpu, DType::F32).unwrap();
+    let bf16 = |w: &Matrix| w.to_tensor()?.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+    let weights = teacher.parts().unwrap().weights;
+    let rounded = weights
+        .iter()
+        .map(|(name, w)| (name.to_owned(), bf16(w).unwrap()));
+    let rounded = Parts::new(teacher.config.clone(), &rounded.collect::<BTreeMap<_, _>>());
     let golden = Checkpoint::open(&folder).unwrap().config;
     let mla: Vec<usize> = (0..5)
         .filter(|i| golden.layers[*i].name() == "mla")
@@ -146,16 +152,14 @@ fn initialise(shared: &Path, name: &str) -> Initialised {
     assert_eq!(student.layers, golden.layers, "the plan is the golden's");
     Initialised {
         expected: read_tensors(&folder.join("init_expected.safetensors")).unwrap(),
-        tensors: compose(
-            &teacher.config,
+        weights: compose(
             &rounded,
             &student,
-            &Init::Reference { seed: 0 },
+            &Init::Published { seed: 0 },
             &Quiet::default(),
         )
         .unwrap()
-        .tensors,
-        teacher,
+        .weights,
         rounded,
         student,
     }
@@ -174,7 +178,7 @@ fn reference_initialisation_equals_the_reference() {
         };
         for (i, layer) in init.student.layers.iter().enumerate() {
             let at = format!("model.layers.{i}.{}.", layer.prefix());
-            let ours = |name: &str| &init.tensors[&format!("{at}{name}")];
+            let ours = |name: &str| init.weights.get(&format!("{at}{name}")).unwrap();
             let theirs = |name: &str| theirs(&format!("{at}{name}"));
             match layer {
                 MixerConfig::Mla(c) => {
@@ -189,17 +193,17 @@ fn reference_initialisation_equals_the_reference() {
                         ("q_b_proj.weight", "q_a_proj.weight", c.q_lora_rank),
                         ("kv_b_proj.weight", "kv_a_proj_with_mqa.weight", r),
                     ] {
-                        let a = product(&|n| ours(n).clone(), up, down, rank);
+                        let a = product(&ours, up, down, rank);
                         let b = product(&|n| theirs(n).clone(), up, down, rank);
                         close(&a, &b, &format!("{at}{up} times {down}"));
                     }
                     // Their mean over heads was rounded to bf16.
                     let key = |t: &Tensor| t.narrow(0, r, rope).unwrap();
                     let down = "kv_a_proj_with_mqa.weight";
-                    let mean = key(ours(down)).to_dtype(DType::BF16).unwrap();
+                    let mean = key(&ours(down)).to_dtype(DType::BF16).unwrap();
                     close(&mean, &key(theirs(down)), &format!("{at}rotary key"));
                     close(
-                        ours("out_proj.weight"),
+                        &ours("out_proj.weight"),
                         theirs("out_proj.weight"),
                         &format!("{at}out_proj"),
                     );
@@ -209,18 +213,18 @@ fn reference_initialisation_equals_the_reference() {
                     let rows = |t: &Tensor| t.narrow(0, c.d_inner(), copied).unwrap();
                     let name = "in_proj.weight";
                     close(
-                        &rows(ours(name)),
+                        &rows(&ours(name)),
                         &rows(theirs(name)),
                         &format!("{at}x, B and C"),
                     );
                     close(
-                        ours("out_proj.weight"),
+                        &ours("out_proj.weight"),
                         theirs("out_proj.weight"),
                         &format!("{at}out_proj"),
                     );
                     // What is drawn at random lies in the reference's ranges.
                     let range = |name: &str, low: f32, high: f32| {
-                        for t in [ours(name), theirs(name)] {
+                        for t in [&ours(name), theirs(name)] {
                             let values = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                             assert!(
                                 values.iter().all(|v| (low..=high).contains(v)),
@@ -241,7 +245,7 @@ fn reference_initialisation_equals_the_reference() {
             "model.norm.weight",
             "model.layers.1.mlp.up_proj.weight",
         ] {
-            close(&init.tensors[copied], theirs(copied), copied);
+            close(&init.weights.get(copied).unwrap(), theirs(copied), copied);
         }
     }
 }
@@ -259,7 +263,7 @@ fn ild_terms_and_kl_equal_the_reference() {
             .iter()
             .filter_map(|(name, t)| Some((name.strip_prefix("init.")?.to_owned(), t.clone())));
         let student = Lm::new(&init.student, &Weights::new(weights.collect())).unwrap();
-        let teacher = Lm::new(&init.teacher.config, &init.rounded).unwrap();
+        let teacher = init.rounded.lm(&Place::cpu()).unwrap();
         let each = |t: Tensor| {
             (0..t.dim(0).unwrap())
                 .map(|i| t.get(i).unwrap())
@@ -300,7 +304,7 @@ fn ild_terms_and_kl_equal_the_reference() {
                 "{name}, mixer {i} on the teacher's input: {gap}"
             );
             let (hidden, mixer) = Goal::new(&teacher, IldLoss::L2Norm, &trace, i)
-                .terms(&(out, mixed), &trace.mixer_out[i])
+                .terms(&LayerOutput { hidden: out, mixed }, &trace.mixer_out[i])
                 .unwrap();
             for (ours, theirs) in [(hidden, &hidden_terms), (mixer, &mixer_terms)] {
                 let (ours, theirs) = (
@@ -353,7 +357,7 @@ fn teacher_logits_agree_with_the_bf16_recording() {
             "the recording is bf16"
         );
         let ids = init.expected["input_ids"].to_dtype(DType::U32).unwrap();
-        let teacher = Lm::new(&init.teacher.config, &init.rounded).unwrap();
+        let teacher = init.rounded.lm(&Place::cpu()).unwrap();
         let logits = teacher.forward(&ids, None).unwrap();
         let rows = |t: &Tensor| t.squeeze(0).unwrap();
         let kl = forward_kl(&rows(&logits), &rows(&recorded), 1.0)
@@ -376,11 +380,11 @@ fn stories260k_tells_its_story() {
         ..Default::default()
     };
     let mut streamed = String::new();
-    let generation = engine.generate("", &params, &mut |piece| {
+    let generation = engine.generate(&[""], &params, &mut |_, piece| {
         streamed += piece;
         true
     });
-    assert_eq!(generation.unwrap().text, streamed);
+    assert_eq!(generation.unwrap()[0].text, streamed);
     let beginning = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. \
                      One day, she saw a big, red ball.";
     assert!(streamed.starts_with(beginning), "{streamed}");

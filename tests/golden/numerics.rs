@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
 use clap::ValueEnum;
 use zebroid::checkpoint::{self, Checkpoint, Format};
 use zebroid::convert::{Calibration, CalibrationConfig, Init, PlanOptions};
@@ -26,7 +25,7 @@ use zebroid::train::stage::kd::{KdConfig, Labels, Schedule, Trained};
 use zebroid::train::stage::pretrain::Pretrain;
 use zebroid::train::{LrScheduler, OptimizerName, RunOptions, Stage, TrainConfig, train};
 use zebroid::watch::Quiet;
-use zebroid::weights::Weights;
+use zebroid::weights::Place;
 
 use super::harness;
 
@@ -158,7 +157,7 @@ impl Bench {
             Corpus::load(&path, &tokenizer, Packing::Documents).unwrap()
         };
         Self {
-            base: Base::open(Path::new(TEACHER), Device::Cpu).unwrap(),
+            base: Base::open(Path::new(TEACHER), Place::cpu()).unwrap(),
             text: load(7, 60),
             short: load(8, 6),
             folder,
@@ -201,15 +200,14 @@ impl Bench {
         let student = self.base.plan(options, None).unwrap();
         let composed = self
             .base
-            .compose(&student, &Init::Reference { seed: 1 }, &Quiet::default())
+            .compose(&student, &Init::Published { seed: 1 }, &Quiet::default())
             .unwrap();
         let path = self.at("hybrid");
         let _ = std::fs::remove_dir_all(&path);
-        let (config, tensors) = (&composed.config, &composed.tensors);
+        let (config, weights) = (&composed.config, &composed.weights);
         let teacher = Some(Path::new(TEACHER));
-        checkpoint::save(&path, Format::Zebroid, config, tensors, teacher, false).unwrap();
-        let weights = Weights::new(composed.tensors);
-        (Lm::new(&composed.config, &weights).unwrap(), path)
+        checkpoint::save(&path, Format::Zebroid, config, weights, teacher, false).unwrap();
+        (composed.lm(&Place::cpu()).unwrap(), path)
     }
 
     fn untrained_kl(&self, options: &PlanOptions, init: &Init, calibration: &Calibration) -> f64 {
@@ -218,7 +216,7 @@ impl Bench {
             .base
             .compose(&student, init, &Quiet::default())
             .unwrap();
-        let lm = Lm::new(&composed.config, &Weights::new(composed.tensors)).unwrap();
+        let lm = composed.lm(&Place::cpu()).unwrap();
         let teacher = self.base.lm().unwrap();
         kl::evaluate(&teacher, &lm, &self.short, 8, 64, &Quiet::default())
             .unwrap()
@@ -241,7 +239,7 @@ impl Bench {
             for (init, name) in [
                 (refined(true), "refined"),
                 (refined(false), "refined for a bank"),
-                (Init::Reference { seed: 1 }, "reference"),
+                (Init::Published { seed: 1 }, "reference"),
             ] {
                 let kl = self.untrained_kl(&options, &init, calibration);
                 figures.insert(format!("{name}{sizes}: KL"), kl);
@@ -297,7 +295,7 @@ impl Bench {
                 self.trained(&mut figures, &what, stage, &self.text, &settings());
             }
         }
-        let init = Init::Reference { seed: 1 };
+        let init = Init::Published { seed: 1 };
         let stage = self
             .base
             .bank(
@@ -372,7 +370,7 @@ impl Bench {
         let mut figures = Figures::new();
         let (_, hybrid) = self.published(&plan());
         let hybrid = Checkpoint::open(&hybrid).unwrap();
-        let weights = hybrid.weights(DType::F32, &Device::Cpu).unwrap();
+        let parts = hybrid.parts().unwrap();
         let path = self.at("pairs.jsonl");
         std::fs::write(&path, stories::preferences_to_jsonl(9, 12)).unwrap();
         let pairs = Preferences::load(&path, &self.base.tokenizer, 48, 64).unwrap();
@@ -383,14 +381,8 @@ impl Bench {
                 ..DpoConfig::default()
             };
             let stored = self.at("reference.safetensors");
-            let dpo = Dpo::new(
-                &hybrid.config,
-                &weights,
-                &pairs,
-                config,
-                &stored,
-                &Quiet::default(),
-            );
+            let place = Place::cpu();
+            let dpo = Dpo::new(&parts, &pairs, config, &stored, &place, &Quiet::default());
             let stage = Stage::Dpo(dpo.unwrap());
             let config = TrainConfig {
                 lr: 1e-4,
@@ -403,7 +395,7 @@ impl Bench {
 
     fn pretrain(&self) -> Figures {
         let mut figures = Figures::new();
-        let stage = Pretrain::new(self.base.config(), 1, &Device::Cpu).unwrap();
+        let stage = Pretrain::new(self.base.config(), 1, &Place::cpu()).unwrap();
         self.trained(
             &mut figures,
             "fresh",

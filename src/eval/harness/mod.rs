@@ -13,6 +13,7 @@ use self::random::PythonRandom;
 use super::task::{Document, EXAMPLE, Examples, Metric, Parts, Row, Task};
 use crate::checkpoint::write_atomic;
 use crate::data::Tokenizer;
+use crate::generate::score::{Tokens, log_likelihoods, survives, tokens};
 use crate::hash::Hash;
 use crate::model::Lm;
 use crate::numerics;
@@ -23,14 +24,12 @@ mod data;
 mod hub;
 mod random;
 mod results;
-mod score;
 #[cfg(test)]
 mod tests;
 
 pub use data::Source;
 pub use hub::Hub;
 pub use results::{markdown, to_json};
-pub use score::{Tokens, log_likelihoods, survives, tokens};
 
 /// How tasks are run.
 #[derive(Debug, Clone)]

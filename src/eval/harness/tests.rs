@@ -7,26 +7,25 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use serde_json::json;
 
 use super::Opened;
 use super::data::{Dataset, Source};
 use super::hub::Hub;
-use super::score::{Tokens, log_likelihoods, survives, tokens};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::task::{TASKS, find};
+use crate::generate::score::{Tokens, log_likelihoods, survives, tokens};
 use crate::hash::Hash;
 use crate::mixer::MixerOptions;
 use crate::model::{Lm, ModelConfig};
 use crate::watch::Quiet;
+use crate::weights::Place;
 
 fn teacher() -> (Lm, Tokenizer) {
     let folder = Path::new("assets/teacher");
-    let lm = Checkpoint::open(folder)
-        .unwrap()
-        .model(&Device::Cpu, DType::F32);
+    let lm = Checkpoint::open(folder).unwrap().model(&Place::cpu());
     (lm.unwrap(), Tokenizer::open(folder).unwrap())
 }
 
@@ -61,11 +60,10 @@ fn shared_contexts_score_as_each_request_alone() {
     };
     config = crate::convert::plan(&config, &plan).unwrap();
     let checkpoint = Checkpoint::open(Path::new("assets/teacher")).unwrap();
-    let weights = checkpoint.weights(DType::F32, &Device::Cpu).unwrap();
-    let init = crate::convert::Init::Reference { seed: 1 };
-    let composed =
-        crate::convert::compose(&lm.config, &weights, &config, &init, &Quiet::default()).unwrap();
-    let hybrid = Lm::new(&config, &crate::weights::Weights::new(composed.tensors)).unwrap();
+    let parts = checkpoint.parts().unwrap();
+    let init = crate::convert::Init::Published { seed: 1 };
+    let composed = crate::convert::compose(&parts, &config, &init, &Quiet::default()).unwrap();
+    let hybrid = composed.lm(&Place::cpu()).unwrap();
     let texts = [
         (
             "One day Tom and Mia walked to the",

@@ -42,7 +42,7 @@ pub struct Group {
     pub tasks: &'static [(&'static str, Option<usize>, Metric)],
 }
 
-/// The paper's eight zero-shot tasks (spec 1.11), and AMD's few-shot ones (spec 1.12).
+/// The eight zero-shot tasks of arXiv 2505.17272, and AMD's few-shot ones.
 pub const GROUPS: &[Group] = &[
     Group {
         name: "zebra",

@@ -8,13 +8,13 @@ use super::Mamba2Config;
 use crate::Result;
 use crate::mixer::AttentionWeights;
 
-/// The published initialisation (MambaInLlama's; spec 1.3): x ← V, B ← K, C ← Q, output ← O; gate, steps
+/// The published initialisation (MambaInLlama, arXiv 2408.15237): x ← V, B ← K, C ← Q, output ← O; gate, steps
 /// and convolution as torch initialises a linear layer and a convolution; `A ~ U[1, 16]`,
 /// `Δ ~ logU[1e-3, 0.1]`, `D = 1`. Tensors are named after the mixer's prefix.
 ///
 /// # Errors
 /// When the attention's heads are not this mixer's.
-pub fn reference(
+pub fn published(
     c: &Mamba2Config,
     attention: &AttentionWeights,
     seed: u64,

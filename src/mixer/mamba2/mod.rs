@@ -1,6 +1,6 @@
 //! Mamba2 (Dao & Gu 2024, arXiv 2405.21060) in the MambaInLlama form: x, B and C come from the places of
 //! V, K and Q, with grouped heads for x and B, a depthwise convolution with SiLU, and a gated per-head
-//! RMSNorm (spec 1.3).
+//! RMSNorm (Mamba2, arXiv 2405.21060; as MambaInLlama has it, arXiv 2408.15237).
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use crate::{Error, Result};
 
 mod init;
 mod refined;
-pub use init::reference;
+pub use init::published;
 pub use refined::refined;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ pub struct Mamba2Config {
     pub chunk_size: usize,
 }
 
-/// Of the gated norm (spec 1.3).
+/// Of the gated norm.
 const NORM_EPS: f64 = 1e-5;
 
 impl Mamba2Config {
@@ -174,7 +174,7 @@ impl Mamba2Config {
     }
 }
 
-/// The convolution's last inputs and the scan's state; the state is always f32 (spec 1.14 no. 19).
+/// The convolution's last inputs and the scan's state; the state is always f32.
 #[derive(Debug, Clone)]
 pub struct Mamba2State {
     /// `[B, d_conv − 1, C]`

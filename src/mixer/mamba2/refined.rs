@@ -1,4 +1,4 @@
-//! Mamba2 fitted to the teacher's attention on real text. Against [`super::reference`]: the convolution
+//! Mamba2 fitted to the teacher's attention on real text. Against [`super::published`]: the convolution
 //! is the identity, scaled to where SiLU is useful (nearly linear for x, positive for B and C); the gate
 //! is as constant as a projection of the input can make it; each head's decay, and how sharply it
 //! compares, are those whose features explain the teacher's head best; the output projection is fitted

@@ -8,14 +8,14 @@ use crate::Result;
 use crate::mixer::AttentionWeights;
 use crate::mixer::linalg::{matrix, svd, tensor};
 
-/// The published initialisation (X-EcoMLA's joint SVD; spec 1.2, steps 1-5): singular values in the
+/// The published initialisation (the joint SVD of X-EcoMLA, arXiv 2503.11132): singular values in the
 /// down-projections, the first `nope` and last `rope` rows of each head, the shared rotary key as the
 /// plain mean over key heads. Tensors are named after the mixer's prefix.
 ///
 /// # Errors
 /// When the attention's sizes cannot give this MLA: ranks above what the matrices have, head dims above
 /// the teacher's.
-pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(String, Tensor)>> {
+pub fn published(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(String, Tensor)>> {
     let a = &attention.config;
     let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
     let (nope, rope) = (c.qk_nope_head_dim, c.qk_rope_head_dim);
@@ -77,7 +77,7 @@ pub fn reference(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
 
 /// The energies (squared singular values) that X-EcoMLA chooses ranks by: of the joint keys and values,
 /// and of the queries, un-weighted.
-pub fn reference_spectrum(attention: &AttentionWeights) -> Result<Spectrum> {
+pub fn published_spectrum(attention: &AttentionWeights) -> Result<Spectrum> {
     let (keys, values) = (matrix(&attention.k)?, matrix(&attention.v)?);
     let rows = keys.nrows();
     let joint = Mat::from_fn(2 * rows, keys.ncols(), |i, j| match i < rows {

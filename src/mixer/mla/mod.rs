@@ -1,5 +1,5 @@
 //! Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434) as Zebra-Llama uses it: low-rank queries,
-//! one latent for keys and values, one rotary key shared by all heads, `G` key/value heads (spec 1.2).
+//! one latent for keys and values, one rotary key shared by all heads, `G` key/value heads (X-EcoMLA, arXiv 2503.11132).
 //!
 //! `c = W_a x [R]`, `k_rope = RoPE(W_r x)`, per kv head `[k_nope; v] = W_b c`, per query head
 //! `[q_nope; q_rope] = W_qb W_qa x`, rotary pairs adjacent (interleaved).
@@ -25,7 +25,7 @@ mod init;
 pub mod plan;
 pub mod rank;
 mod refined;
-pub use init::{reference, reference_spectrum};
+pub use init::{published, published_spectrum};
 pub use refined::{refined, spectrum};
 
 /// Energies that a rank keeps or cuts off, falling.
@@ -37,7 +37,7 @@ pub struct Spectrum {
     pub q: Vec<f64>,
 }
 
-/// Of the norms on the latents (the reference's default).
+/// Of the norms on the latents (AMD's default).
 const LORA_NORM_EPS: f64 = 1e-6;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -336,7 +336,7 @@ impl Mla {
     }
 
     /// Decoding with the up-projections absorbed: queries are taken to the latent space, attention is
-    /// multi-query over the cache itself, and values leave the latent space afterwards (spec 1.11).
+    /// multi-query over the cache itself, and values leave the latent space afterwards (DeepSeek-V2, arXiv 2405.04434).
     pub(super) fn step(&self, x: &Tensor, cache: &mut Cache, at: &Positions) -> Result<Tensor> {
         let c = &self.config;
         let (h, g, r) = (c.num_attention_heads, c.kv_heads(), c.kv_lora_rank);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// Ranks that are found are multiples of this, as the reference's must be.
+/// Ranks that are found are multiples of this, as AMD's must be.
 pub const RANK_STEP: usize = 8;
 
 /// As text: `16`, `energy:0.95`, `budget:3.75%` or `budget:48` (bytes a token, bf16).

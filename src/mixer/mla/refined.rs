@@ -1,4 +1,4 @@
-//! MLA fitted to the teacher's attention on real text. Against [`super::reference`]:
+//! MLA fitted to the teacher's attention on real text. Against [`super::published`]:
 //!
 //! - rotary pairs stay pairs, turned by the teacher's own frequencies (its scaling in them, and no other: what
 //!   the config asks for would turn them otherwise than the teacher); which pairs, the sample decides;

@@ -1,12 +1,15 @@
 //! Decoupled weight decay Adam (Loshchilov & Hutter 2019), in place.
 
 mod cpu;
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
-use crate::op::cpu::{host, slice, takes};
+use crate::op::cpu::{host, slice};
+use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, bail};
+
+const KERNELS: Kernels = Kernels::f32("adamw");
 
 /// The hyperparameters of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,8 +53,8 @@ pub fn adamw_step(
     if step == 0 {
         bail!("adamw: steps count from 1");
     }
-    if !takes(&[param, grad, moments]) {
-        return reference::adamw_step(param, grad, moments, grad_scale, step, hyper);
+    if KERNELS.route(&[param, grad, moments]) == Route::Plain {
+        return plain::adamw_step(param, grad, moments, grad_scale, step, hyper);
     }
     let factors = cpu::Factors {
         keep: (1. - hyper.lr * hyper.weight_decay) as f32,
@@ -65,8 +68,8 @@ pub fn adamw_step(
 
 /// Sum of squares of a tensor of any layout, accumulated in f64 (f32 on Metal) in a fixed order.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    if !takes(&[x]) {
-        return reference::sum_of_squares(x);
+    if KERNELS.route(&[x]) == Route::Plain {
+        return plain::sum_of_squares(x);
     }
     let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();

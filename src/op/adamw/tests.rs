@@ -29,7 +29,7 @@ fn train(dtype: DType, shape: &Shape, steps: u64) -> (Tensor, Tensor) {
 }
 
 #[test]
-fn kernel_equals_the_reference() {
+fn kernel_equals_the_plain_version() {
     for shape in [Shape::from((3, 5)), Shape::from(40_001), Shape::from(())] {
         let (param, moments) = train(DType::F32, &shape, 7);
         let (true_param, true_moments) = train(DType::F64, &shape, 7);
@@ -42,7 +42,7 @@ fn kernel_equals_the_reference() {
 }
 
 #[test]
-fn reference_equals_the_scalar_recipe() {
+fn the_plain_version_equals_the_scalar_recipe() {
     // The update of torch.optim.AdamW, written out for one entry.
     let shape = Shape::from(1);
     let (param, _) = train(DType::F64, &shape, 5);

@@ -2,16 +2,19 @@
 //! heads ever exists (after FlashAttention, arXiv 2205.14135).
 
 mod cpu;
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
+use crate::op::route::{Kernels, Route};
 use std::sync::{Arc, Mutex};
 
 use super::Documents;
-use crate::op::cpu::{host, slice, takes};
+use crate::op::cpu::{host, slice};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 use cpu::{Heads, Problem};
+
+const KERNELS: Kernels = Kernels::f32("attention");
 
 /// Which keys a query sees, beside that none comes after it.
 #[derive(Debug, Clone, Default)]
@@ -102,8 +105,8 @@ pub fn causal_attention(
             q.shape()
         );
     }
-    if !takes(&[q, k, v]) {
-        return reference::causal_attention(q, k, v, scale, sight);
+    if KERNELS.route(&[q, k, v]) == Route::Plain {
+        return plain::causal_attention(q, k, v, scale, sight);
     }
     let op = CausalAttention {
         scale: scale as f32,

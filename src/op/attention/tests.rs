@@ -4,7 +4,7 @@ use crate::op::laws::{check, gap, random};
 use candle_core::{DType, Tensor};
 
 #[test]
-fn kernel_equals_reference() {
+fn kernel_equals_the_plain_version() {
     // [B, T, S, H, G, K, V]
     for [b, t, s, h, g, k, v] in [
         [1, 1, 1, 1, 1, 2, 3],
@@ -89,7 +89,7 @@ fn shapes_that_do_not_fit_are_named() {
 
 /// Rows of queries that stand at different places among their keys, and windows with sinks, packed or not.
 #[test]
-fn every_sight_equals_the_reference() {
+fn every_sight_equals_the_plain_version() {
     let starts = [vec![0; 30], vec![30; 40]].concat();
     let documents = Documents::new(starts, 70);
     let window = |size: usize, sinks: usize| Some(Window { size, sinks });

@@ -1,13 +1,16 @@
 //! Depthwise causal convolution with optional SiLU (the short convolution of Mamba, Gu & Dao 2023).
 
 mod cpu;
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
 use super::Documents;
-use crate::op::cpu::{Rows, host, slice, takes, with_rows};
+use crate::op::cpu::{Rows, host, slice, with_rows};
+use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+
+const KERNELS: Kernels = Kernels::f32("causal_conv");
 
 /// `x [B, T, C]`, `weight [C, W]` (last tap = the present), `bias [C]` → `[B, T, C]`; a tap that would
 /// reach before the sequence or its document reads zero. `x` may be a view whose last axis is
@@ -39,8 +42,8 @@ pub fn causal_conv(
             x.shape()
         );
     }
-    if !takes(&[x, weight, bias]) {
-        return reference::causal_conv(x, weight, bias, silu, documents);
+    if KERNELS.route(&[x, weight, bias]) == Route::Plain {
+        return plain::causal_conv(x, weight, bias, silu, documents);
     }
     let taps = weight.t()?.contiguous()?;
     let documents = documents.cloned();

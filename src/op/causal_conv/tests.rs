@@ -23,7 +23,7 @@ fn run(
 }
 
 #[test]
-fn kernel_equals_the_reference() {
+fn kernel_equals_the_plain_version() {
     // Odd sizes; shorter than the width; longer than a block of the backward pass.
     for (b, t, c, w) in [
         (2, 9, 5, 4),
@@ -47,7 +47,7 @@ fn kernel_equals_the_reference() {
 }
 
 #[test]
-fn reference_gradients_equal_finite_differences() {
+fn plain_gradients_equal_finite_differences() {
     let (b, t, c, w) = (2, 5, 2, 4);
     let inputs = [
         noise((b, t, c), 1., 1),

@@ -28,6 +28,13 @@ impl Matrix {
         }
     }
 
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Self::Dense(w) => w.dims().to_vec(),
+            Self::Stored(w) => vec![w.rows(), w.width()],
+        }
+    }
+
     /// Rows `from .. from + count`.
     pub fn rows(&self, from: usize, count: usize) -> Result<Self> {
         Ok(match self {
@@ -49,6 +56,20 @@ impl Matrix {
         match self {
             Self::Dense(w) => Ok(w.clone()),
             Self::Stored(w) => w.to_tensor(),
+        }
+    }
+
+    /// The entries, row after row.
+    pub fn to_host(&self) -> Result<Vec<f32>> {
+        let w = self.to_tensor()?.to_device(&Device::Cpu)?;
+        w.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+    }
+
+    /// The same, without a gradient graph.
+    pub fn detach(&self) -> Self {
+        match self {
+            Self::Dense(w) => Self::Dense(w.detach()),
+            Self::Stored(_) => self.clone(),
         }
     }
 

@@ -7,13 +7,16 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
-use crate::op::cpu::{host, slice, takes};
+use crate::op::cpu::{host, slice};
 use crate::op::matmul::{View, matmul};
+use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
 pub use matrix::Matrix;
 use stored::StoredLinear;
 pub use stored::{Owner, Storage, Stored};
+
+const KERNELS: Kernels = Kernels::f32("linear");
 
 /// `x [.., in]`, `w [out, in]` → `[.., out]`.
 pub fn linear(x: &Tensor, w: &Matrix) -> Result<Tensor> {
@@ -25,9 +28,13 @@ pub fn linear(x: &Tensor, w: &Matrix) -> Result<Tensor> {
         );
     }
     match w {
-        Matrix::Dense(w) if takes(&[x, w]) => x.contiguous()?.apply_op2(&w.contiguous()?, Linear),
+        Matrix::Dense(w) if KERNELS.route(&[x, w]) == Route::Cpu => {
+            x.contiguous()?.apply_op2(&w.contiguous()?, Linear)
+        }
         Matrix::Dense(w) => plain::linear(x, w),
-        Matrix::Stored(w) if takes(&[x]) => x.contiguous()?.apply_op1(StoredLinear(w.clone())),
+        Matrix::Stored(w) if KERNELS.route(&[x]) == Route::Cpu => {
+            x.contiguous()?.apply_op1(StoredLinear(w.clone()))
+        }
         Matrix::Stored(_) => bail!(
             "linear: a matrix as stored is multiplied in f32 on the CPU, not {:?} on {:?}",
             x.dtype(),

@@ -178,6 +178,12 @@ impl Stored {
         self.storage.widen(bytes, out);
     }
 
+    /// All entries where they stand, of a matrix in f32.
+    fn entries(&self) -> Option<&[f32]> {
+        let plain = self.storage == Storage::F32 && cfg!(target_endian = "little");
+        plain.then(|| bytemuck::try_cast_slice(self.bytes()).ok())?
+    }
+
     /// `x [M, K]` → `y [M, N]`.
     fn product(&self, x: &[f32]) -> Vec<f32> {
         let m = x.len() / self.width;
@@ -190,7 +196,13 @@ impl Stored {
             (true, storage) => {
                 dot::product(Isa::here(), storage, self.bytes(), x, self.width, &mut y)
             }
-            (false, _) => self.by_panels(x, m, &mut y),
+            (false, _) => match self.entries() {
+                Some(w) => {
+                    let w = View::rows(w, self.rows, self.width).transposed();
+                    matmul(&mut y, View::rows(x, m, self.width), w, false, true);
+                }
+                None => self.by_panels(x, m, &mut y),
+            },
         }
         y
     }
@@ -219,6 +231,11 @@ impl Stored {
     fn back(&self, dy: &[f32]) -> Vec<f32> {
         let m = dy.len() / self.rows;
         let mut dx = vec![0.; m * self.width];
+        if let Some(w) = self.entries() {
+            let w = View::rows(w, self.rows, self.width);
+            matmul(&mut dx, View::rows(dy, m, self.rows), w, false, true);
+            return dx;
+        }
         for first in (0..self.rows).step_by(PANEL) {
             let count = PANEL.min(self.rows - first);
             let mut panel = vec![0.; count * self.width];

@@ -2,17 +2,20 @@
 //! Teachers and targets get no gradient.
 
 mod cpu;
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
-use crate::op::cpu::{host, slice, takes};
+use crate::op::cpu::{host, slice};
+use crate::op::route::{Kernels, Route};
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
+
+const KERNELS: Kernels = Kernels::f32("loss");
 
 /// `logits [M, V]`, `targets [M]` (u32) → `−log softmax(logits)[target]`, `[M]`.
 ///
@@ -34,8 +37,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
             wanted[row]
         );
     }
-    if !takes(&[logits]) {
-        return reference::cross_entropy(logits, targets);
+    if KERNELS.route(&[logits]) == Route::Plain {
+        return plain::cross_entropy(logits, targets);
     }
     logits.contiguous()?.apply_op1(CrossEntropy {
         targets: wanted,
@@ -70,8 +73,8 @@ pub fn divergence(
     if !(temperature > 0. && temperature.is_finite()) {
         bail!("divergence: the temperature must be positive, not {temperature}");
     }
-    if !takes(&[teacher, student]) {
-        return reference::divergence(kind, teacher, student, temperature);
+    if KERNELS.route(&[teacher, student]) == Route::Plain {
+        return plain::divergence(kind, teacher, student, temperature);
     }
     let op = Diverge {
         kind,
@@ -115,8 +118,8 @@ pub fn top_k(teacher: &Tensor, student: &Tensor, k: usize) -> Result<(Tensor, Te
 /// target is zero.
 pub fn relative_mse(x: &Tensor, target: &Tensor) -> Result<Tensor> {
     same_rows("relative_mse", x, target)?;
-    if !takes(&[x, target]) {
-        return reference::relative_mse(x, target);
+    if KERNELS.route(&[x, target]) == Route::Plain {
+        return plain::relative_mse(x, target);
     }
     Distance::between(x, target, DistanceKind::RelativeSquare)
 }
@@ -124,8 +127,8 @@ pub fn relative_mse(x: &Tensor, target: &Tensor) -> Result<Tensor> {
 /// Mean over rows of `‖x − target‖₂`, a scalar; both `[M, D]`. A row at its target has gradient zero.
 pub fn mean_l2(x: &Tensor, target: &Tensor) -> Result<Tensor> {
     same_rows("mean_l2", x, target)?;
-    if !takes(&[x, target]) {
-        return reference::mean_l2(x, target);
+    if KERNELS.route(&[x, target]) == Route::Plain {
+        return plain::mean_l2(x, target);
     }
     Distance::between(x, target, DistanceKind::MeanNorm)
 }

@@ -76,7 +76,7 @@ fn losses((m, v): (usize, usize)) -> Vec<(&'static str, Loss)> {
 }
 
 #[test]
-fn kernels_equal_the_reference() {
+fn kernels_equal_the_plain_version() {
     for shape in [(1, 1), (3, 7), (5, 16), (9, 361), (2, 3000)] {
         for (name, loss) in losses(shape) {
             let x = noise(shape, 6., 1);
@@ -95,7 +95,7 @@ fn kernels_equal_the_reference() {
 }
 
 #[test]
-fn reference_gradients_equal_finite_differences() {
+fn plain_gradients_equal_finite_differences() {
     let (m, v) = (3, 7);
     for (name, loss) in losses((m, v)) {
         let x = noise((m, v), 2., 4);

@@ -1,12 +1,15 @@
 //! RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) and the gated, grouped form of Mamba2.
 
 mod cpu;
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
-use crate::op::cpu::{host, slice, takes};
+use crate::op::cpu::{host, slice};
+use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+
+const KERNELS: Kernels = Kernels::f32("rms_norm");
 
 /// `x / sqrt(mean(x²) + eps) · weight`; `x [.., D]`, `weight [D]` → `[.., D]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -17,15 +20,15 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
             x.shape()
         );
     }
-    if !takes(&[x, weight]) {
-        return reference::rms_norm(x, weight, eps);
+    if KERNELS.route(&[x, weight]) == Route::Plain {
+        return plain::rms_norm(x, weight, eps);
     }
     let op = RmsNorm { eps: eps as f32 };
     x.contiguous()?.apply_op2(&weight.contiguous()?, op)
 }
 
 /// `v / sqrt(mean_group(v²) + eps) · weight` with `v = y · silu(z)`, groups of `group` neighbouring
-/// channels (spec 1.3). `y, z [.., D]`, `weight [D]` → `[.., D]`.
+/// channels (Mamba2, arXiv 2405.21060). `y, z [.., D]`, `weight [D]` → `[.., D]`.
 pub fn gated_rms_norm(
     y: &Tensor,
     z: &Tensor,
@@ -41,8 +44,8 @@ pub fn gated_rms_norm(
             z.shape()
         );
     }
-    if !takes(&[y, z, weight]) {
-        return reference::gated_rms_norm(y, z, weight, group, eps);
+    if KERNELS.route(&[y, z, weight]) == Route::Plain {
+        return plain::gated_rms_norm(y, z, weight, group, eps);
     }
     let op = GatedRmsNorm {
         group,

@@ -2,7 +2,7 @@ use super::{gated_rms_norm, rms_norm};
 use crate::op::laws::{check, random};
 
 #[test]
-fn kernel_equals_reference() {
+fn kernel_equals_the_plain_version() {
     for shape in [&[1, 3][..], &[2, 7, 16], &[300, 33]] {
         let inputs = random(&[shape, &shape[shape.len() - 1..]], 1);
         check(&format!("{shape:?}"), &inputs, 1e-5, &|i| {
@@ -12,7 +12,7 @@ fn kernel_equals_reference() {
 }
 
 #[test]
-fn gated_kernel_equals_reference() {
+fn gated_kernel_equals_the_plain_version() {
     for (rows, d, group) in [(1, 4, 4), (7, 48, 16), (300, 12, 3), (5, 128, 64)] {
         let inputs = random(&[&[rows, d], &[rows, d], &[d]], 2);
         check(

@@ -1,19 +1,22 @@
 //! Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
 mod cpu;
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
-use crate::op::cpu::{host, slice, takes};
+use crate::op::cpu::{host, slice};
+use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+
+const KERNELS: Kernels = Kernels::f32("rope");
 
 /// Which dims of a head turn together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeLayout {
     /// Dim `i` with `i + K/2` (Hugging Face Llama).
     Halves,
-    /// Dim `2i` with `2i + 1` (DeepSeek, the reference MLA).
+    /// Dim `2i` with `2i + 1` (DeepSeek, AMD).
     Interleaved,
 }
 
@@ -31,8 +34,8 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Resul
             sin.shape()
         );
     }
-    if !takes(&[x, cos, sin]) {
-        return reference::rope(x, cos, sin, layout);
+    if KERNELS.route(&[x, cos, sin]) == Route::Plain {
+        return plain::rope(x, cos, sin, layout);
     }
     let op = Rope {
         cos: cos.contiguous()?,

@@ -11,7 +11,7 @@ fn tables(t: usize, pairs: usize, like: &Tensor) -> Result<[Tensor; 2]> {
 }
 
 #[test]
-fn kernel_equals_reference() {
+fn kernel_equals_the_plain_version() {
     for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
         for [b, t, h, k] in [[1, 1, 1, 2], [2, 5, 3, 6], [2, 300, 4, 16]] {
             check(

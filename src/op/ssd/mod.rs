@@ -3,14 +3,17 @@
 mod backward;
 mod cpu;
 mod lanes;
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
 use super::Documents;
-use crate::op::cpu::{Rows, host, slice, takes, with_rows};
+use crate::op::cpu::{Rows, host, slice, with_rows};
+use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::OnceLock;
+
+const KERNELS: Kernels = Kernels::f32("ssd");
 
 /// Sizes of one SSD call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,8 +81,8 @@ pub fn ssd(
             xbc.shape()
         );
     }
-    if !takes(&[xbc, dt, params]) {
-        return Ok(reference::ssd(xbc, dt, params, shape, documents, None)?.0);
+    if KERNELS.route(&[xbc, dt, params]) == Route::Plain {
+        return Ok(plain::ssd(xbc, dt, params, shape, documents, None)?.0);
     }
     let op = Ssd {
         shape,
@@ -116,8 +119,8 @@ pub fn ssd_resume(
     }
     let (xbc, dt, params) = (&xbc.detach(), &dt.detach(), &params.detach());
     let state = state.detach();
-    if !takes(&[xbc, dt, params, &state]) {
-        return reference::ssd(xbc, dt, params, shape, None, Some(&state));
+    if KERNELS.route(&[xbc, dt, params, &state]) == Route::Plain {
+        return plain::ssd(xbc, dt, params, shape, None, Some(&state));
     }
     let (xbc, dt) = (with_rows(xbc)?, with_rows(dt)?);
     let params = params.contiguous()?;

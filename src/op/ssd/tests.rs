@@ -72,7 +72,7 @@ fn kernel_equals_the_recurrence() {
 }
 
 #[test]
-fn reference_gradients_equal_finite_differences() {
+fn plain_gradients_equal_finite_differences() {
     let (shape, b, t) = (shape([4, 2, 2, 3, 2]), 2, 5);
     let exact = inputs(shape, b, t);
     let documents = short_documents(b, t);

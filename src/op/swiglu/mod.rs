@@ -1,12 +1,15 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202).
 
-mod reference;
+mod plain;
 #[cfg(test)]
 mod tests;
 
-use crate::op::cpu::{exp, host, slice, takes};
+use crate::op::cpu::{exp, host, slice};
+use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+
+const KERNELS: Kernels = Kernels::f32("swiglu");
 
 /// `silu(gate) · up`; same shapes.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -17,8 +20,8 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             up.shape()
         );
     }
-    if !takes(&[gate, up]) {
-        return reference::swiglu(gate, up);
+    if KERNELS.route(&[gate, up]) == Route::Plain {
+        return plain::swiglu(gate, up);
     }
     gate.contiguous()?.apply_op2(&up.contiguous()?, Swiglu)
 }

@@ -2,7 +2,7 @@ use super::swiglu;
 use crate::op::laws::{check, random};
 
 #[test]
-fn kernel_equals_reference() {
+fn kernel_equals_the_plain_version() {
     for shape in [&[1][..], &[3, 7], &[2, 5, 4000]] {
         let inputs = random(&[shape, shape], 1);
         check(&format!("{shape:?}"), &inputs, 1e-5, &|i| {

@@ -1,6 +1,6 @@
 //! Preference optimisation: the model makes chosen answers likelier than rejected ones, measured against
-//! what it was at the start. The reference's log-probabilities are computed once, before the first step,
-//! and stored, so that no second model is resident (spec 1.7, 1.14 no. 24).
+//! what it was at the start. The log-probabilities of that frozen model are computed once, before the first step,
+//! and stored, so that no second model is resident.
 
 use std::path::Path;
 
@@ -11,11 +11,11 @@ use super::student::Student;
 use super::{Shares, Terms, ids, rows, scalar};
 use crate::checkpoint::{read_tensors_with_metadata, write_tensors};
 use crate::data::{Batch, Batches, Preferences};
-use crate::model::{Lm, ModelConfig};
+use crate::model::{Lm, Parts};
 use crate::numerics;
 use crate::op::loss::cross_entropy;
 use crate::watch::Watch;
-use crate::weights::Weights;
+use crate::weights::Place;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
@@ -26,7 +26,7 @@ pub enum DpoLoss {
     Sigmoid,
     /// `(h − 1/(2β))²`, log-probabilities a token (IPO, arXiv 2310.12036; a mean per token, as TRL has it).
     Ipo,
-    /// `−ln σ(β (π_c − π_r) − γ)`, log-probabilities a token, no reference (SimPO, arXiv 2405.14734).
+    /// `−ln σ(β (π_c − π_r) − γ)`, log-probabilities a token, no frozen model (SimPO, arXiv 2405.14734).
     Simpo,
 }
 
@@ -34,25 +34,20 @@ pub enum DpoLoss {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct DpoConfig {
-    /// Which preference loss (dpo).
-    #[arg(
-        id = "dpo_loss",
-        long = "dpo-loss",
-        value_enum,
-        default_value = "sigmoid"
-    )]
+    /// Which preference loss.
+    #[arg(long, alias = "dpo-loss", value_enum, default_value_t = Self::default().loss)]
     pub loss: DpoLoss,
-    /// How closely the model stays to the reference (dpo).
-    #[arg(long, default_value_t = 0.01)]
+    /// How closely the model stays to what it was.
+    #[arg(long, default_value_t = Self::default().beta)]
     pub beta: f64,
-    /// The margin that SimPO asks for (dpo).
-    #[arg(long, default_value_t = 0.0)]
+    /// The margin that SimPO asks for.
+    #[arg(long, default_value_t = Self::default().gamma)]
     pub gamma: f64,
-    /// Tokens of a prompt that are kept, its last ones (dpo).
-    #[arg(long, default_value_t = 512)]
+    /// Tokens of a prompt that are kept, its last ones.
+    #[arg(long, default_value_t = Self::default().max_prompt)]
     pub max_prompt: usize,
-    /// Longest prompt with its answer, in tokens (dpo).
-    #[arg(long, default_value_t = 1024)]
+    /// Longest prompt with its answer, in tokens.
+    #[arg(long, default_value_t = Self::default().max_length)]
     pub max_length: usize,
 }
 
@@ -94,16 +89,16 @@ impl DpoConfig {
     }
 
     /// Rewards of the rows `[2P]` (chosen, rejected, ..), and the loss of every pair `[P]`.
-    /// `log_probs` sums of answers, `reference` the same of the reference, `lengths` their tokens.
+    /// `log_probs` sums of answers, `frozen` the same of the model as it was, `lengths` their tokens.
     fn loss(
         &self,
         log_probs: &Tensor,
-        reference: &Tensor,
+        frozen: &Tensor,
         lengths: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         let gains = match self.loss {
-            DpoLoss::Sigmoid => (log_probs - reference)?,
-            DpoLoss::Ipo => ((log_probs - reference)? / lengths)?,
+            DpoLoss::Sigmoid => (log_probs - frozen)?,
+            DpoLoss::Ipo => ((log_probs - frozen)? / lengths)?,
             DpoLoss::Simpo => (log_probs / lengths)?,
         };
         let pairs = gains.reshape(((), 2))?;
@@ -127,39 +122,39 @@ pub struct Dpo {
     config: DpoConfig,
     data_hash: String,
     /// `[chosen, rejected]` of every pair.
-    reference: Vec<[f32; 2]>,
+    frozen: Vec<[f32; 2]>,
 }
 
 impl Dpo {
-    /// `stored`: a file of reference log-probabilities; read if it is of this model and data, else written.
+    /// `stored`: a file of the frozen model's log-probabilities; read if it is of this model and data, else written.
     ///
     /// # Errors
     /// Settings that cannot work, a file that cannot be written, or [`Error::Interrupted`].
     pub fn new(
-        student: &ModelConfig,
-        weights: &Weights,
+        student: &Parts,
         pairs: &Preferences,
         config: DpoConfig,
         stored: &Path,
+        place: &Place,
         watch: &dyn Watch,
     ) -> Result<Self> {
         config.validate()?;
-        let student = Student::new(student, weights, |_| true)?;
+        let student = Student::new(student, |_| true, place)?;
         let numerics = numerics::version(numerics::Stage::Dpo, student.lm.device());
         let identity = format!("{numerics} {} {}", student.hash()?, pairs.hash());
-        let reference = match read_reference(stored, &identity)? {
-            Some(reference) => reference,
+        let frozen = match read_frozen(stored, &identity)? {
+            Some(frozen) => frozen,
             None => {
-                let reference = reference(&student.snapshot()?, pairs, watch)?;
-                write_reference(stored, &identity, &reference)?;
-                reference
+                let frozen = frozen(&student.snapshot()?, pairs, watch)?;
+                write_frozen(stored, &identity, &frozen)?;
+                frozen
             }
         };
         Ok(Self {
             student,
             config,
             data_hash: pairs.hash(),
-            reference,
+            frozen,
         })
     }
 
@@ -175,11 +170,11 @@ impl Dpo {
     pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let lm = &self.student.lm;
         let (log_probs, lengths) = answers(lm, batch)?;
-        let reference: Vec<f32> = (batch.examples.iter().enumerate())
-            .map(|(row, pair)| self.reference[*pair][row % 2])
+        let frozen: Vec<f32> = (batch.examples.iter().enumerate())
+            .map(|(row, pair)| self.frozen[*pair][row % 2])
             .collect();
-        let reference = Tensor::from_vec(reference, batch.rows, lm.device())?;
-        let (rewards, losses) = self.config.loss(&log_probs, &reference, &lengths)?;
+        let frozen = Tensor::from_vec(frozen, batch.rows, lm.device())?;
+        let (rewards, losses) = self.config.loss(&log_probs, &frozen, &lengths)?;
         let loss = (losses.mean_all()? * shares.rows)?;
         let grads = loss.backward()?;
         self.student.params.add(&grads)?;
@@ -211,14 +206,14 @@ fn answers(lm: &Lm, batch: &Batch) -> Result<(Tensor, Tensor)> {
     Ok(((losses * &mask)?.sum(1)?.neg()?, mask.sum(1)?))
 }
 
-/// Pairs a forward pass of the reference.
-const REFERENCE_BATCH: usize = 8;
+/// Pairs a forward pass of the frozen model.
+const CHUNK: usize = 8;
 
-fn reference(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Vec<[f32; 2]>> {
-    watch.start("dpo reference", pairs.len());
+fn frozen(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Vec<[f32; 2]>> {
+    watch.start("dpo, frozen model", pairs.len());
     let order: Vec<usize> = (0..pairs.len()).collect();
     let mut found = Vec::with_capacity(order.len());
-    for chunk in order.chunks(REFERENCE_BATCH) {
+    for chunk in order.chunks(CHUNK) {
         let (log_probs, _) = answers(lm, &pairs.rows(chunk))?;
         let values = log_probs.to_dtype(DType::F32)?.to_vec1::<f32>()?;
         found.extend(values.chunks(2).map(|pair| [pair[0], pair[1]]));
@@ -227,29 +222,29 @@ fn reference(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Vec<[f32
     Ok(found)
 }
 
-const REFERENCE: &str = "log_probs";
+const LOG_PROBS: &str = "log_probs";
 
-fn write_reference(path: &Path, identity: &str, reference: &[[f32; 2]]) -> Result<()> {
+fn write_frozen(path: &Path, identity: &str, frozen: &[[f32; 2]]) -> Result<()> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
     }
-    let flat: Vec<f32> = reference.iter().flatten().copied().collect();
-    let tensor = Tensor::from_vec(flat, (reference.len(), 2), &candle_core::Device::Cpu)?;
+    let flat: Vec<f32> = frozen.iter().flatten().copied().collect();
+    let tensor = Tensor::from_vec(flat, (frozen.len(), 2), &candle_core::Device::Cpu)?;
     let metadata = [("identity".to_owned(), identity.to_owned())];
     write_tensors(
         path,
-        &[(REFERENCE.to_owned(), tensor)].into(),
+        &[(LOG_PROBS.to_owned(), tensor)].into(),
         metadata.into(),
     )
 }
 
-fn read_reference(path: &Path, identity: &str) -> Result<Option<Vec<[f32; 2]>>> {
+fn read_frozen(path: &Path, identity: &str) -> Result<Option<Vec<[f32; 2]>>> {
     if !path.exists() {
         return Ok(None);
     }
     let (tensors, metadata) = read_tensors_with_metadata(path)?;
     let (Some(tensor), true) = (
-        tensors.get(REFERENCE),
+        tensors.get(LOG_PROBS),
         metadata.get("identity").is_some_and(|i| i == identity),
     ) else {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! Intermediate Layer Distillation (spec 1.4): every layer of the student reads the teacher's input of
+//! Intermediate Layer Distillation (Zebra-Llama, arXiv 2505.17272): every layer of the student reads the teacher's input of
 //! that layer and learns its output and its mixer's output. A *bank* trains several candidates of every
 //! layer (all MLA, all Mamba2, ..) in one pass over the teacher, so that later stages choose.
 
@@ -12,11 +12,11 @@ use super::{Shares, Terms, ids, rows, scalar, share};
 use crate::checkpoint::Bank;
 use crate::data::Batch;
 use crate::mixer::LayerKind;
-use crate::model::{Lm, ModelConfig, Trace};
+use crate::model::{LayerOutput, Lm, ModelConfig, Parts, Trace};
 use crate::op::adamw::sum_of_squares;
 use crate::op::loss::{mean_l2, relative_mse};
 use crate::train::params::ParamGroup;
-use crate::weights::Weights;
+use crate::weights::Place;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -24,7 +24,7 @@ use crate::{Error, Result};
 pub enum IldLoss {
     /// `Σ(x − t)² / Σ t²` of outputs and mixer outputs.
     RelativeMse,
-    /// The reference's: the mean un-squared L2 norm.
+    /// AMD's: the mean un-squared L2 norm.
     L2Norm,
 }
 
@@ -55,11 +55,11 @@ pub enum IldInputs {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct IldConfig {
-    /// What a layer is measured by (ild).
-    #[arg(long, value_enum, default_value = "relative-mse")]
+    /// What a layer is measured by.
+    #[arg(long, value_enum, default_value_t = Self::default().loss)]
     pub loss: IldLoss,
-    /// What a layer reads while it learns (ild).
-    #[arg(long, value_enum, default_value = "teacher")]
+    /// What a layer reads while it learns.
+    #[arg(long, value_enum, default_value_t = Self::default().inputs)]
     pub inputs: IldInputs,
 }
 
@@ -96,13 +96,12 @@ impl Ild {
     pub fn bank(
         teacher: Lm,
         teacher_hash: String,
-        candidates: Vec<(LayerKind, ModelConfig, Weights)>,
+        candidates: Vec<(LayerKind, Parts)>,
         config: IldConfig,
+        place: &Place,
     ) -> Result<Self> {
-        let candidates = candidates
-            .into_iter()
-            .map(|(kind, c, w)| (Some(kind), c, w));
-        Self::new(teacher, teacher_hash, candidates.collect(), config)
+        let candidates = candidates.into_iter().map(|(kind, c)| (Some(kind), c));
+        Self::new(teacher, teacher_hash, candidates.collect(), config, place)
     }
 
     /// One hybrid whose places are settled.
@@ -112,33 +111,35 @@ impl Ild {
     pub fn student(
         teacher: Lm,
         teacher_hash: String,
-        student: (ModelConfig, Weights),
+        student: Parts,
         config: IldConfig,
+        place: &Place,
     ) -> Result<Self> {
-        let candidates = vec![(None, student.0, student.1)];
-        Self::new(teacher, teacher_hash, candidates, config)
+        Self::new(teacher, teacher_hash, vec![(None, student)], config, place)
     }
 
     fn new(
         teacher: Lm,
         teacher_hash: String,
-        candidates: Vec<(Option<LayerKind>, ModelConfig, Weights)>,
+        candidates: Vec<(Option<LayerKind>, Parts)>,
         ild: IldConfig,
+        place: &Place,
     ) -> Result<Self> {
         let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
         let (layers, hidden) = sizes(&teacher.config);
         let candidates = candidates
             .into_iter()
-            .map(|(kind, config, weights)| {
+            .map(|(kind, parts)| {
+                let config = &parts.config;
                 let name = kind.map_or("student".to_owned(), |kind| kind.to_string());
-                if sizes(&config) != (layers, hidden) {
+                if sizes(config) != (layers, hidden) {
                     return Err(Error::invalid(format!(
                         "{name} has {} layers of {}, the teacher {layers} of {hidden}",
                         config.layers.len(),
                         config.hidden_size
                     )));
                 }
-                let student = Student::new(&config, &weights, |n| n.starts_with("model.layers."))?;
+                let student = Student::new(&parts, |n| n.starts_with("model.layers."), place)?;
                 Ok(Candidate {
                     kind,
                     name,
@@ -195,7 +196,7 @@ impl Ild {
                     let alone = layer.forward(&own, documents)?;
                     let (hidden, mixer) = goal.terms(&alone, &missing(&trace, i, &own)?)?;
                     loss = ((loss + part(hidden)?)? + part(mixer)?)?.affine(0.5, 0.0)?;
-                    own = alone.0.detach();
+                    own = alone.hidden.detach();
                 }
                 let grads = loss.backward()?;
                 candidate.student.params.add(&grads)?;
@@ -239,7 +240,7 @@ impl Ild {
                 energies.extend([hidden, sum_of_squares(&trace.mixer_out[i])?]);
                 if self.config.inputs == IldInputs::Joint {
                     energies.extend([hidden, sum_of_squares(&missing(&trace, i, &own)?)?]);
-                    own = layer.forward(&own, documents)?.0.detach();
+                    own = layer.forward(&own, documents)?.hidden.detach();
                 }
             }
         }
@@ -302,9 +303,9 @@ impl<'a> Goal<'a> {
     }
 
     /// The two terms: of the layer's output (the last layer's after the final norm, on both sides), and
-    /// of its mixer's output, which is to be `mixer`. `given` is what [`crate::model::Layer::forward`] gave.
-    pub fn terms(&self, given: &(Tensor, Tensor), mixer: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (out, mixed) = given;
+    /// of its mixer's output, which is to be `mixer`.
+    pub fn terms(&self, given: &LayerOutput, mixer: &Tensor) -> Result<(Tensor, Tensor)> {
+        let LayerOutput { hidden: out, mixed } = given;
         let hidden = match self.last {
             true => self.loss.of(&self.teacher.normed(out)?, self.hidden)?,
             false => self.loss.of(out, self.hidden)?,

@@ -1,5 +1,5 @@
 //! Knowledge distillation: the student's next-token distribution towards the teacher's, a mean per token
-//! in nats, with an optional share of cross-entropy. As published (spec 1.6): forward KL over all
+//! in nats, with an optional share of cross-entropy. As published (arXiv 2505.17272): forward KL over all
 //! positions, everything trained at once. MambaInLLaMA's stepwise schedule (arXiv 2408.15237) converts
 //! layer after layer and trains mixers only.
 
@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use super::student::Student;
 use super::{Laps, Shares, Terms, ids, masked_mean, rows, scalar};
 use crate::data::Batch;
-use crate::model::{Lm, ModelConfig};
+use crate::model::{Lm, ModelConfig, Parts, through};
 use crate::op::Documents;
 use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
-use crate::weights::Weights;
+use crate::weights::Place;
 use crate::{Error, Result};
 
 /// What the cross-entropy's targets are.
@@ -55,31 +55,31 @@ pub enum Trained {
 #[serde(deny_unknown_fields, default)]
 pub struct KdConfig {
     /// How far the student's distribution is from the teacher's.
-    #[arg(long, value_enum, default_value = "forward-kl")]
+    #[arg(long, value_enum, default_value_t = Self::default().divergence)]
     pub divergence: Divergence,
     /// Compare the distributions among the teacher's K likeliest tokens only.
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
     /// Softens both distributions; the divergence is multiplied by its square (Hinton et al. 2015).
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = Self::default().temperature)]
     pub temperature: f64,
     /// Weight of the divergence.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = Self::default().kl_weight)]
     pub kl_weight: f64,
     /// Weight of the cross-entropy.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = Self::default().ce_weight)]
     pub ce_weight: f64,
     /// What the cross-entropy's targets are.
-    #[arg(long, value_enum, default_value = "text")]
+    #[arg(long, value_enum, default_value_t = Self::default().labels)]
     pub labels: Labels,
     /// Leave out positions whose next token belongs to a prompt or to another document.
     #[arg(long)]
     pub mask_prompts: bool,
     /// When the student's layers take the places of the teacher's.
-    #[arg(long, value_enum, default_value = "end-to-end")]
+    #[arg(long, value_enum, default_value_t = Self::default().schedule)]
     pub schedule: Schedule,
     /// What is trained.
-    #[arg(long, value_enum, default_value = "everything")]
+    #[arg(long, value_enum, default_value_t = Self::default().trained)]
     pub trained: Trained,
 }
 
@@ -198,11 +198,12 @@ impl Kd {
     pub fn new(
         teacher: Lm,
         teacher_hash: String,
-        student: &ModelConfig,
-        weights: &Weights,
+        parts: &Parts,
         settled: &[usize],
         config: KdConfig,
+        place: &Place,
     ) -> Result<Self> {
+        let student = &parts.config;
         config.fits(&teacher.config, student)?;
         let (converted, stepwise) = (student.converted(), config.schedule == Schedule::Stepwise);
         let is_late = |i: &usize| stepwise && !settled.contains(i);
@@ -218,7 +219,7 @@ impl Kd {
         Ok(Self {
             teacher,
             teacher_hash,
-            student: Student::new(student, weights, trained)?,
+            student: Student::new(parts, trained, place)?,
             placed: 0,
             late,
             config,
@@ -253,14 +254,12 @@ impl Kd {
     fn forward(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
         let student = &self.student.lm;
         let waiting = &self.late[self.placed..];
-        let mut x = student.embed(ids)?;
-        for (i, layer) in student.layers.iter().enumerate() {
-            let layer = match waiting.contains(&i) {
-                true => &self.teacher.layers[i],
-                false => layer,
-            };
-            x = layer.forward(&x, documents)?.0;
-        }
+        let layers = student.layers.iter().enumerate();
+        let layers = layers.map(|(i, layer)| match waiting.contains(&i) {
+            true => &self.teacher.layers[i],
+            false => layer,
+        });
+        let x = through(layers, student.embed(ids)?, documents)?;
         student.head(&student.normed(&x)?)
     }
 

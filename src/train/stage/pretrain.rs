@@ -12,9 +12,9 @@ use super::{Shares, Terms, ids, masked_mean, rows, scalar};
 use crate::Result;
 use crate::checkpoint::Format;
 use crate::data::Batch;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Parts};
 use crate::op::loss::cross_entropy;
-use crate::weights::Weights;
+use crate::weights::Place;
 
 pub struct Pretrain {
     pub student: Student,
@@ -22,11 +22,11 @@ pub struct Pretrain {
 
 impl Pretrain {
     /// A model of the config's sizes with fresh weights.
-    pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Result<Self> {
+    pub fn new(config: &ModelConfig, seed: u64, place: &Place) -> Result<Self> {
         config.validate()?;
-        let weights = Weights::new(init(config, seed, device)?);
+        let parts = Parts::new(config.clone(), &init(config, seed)?);
         Ok(Self {
-            student: Student::new(config, &weights, |_| true)?,
+            student: Student::new(&parts, |_| true, place)?,
         })
     }
 
@@ -54,13 +54,13 @@ impl Pretrain {
 
 /// Normal weights of deviation 0.02, the projections back into the residual stream divided by
 /// `√(2 L)` (GPT-2), norms 1.
-fn init(config: &ModelConfig, seed: u64, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+fn init(config: &ModelConfig, seed: u64) -> Result<BTreeMap<String, Tensor>> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let depth = (2.0 * config.layers.len() as f64).sqrt();
     let mut tensors = BTreeMap::new();
     for (name, shape) in config.params() {
         let tensor = if name.ends_with("norm.weight") {
-            Tensor::ones(shape, candle_core::DType::F32, device)?
+            Tensor::ones(shape, candle_core::DType::F32, &Device::Cpu)?
         } else {
             let back = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
             let deviation = if back { 0.02 / depth } else { 0.02 };
@@ -68,7 +68,7 @@ fn init(config: &ModelConfig, seed: u64, device: &Device) -> Result<BTreeMap<Str
             let data: Vec<f32> = (0..n)
                 .map(|_| (deviation * normal(&mut random)) as f32)
                 .collect();
-            Tensor::from_vec(data, shape, device)?
+            Tensor::from_vec(data, shape, &Device::Cpu)?
         };
         tensors.insert(name, tensor);
     }

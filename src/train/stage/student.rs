@@ -5,9 +5,9 @@ use std::path::Path;
 
 use crate::Result;
 use crate::checkpoint::{self, Format};
-use crate::model::{Lm, ModelConfig};
+use crate::model::{Lm, Parts};
 use crate::train::params::ParamGroup;
-use crate::weights::Weights;
+use crate::weights::{Place, Weights};
 
 pub struct Student {
     pub lm: Lm,
@@ -16,18 +16,16 @@ pub struct Student {
 }
 
 impl Student {
-    pub fn new(
-        config: &ModelConfig,
-        weights: &Weights,
-        trained: impl Fn(&str) -> bool,
-    ) -> Result<Self> {
+    /// `trained`: which weights, by name.
+    pub fn new(parts: &Parts, trained: impl Fn(&str) -> bool, place: &Place) -> Result<Self> {
+        let config = &parts.config;
         let mut stacked = BTreeMap::new();
         for (i, mixer) in config.layers.iter().enumerate() {
             for (name, rows) in mixer.stacked() {
                 stacked.insert(format!("model.layers.{i}.{}.{name}", mixer.prefix()), rows);
             }
         }
-        let (params, weights) = ParamGroup::new(weights, trained, &stacked)?;
+        let (params, weights) = ParamGroup::new(&parts.weights, trained, &stacked, place)?;
         Ok(Self {
             lm: Lm::new(config, &weights)?,
             params,
@@ -45,19 +43,12 @@ impl Student {
     }
 
     pub fn write_as(&self, format: Format, out: &Path, tokenizer: &Path) -> Result<()> {
-        let tensors = self.weights.to_map();
-        checkpoint::save(
-            out,
-            format,
-            &self.lm.config,
-            &tensors,
-            Some(tokenizer),
-            false,
-        )
+        let (config, weights) = (&self.lm.config, &self.weights);
+        checkpoint::save(out, format, config, weights, Some(tokenizer), false)
     }
 
     /// A fingerprint of config and weights.
     pub fn hash(&self) -> Result<String> {
-        checkpoint::fingerprint(&self.lm.config, &self.weights)
+        Parts::new(self.lm.config.clone(), &self.weights).hash()
     }
 }

@@ -35,11 +35,11 @@ impl InitArgs {
         watch: &dyn Watch,
     ) -> Result<Option<Calibration>> {
         let text = match (self.init, self.calibration.as_deref().or(fallback)) {
-            (InitName::Reference, _) if self.calibration.is_none() => return Ok(None),
+            (InitName::Published, _) if self.calibration.is_none() => return Ok(None),
             (_, Some(text)) => text,
             (_, None) => {
                 return Err(Error::invalid(
-                    "--init refined is fitted to text: name it with --calibration FILE.jsonl, or use --init reference",
+                    "--init refined is fitted to text: name it with --calibration FILE.jsonl, or use --init published",
                 ));
             }
         };
@@ -72,7 +72,7 @@ impl InitArgs {
                 calibration,
                 own_inputs,
             },
-            _ => Init::Reference { seed },
+            _ => Init::Published { seed },
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::Fields;
+use crate::checkpoint::Fields;
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
 use crate::model::{FORMAT_VERSION, ModelConfig};
@@ -12,7 +12,7 @@ use crate::{Error, Result};
 
 /// # Errors
 /// Names the field that is missing, of a wrong type, or asks for what is not supported.
-pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
+pub(in crate::checkpoint) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
     let f = Fields {
         path,
         object: value,
@@ -60,7 +60,7 @@ pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
 
 /// # Errors
 /// Names the field that asks for what no layer here computes.
-pub(super) fn supported(f: &Fields) -> Result<()> {
+pub(in crate::checkpoint) fn supported(f: &Fields) -> Result<()> {
     for field in ["attention_bias", "mlp_bias"] {
         if f.flag(field)? {
             return Err(Error::file(
@@ -103,7 +103,10 @@ fn rope(path: &Path, value: &Value) -> Result<RopeConfig> {
     })
 }
 
-pub(super) fn read_scaling(path: &Path, value: &Value) -> Result<Option<RopeScaling>> {
+pub(in crate::checkpoint) fn read_scaling(
+    path: &Path,
+    value: &Value,
+) -> Result<Option<RopeScaling>> {
     let f = Fields {
         path,
         object: value,
@@ -165,7 +168,7 @@ pub(super) fn read_scaling(path: &Path, value: &Value) -> Result<Option<RopeScal
 
 /// # Errors
 /// When a layer is not attention, or layers differ: a Llama has one kind.
-pub(super) fn write(config: &ModelConfig) -> Result<Value> {
+pub(in crate::checkpoint) fn write(config: &ModelConfig) -> Result<Value> {
     let MixerConfig::Attention(attention) = &config.layers[0] else {
         return Err(Error::invalid(format!(
             "layer 0 ({}) is not attention, the one mixer that the llama format has: use --format zebroid",
@@ -189,7 +192,12 @@ pub(super) fn write(config: &ModelConfig) -> Result<Value> {
 }
 
 /// The fields that AMD's `config.json` has too.
-pub(super) fn base(config: &ModelConfig, a: &AttentionConfig, theta: f64, scaling: Value) -> Value {
+pub(in crate::checkpoint) fn base(
+    config: &ModelConfig,
+    a: &AttentionConfig,
+    theta: f64,
+    scaling: Value,
+) -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,5 +1,8 @@
 //! Which layers keep attention's memory (become MLA): from sensitivity scores to a placement.
 
+mod budget;
+pub use budget::{Choice, fit_budget};
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -7,7 +10,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Selector {
-    /// Zebra-Llama's: ends kept, near-uniform gaps, the largest total score (spec 1.5).
+    /// Zebra-Llama's: ends kept, near-uniform gaps, the largest total score (arXiv 2505.17272).
     #[default]
     Smart,
     /// Evenly spaced, whatever the scores, each in the middle of its share of the layers.
@@ -116,7 +119,7 @@ mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};
 
-    /// The placements of AMD's configs and of an independent re-implementation (spec 1.5).
+    /// The placements of AMD's configs and of an independent re-implementation.
     #[test]
     fn published_placements_are_feasible() {
         let every =
@@ -158,7 +161,7 @@ mod tests {
         }
     }
 
-    /// The rule of spec 1.5 word for word, on every set of layers there is; shares nothing with the code above.
+    /// The published rule (arXiv 2505.17272) word for word, on every set of layers there is; shares nothing with the code above.
     /// For each count (from 1): the largest total score, and a placement that has it.
     fn brute_force(scores: &[f64]) -> Vec<(f64, Vec<usize>)> {
         let layers = scores.len();

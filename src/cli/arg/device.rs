@@ -2,23 +2,31 @@
 
 use candle_core::Device;
 
+use crate::weights::{Frozen, Place};
 use crate::{Error, Result};
 
 /// Why `auto` leaves an accelerator alone.
-const NO_KERNELS: &str = "its kernels are not written yet, and the plain references that stand in for them \
-    are slow and large (SSD's: about 410 GB for a 1B hybrid at 8 x 2,048 tokens)";
+const NO_KERNELS: &str = "its kernels are not written yet, and the plain versions that stand in for them \
+    are slow and large (that of SSD: about 410 GB for a 1B hybrid at 8 x 2,048 tokens)";
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct DeviceArg {
     /// Where to compute: auto (the CPU, until accelerators have kernels), cpu, cuda, cuda:N or metal.
     #[arg(long, default_value = "auto")]
     device: String,
+    /// What is not trained: as the file has it (on the CPU), or widened once.
+    #[arg(long, value_enum, default_value = "stored", hide_short_help = true)]
+    frozen: Frozen,
 }
 
 impl DeviceArg {
     /// # Errors
     /// A device that does not exist, or that this binary was not built for.
-    pub fn get(&self) -> Result<Device> {
+    pub fn place(&self) -> Result<Place> {
+        Ok(Place::new(self.get()?, self.frozen))
+    }
+
+    fn get(&self) -> Result<Device> {
         match self.device.as_str() {
             "auto" => {
                 let (device, said) = automatic(accelerator());

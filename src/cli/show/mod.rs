@@ -1,4 +1,4 @@
-//! What commands print: every command writes to standard output and standard error through this file alone
+//! What commands print: every command writes to standard output and standard error through this folder alone
 //! (the standard macros panic where a pipe is closed or a disk is full, and clippy refuses them here).
 
 use std::cell::{Cell, RefCell};
@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::interrupt;
 use crate::watch::Watch;
 use crate::{Error, Result};
+
+pub mod interrupt;
 
 /// Writes to standard output, at once.
 ///

@@ -1,0 +1,5 @@
+//! Options that commands share.
+
+pub mod cache;
+pub mod device;
+pub mod init;
