@@ -39,6 +39,8 @@ const COMMANDS: &str = "
     compose teacher OUT --mla 1 --kv-rank 16 --rope-dim 8 --init published --json
     calibrate teacher stories/stories.jsonl --calibration-tokens 256 --calibration-seq-len 64
     calibrate teacher stories/stories.jsonl --calibration-tokens 256 --calibration-seq-len 64 --json
+    train ild --teacher teacher --data stories/stories.jsonl OUT --init published --kv-rank 16 --steps 1 --seq-len 64 --batch-size 1 --json
+    train dpo --student hybrid --data stories/preferences.jsonl OUT --steps 1 --seq-len 128 --batch-size 1 --json
     train kd --teacher teacher --student hybrid --data stories/stories.jsonl OUT --steps 1 --seq-len 64 --batch-size 1 --json
     pretrain OUT --data stories/stories.jsonl --tokenizer stories --num-layers 1 --hidden-size 16 --intermediate-size 16 \
         --num-heads 2 --num-kv-heads 1 --seq-len 64 --batch-size 1 --steps 1 --json

@@ -109,7 +109,7 @@ fn ctrl_c_is_seen_wherever_work_is_long() {
             format!("compose {TEACHER} {path}/hybrid {sizes} --calibration {data} {calibration}"),
         ),
         (
-            "dpo reference",
+            "dpo, frozen model",
             "pairs",
             format!(
                 "train dpo --student {TEACHER} --data {path}/stories/preferences.jsonl {path}/preferring"

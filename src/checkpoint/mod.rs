@@ -16,21 +16,25 @@ use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 mod amd;
+mod atomic;
 mod bank;
 mod family;
 mod files;
 
 mod lock;
+mod output;
 mod replace;
 mod save;
 #[cfg(test)]
 mod tests;
 
+pub use atomic::write_atomic;
 pub use bank::Bank;
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
 pub use lock::{Lock, claim, lock};
+pub use output::check_output;
 pub use replace::replace_folder;
-pub use save::{check_output, save, write_atomic};
+pub use save::save;
 
 use files::TensorFiles;
 

@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use super::save::{parent, private, replaceable};
+use super::atomic::{parent, private, sync_folder};
+use super::output::replaceable;
 use crate::{Error, Result};
 
 /// Moves `folder`, on the disk to its last byte, to `out`. What stood there (only with `force`) is exchanged for it
@@ -102,28 +103,6 @@ fn sync_all(folder: &Path) -> io::Result<()> {
         }
     }
     sync_folder(folder)
-}
-
-/// The names in a folder, onto the disk.
-#[cfg(unix)]
-pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
-    match fs::File::open(folder)?.sync_all() {
-        // Some network file systems cannot, and have no need to.
-        Err(e)
-            if matches!(
-                e.kind(),
-                io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported
-            ) =>
-        {
-            Ok(())
-        }
-        done => done,
-    }
-}
-
-#[cfg(not(unix))]
-pub(super) fn sync_folder(_: &Path) -> io::Result<()> {
-    Ok(())
 }
 
 #[cfg(test)]

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
-use super::bank::Places;
 use super::base::Base;
 use super::budget::{Candidates, Damages, damages};
 use super::check::Checked;
+use super::places::Places;
 use super::recipe::{DpoStage, IldStage, KdStage, Recipe, SelectStage};
 use super::training::{start_training, tell_step};
 use crate::checkpoint::{self, Bank, Checkpoint, Format};

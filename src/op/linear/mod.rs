@@ -3,6 +3,7 @@
 mod dot;
 mod matrix;
 mod plain;
+mod storage;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -13,8 +14,9 @@ use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
 pub use matrix::Matrix;
+pub use storage::Storage;
 use stored::StoredLinear;
-pub use stored::{Owner, Storage, Stored};
+pub use stored::{Owner, Stored};
 
 const KERNELS: Kernels = Kernels::f32("linear");
 

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::super::stored::Storage;
+use super::super::storage::Storage;
 
 const WIDTH: usize = 8;
 

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::stored::Storage;
+use super::storage::Storage;
 use crate::op::isa::Isa;
 
 #[cfg(target_arch = "x86_64")]
