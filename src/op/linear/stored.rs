@@ -39,10 +39,12 @@ impl fmt::Debug for Stored {
 }
 
 /// Rows of activations up to which weights are multiplied as they are read; more of them share weights that are
-/// widened a panel at a time.
+/// widened a chunk at a time.
 const FEW: usize = 8;
-/// Rows of weights a panel.
+/// Rows of weights that one thread widens at a time.
 const PANEL: usize = 64;
+/// Rows that are widened for one product: panels, as many as make it worth its threads and still stay in the cache.
+const CHUNK: usize = 16 * PANEL;
 
 impl Stored {
     /// `rows` of `width` entries in `bytes` of `owner`.
@@ -155,30 +157,33 @@ impl Stored {
                     let w = View::rows(w, self.rows, self.width).transposed();
                     matmul(&mut y, View::rows(x, m, self.width), w, false, true);
                 }
-                None => self.by_panels(x, m, &mut y),
+                None => self.by_chunks(x, m, &mut y),
             },
         }
         y
     }
 
-    fn by_panels(&self, x: &[f32], m: usize, y: &mut [f32]) {
+    /// Rows from `first` on, at most [`CHUNK`], in f32, widened by all threads.
+    fn chunk(&self, first: usize) -> Vec<f32> {
+        let count = CHUNK.min(self.rows - first);
+        let mut wide = vec![0.; count * self.width];
+        let panels = wide.par_chunks_mut(PANEL * self.width).enumerate();
+        panels.for_each(|(i, out)| self.panel(first / PANEL + i, out));
+        wide
+    }
+
+    fn by_chunks(&self, x: &[f32], m: usize, y: &mut [f32]) {
         let x = View::rows(x, m, self.width);
-        // [N, M]: a panel's results side by side.
-        let mut turned = vec![0.; y.len()];
-        let panels = turned.par_chunks_mut(PANEL * m).enumerate();
-        panels.for_each(|(i, turned)| {
-            let count = turned.len() / m;
-            let mut panel = vec![0.; count * self.width];
-            self.panel(i, &mut panel);
-            let panel = View::rows(&panel, count, self.width);
-            matmul(turned, panel, x.transposed(), false, false);
-        });
-        let rows = self.rows;
-        y.par_chunks_mut(rows).enumerate().for_each(|(i, y)| {
-            for (j, y) in y.iter_mut().enumerate() {
-                *y = turned[j * m + i];
+        for first in (0..self.rows).step_by(CHUNK) {
+            let wide = self.chunk(first);
+            let count = wide.len() / self.width;
+            let mut part = vec![0.; m * count];
+            let w = View::rows(&wide, count, self.width).transposed();
+            matmul(&mut part, x, w, false, true);
+            for (y, part) in y.chunks_mut(self.rows).zip(part.chunks(count)) {
+                y[first..first + count].copy_from_slice(part);
             }
-        });
+        }
     }
 
     /// `dy [M, N]` → `dx [M, K] = dy W`.
@@ -190,10 +195,9 @@ impl Stored {
             matmul(&mut dx, View::rows(dy, m, self.rows), w, false, true);
             return dx;
         }
-        for first in (0..self.rows).step_by(PANEL) {
-            let count = PANEL.min(self.rows - first);
-            let mut panel = vec![0.; count * self.width];
-            self.panel(first / PANEL, &mut panel);
+        for first in (0..self.rows).step_by(CHUNK) {
+            let wide = self.chunk(first);
+            let count = wide.len() / self.width;
             let dy = View {
                 data: &dy[first..],
                 dims: [m, count],
@@ -202,7 +206,7 @@ impl Stored {
             matmul(
                 &mut dx,
                 dy,
-                View::rows(&panel, count, self.width),
+                View::rows(&wide, count, self.width),
                 true,
                 true,
             );
