@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Memory and time at the size the program is made for: a Llama-3.2-1B shape with random bf16 weights (docs/log.md, "Measured").
+#   recipes/real_size.sh TOKENIZER DATA OUT
+# TOKENIZER: folder with tokenizer.json (its words are fewer than the model's); DATA: JSON lines of text; OUT: 11 GB, made anew.
+# Needs Python with numpy, for the weights and to read how much memory a command took.
+set -euo pipefail
+tokenizer=$1 data=$2 out=$3
+repo=$(cd "$(dirname "$0")/.." && pwd)
+zebroid=${ZEBROID:-$repo/target/release/zebroid}
+python=${PYTHON:-python3}
+rm -rf "$out"
+mkdir -p "$out"
+"$python" "$repo/recipes/peer/random_llama.py" "$tokenizer" "$out/teacher" "$repo/recipes/teachers/llama-3.2-1b/config.json"
+# What a command says on standard output, its seconds, and the most memory that it held.
+measured() {
+  echo "== $*"
+  "$python" - "$zebroid" "$@" <<'PYTHON'
+import resource, subprocess, sys, time
+started = time.time()
+subprocess.run(sys.argv[1:], check=True, stderr=subprocess.DEVNULL)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+print(f"{time.time() - started:.1f} s, {peak:.2f} GB at most")
+PYTHON
+}
+text="Once upon a time"
+long=$(printf 'Once upon a time there was a little girl. %.0s' {1..24})
+measured generate "$out/teacher" --prompt "$text" --max-tokens 40 --json
+measured generate "$out/teacher" --prompt "$text" --max-tokens 40 --json --frozen f32
+measured generate "$out/teacher" --prompt "$long" --max-tokens 1 --json
+measured compose "$out/teacher" "$out/hybrid" --mla 0,5,10,15 --kv-rank 128 --rope-dim 32 --init published
+measured export "$out/hybrid" "$out/bf16" --format zebroid --dtype bf16
+measured generate "$out/hybrid" --prompt "$text" --max-tokens 40 --json
+measured generate "$out/bf16" --prompt "$text" --max-tokens 40 --json
+measured train kd --teacher "$out/teacher" --student "$out/hybrid" --data "$data" "$out/distilled" --trained mixers \
+  --batch-size 1 --seq-len 256 --steps 2 --lr 1e-4 --json
