@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Memory and time at the size the program is made for: a Llama-3.2-1B shape with random bf16 weights (docs/log.md, "Measured").
 #   recipes/real_size.sh TOKENIZER DATA OUT
-# TOKENIZER: folder with tokenizer.json (its words are fewer than the model's); DATA: JSON lines of text; OUT: 11 GB, made anew.
+# TOKENIZER: folder with tokenizer.json (its words are fewer than the model's); DATA: JSON lines of text; OUT: a new folder, 11 GB.
 # Needs Python with numpy, for the weights and to read how much memory a command took.
 set -euo pipefail
 tokenizer=$1 data=$2 out=$3
 repo=$(cd "$(dirname "$0")/.." && pwd)
 zebroid=${ZEBROID:-$repo/target/release/zebroid}
 python=${PYTHON:-python3}
-rm -rf "$out"
-mkdir -p "$out"
+mkdir "$out"
 "$python" "$repo/recipes/peer/random_llama.py" "$tokenizer" "$out/teacher" "$repo/recipes/teachers/llama-3.2-1b/config.json"
 # What a command says on standard output, its seconds, and the most memory that it held.
 measured() {
