@@ -41,6 +41,8 @@ impl fmt::Debug for Stored {
 /// Rows of activations up to which weights are multiplied as they are read; more of them share weights that are
 /// widened a chunk at a time.
 const FEW: usize = 8;
+/// Bytes below which a matrix in f32 is multiplied as a whole.
+const SMALL: usize = 1 << 20;
 /// Rows of weights that one thread widens at a time.
 const PANEL: usize = 64;
 /// Rows that are widened for one product: panels, as many as make it worth its threads and still stay in the cache.
@@ -144,21 +146,21 @@ impl Stored {
     fn product(&self, x: &[f32]) -> Vec<f32> {
         let m = x.len() / self.width;
         let mut y = vec![0.; m * self.rows];
-        match (m <= FEW, self.storage) {
-            (true, Storage::Blocks(kind)) => {
+        let few = m <= FEW;
+        match (self.entries(), self.storage) {
+            // Rows of a small matrix are too short to be worth a product each.
+            (Some(w), _) if !few || self.bytes.len() < SMALL => {
+                let w = View::rows(w, self.rows, self.width).transposed();
+                matmul(&mut y, View::rows(x, m, self.width), w, false, true);
+            }
+            (_, Storage::Blocks(kind)) if few => {
                 let x = Activations::new(x, self.width);
                 blocks::product(Isa::here(), kind, self.bytes(), &x, &mut y);
             }
-            (true, storage) => {
+            (_, storage) if few => {
                 dot::product(Isa::here(), storage, self.bytes(), x, self.width, &mut y)
             }
-            (false, _) => match self.entries() {
-                Some(w) => {
-                    let w = View::rows(w, self.rows, self.width).transposed();
-                    matmul(&mut y, View::rows(x, m, self.width), w, false, true);
-                }
-                None => self.by_chunks(x, m, &mut y),
-            },
+            _ => self.by_chunks(x, m, &mut y),
         }
         y
     }

@@ -10,6 +10,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+/// Bytes of weights below which other threads would be woken for longer than one takes to read them.
+const ALONE: usize = 1 << 20;
 /// Rows of weights that one task takes at least.
 const TASK: usize = 16;
 /// Rows of activations that share one reading of a row of weights.
@@ -47,15 +49,25 @@ pub fn product(isa: Isa, storage: Storage, w: &[u8], x: &[f32], width: usize, y:
             }
         }
     };
+    let alone = w.len() < ALONE;
     let task = TASK.max(outs.div_ceil(4 * rayon::current_num_threads()));
+    if m == 1 && alone {
+        rows(0, y);
+        return;
+    }
     if m == 1 {
         let tasks = y.par_chunks_mut(task).enumerate();
         tasks.for_each(|(i, found)| rows(i * task, found));
         return;
     }
     let mut turned = vec![0.; y.len()];
-    let tasks = turned.par_chunks_mut(task * m).enumerate();
-    tasks.for_each(|(i, found)| rows(i * task, found));
+    match alone {
+        true => rows(0, &mut turned),
+        false => {
+            let tasks = turned.par_chunks_mut(task * m).enumerate();
+            tasks.for_each(|(i, found)| rows(i * task, found));
+        }
+    }
     for (i, y) in y.chunks_exact_mut(outs).enumerate() {
         for (j, y) in y.iter_mut().enumerate() {
             *y = turned[j * m + i];
