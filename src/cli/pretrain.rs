@@ -1,10 +1,9 @@
 //! `zebroid pretrain`: a small Llama from scratch.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::show::Progress;
 use super::train::TrainArgs;
-use crate::checkpoint;
 use crate::data::{Corpus, Tokenizer};
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
@@ -52,9 +51,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let settings = &args.train.config;
-    settings.validate()?;
-    let inputs: [&Path; 2] = [&args.tokenizer, &args.data];
-    let _lock = checkpoint::claim(&args.out, args.train.force, &inputs)?;
+    let _lock = (args.train).claim(&args.out, &[&args.tokenizer, &args.data])?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
     let attention = AttentionConfig {
         num_attention_heads: args.num_heads,

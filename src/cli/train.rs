@@ -140,7 +140,7 @@ pub struct TrainArgs {
 
 impl TrainArgs {
     /// Settings are checked, and the output is this process's, before anything is read.
-    fn claim(&self, out: &Path, inputs: &[&Path]) -> Result<checkpoint::Lock> {
+    pub fn claim(&self, out: &Path, inputs: &[&Path]) -> Result<checkpoint::Lock> {
         self.config.validate()?;
         checkpoint::claim(out, self.force, inputs)
     }
@@ -156,29 +156,6 @@ impl TrainArgs {
         teacher: Option<&Base>,
         watch: Progress,
     ) -> Result<()> {
-        let run = self.run(name, stage, data, out, tokenizer, teacher, &watch);
-        drop(watch);
-        if let Some(last) = run?.last() {
-            note(format_args!(
-                "{} steps, {} tokens, last loss {:.4}",
-                last.step, last.tokens, last.loss
-            ));
-        }
-        note(format_args!("written to {}", out.display()));
-        Ok(())
-    }
-
-    /// Runs a stage.
-    fn run(
-        &self,
-        name: &str,
-        stage: &mut Stage,
-        data: &dyn Batches,
-        out: &Path,
-        tokenizer: &Path,
-        teacher: Option<&Base>,
-        watch: &dyn Watch,
-    ) -> Result<Vec<StepMetrics>> {
         let held_out = match (&self.validation, teacher) {
             (None, _) => None,
             (Some(path), Some(base)) => {
@@ -205,11 +182,11 @@ impl TrainArgs {
                 ])
             }
         });
-        start_training(watch, name, &self.config, data, out)?;
+        start_training(&watch, name, &self.config, data, out)?;
         // Whoever reads the steps may leave, and the disk that they go to may fill: the run is saved then.
         let printed = RefCell::new(Ok(()));
         let mut observe = |metrics: &StepMetrics, _: u64| {
-            tell_step(watch, metrics);
+            tell_step(&watch, metrics);
             if self.json && printed.borrow().is_ok() {
                 *printed.borrow_mut() = print_line(metrics);
             }
@@ -231,13 +208,23 @@ impl TrainArgs {
                 observe: &mut observe,
             },
         );
-        match (metrics, printed.into_inner()) {
+        let metrics = match (metrics, printed.into_inner()) {
             (Err(saved @ Error::Interrupted(_)), Err(unprinted)) => {
                 note(saved);
                 Err(unprinted)
             }
             (metrics, printed) => metrics.and_then(|metrics| printed.map(|()| metrics)),
+        };
+        // The bar ends before the last words.
+        drop(watch);
+        if let Some(last) = metrics?.last() {
+            note(format_args!(
+                "{} steps, {} tokens, last loss {:.4}",
+                last.step, last.tokens, last.loss
+            ));
         }
+        note(format_args!("written to {}", out.display()));
+        Ok(())
     }
 }
 
