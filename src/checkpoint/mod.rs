@@ -25,6 +25,7 @@ mod lock;
 mod output;
 mod replace;
 mod save;
+mod store;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +36,7 @@ pub use lock::{Lock, claim, lock};
 pub use output::check_output;
 pub use replace::replace_folder;
 pub use save::save;
+pub use store::{Kept, Key, Store, keep, kept};
 
 use files::TensorFiles;
 

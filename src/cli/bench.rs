@@ -12,10 +12,10 @@ use super::positive;
 use super::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
-use crate::data::Batch;
+use crate::data::{Corpus, Packing};
 use crate::op::adamw::AdamW;
 use crate::train::stage::kd::{Kd, KdConfig};
-use crate::train::{Optimizer, Stage, TrainConfig, take_step};
+use crate::train::{Optimizer, Stage, check_batch, take_step};
 use crate::watch::Watch;
 
 #[derive(Debug, clap::Subcommand)]
@@ -69,12 +69,8 @@ struct Report {
 
 pub fn run(command: Bench) -> anyhow::Result<()> {
     let Bench::Train(args) = command;
-    let sizes = TrainConfig {
-        batch_size: args.batch_size,
-        seq_len: args.seq_len,
-        ..TrainConfig::default()
-    };
-    sizes.validate()?;
+    let (rows, len) = (args.batch_size, args.seq_len);
+    check_batch(rows, 1, len)?;
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
@@ -89,7 +85,9 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     let composed = compose(&teacher, &student, &init, &watch)?;
     let (lm, config) = (teacher.lm(&place)?, KdConfig::default());
     let kd = Kd::new(lm, String::new(), &composed, &[], config, &place)?;
-    let mut stage = Stage::Kd(Box::new(kd));
+    let all = args.warmup + args.steps;
+    let text = random_text(all * rows * len, student.vocab_size);
+    let mut stage = Stage::Kd(Box::new(kd), &text);
     let adamw = AdamW {
         lr: 1e-4,
         beta1: 0.9,
@@ -98,17 +96,11 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         weight_decay: 0.0,
     };
     let rules = Optimizer { adamw, muon: None };
-    let all = args.warmup + args.steps;
     watch.start("bench", all);
     let mut seconds = Vec::new();
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
     for step in 0..all {
-        let batch = random_batch(
-            args.batch_size,
-            args.seq_len,
-            student.vocab_size,
-            step as u64,
-        );
+        let batch = text.ordered(step * rows, rows, len)?;
         let started = Instant::now();
         let taken = take_step(&mut stage, &[batch], 1.0, &rules)?;
         watch.reached(step + 1, all, "steps")?;
@@ -126,7 +118,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     drop(watch);
     let step_s = median(seconds);
     let report = Report {
-        tokens_per_s: (args.batch_size * args.seq_len) as f64 / step_s,
+        tokens_per_s: (rows * len) as f64 / step_s,
         step_s,
         phases: phases
             .into_iter()
@@ -157,13 +149,10 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn random_batch(rows: usize, len: usize, vocab: usize, seed: u64) -> Batch {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let ids: Vec<u32> = (0..rows * len)
-        .map(|_| random.random_range(0..vocab as u32))
-        .collect();
-    let (starts, learned) = (vec![0; ids.len()], vec![true; ids.len()]);
-    Batch::new(ids, starts, &learned, len)
+fn random_text(tokens: usize, vocab: usize) -> Corpus {
+    let mut random = ChaCha8Rng::seed_from_u64(0);
+    let ids = (0..tokens).map(|_| random.random_range(0..vocab as u32));
+    Corpus::new(&[ids.collect()], Packing::Stream)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

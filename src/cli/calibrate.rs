@@ -7,7 +7,7 @@ use serde_json::json;
 use super::arg::cache;
 use super::arg::device::DeviceArg;
 use super::show::{Progress, print, print_json, table, thousands};
-use crate::convert::CalibrationConfig;
+use crate::convert::{CalibrationConfig, calibrate};
 use crate::data::{Corpus, Packing};
 use crate::pipeline::Base;
 
@@ -36,7 +36,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let base = Base::open(&args.teacher, args.device.place()?)?;
     let corpus = Corpus::load(&args.data, &base.tokenizer, Packing::Documents)?;
     let watch = Progress::default();
-    let found = base.calibrate(&corpus, &args.config, &cache::folder(), &watch)?;
+    let (parts, place, folder) = (&base.parts, &base.place, cache::folder());
+    let found = calibrate(parts, place, &corpus, &args.config, &folder, &watch)?;
     drop(watch);
     let root_mean = |values: &[f64]| (values.iter().sum::<f64>() / values.len() as f64).sqrt();
     let layers: Vec<_> = (found.layers.iter())

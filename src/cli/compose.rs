@@ -8,10 +8,11 @@ use super::arg::init::InitArgs;
 use super::plan::{as_json, as_table};
 use super::show::{Progress, check_file, print, print_json, table};
 use crate::checkpoint::{self, Bank, Format};
-use crate::convert::{Calibration, PlanOptions, compose_from_bank};
+use crate::convert::{Calibration, Init, PlanOptions};
 use crate::eval::fidelity::{Fidelity, fidelity};
 use crate::model::{ModelConfig, Parts};
 use crate::pipeline::Base;
+use crate::pipeline::stage::compose::{Source, hybrid};
 use crate::report::{Bars, Report};
 use crate::watch::Watch;
 use crate::weights::Place;
@@ -61,21 +62,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let base = Base::open(&args.teacher, Place::cpu())?;
     // Sizes that need no weights are refused before the text is read.
     if !args.plan.needs_weights() {
-        base.plan(&args.plan, None)?;
+        base.plan(&args.plan, &Init::Published { seed: args.seed })?;
     }
     let watch = Progress::default();
     let calibration = match args.bank.is_some() {
         true => args.init.calibration_if_named(&base, &watch)?,
         false => args.init.calibration(&base, None, &watch)?,
     };
-    let student = base.plan(&args.plan, calibration.as_ref())?;
-    let composed = match &args.bank {
-        None => {
-            let init = args.init.init(&calibration, true, args.seed);
-            base.compose(&student, &init, &watch)?
-        }
-        Some(bank) => compose_from_bank(&base.parts.weights, &student, &Bank::open(bank)?)?,
-    };
+    let init = args.init.init(&calibration, true, args.seed);
+    let bank = args.bank.as_ref().map(|folder| Bank::open(folder));
+    let bank = bank.transpose()?;
+    let source = bank.as_ref().map_or(Source::Teacher, Source::Bank);
+    let composed = hybrid(&base, &args.plan, &init, source, &watch)?;
     checkpoint::save(
         &args.out,
         args.format,

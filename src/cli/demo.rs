@@ -135,8 +135,8 @@ fn recipe(args: &Args) -> Result<Recipe> {
 
 /// The same hybrid as the published initialisation makes it, untrained.
 fn published(base: &Base, recipe: &Recipe, with: &Surroundings) -> Result<KlReport> {
-    let student = base.plan(&recipe.plan, None)?;
     let init = Init::Published { seed: recipe.seed };
+    let student = base.plan(&recipe.plan, &init)?;
     let lm = base.compose(&student, &init, with.watch)?.lm(&base.place)?;
     let (seed, count) = HELD_OUT;
     let text = with.out.join(format!("stories-{seed}-{count}.jsonl"));

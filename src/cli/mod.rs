@@ -172,7 +172,8 @@ mod tests {
 
     use super::Cli;
     use crate::convert::PlanOptions;
-    use crate::train::TrainConfig;
+    use crate::pipeline::stage::select::SelectStage;
+    use crate::train::TrainSettings;
     use crate::train::stage::dpo::DpoConfig;
     use crate::train::stage::ild::IldConfig;
     use crate::train::stage::kd::KdConfig;
@@ -218,8 +219,10 @@ mod tests {
         let cli = Cli::command();
         let train = cli.find_subcommand("train").unwrap();
         let command = |name: &str| train.find_subcommand(name).unwrap();
+        let select = cli.find_subcommand("select").unwrap();
         for (command, fields) in [
-            (command("kd"), fields(&TrainConfig::default())),
+            (select, fields(&SelectStage::default())),
+            (command("kd"), fields(&TrainSettings::default())),
             (command("kd"), fields(&KdConfig::default())),
             (command("ild"), fields(&IldConfig::default())),
             (command("dpo"), fields(&DpoConfig::default())),

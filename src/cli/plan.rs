@@ -7,7 +7,7 @@ use serde_json::json;
 use super::positive;
 use super::show::{bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
-use crate::convert::{PlanOptions, plan};
+use crate::convert::{Init, PlanOptions, plan};
 use crate::model::ModelConfig;
 use crate::pipeline::Base;
 use crate::weights::Place;
@@ -36,7 +36,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // Ranks by energy or budget are read off the weights; all else needs the config alone.
     let student = match args.plan.needs_weights() {
         false => plan(&teacher, &args.plan)?,
-        true => Base::open(&args.teacher, Place::cpu())?.plan(&args.plan, None)?,
+        true => {
+            let init = Init::Published { seed: 0 };
+            Base::open(&args.teacher, Place::cpu())?.plan(&args.plan, &init)?
+        }
     };
     let length = args.length.unwrap_or(teacher.max_position_embeddings);
     match args.json {

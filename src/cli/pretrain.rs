@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::show::Progress;
-use super::train::TrainArgs;
+use super::train::{TrainArgs, TrainRun};
 use crate::data::{Corpus, Tokenizer};
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
@@ -50,8 +50,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let settings = &args.train.config;
-    let _lock = (args.train).claim(&args.out, &[&args.tokenizer, &args.data])?;
+    let (settings, _lock) = (args.train).claim(&args.out, &[&args.tokenizer, &args.data])?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
     let attention = AttentionConfig {
         num_attention_heads: args.num_heads,
@@ -77,17 +76,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         converted: None,
     };
     let place = args.train.device.place()?;
-    let mut stage = Stage::Pretrain(Pretrain::new(&config, settings.seed, &place)?);
     let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
-    let (out, watch) = (&args.out, Progress::default());
-    (args.train).finish(
-        "pretrain",
-        &mut stage,
-        &corpus,
-        out,
-        &args.tokenizer,
-        None,
-        watch,
-    )?;
+    let pretrain = Pretrain::new(&config, settings.seed, &place)?;
+    let mut stage = Stage::Pretrain(pretrain, &corpus);
+    let run = TrainRun {
+        name: "pretrain",
+        config: &settings,
+        out: &args.out,
+        tokenizer: &args.tokenizer,
+        teacher: None,
+    };
+    (args.train).finish(&run, &mut stage, Progress::default())?;
     Ok(())
 }

@@ -7,16 +7,19 @@ use super::plan::{as_json, as_table};
 use super::show::{Progress, print, print_json, table};
 use crate::checkpoint::{self, Checkpoint};
 use crate::mixer::LayerKind;
-use crate::pipeline::{self, Outcome, Recipe, Surroundings, Teacher, Text};
+use crate::pipeline::{self, Outcome, Recipe, Surroundings, Teacher, Text, Variant};
 use crate::report::{Report, Series};
+use crate::watch::Watch;
 use crate::{Error, Result};
 
-/// Carry out a recipe: calibrate, ILD, select, compose, KD, DPO, evaluation. What is done is not done
-/// again: kill it anywhere and run it once more, or change a setting, and only what depends on it is made.
+/// Carry out a recipe: calibrate, ILD, select, compose, KD, DPO, evaluation; of a recipe with a sweep, every variant.
+/// What is done is not done again: kill it anywhere and run it once more, or change a setting, and only what depends on it
+/// is made.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid run recipes/demo.toml\n  \
     zebroid run recipes/zebra-llama/1b-4mla-12m2.toml --plan\n  \
+    zebroid run recipes/demo.toml --set seed=1 --set kd.train.lr=1e-3 --out runs/other\n  \
     zebroid run recipes/zebra-llama/1b-4mla-12m2.toml --teacher ./Llama-3.2-1B-Instruct --kd-teacher ./Llama-3.1-8B-Instruct \\\n    \
       --train sft.jsonl --validation held-out.jsonl --preferences preferences.jsonl --out runs/1b")]
 pub struct Args {
@@ -40,6 +43,9 @@ pub struct Args {
     /// Preference pairs, instead of the recipe's.
     #[arg(long)]
     preferences: Option<Text>,
+    /// Replace what the recipe says: a key as in its file, and a value; may be given again.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Show stages and sizes, and check the recipe, its teachers and texts as a run does; nothing is made.
     #[arg(long)]
     plan: bool,
@@ -54,17 +60,22 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let recipe = recipe(&args)?;
+    let variants = variants(&args)?;
     let name = args.recipe.file_stem().unwrap_or_default();
     let out = args
         .out
         .clone()
         .unwrap_or_else(|| Path::new("runs").join(name));
     if args.plan {
-        show_plan(&recipe, args.json)?;
-        return Ok(pipeline::check(&recipe, &out)?);
+        return show_plans(&variants, &out, args.json);
     }
     let _lock = checkpoint::lock(&out)?;
+    // A mistake in the last variant is found before the first is made.
+    if variants.len() > 1 {
+        for variant in &variants {
+            pipeline::check(&variant.recipe, &out).map_err(|e| labelled(variant, e))?;
+        }
+    }
     let watch = Progress::default();
     let surroundings = Surroundings {
         out: &out,
@@ -72,52 +83,108 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         save_every: args.save_every,
         watch: &watch,
     };
-    let outcome = pipeline::run(&recipe, &surroundings)?;
+    let mut outcomes = Vec::new();
+    for variant in &variants {
+        if !variant.label.is_empty() {
+            watch.note(&variant.label);
+        }
+        let outcome = pipeline::run(&variant.recipe, &surroundings);
+        outcomes.push(outcome.map_err(|e| labelled(variant, e))?);
+    }
     drop(watch);
     let report = out.join("report.html");
-    page(&recipe, &outcome)?.write(&report)?;
-    if args.json {
-        print_json(&outcome)?;
+    if let ([variant], [outcome]) = (&variants[..], &outcomes[..]) {
+        page(&variant.recipe, outcome)?.write(&report)?;
+        if args.json {
+            print_json(outcome)?;
+            return Ok(());
+        }
+        print(format_args!(
+            "{}\nKV ratio {:.2} % at the teacher's whole context\nhybrid: {}\nreport: {}\n",
+            table(&HEADERS, &rows(outcome)),
+            100.0 * outcome.kv_ratio,
+            outcome.student.display(),
+            report.display()
+        ))?;
         return Ok(());
     }
+    let all: Vec<(&Variant, &Outcome)> = variants.iter().zip(&outcomes).collect();
+    sweep_page(&all).write(&report)?;
+    if args.json {
+        let each = |(variant, outcome): &(&Variant, &Outcome)| serde_json::json!({ "variant": variant.label, "outcome": outcome });
+        print_json(&all.iter().map(each).collect::<Vec<_>>())?;
+        return Ok(());
+    }
+    let (headers, rows) = sweep_table(&all);
+    let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
     print(format_args!(
-        "{}\nKV ratio {:.2} % at the teacher's whole context\nhybrid: {}\nreport: {}\n",
-        table(&HEADERS, &rows(&outcome)),
-        100.0 * outcome.kv_ratio,
-        outcome.student.display(),
+        "{}\nreport: {}\n",
+        table(&headers, &rows),
         report.display()
     ))?;
     Ok(())
 }
 
-/// The file with what the flags replace.
-fn recipe(args: &Args) -> Result<Recipe> {
-    let mut recipe = Recipe::load(&args.recipe)?;
-    if let Some(teacher) = &args.teacher {
-        recipe.teacher = Teacher::Folder(teacher.clone());
+fn labelled(variant: &Variant, error: Error) -> Error {
+    match (variant.label.as_str(), error) {
+        (label, Error::Invalid(message)) if !label.is_empty() => {
+            Error::Invalid(format!("{label}: {message}"))
+        }
+        (_, error) => error,
     }
-    if let Some(teacher) = &args.kd_teacher {
-        for kd in recipe.kd.iter_mut().filter(|kd| kd.teacher.is_some()) {
-            kd.teacher = Some(teacher.clone());
+}
+
+/// The file with what the flags replace.
+fn variants(args: &Args) -> Result<Vec<Variant>> {
+    let mut variants = Recipe::load_all(&args.recipe, &args.set)?;
+    for Variant { recipe, .. } in &mut variants {
+        if let Some(teacher) = &args.teacher {
+            recipe.teacher = Teacher::Folder(teacher.clone());
+        }
+        if let Some(teacher) = &args.kd_teacher {
+            for kd in recipe.kd.iter_mut().filter(|kd| kd.teacher.is_some()) {
+                kd.teacher = Some(teacher.clone());
+            }
+        }
+        let data = &mut recipe.data;
+        if let Some(text) = &args.train {
+            data.train = text.clone();
+        }
+        if let Some(text) = &args.validation {
+            data.validation = text.clone();
+        }
+        if let Some(text) = &args.preferences {
+            data.preferences = Some(text.clone());
         }
     }
-    if let Some(text) = &args.train {
-        recipe.data.train = text.clone();
-    }
-    if let Some(text) = &args.validation {
-        recipe.data.validation = text.clone();
-    }
-    if let Some(text) = &args.preferences {
-        recipe.data.preferences = Some(text.clone());
-    }
-    Ok(recipe)
+    Ok(variants)
 }
 
 /// Unless said otherwise.
 pub const SAVE_EVERY: u64 = 100;
 
-fn show_plan(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
-    let scratch = tempfile::tempdir()?;
+/// What would be done, and then whether it can be.
+fn show_plans(variants: &[Variant], out: &Path, json: bool) -> anyhow::Result<()> {
+    let mut plans = Vec::new();
+    for variant in variants {
+        let plan = show_plan(variant, json).map_err(|e| labelled(variant, e))?;
+        plans.extend(plan);
+    }
+    match &plans[..] {
+        [] => {}
+        [plan] => print_json(plan)?,
+        plans => print_json(&plans)?,
+    }
+    for variant in variants {
+        pipeline::check(&variant.recipe, out).map_err(|e| labelled(variant, e))?;
+    }
+    Ok(())
+}
+
+/// Prints a plan, or gives it as JSON.
+fn show_plan(variant: &Variant, json: bool) -> Result<Option<serde_json::Value>> {
+    let recipe = &variant.recipe;
+    let scratch = tempfile::tempdir().map_err(Error::io("cannot create", &std::env::temp_dir()))?;
     let folder = pipeline::teacher_folder(&recipe.teacher, scratch.path())?;
     let (teacher, _) = Checkpoint::config_only(&folder)?;
     let students = recipe.check(&teacher)?;
@@ -125,16 +192,32 @@ fn show_plan(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
         .last()
         .ok_or_else(|| Error::invalid("no student"))?;
     let length = teacher.max_position_embeddings;
+    let stages = recipe.stages();
     if json {
-        let plan = serde_json::json!({ "recipe": recipe, "plan": as_json(&teacher, last, length) });
-        print_json(&plan)?;
-        return Ok(());
+        let stages = stages
+            .iter()
+            .map(|entry| serde_json::json!({ "name": entry.name, "about": entry.stage.about() }));
+        return Ok(Some(serde_json::json!({
+            "variant": variant.label,
+            "recipe": recipe,
+            "stages": stages.collect::<Vec<_>>(),
+            "plan": as_json(&teacher, last, length),
+        })));
     }
-    if !recipe.about.is_empty() {
-        print(format_args!("{}\n\n", recipe.about))?;
+    for text in [&variant.label, &recipe.about] {
+        if !text.is_empty() {
+            print(format_args!("{text}\n\n"))?;
+        }
     }
-    let (stages, table) = (stages(recipe).join(", "), as_table(&teacher, last, length));
-    print(format_args!("stages: {stages}\n\n{table}"))?;
+    let stages = stages.iter().map(|entry| match entry.stage.about() {
+        about if about.is_empty() => entry.name.clone(),
+        about => format!("{} ({about})", entry.name),
+    });
+    let stages = stages.collect::<Vec<_>>().join(", ");
+    print(format_args!(
+        "stages: {stages}\n\n{}",
+        as_table(&teacher, last, length)
+    ))?;
     match &recipe.select {
         Some(select) if select.method.selector().is_some() => {
             print("(places are chosen after ILD; a uniform placement is shown)\n")?;
@@ -144,33 +227,62 @@ fn show_plan(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
         }
         None => {}
     }
-    Ok(())
+    Ok(None)
 }
 
-/// What a recipe goes through, in order.
-fn stages(recipe: &Recipe) -> Vec<String> {
-    let mut stages = Vec::new();
-    let length = |train: &crate::train::TrainConfig| match (train.steps, train.tokens) {
-        (Some(steps), _) => format!("{steps} steps"),
-        (None, Some(tokens)) => format!("{:.3} M tokens", tokens as f64 / 1e6),
-        (None, None) => format!("{} epochs", train.epochs.unwrap_or(1.0)),
+/// A row a variant: KL after each stage, and what the last one is like.
+fn sweep_table(all: &[(&Variant, &Outcome)]) -> (Vec<String>, Vec<Vec<String>>) {
+    let mut names: Vec<&str> = Vec::new();
+    for stage in all.iter().flat_map(|(_, outcome)| &outcome.stages) {
+        if stage.kl.is_some() && !names.contains(&stage.name.as_str()) {
+            names.push(&stage.name);
+        }
+    }
+    let mut headers = vec!["variant".to_owned()];
+    headers.extend(names.iter().map(|name| format!("KL after {name}")));
+    headers.extend(["top-1 agreement".into(), "KV ratio".into()]);
+    let row = |(variant, outcome): &(&Variant, &Outcome)| {
+        let kl = |name: &&str| {
+            let stage = outcome.stages.iter().find(|s| s.name == *name);
+            let kl = stage.and_then(|s| s.kl);
+            kl.map_or("-".into(), |kl| format!("{:.4}", kl.kl))
+        };
+        let last = outcome.stages.last().and_then(|s| s.kl);
+        let mut row = vec![variant.label.clone()];
+        row.extend(names.iter().map(kl));
+        row.push(last.map_or("-".into(), |k| format!("{:.2} %", 100.0 * k.agreement)));
+        row.push(format!("{:.2} %", 100.0 * outcome.kv_ratio));
+        row
     };
-    if let Some(ild) = &recipe.ild {
-        stages.push(format!("ild ({})", length(&ild.train)));
+    (headers, all.iter().map(row).collect())
+}
+
+/// All variants: what they end with, and their curves over each other.
+fn sweep_page(all: &[(&Variant, &Outcome)]) -> Report {
+    let mut report = Report::new("zebroid run");
+    let (headers, rows) = sweep_table(all);
+    let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
+    if let Some((variant, _)) = all.first() {
+        report.paragraph(&variant.recipe.about);
     }
-    if let Some(select) = &recipe.select {
-        let name = format!("{:?}", select.method).to_lowercase();
-        let count = select.count.map(|count| format!("{count} layers, "));
-        stages.push(format!("select ({}{name})", count.unwrap_or_default()));
+    report.table(&headers, &rows);
+    let mut names: Vec<&str> = Vec::new();
+    for stage in all.iter().flat_map(|(_, outcome)| &outcome.stages) {
+        if !stage.metrics.is_empty() && !names.contains(&stage.name.as_str()) {
+            names.push(&stage.name);
+        }
     }
-    stages.push("compose".into());
-    for kd in &recipe.kd {
-        stages.push(format!("kd ({})", length(&kd.train)));
+    for name in names {
+        let series = all.iter().filter_map(|(variant, outcome)| {
+            let stage = outcome.stages.iter().find(|s| s.name == name)?;
+            let mut series = curve("loss", stage);
+            series.name = variant.label.clone();
+            Some(series)
+        });
+        let series: Vec<Series> = series.collect();
+        report.line_plot(name, "tokens", "loss", &series, true);
     }
-    if let Some(dpo) = &recipe.dpo {
-        stages.push(format!("dpo ({})", length(&dpo.train)));
-    }
-    stages
+    report
 }
 
 pub const HEADERS: [&str; 6] = [

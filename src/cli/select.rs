@@ -14,10 +14,8 @@ use crate::convert::{PlanOptions, Selector};
 use crate::data::{Batches, Corpus, Packing};
 use crate::eval::sensitivity::Score;
 use crate::mixer::{Cost, LayerKind};
-use crate::pipeline::{
-    BUDGET_CANDIDATES, Base, Budget, CANDIDATES, Candidates, Damages, Method, Pair, Places,
-    damages, fitting,
-};
+use crate::pipeline::stage::select::{Budget, Candidates, Damages, Places, SelectStage, fitting};
+use crate::pipeline::{Base, CANDIDATES};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -43,29 +41,8 @@ pub struct Args {
     /// Scores that an earlier call saved, instead of scoring.
     #[arg(long, conflicts_with_all = ["teacher", "bank", "data"])]
     scores: Option<PathBuf>,
-    /// Layers whose place is chosen (all methods but budget).
-    #[arg(long, value_parser = positive)]
-    count: Option<usize>,
     #[command(flatten)]
-    pair: Pair,
-    /// How to choose.
-    #[arg(long, value_enum, default_value = "smart")]
-    method: Method,
-    /// Most bytes of KV cache a token, bf16 (budget).
-    #[arg(long)]
-    kv_bytes: Option<usize>,
-    /// Most bytes of recurrent state a sequence, f32 (budget).
-    #[arg(long)]
-    state_bytes: Option<usize>,
-    /// Kinds of layer to choose from, without a bank (budget).
-    #[arg(long, value_delimiter = ',', value_name = "KIND,KIND,..", default_values_t = BUDGET_CANDIDATES)]
-    candidates: Vec<LayerKind>,
-    /// Tokens of a sequence that the bytes are for [default: the teacher's context] (budget).
-    #[arg(long, value_parser = positive)]
-    length: Option<usize>,
-    /// Tokens to score on.
-    #[arg(long, value_parser = positive, default_value_t = 16_384)]
-    tokens: usize,
+    select: SelectStage,
     /// Tokens per window.
     #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
@@ -93,7 +70,7 @@ enum Saved {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let selector = args.method.selector();
+    let selector = args.select.method.selector();
     args.save_scores
         .iter()
         .try_for_each(|path| check_file(path))?;
@@ -108,7 +85,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         write_atomic(path, serde_json::to_string_pretty(&saved)?.as_bytes())?;
     }
     match (selector, saved) {
-        (Some(selector), Saved::Places(scores)) => show_places(&args, selector, &scores),
+        (Some(selector), Saved::Places(scores)) => {
+            args.select
+                .validate(Some(&[scores.place, scores.elsewhere]))?;
+            show_places(&args, selector, &scores)
+        }
         (None, Saved::Damages(damages)) => show_budget(&args, &damages),
         _ => Err(Error::invalid(
             "these scores are of another method: budget needs damages, the others a bank's scores",
@@ -118,8 +99,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 fn show_places(args: &Args, selector: Selector, places: &Places) -> anyhow::Result<()> {
-    let count = needed(args.count, "--count")?;
-    let (chosen, kinds) = places.choose(selector, count)?;
+    let (chosen, kinds) = places.choose(selector, args.select.count()?)?;
     let kinds: Vec<String> = kinds.iter().map(LayerKind::to_string).collect();
     if args.json {
         let found = json!({
@@ -152,17 +132,13 @@ fn show_places(args: &Args, selector: Selector, places: &Places) -> anyhow::Resu
 }
 
 fn show_budget(args: &Args, damages: &Damages) -> anyhow::Result<()> {
-    let budget = Budget {
-        kv_bytes: args.kv_bytes,
-        state_bytes: args.state_bytes,
-    };
-    let chosen = damages.choose(budget)?;
+    let chosen = damages.choose(args.select.budget())?;
     let cost = chosen.iter().fold(Cost::default(), |sum, c| sum + c.cost);
     let damage: f64 = chosen.iter().map(|c| c.damage).sum();
     let kinds: Vec<String> = chosen.iter().map(|c| c.kind.to_string()).collect();
     if args.json {
         let found = json!({
-            "method": args.method,
+            "method": args.select.method,
             "layers": kinds,
             "length": damages.length,
             "kv_bytes": 2 * cost.cached,
@@ -225,40 +201,38 @@ fn open(args: &Args) -> Result<(Base, Corpus)> {
     Ok((base, corpus))
 }
 
-/// The bank that is chosen from.
+/// The bank that is chosen from, and whether the settings fit it.
 fn bank(args: &Args) -> Result<Option<Bank>> {
-    args.bank
-        .as_ref()
-        .map(|folder| Bank::open(folder))
-        .transpose()
+    let bank = args.bank.as_ref().map(|folder| Bank::open(folder));
+    let bank = bank.transpose()?;
+    let kinds = bank.as_ref().map(Bank::kinds);
+    args.select.validate(kinds.as_deref())?;
+    Ok(bank)
 }
 
 fn score(args: &Args, watch: &dyn Watch) -> Result<Places> {
     let bank = needed(bank(args)?, "--bank")?;
-    needed(args.count, "--count")?;
-    args.pair.of(&bank.kinds())?;
     let (base, corpus) = open(args)?;
-    let text = (&corpus, args.tokens, args.seq_len);
-    Places::score(&base, &bank, &args.pair, text, watch)
+    args.select
+        .scores(&base, &bank, (&corpus, args.seq_len), watch)
 }
 
 fn measure(args: &Args, watch: &dyn Watch) -> Result<Damages> {
-    let bank = bank(args)?;
+    let (bank, select) = (bank(args)?, &args.select);
     let (base, corpus) = open(args)?;
-    let length = args.length.unwrap_or(base.config().max_position_embeddings);
-    let text = (&corpus, args.tokens, args.seq_len);
+    let text = (&corpus, args.seq_len);
     if let Some(bank) = &bank {
-        return damages(&base, &Candidates::Bank(bank), length, text, watch);
+        return select.damages(&base, &Candidates::Bank(bank), text, watch);
     }
     // Sizes are refused before the text for the initialisation is read.
-    let budget = Budget::default();
-    fitting(base.config(), &args.plan, &args.candidates, length, budget)?;
+    let (length, budget) = (select.length(base.config()), Budget::default());
+    fitting(base.config(), &args.plan, select.born(), length, budget)?;
     let calibration = args.init.calibration(&base, None, watch)?;
     let init = args.init.init(&calibration, false, 0);
     let candidates = Candidates::Born {
         options: &args.plan,
-        kinds: &args.candidates,
+        kinds: select.born(),
         init: &init,
     };
-    damages(&base, &candidates, length, text, watch)
+    select.damages(&base, &candidates, text, watch)
 }

@@ -12,12 +12,17 @@ use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
 use crate::eval::kl;
 use crate::mixer::LayerKind;
 use crate::model::Lm;
-use crate::pipeline::{Base, CANDIDATES, start_training, tell_step};
-use crate::train::stage::dpo::{Dpo, DpoConfig};
+use crate::pipeline::stage::dpo::DpoStage;
+use crate::pipeline::stage::ild::{IldStage, IldTarget};
+use crate::pipeline::stage::kd::KdStage;
+use crate::pipeline::stage::training::{start_training, tell_step};
+use crate::pipeline::{Base, CANDIDATES};
+use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
 use crate::train::{
-    Figures, RunOptions, Stage, StepMetrics, TrainConfig, Validation, partial_folder, train,
+    Figures, RunOptions, Stage, StepMetrics, TrainConfig, TrainSettings, Validation,
+    partial_folder, train,
 };
 use crate::watch::{Quiet, Watch};
 use crate::{Error, Result};
@@ -115,7 +120,7 @@ struct DpoArgs {
 #[derive(Debug, Clone, clap::Args)]
 pub struct TrainArgs {
     #[command(flatten)]
-    pub config: TrainConfig,
+    pub settings: TrainSettings,
     /// documents: attention, convolution and state stop at document borders; stream: they do not.
     #[arg(long, value_enum, default_value = "documents")]
     pub packing: Packing,
@@ -138,29 +143,32 @@ pub struct TrainArgs {
     pub json: bool,
 }
 
+/// A training command's run.
+pub struct TrainRun<'a> {
+    pub name: &'a str,
+    pub config: &'a TrainConfig,
+    pub out: &'a Path,
+    /// Folder whose tokenizer files the result gets.
+    pub tokenizer: &'a Path,
+    /// What the student is compared with while it learns.
+    pub teacher: Option<&'a Base>,
+}
+
 impl TrainArgs {
     /// Settings are checked, and the output is this process's, before anything is read.
-    pub fn claim(&self, out: &Path, inputs: &[&Path]) -> Result<checkpoint::Lock> {
-        self.config.validate()?;
-        checkpoint::claim(out, self.force, inputs)
+    pub fn claim(&self, out: &Path, inputs: &[&Path]) -> Result<(TrainConfig, checkpoint::Lock)> {
+        let config = self.settings.settle()?;
+        Ok((config, checkpoint::claim(out, self.force, inputs)?))
     }
 
     /// Runs a stage and says how it ended.
-    pub fn finish(
-        &self,
-        name: &str,
-        stage: &mut Stage,
-        data: &dyn Batches,
-        out: &Path,
-        tokenizer: &Path,
-        teacher: Option<&Base>,
-        watch: Progress,
-    ) -> Result<()> {
-        let held_out = match (&self.validation, teacher) {
+    pub fn finish(&self, run: &TrainRun, stage: &mut Stage, watch: Progress) -> Result<()> {
+        let TrainRun { config, out, .. } = run;
+        let held_out = match (&self.validation, run.teacher) {
             (None, _) => None,
             (Some(path), Some(base)) => {
                 let corpus = Corpus::load(path, &base.tokenizer, Packing::Documents)?;
-                corpus.check(1, self.config.seq_len)?;
+                corpus.check(1, config.seq_len)?;
                 Some((base.lm()?, corpus))
             }
             (Some(_), None) => {
@@ -171,7 +179,7 @@ impl TrainArgs {
         };
         let measure = held_out.as_ref().map(|(teacher, corpus)| {
             move |student: &Lm| -> Result<Figures> {
-                let (rows, len) = (self.config.batch_size, self.config.seq_len);
+                let (rows, len) = (config.batch_size, config.seq_len);
                 // A step that is not saved yet is not given up for its measurement.
                 let quiet = Quiet::default();
                 let found = kl::evaluate(teacher, student, corpus, rows, len, &quiet)?;
@@ -182,7 +190,7 @@ impl TrainArgs {
                 ])
             }
         });
-        start_training(&watch, name, &self.config, data, out)?;
+        start_training(&watch, run.name, config, stage.data(), out)?;
         // Whoever reads the steps may leave, and the disk that they go to may fill: the run is saved then.
         let printed = RefCell::new(Ok(()));
         let mut observe = |metrics: &StepMetrics, _: u64| {
@@ -193,11 +201,10 @@ impl TrainArgs {
         };
         let metrics = train(
             stage,
-            data,
-            &self.config,
+            config,
             RunOptions {
-                out: out.to_owned(),
-                tokenizer: tokenizer.to_owned(),
+                out: out.to_path_buf(),
+                tokenizer: run.tokenizer.to_owned(),
                 force: self.force,
                 save_every: self.save_every,
                 validation: measure.as_ref().map(|measure| Validation {
@@ -238,64 +245,97 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// Teacher and text; what cannot work is refused before the initialisation, which takes its text from the same data.
-fn open(train: &TrainArgs, teacher: &Path, data: &Path) -> Result<(Base, Corpus)> {
-    let base = Base::open(teacher, train.device.place()?)?;
-    let corpus = Corpus::load(data, &base.tokenizer, train.packing)?;
-    corpus.check(train.config.batch_size, train.config.seq_len)?;
-    train.config.steps(corpus.windows(train.config.seq_len))?;
+fn open(
+    args: &TrainArgs,
+    config: &TrainConfig,
+    teacher: &Path,
+    data: &Path,
+) -> Result<(Base, Corpus)> {
+    let base = Base::open(teacher, args.device.place()?)?;
+    let corpus = Corpus::load(data, &base.tokenizer, args.packing)?;
+    corpus.check(config.batch_size, config.seq_len)?;
+    config.steps(corpus.windows(config.seq_len))?;
     Ok((base, corpus))
 }
 
 fn ild(args: &IldArgs) -> Result<()> {
-    let (data, train) = (args.data.as_path(), &args.train);
+    let data = args.data.as_path();
     let student = args.student.iter().map(PathBuf::as_path);
     let inputs: Vec<&Path> = student.chain([args.teacher.as_path(), data]).collect();
-    let _lock = train.claim(&args.out, &inputs)?;
+    let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, corpus) = open(train, &args.teacher, data)?;
+    let (base, text) = open(&args.train, &config, &args.teacher, data)?;
+    let stage = IldStage {
+        target: match args.student {
+            Some(_) => IldTarget::Hybrid,
+            None => IldTarget::Bank,
+        },
+        candidates: args.candidates.clone(),
+        objective: args.ild,
+        train: args.train.settings.clone(),
+    };
     let mut stage = match &args.student {
-        Some(student) => base.ild(&Checkpoint::open(student)?, args.ild)?,
+        Some(student) => stage.align(&base, &Checkpoint::open(student)?, &text)?,
         None => {
             let calibration = args.init.calibration(&base, Some(data), &watch)?;
-            let init = args.init.init(&calibration, false, train.config.seed);
-            base.bank(&args.plan, &args.candidates, &init, args.ild, &watch)?
+            let init = args.init.init(&calibration, false, config.seed);
+            stage.bank(&base, &args.plan, &init, &text, &watch)?
         }
     };
-    let teacher = Some(&base);
-    train.finish(
-        "ild",
-        &mut stage,
-        &corpus,
-        &args.out,
-        &args.teacher,
-        teacher,
-        watch,
-    )
+    let run = TrainRun {
+        name: "ild",
+        config: &config,
+        out: &args.out,
+        tokenizer: &args.teacher,
+        teacher: Some(&base),
+    };
+    args.train.finish(&run, &mut stage, watch)
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
     let inputs = [&args.teacher, &args.student, &args.data].map(PathBuf::as_path);
-    let _lock = args.train.claim(&args.out, &inputs)?;
+    let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, corpus) = open(&args.train, &args.teacher, &args.data)?;
-    let mut stage = base.kd(&Checkpoint::open(&args.student)?, &[], args.kd)?;
-    let (out, teacher) = (&args.out, &args.teacher);
-    (args.train).finish("kd", &mut stage, &corpus, out, teacher, Some(&base), watch)
+    let (base, text) = open(&args.train, &config, &args.teacher, &args.data)?;
+    let stage = KdStage {
+        objective: args.kd,
+        train: args.train.settings.clone(),
+        ..KdStage::default()
+    };
+    let mut stage = stage.distil(&base, &Checkpoint::open(&args.student)?, &[], &text)?;
+    let run = TrainRun {
+        name: "kd",
+        config: &config,
+        out: &args.out,
+        tokenizer: &args.teacher,
+        teacher: Some(&base),
+    };
+    args.train.finish(&run, &mut stage, watch)
 }
 
 fn dpo(args: &DpoArgs) -> Result<()> {
-    let (train, student) = (&args.train.config, args.student.as_path());
-    let _lock = args.train.claim(&args.out, &[student, &args.data])?;
+    let student = args.student.as_path();
+    let (config, _lock) = args.train.claim(&args.out, &[student, &args.data])?;
     let watch = Progress::default();
     let checkpoint = Checkpoint::open(student)?;
     let tokenizer = Tokenizer::open(student)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
     let (prompt, length) = (args.dpo.max_prompt, args.dpo.max_length);
     let pairs = Preferences::load(&args.data, &tokenizer, prompt, length)?;
-    pairs.check(train.batch_size, train.seq_len)?;
+    pairs.check(config.batch_size, config.seq_len)?;
+    let stage = DpoStage {
+        objective: args.dpo,
+        train: args.train.settings.clone(),
+    };
     let stored = partial_folder(&args.out).join("frozen.safetensors");
-    let (parts, place) = (checkpoint.parts()?, args.train.device.place()?);
-    let dpo = Dpo::new(&parts, &pairs, args.dpo, &stored, &place, &watch)?;
-    let mut stage = Stage::Dpo(dpo);
-    (args.train).finish("dpo", &mut stage, &pairs, &args.out, student, None, watch)
+    let place = args.train.device.place()?;
+    let mut stage = stage.align(&checkpoint, &pairs, &stored, &place, &watch)?;
+    let run = TrainRun {
+        name: "dpo",
+        config: &config,
+        out: &args.out,
+        tokenizer: student,
+        teacher: None,
+    };
+    args.train.finish(&run, &mut stage, watch)
 }

@@ -9,9 +9,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{self, read_tensors_with_metadata, write_tensors};
+use crate::checkpoint::{self, Kept, Key, Store, keep, kept};
 use crate::data::{Batch, Batches, Corpus};
-use crate::hash::Hash;
 use crate::mixer::calibration::{Statistics, sums};
 use crate::model::{Lm, Parts};
 use crate::numerics;
@@ -122,20 +121,26 @@ pub struct Calibration {
     pub tokens: usize,
 }
 
-/// What decides a calibration: teacher, text, settings, and what the program computes from them where.
-fn identity(
+/// What decides a calibration.
+///
+/// # Errors
+/// A teacher that cannot be read.
+pub fn calibration_key(
     teacher: &Parts,
     place: &Place,
     corpus: &Corpus,
     config: &CalibrationConfig,
-) -> Result<String> {
-    let parts = serde_json::json!({
-        "numerics": numerics::version(numerics::Stage::Calibration, &place.device),
+) -> Result<Key> {
+    let inputs = serde_json::json!({
         "teacher": teacher.hash()?,
         "data": corpus.hash(),
         "calibration": config,
     });
-    Ok(Hash::of(parts.to_string().as_bytes()).to_string())
+    Ok(Key::new(
+        numerics::Stage::Calibration,
+        &place.device,
+        inputs,
+    ))
 }
 
 /// Windows a forward pass.
@@ -160,14 +165,15 @@ pub fn calibrate(
     let split = config.split(corpus)?;
     let fit = corpus.ordered(0, split.fit, config.seq_len)?;
     let held_out = corpus.ordered(split.all, split.held_out, config.seq_len)?;
-    let identity = identity(teacher, place, corpus, config)?;
+    let key = calibration_key(teacher, place, corpus, config)?;
+    let file = Store::new(folder).path("calibration", &key);
+    let file = file.with_extension("safetensors");
     let mut sums = Sums {
-        identity,
+        key,
         windows: 0,
         tensors: BTreeMap::new(),
     };
     let finished = |sums: &Sums| sums.calibration(teacher, fit.clone(), held_out.clone());
-    let file = folder.join(format!("calibration-{}.safetensors", sums.identity));
     let partial = file.with_extension("partial");
     let drop_partial = || match partial.exists() {
         true => std::fs::remove_file(&partial).map_err(Error::io("cannot remove", &partial)),
@@ -209,7 +215,7 @@ pub fn calibrate(
 
 /// Sums over the windows read so far, in f64, and their place on disk.
 struct Sums {
-    identity: String,
+    key: Key,
     windows: usize,
     tensors: BTreeMap<String, Tensor>,
 }
@@ -244,31 +250,13 @@ impl Sums {
     }
 
     fn save(&self, path: &Path) -> Result<()> {
-        if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-            std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
-        }
-        let metadata = [
-            ("identity".to_owned(), self.identity.clone()),
-            ("windows".to_owned(), self.windows.to_string()),
-        ];
-        write_tensors(path, &self.tensors, metadata.into())
+        keep(path, &self.key, self.windows as u64, &self.tensors)
     }
 
     /// Takes over what a file holds, if it is of the same calibration.
     fn restore(&mut self, path: &Path) -> Result<()> {
-        if !path.exists() {
-            return Ok(());
-        }
-        let (tensors, metadata) = read_tensors_with_metadata(path)?;
-        let windows = metadata.get("windows").and_then(|w| w.parse().ok());
-        let (Some(windows), Some(identity)) = (windows, metadata.get("identity")) else {
-            return Err(Error::file(
-                path,
-                "not a calibration: write elsewhere, or remove it",
-            ));
-        };
-        if *identity == self.identity {
-            self.windows = windows;
+        if let Kept::Found { done, tensors } = kept(path, &self.key)? {
+            self.windows = done as usize;
             self.tensors = tensors;
         }
         Ok(())

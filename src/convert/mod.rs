@@ -21,8 +21,8 @@ pub mod calibrate;
 mod plan;
 mod ranks;
 mod select;
-pub use calibrate::{Calibration, CalibrationConfig, calibrate};
-pub use plan::{PlanOptions, plan};
+pub use calibrate::{Calibration, CalibrationConfig, calibrate, calibration_key};
+pub use plan::{LayerPlan, PlanOptions, plan};
 pub use ranks::{check_ranks, settle_ranks};
 pub use select::{Choice, Selector, fit_budget, select, smart_feasible};
 

@@ -1,8 +1,9 @@
-//! The layer plan: which mixer each layer gets, with which sizes, checked before a weight is touched.
+//! The layer plan: what is asked ([`PlanOptions`]) and what it means for a teacher ([`LayerPlan`]), checked before a weight
+//! is touched.
 
 use serde::{Deserialize, Serialize};
 
-use crate::mixer::{LayerKind, MixerOptions};
+use crate::mixer::{LayerKind, MixerConfig, MixerOptions};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
 
@@ -73,36 +74,64 @@ impl PlanOptions {
     pub fn needs_weights(&self) -> bool {
         self.sizes.has_open_ranks()
     }
+
+    /// What the options mean.
+    ///
+    /// # Errors
+    /// Names the layer and the size that the teacher cannot give, or a rank that depends on weights
+    /// ([`super::settle_ranks`] makes it a number).
+    pub fn settle(&self, teacher: &ModelConfig) -> Result<LayerPlan> {
+        let kinds = self.kinds(teacher.layers.len())?;
+        let layers = kinds.iter().enumerate().map(|(i, kind)| {
+            let at = |e: Error| Error::invalid(format!("layer {i}: {e}"));
+            let (attention, width) = (teacher.attention(i)?, teacher.hidden_size);
+            kind.settle(attention, width, &self.sizes).map_err(at)
+        });
+        let converted = |i: &usize| kinds[*i] != LayerKind::Attention;
+        Ok(LayerPlan {
+            layers: layers.collect::<Result<_>>()?,
+            converted: (0..kinds.len()).filter(converted).collect(),
+        })
+    }
+}
+
+/// The mixer of every layer, all sizes numbers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerPlan {
+    pub layers: Vec<MixerConfig>,
+    /// Layers that are no longer the teacher's.
+    pub converted: Vec<usize>,
+}
+
+impl LayerPlan {
+    /// The teacher's config with these layers.
+    ///
+    /// # Errors
+    /// Sizes that cannot work together.
+    pub fn student(self, teacher: &ModelConfig) -> Result<ModelConfig> {
+        let student = ModelConfig {
+            layers: self.layers,
+            converted: Some(self.converted),
+            ..teacher.clone()
+        };
+        student.validate()?;
+        Ok(student)
+    }
 }
 
 /// The student's config.
 ///
 /// # Errors
-/// Names the layer and the size that the teacher cannot give, or a rank that depends on weights
-/// ([`super::settle_ranks`] makes it a number).
+/// As [`PlanOptions::settle`] and [`LayerPlan::student`].
 pub fn plan(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
-    let mut student = teacher.clone();
-    let mut converted = Vec::new();
-    for (i, kind) in options.kinds(teacher.layers.len())?.into_iter().enumerate() {
-        let at = |e: Error| Error::invalid(format!("layer {i}: {e}"));
-        let attention = teacher.attention(i)?;
-        student.layers[i] = kind
-            .settle(attention, teacher.hidden_size, &options.sizes)
-            .map_err(at)?;
-        if kind != LayerKind::Attention {
-            converted.push(i);
-        }
-    }
-    student.converted = Some(converted);
-    student.validate()?;
-    Ok(student)
+    options.settle(teacher)?.student(teacher)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mixer::mla::rank::RankRule;
-    use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
+    use crate::mixer::{AttentionConfig, RopeConfig};
 
     fn llama(layers: usize, d: usize, h: usize, g: usize, hd: usize, ff: usize) -> ModelConfig {
         let attention = AttentionConfig {

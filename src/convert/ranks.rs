@@ -2,14 +2,14 @@
 //! over all layers.
 
 use super::calibrate::Calibration;
-use super::plan::{PlanOptions, plan};
+use super::plan::{LayerPlan, PlanOptions};
 use crate::mixer::mla::rank::{RANK_STEP, RankRule, energy_rank};
 use crate::mixer::mla::{Spectrum, published_spectrum, spectrum};
 use crate::mixer::{LayerKind, MixerConfig, MixerOptions};
 use crate::model::{ModelConfig, Parts};
 use crate::{Error, Result};
 
-/// The same plan with every rank a number. Spectra are weighted by the calibration's text if there is one,
+/// The plan with every rank a number. Spectra are weighted by the calibration's text if there is one,
 /// and the weights' own otherwise.
 ///
 /// # Errors
@@ -18,11 +18,11 @@ pub fn settle_ranks(
     base: &Parts,
     options: &PlanOptions,
     calibration: Option<&Calibration>,
-) -> Result<PlanOptions> {
-    if !options.needs_weights() {
-        return Ok(options.clone());
-    }
+) -> Result<LayerPlan> {
     let teacher = &base.config;
+    if !options.needs_weights() {
+        return options.settle(teacher);
+    }
     let budget = check_ranks(teacher, options)?;
     let rules = &options.sizes;
     let mut kinds = options.kinds(teacher.layers.len())?;
@@ -67,11 +67,11 @@ pub fn settle_ranks(
     }
     let mut settled = options.with_layers(kinds);
     settled.sizes = settled.sizes.without_open_ranks();
-    Ok(settled)
+    settled.settle(teacher)
 }
 
 /// The sizes that do not depend on ranks: with some that every teacher can give.
-fn any_ranks(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
+fn any_ranks(teacher: &ModelConfig, options: &PlanOptions) -> Result<LayerPlan> {
     let options = PlanOptions {
         sizes: MixerOptions {
             kv_lora_rank: Some(RankRule::Fixed(1)),
@@ -80,7 +80,7 @@ fn any_ranks(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig
         },
         ..options.clone()
     };
-    plan(teacher, &options)
+    options.settle(teacher)
 }
 
 /// What can be said of the ranks before weights are read. Gives a budget's scalars a token for all latents together, the

@@ -3,18 +3,11 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::bank::bank_plans;
 use crate::Result;
 use crate::checkpoint::Checkpoint;
-use crate::convert::{
-    Calibration, CalibrationConfig, Init, PlanOptions, calibrate, compose, plan, settle_ranks,
-};
-use crate::data::{Corpus, Tokenizer};
-use crate::mixer::LayerKind;
+use crate::convert::{Init, PlanOptions, compose, settle_ranks};
+use crate::data::Tokenizer;
 use crate::model::{Lm, ModelConfig, Parts};
-use crate::train::Stage;
-use crate::train::stage::ild::{Ild, IldConfig};
-use crate::train::stage::kd::{Kd, KdConfig};
 use crate::watch::Watch;
 use crate::weights::Place;
 
@@ -64,68 +57,24 @@ impl Base {
         Ok(self.hash.get_or_init(|| found).clone())
     }
 
-    /// [`calibrate`], kept in `folder`.
-    pub fn calibrate(
-        &self,
-        corpus: &Corpus,
-        config: &CalibrationConfig,
-        folder: &Path,
-        watch: &dyn Watch,
-    ) -> Result<Calibration> {
-        calibrate(&self.parts, &self.place, corpus, config, folder, watch)
-    }
-
-    /// The student's config; ranks that depend on weights are settled.
-    pub fn plan(
-        &self,
-        options: &PlanOptions,
-        calibration: Option<&Calibration>,
-    ) -> Result<ModelConfig> {
-        let settled = settle_ranks(&self.parts, options, calibration)?;
-        plan(self.config(), &settled)
-    }
-
-    pub fn compose(&self, student: &ModelConfig, init: &Init, watch: &dyn Watch) -> Result<Parts> {
-        compose(&self.parts, student, init, watch)
-    }
-
-    /// ILD of candidates for every layer.
+    /// The student's config. Ranks that depend on weights are read off spectra: those of the text that a refined
+    /// initialisation is fitted to, or the weights' own, as published (X-EcoMLA, arXiv 2503.11132).
     ///
     /// # Errors
-    /// As [`bank_plans`].
-    pub fn bank(
-        &self,
-        options: &PlanOptions,
-        kinds: &[LayerKind],
-        init: &Init,
-        config: IldConfig,
-        watch: &dyn Watch,
-    ) -> Result<Stage> {
+    /// Sizes that the teacher cannot give.
+    pub fn plan(&self, options: &PlanOptions, init: &Init) -> Result<ModelConfig> {
         let calibration = match init {
             Init::Published { .. } => None,
             Init::Refined { calibration, .. } => Some(*calibration),
         };
-        let plans = bank_plans(options, kinds, self.config().layers.len())?;
-        let candidates = plans.into_iter().map(|(kind, options)| {
-            let student = self.plan(&options, calibration)?;
-            Ok((kind, self.compose(&student, init, watch)?))
-        });
-        let candidates = candidates.collect::<Result<_>>()?;
-        let ild = Ild::bank(self.lm()?, self.hash()?, candidates, config, &self.place)?;
-        Ok(Stage::Ild(ild))
+        settle_ranks(&self.parts, options, calibration)?.student(self.config())
     }
 
-    /// ILD of one hybrid.
-    pub fn ild(&self, student: &Checkpoint, config: IldConfig) -> Result<Stage> {
-        let student = student.parts()?;
-        let ild = Ild::student(self.lm()?, self.hash()?, student, config, &self.place)?;
-        Ok(Stage::Ild(ild))
-    }
-
-    /// KD of `student`, whose layers `settled` an earlier stage has trained.
-    pub fn kd(&self, student: &Checkpoint, settled: &[usize], config: KdConfig) -> Result<Stage> {
-        let (lm, hash) = (self.lm()?, self.hash()?);
-        let kd = Kd::new(lm, hash, &student.parts()?, settled, config, &self.place)?;
-        Ok(Stage::Kd(Box::new(kd)))
+    /// The hybrid's weights, from the teacher's alone.
+    ///
+    /// # Errors
+    /// As [`compose`].
+    pub fn compose(&self, student: &ModelConfig, init: &Init, watch: &dyn Watch) -> Result<Parts> {
+        compose(&self.parts, student, init, watch)
     }
 }

@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
+use super::stage::select::Budget;
 use super::*;
 use crate::checkpoint::{self, Checkpoint, Format};
+use crate::convert::Init;
 use crate::mixer::MixerConfig;
 use crate::watch::Watch;
 use crate::weights::Place;
@@ -195,7 +197,8 @@ fn a_budget_chooses_mixers_and_ranks() {
         .with_layers(chosen.iter().map(|c| c.kind).collect());
     let base = Base::open(&outcome.base, Place::cpu()).unwrap();
     assert_eq!(damages.options.len(), 3);
-    let planned = base.plan(&options, None).unwrap();
+    let init = Init::Published { seed: 0 };
+    let planned = base.plan(&options, &init).unwrap();
     let sizes = |c: &crate::model::ModelConfig| {
         c.layers
             .iter()
@@ -216,6 +219,48 @@ fn a_budget_chooses_mixers_and_ranks() {
         error.contains("[select] no choice of mixers fits"),
         "{error}"
     );
+}
+
+/// Ranks that depend on the weights are the same for a recipe as for `compose` with the same settings: where the published
+/// initialisation is asked for, by the weights' own spectra.
+#[test]
+fn a_recipe_has_the_ranks_of_the_command() {
+    let mut recipe = Recipe::parse(SMALL).unwrap();
+    (recipe.ild, recipe.select, recipe.kd, recipe.dpo) = (None, None, Vec::new(), None);
+    recipe.init = crate::convert::InitName::Published;
+    recipe.plan.mla = vec![0, 2];
+    recipe.plan.sizes.kv_lora_rank = Some("energy:0.8".parse().unwrap());
+    let root = tempfile::tempdir().unwrap();
+    let outcome = carry_out(&recipe, root.path(), 0).0.unwrap();
+    let base = Base::open(&outcome.base, Place::cpu()).unwrap();
+    let init = Init::Published { seed: 0 };
+    let command = base.plan(&recipe.plan, &init).unwrap();
+    let config = Checkpoint::open(&outcome.student).unwrap().config;
+    assert_eq!(config.cost(1), command.cost(1));
+    assert!(config.cost(1).cached > 0);
+}
+
+/// What variants have in common is made once.
+#[test]
+fn variants_of_a_sweep_share_their_stages() {
+    let root = tempfile::tempdir().unwrap();
+    let file = root.path().join("sweep.toml");
+    let sweep = "sweep = [[{ kd.train.lr = 1e-3 }, { kd.train.lr = 2e-3 }]]\n";
+    std::fs::write(&file, format!("{sweep}{SMALL}")).unwrap();
+    let variants = Recipe::load_all(&file, &["dpo={}".into(), "kd.train.steps=2".into()]).unwrap();
+    assert_eq!(variants.len(), 2);
+    let error = Recipe::load(&file).unwrap_err().to_string();
+    assert!(error.contains("a sweep"), "{error}");
+    let out = root.path().join("out");
+    let stages = variants.iter().map(|variant| {
+        let mut recipe = variant.recipe.clone();
+        recipe.dpo = None;
+        assert_eq!(recipe.kd[0].train.steps, Some(2));
+        carry_out(&recipe, &out, 0).1
+    });
+    let stages: Vec<_> = stages.collect();
+    assert!(stages[0].contains(&"bank".to_owned()));
+    assert_eq!(stages[1], ["kd 1", "eval"]);
 }
 
 /// A bank of three candidates; a budget, and then SMART for two of them, choose from it.
@@ -318,7 +363,7 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         (
             "steps = 4, seq_len = 64",
             "steps = 4, seq_len = 0",
-            "[ild.train] seq_len must not be 0",
+            "[ild] seq_len must not be 0",
         ),
         (
             "batch_size = 2, lr = 1e-3",
@@ -348,13 +393,9 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         (
             "steps = 3, batch_size = 2",
             "steps = 3, batch_size = 13",
-            "[dpo.train] the data has 12 pairs",
+            "[dpo] the data has 12 pairs",
         ),
-        (
-            "max_length = 96",
-            "max_prompt = 0",
-            "[dpo.objective] max_prompt 0",
-        ),
+        ("max_length = 96", "max_prompt = 0", "[dpo] max_prompt 0"),
         (
             "batch_size = 4",
             "batch_size = 0",
@@ -457,7 +498,7 @@ fn more_layers_can_be_converted_on_the_way() {
         let config = Checkpoint::open(folder).unwrap().config;
         config.layers.iter().map(MixerConfig::name).collect()
     };
-    let [_, first, second] = &outcome.stages[..] else {
+    let [_, first, _, second] = &outcome.stages[..] else {
         panic!("{:?}", outcome.stages)
     };
     assert_eq!(
@@ -490,7 +531,7 @@ fn mistakes_in_recipes_are_named() {
         ),
         ("lr = 1e-3", "lr = -1.0", "[kd 1] lr -1"),
         ("count = 1", "count = 9", "[select] 9 MLA layers"),
-        ("beta = 0.1", "beta = 0.0", "[dpo.objective] beta 0"),
+        ("beta = 0.1", "beta = 0.0", "[dpo] beta 0"),
         (
             "preferences = \"stories:4:12\"",
             "",
@@ -558,4 +599,19 @@ fn shipped_recipes_plan() {
         }
     }
     assert_eq!(seen.len(), ratios.len(), "{seen:?}");
+}
+
+/// The sweeps behind docs/results.md, whose teachers are named when they are run.
+#[test]
+fn shipped_sweeps_plan() {
+    let (teacher, _) = Checkpoint::config_only(Path::new("assets/teacher")).unwrap();
+    let mut variants = 0;
+    for entry in std::fs::read_dir("recipes/tables").unwrap() {
+        for variant in Recipe::load_all(&entry.unwrap().path(), &[]).unwrap() {
+            let checked = variant.recipe.check(&teacher);
+            checked.unwrap_or_else(|e| panic!("{}: {e}", variant.label));
+            variants += 1;
+        }
+    }
+    assert_eq!(variants, 6 + 6 + 3 * 12 + 18);
 }

@@ -10,300 +10,25 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
-use crate::data::{Batch, Batches};
+use crate::data::Batch;
 use crate::model::Lm;
 use crate::{Error, Result};
 
+mod config;
 pub mod params;
 pub mod stage;
 mod state;
 #[cfg(test)]
 mod tests;
 
+pub use config::{
+    Length, LrSchedule, LrScheduler, OptimizerConfig, OptimizerName, TrainConfig, TrainSettings,
+    check_batch,
+};
 pub use params::{Optimizer, ParamGroup};
 pub use stage::{Shares, Stage};
 
-use crate::op::adamw::AdamW;
-use crate::op::muon::Muon;
 use state::Run;
-
-/// What a step follows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum OptimizerName {
-    #[default]
-    Adamw,
-    /// Muon for the layers' matrices, AdamW for all else.
-    Muon,
-}
-
-/// How the learning rate falls, after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum LrScheduler {
-    /// Half a cosine over all steps.
-    #[default]
-    Cosine,
-    /// Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): the peak, then a straight line over the last
-    /// `decay` of the steps.
-    Wsd,
-}
-
-const MUON_MOMENTUM: f64 = 0.95;
-/// Share of the steps in which wsd falls, where nobody says.
-const WSD_DECAY: f64 = 0.5;
-
-/// How to train; everything here decides the result, so a resumed run must agree with it. The same on the
-/// command line and in a recipe's `train`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
-#[serde(deny_unknown_fields, default)]
-pub struct TrainConfig {
-    /// Optimizer steps.
-    #[arg(long)]
-    pub steps: Option<u64>,
-    /// Tokens to train on, rounded down to whole steps.
-    #[arg(long, conflicts_with = "steps")]
-    pub tokens: Option<u64>,
-    /// Passes over the data [default, if neither tokens nor steps are given: 1].
-    #[arg(long, conflicts_with_all = ["steps", "tokens"])]
-    pub epochs: Option<f64>,
-    /// Windows (or preference pairs) per micro-batch.
-    #[arg(long, default_value_t = Self::default().batch_size)]
-    pub batch_size: usize,
-    /// Micro-batches per step.
-    #[arg(long, default_value_t = Self::default().accumulation)]
-    pub accumulation: usize,
-    /// Tokens per window.
-    #[arg(long, default_value_t = Self::default().seq_len)]
-    pub seq_len: usize,
-    /// What a step follows.
-    #[arg(long, value_enum, default_value_t = Self::default().optimizer)]
-    pub optimizer: OptimizerName,
-    /// Peak learning rate.
-    #[arg(long, default_value_t = Self::default().lr)]
-    pub lr: f64,
-    /// Peak learning rate of what Muon leaves to AdamW: embedding, head, norms, vectors [default: that of --lr].
-    #[arg(long)]
-    pub adamw_lr: Option<f64>,
-    /// Share of the steps that warm up linearly.
-    #[arg(long, default_value_t = Self::default().warmup)]
-    pub warmup: f64,
-    /// How the learning rate falls.
-    #[arg(long, value_enum, default_value_t = Self::default().lr_scheduler)]
-    pub lr_scheduler: LrScheduler,
-    /// Share of the steps in which wsd falls; 1 is a straight line from the beginning [default: 0.5].
-    #[arg(long)]
-    pub decay: Option<f64>,
-    /// Learning rate at the end, as a share of the peak.
-    #[arg(long, default_value_t = Self::default().min_lr)]
-    pub min_lr: f64,
-    /// Decoupled weight decay, times the learning rate.
-    #[arg(long, default_value_t = Self::default().weight_decay)]
-    pub weight_decay: f64,
-    /// AdamW's decay of first moments.
-    #[arg(long, default_value_t = Self::default().beta1)]
-    pub beta1: f64,
-    /// AdamW's decay of second moments.
-    #[arg(long, default_value_t = Self::default().beta2)]
-    pub beta2: f64,
-    /// AdamW's term against division by 0.
-    #[arg(long, default_value_t = Self::default().eps)]
-    pub eps: f64,
-    /// Global gradient norm is clipped to this; 0 never clips.
-    #[arg(long, default_value_t = Self::default().clip)]
-    pub clip: f64,
-    /// Seed of the data order, and of what an initialisation draws.
-    #[arg(long, default_value_t = Self::default().seed)]
-    pub seed: u64,
-}
-
-impl Default for TrainConfig {
-    fn default() -> Self {
-        Self {
-            steps: None,
-            tokens: None,
-            epochs: None,
-            batch_size: 16,
-            accumulation: 1,
-            seq_len: 256,
-            optimizer: OptimizerName::Adamw,
-            lr: 1e-3,
-            adamw_lr: None,
-            warmup: 0.01,
-            lr_scheduler: LrScheduler::Cosine,
-            decay: None,
-            min_lr: 0.0,
-            weight_decay: 0.0,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            clip: 1.0,
-            seed: 0,
-        }
-    }
-}
-
-impl TrainConfig {
-    /// # Errors
-    /// Names the field that cannot work.
-    pub fn validate(&self) -> Result<()> {
-        let positive = [
-            ("batch_size", self.batch_size),
-            ("accumulation", self.accumulation),
-            ("seq_len", self.seq_len),
-        ];
-        for (name, value) in positive {
-            if value == 0 {
-                return Err(Error::invalid(format!("{name} must not be 0")));
-            }
-        }
-        // A step's tokens are held in memory, as one large batch.
-        let most = 1 << 24;
-        let batch = self.batch_size.saturating_mul(self.seq_len);
-        if batch.saturating_mul(self.accumulation) > most {
-            return Err(Error::invalid(format!(
-                "batch_size {} of seq_len {}, {} times a step: at most {most} tokens a step",
-                self.batch_size, self.seq_len, self.accumulation
-            )));
-        }
-        let numbers = [
-            ("lr", self.lr, 0.0..=1.0),
-            ("warmup", self.warmup, 0.0..=1.0),
-            ("adamw_lr", self.adamw_lr.unwrap_or(0.0), 0.0..=1.0),
-            (
-                "decay",
-                self.decay.unwrap_or(WSD_DECAY),
-                f64::MIN_POSITIVE..=1.0,
-            ),
-            ("min_lr", self.min_lr, 0.0..=1.0),
-            ("weight_decay", self.weight_decay, 0.0..=f64::MAX),
-            ("beta1", self.beta1, 0.0..=1.0 - f64::EPSILON),
-            ("beta2", self.beta2, 0.0..=1.0 - f64::EPSILON),
-            ("eps", self.eps, 0.0..=f64::MAX),
-            ("clip", self.clip, 0.0..=f64::MAX),
-        ];
-        for (name, value, range) in numbers {
-            if !range.contains(&value) {
-                let (low, high) = (range.start(), range.end());
-                let wanted = match *high == f64::MAX {
-                    true => format!("a number at or above {low}"),
-                    false => format!("between {low} and {high}"),
-                };
-                return Err(Error::invalid(format!("{name} {value} must be {wanted}")));
-            }
-        }
-        // What would not be read is a mistake.
-        for (name, given, owner, owned) in [
-            (
-                "adamw_lr",
-                self.adamw_lr.is_some(),
-                "optimizer muon",
-                self.optimizer == OptimizerName::Muon,
-            ),
-            (
-                "decay",
-                self.decay.is_some(),
-                "lr_scheduler wsd",
-                self.lr_scheduler == LrScheduler::Wsd,
-            ),
-        ] {
-            if given && !owned {
-                return Err(Error::invalid(format!("{name} is for {owner}")));
-            }
-        }
-        let lengths = [
-            self.steps.is_some(),
-            self.tokens.is_some(),
-            self.epochs.is_some(),
-        ];
-        if lengths.iter().filter(|given| **given).count() > 1 {
-            return Err(Error::invalid("steps, tokens and epochs: give one of them"));
-        }
-        match self.epochs {
-            Some(epochs) if !(epochs > 0.0 && epochs.is_finite()) => {
-                Err(Error::invalid(format!("epochs {epochs} must be above 0")))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Optimizer steps on `examples` windows or pairs.
-    ///
-    /// # Errors
-    /// Fewer tokens than one step has, or no step at all.
-    pub fn steps(&self, examples: usize) -> Result<u64> {
-        let steps = match (self.steps, self.tokens) {
-            (Some(steps), _) => steps,
-            (None, Some(tokens)) => tokens / self.tokens_per_step() as u64,
-            (None, None) => {
-                let per_step = (self.batch_size * self.accumulation) as f64;
-                (self.epochs.unwrap_or(1.0) * examples as f64 / per_step) as u64
-            }
-        };
-        match (steps, self.tokens) {
-            (0, Some(tokens)) => Err(Error::invalid(format!(
-                "tokens {tokens} is less than one step ({} tokens)",
-                self.tokens_per_step()
-            ))),
-            (0, None) => Err(Error::invalid(format!(
-                "no step to train: {examples} examples, {} a step",
-                self.batch_size * self.accumulation
-            ))),
-            _ => Ok(steps),
-        }
-    }
-
-    /// Tokens a step.
-    pub fn tokens_per_step(&self) -> usize {
-        self.batch_size * self.accumulation * self.seq_len
-    }
-
-    /// Indices of the micro-batches of step `step` (from 0).
-    fn batches_of(&self, step: u64) -> std::ops::Range<u64> {
-        let parts = self.accumulation as u64;
-        step * parts..(step + 1) * parts
-    }
-
-    /// The learning rate of step `step` (from 0) of `steps`.
-    pub fn lr_at(&self, step: u64, steps: u64) -> f64 {
-        self.lr * self.share_at(step, steps)
-    }
-
-    /// Linear warm-up times the scheduler's fall.
-    fn share_at(&self, step: u64, steps: u64) -> f64 {
-        let warmup = (self.warmup * steps as f64).ceil().max(1.0);
-        let rise = ((step + 1) as f64 / warmup).min(1.0);
-        let done = step as f64 / steps as f64;
-        let fall = match self.lr_scheduler {
-            LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
-            LrScheduler::Wsd => ((1.0 - done) / self.decay.unwrap_or(WSD_DECAY)).min(1.0),
-        };
-        rise * (self.min_lr + (1.0 - self.min_lr) * fall)
-    }
-
-    fn rules(&self, step: u64, steps: u64) -> Optimizer {
-        let lr = self.lr_at(step, steps);
-        let adamw = AdamW {
-            lr: match (self.optimizer, self.adamw_lr) {
-                (OptimizerName::Muon, Some(peak)) => peak * self.share_at(step, steps),
-                _ => lr,
-            },
-            beta1: self.beta1,
-            beta2: self.beta2,
-            eps: self.eps,
-            weight_decay: self.weight_decay,
-        };
-        let muon = Muon {
-            lr,
-            momentum: MUON_MOMENTUM,
-            weight_decay: self.weight_decay,
-        };
-        Optimizer {
-            adamw,
-            muon: (self.optimizer == OptimizerName::Muon).then_some(muon),
-        }
-    }
-}
 
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -355,7 +80,7 @@ pub struct Validation<'a> {
 /// Steps whose speed the reported rate averages over.
 const RATE_WINDOW: usize = 20;
 
-/// Trains `stage` on `data` and writes `OUT`. Returns the metrics of all steps, resumed ones included.
+/// Trains `stage` and writes `OUT`. Returns the metrics of all steps, resumed ones included.
 ///
 /// # Errors
 /// Before the first step: settings that cannot work, an existing output, a partial run with other
@@ -363,20 +88,14 @@ const RATE_WINDOW: usize = 20;
 /// `stop` says so (everything is saved).
 pub fn train(
     stage: &mut Stage,
-    data: &dyn Batches,
     config: &TrainConfig,
     options: RunOptions,
 ) -> Result<Vec<StepMetrics>> {
-    config.validate()?;
     checkpoint::check_output(&options.out, options.force, &[&options.tokenizer])?;
+    let data = stage.data();
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
-    let identity = serde_json::json!({
-        "stage": stage.identity()?,
-        "train": config,
-        "data": data.hash(),
-    });
-    let mut run = Run::open(&options.out, &identity, options.force, stage)?;
+    let mut run = Run::open(&options.out, stage.key(config)?, options.force, stage)?;
     let mut recent: Vec<(u64, Duration)> = Vec::new();
     while run.step < steps {
         let started = Instant::now();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::params::Saved;
 use super::stage::Stage;
 use super::{RunOptions, StepMetrics, TrainConfig, partial_folder};
-use crate::checkpoint::{self, read_tensors_with_metadata, write_tensors};
+use crate::checkpoint::{self, Kept, Key, keep, kept};
 use crate::{Error, Result};
 
 const STATE: &str = "state.safetensors";
@@ -19,7 +19,7 @@ pub(super) struct Run {
     pub step: u64,
     /// Steps done at the last save.
     pub saved: u64,
-    identity: String,
+    key: Key,
     metrics: Vec<StepMetrics>,
     log: fs::File,
 }
@@ -29,28 +29,20 @@ impl Run {
     ///
     /// # Errors
     /// A partial run with other settings, unless `force` drops it.
-    pub fn open(
-        out: &Path,
-        identity: &serde_json::Value,
-        force: bool,
-        stage: &mut Stage,
-    ) -> Result<Run> {
+    pub fn open(out: &Path, key: Key, force: bool, stage: &mut Stage) -> Result<Run> {
         let folder = partial_folder(out);
-        let identity = identity.to_string();
         fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
-        let path = folder.join(STATE);
         let mut step = 0;
-        if path.exists() {
-            match read_state(&path, &identity, stage) {
-                Ok((at, groups)) => {
-                    step = at;
-                    for (group, saved) in stage.groups_mut().into_iter().zip(&groups) {
-                        group.restore(saved)?;
-                    }
+        match read_state(&folder.join(STATE), &key, stage) {
+            Ok(Some((at, groups))) => {
+                step = at;
+                for (group, saved) in stage.groups_mut().into_iter().zip(&groups) {
+                    group.restore(saved)?;
                 }
-                Err(error) if force => tracing::warn!("starting over: {error}"),
-                Err(error) => return Err(error),
             }
+            Ok(None) => {}
+            Err(error) if force => tracing::warn!("starting over: {error}"),
+            Err(error) => return Err(error),
         }
         let log_path = folder.join(METRICS);
         let metrics = read_metrics(&log_path, step)?;
@@ -62,7 +54,7 @@ impl Run {
             folder,
             step,
             saved: step,
-            identity,
+            key,
             metrics,
             log,
         })
@@ -103,15 +95,7 @@ impl Run {
         for (i, group) in stage.groups_mut().into_iter().enumerate() {
             group.save(&format!("group{i}"), &mut tensors)?;
         }
-        let metadata = [
-            ("run".to_owned(), self.identity.clone()),
-            ("step".to_owned(), self.step.to_string()),
-        ];
-        write_tensors(
-            &self.folder.join(STATE),
-            &tensors,
-            metadata.into_iter().collect(),
-        )?;
+        keep(&self.folder.join(STATE), &self.key, self.step, &tensors)?;
         self.saved = self.step;
         Ok(())
     }
@@ -132,35 +116,34 @@ impl Run {
     }
 }
 
-/// The step of a save and the groups in it.
+/// The step of a save and the groups in it, if there is one.
 ///
 /// # Errors
 /// A save of other settings, or one that cannot be read as a whole.
-fn read_state(path: &Path, identity: &str, stage: &mut Stage) -> Result<(u64, Vec<Saved>)> {
+fn read_state(path: &Path, key: &Key, stage: &mut Stage) -> Result<Option<(u64, Vec<Saved>)>> {
     let damaged = |error: Error| {
         Error::file(
             path,
             format!("this save cannot be gone on from ({error}); start over with --force"),
         )
     };
-    let (tensors, metadata) = read_tensors_with_metadata(path).map_err(damaged)?;
-    let before = metadata.get("run").cloned().unwrap_or_default();
-    if before != identity {
-        return Err(Error::file(
-            path.parent().unwrap_or(path),
-            format!(
-                "an unfinished run with other settings is here ({}); repeat its command to go on, \
-                 choose another output, or drop it with --force",
-                difference(&before, identity)
-            ),
-        ));
-    }
-    let step = metadata.get("step").and_then(|s| s.parse().ok());
-    let step = step.ok_or_else(|| damaged(Error::invalid("it does not say its step")))?;
+    let (step, tensors) = match kept(path, key).map_err(damaged)? {
+        Kept::Nothing => return Ok(None),
+        Kept::Found { done, tensors } => (done, tensors),
+        Kept::Other(difference) => {
+            return Err(Error::file(
+                path.parent().unwrap_or(path),
+                format!(
+                    "an unfinished run with other settings is here ({difference}); repeat its command to go on, \
+                     choose another output, or drop it with --force"
+                ),
+            ));
+        }
+    };
     let groups = stage.groups_mut().into_iter().enumerate();
     let groups = groups.map(|(i, group)| group.saved(&format!("group{i}"), &tensors));
     let groups = groups.collect::<Result<_>>().map_err(damaged)?;
-    Ok((step, groups))
+    Ok(Some((step, groups)))
 }
 
 fn line(metrics: &StepMetrics) -> String {
@@ -178,25 +161,4 @@ fn read_metrics(path: &Path, step: u64) -> Result<Vec<StepMetrics>> {
         .filter_map(|line| serde_json::from_str::<StepMetrics>(line).ok())
         .filter(|m| m.step <= step)
         .collect())
-}
-
-/// The first setting in which two runs differ.
-fn difference(before: &str, now: &str) -> String {
-    let parse = |s: &str| serde_json::from_str::<serde_json::Value>(s).unwrap_or_default();
-    fn walk(a: &serde_json::Value, b: &serde_json::Value, at: &str) -> Option<String> {
-        match (a.as_object(), b.as_object()) {
-            (Some(a), Some(b)) => b.iter().find_map(|(key, value)| {
-                let at = if at.is_empty() {
-                    key.clone()
-                } else {
-                    format!("{at}.{key}")
-                };
-                walk(a.get(key).unwrap_or(&serde_json::Value::Null), value, &at)
-            }),
-            _ if a == b => None,
-            _ => Some(format!("{at} was {a}, now {b}")),
-        }
-    }
-    walk(&parse(before), &parse(now), "")
-        .unwrap_or_else(|| "the run was written by another version".into())
 }

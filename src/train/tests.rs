@@ -13,7 +13,7 @@ use super::stage::pretrain::Pretrain;
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
-use crate::data::{Corpus, Packing, Preferences, stories};
+use crate::data::{Batches, Corpus, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::numerics;
@@ -76,7 +76,7 @@ impl Setting {
     fn run(
         &self,
         stage: &mut Stage,
-        config: &TrainConfig,
+        config: &TrainSettings,
         out: &Path,
         stop_after: u64,
     ) -> Result<Vec<StepMetrics>> {
@@ -86,7 +86,7 @@ impl Setting {
     fn run_with(
         &self,
         stage: &mut Stage,
-        config: &TrainConfig,
+        config: &TrainSettings,
         out: &Path,
         stop_after: u64,
         force: bool,
@@ -101,23 +101,19 @@ impl Setting {
             stop: &|| stop_after > 0 && done.get() >= stop_after,
             observe: &mut |_, _| done.set(done.get() + 1),
         };
-        let data: &dyn Batches = match stage {
-            Stage::Dpo(_) => &self.pairs,
-            _ => &self.corpus,
-        };
-        train(stage, data, config, options)
+        train(stage, &config.settle().unwrap(), options)
     }
 }
 
-fn config(steps: u64) -> TrainConfig {
-    TrainConfig {
+fn config(steps: u64) -> TrainSettings {
+    TrainSettings {
         steps: Some(steps),
         batch_size: 2,
         accumulation: 2,
         seq_len: 32,
         lr: 3e-3,
         warmup: 0.2,
-        ..TrainConfig::default()
+        ..TrainSettings::default()
     }
 }
 
@@ -148,34 +144,33 @@ fn student(kinds: [LayerKind; 2]) -> Parts {
 
 const NAMES: [&str; 6] = ["pretrain", "ild", "ild-joint", "kd", "kd-stepwise", "dpo"];
 
-fn stage(setting: &Setting, name: &str) -> Stage {
+fn stage<'a>(setting: &'a Setting, name: &str) -> Stage<'a> {
+    let text = &setting.corpus;
     let (mla, mamba2) = (LayerKind::MLA, LayerKind::Mamba2);
     let bank = || [mla, mamba2].map(|kind| (kind, student([kind; 2])));
     let hybrid = student([mla, mamba2]);
     let kd = |config: KdConfig| {
         let student = student([mla, mamba2]);
         let kd = Kd::new(teacher(), "t".into(), &student, &[], config, &Place::cpu());
-        Stage::Kd(Box::new(kd.unwrap()))
+        Stage::Kd(Box::new(kd.unwrap()), text)
     };
     match name {
-        "pretrain" => Stage::Pretrain(Pretrain::new(&teacher_config(), 5, &Place::cpu()).unwrap()),
-        "ild" => Stage::Ild(
-            Ild::bank(
-                teacher(),
-                "t".into(),
-                bank().into(),
-                IldConfig::default(),
-                &Place::cpu(),
-            )
-            .unwrap(),
-        ),
+        "pretrain" => {
+            let pretrain = Pretrain::new(&teacher_config(), 5, &Place::cpu());
+            Stage::Pretrain(pretrain.unwrap(), text)
+        }
+        "ild" => {
+            let (bank, config) = (bank().into(), IldConfig::default());
+            let ild = Ild::bank(teacher(), "t".into(), bank, config, &Place::cpu());
+            Stage::Ild(ild.unwrap(), text)
+        }
         "ild-joint" => {
             let config = IldConfig {
                 inputs: IldInputs::Joint,
                 ..IldConfig::default()
             };
             let ild = Ild::student(teacher(), "t".into(), hybrid, config, &Place::cpu());
-            Stage::Ild(ild.unwrap())
+            Stage::Ild(ild.unwrap(), text)
         }
         "kd" => kd(KdConfig {
             temperature: 1.5,
@@ -198,7 +193,7 @@ fn stage(setting: &Setting, name: &str) -> Stage {
             let stored = setting.out("frozen.safetensors");
             let (pairs, place) = (&setting.pairs, Place::cpu());
             let dpo = Dpo::new(&hybrid, pairs, config, &stored, &place, &Quiet::default());
-            Stage::Dpo(dpo.unwrap())
+            Stage::Dpo(dpo.unwrap(), pairs)
         }
         _ => unreachable!("{name}"),
     }
@@ -309,7 +304,7 @@ fn accumulation_equals_one_large_batch() {
     assert_ne!(learned(0), learned(1), "parts of one size prove little");
     for name in NAMES {
         let once = |accumulation: usize, batch_size: usize| {
-            let config = TrainConfig {
+            let config = TrainSettings {
                 accumulation,
                 batch_size,
                 ..config(1)
@@ -353,7 +348,7 @@ fn a_step_that_is_not_finite_is_not_taken() {
     weights.insert(name.into(), broken.unwrap().into());
     let broken = Lm::new(&teacher_config(), &Weights::from(weights)).unwrap();
     let mut stopped = stage(&setting, "kd");
-    let Stage::Kd(kd) = &mut stopped else {
+    let Stage::Kd(kd, _) = &mut stopped else {
         unreachable!()
     };
     kd.exchange_teacher(broken);
@@ -398,7 +393,7 @@ fn a_gradient_that_is_not_finite_is_named() {
             Ok(norm) => {
                 assert!(value > 0.0 && norm.is_finite());
                 // An update that leaves f32's range.
-                let mut rules = config(1).rules(0, 1);
+                let mut rules = config(1).settle().unwrap().rules(0, 1);
                 rules.adamw.lr = 1e39;
                 group.update(norm, 1.0, &rules).unwrap();
                 let error = group.check_finite().unwrap_err().to_string();
@@ -415,7 +410,7 @@ fn a_run_with_other_settings_is_not_resumed() {
     setting
         .run(&mut stage(&setting, "kd"), &config(8), &out, 3)
         .unwrap_err();
-    let other = TrainConfig {
+    let other = TrainSettings {
         lr: 1e-4,
         ..config(8)
     };
@@ -432,22 +427,22 @@ fn a_run_with_other_settings_is_not_resumed() {
 
 #[test]
 fn schedule_warms_up_and_falls() {
-    let config = TrainConfig {
+    let config = TrainSettings {
         lr: 1.0,
         warmup: 0.1,
         min_lr: 0.1,
-        ..TrainConfig::default()
+        ..TrainSettings::default()
     };
-    assert!((config.lr_at(0, 100) - 0.1).abs() < 1e-3);
-    assert!((config.lr_at(10, 100) - 0.9).abs() < 0.1);
-    assert!(config.lr_at(99, 100) < 0.11);
-    let config = TrainConfig {
+    assert!((config.settle().unwrap().lr_at(0, 100) - 0.1).abs() < 1e-3);
+    assert!((config.settle().unwrap().lr_at(10, 100) - 0.9).abs() < 0.1);
+    assert!(config.settle().unwrap().lr_at(99, 100) < 0.11);
+    let config = TrainSettings {
         lr_scheduler: LrScheduler::Wsd,
         decay: Some(0.4),
         min_lr: 0.0,
         ..config
     };
-    let rates = [20, 60, 80, 99].map(|step| config.lr_at(step, 100));
+    let rates = [20, 60, 80, 99].map(|step| config.settle().unwrap().lr_at(step, 100));
     for (rate, wanted) in rates.iter().zip([1.0, 1.0, 0.5, 0.025]) {
         assert!((rate - wanted).abs() < 1e-9, "{rates:?}");
     }
@@ -455,10 +450,10 @@ fn schedule_warms_up_and_falls() {
 
 #[test]
 fn settings_out_of_range_are_named() {
-    let say = |change: fn(&mut TrainConfig)| {
-        let mut config = TrainConfig::default();
+    let say = |change: fn(&mut TrainSettings)| {
+        let mut config = TrainSettings::default();
         change(&mut config);
-        config.validate().unwrap_err().to_string()
+        config.settle().unwrap_err().to_string()
     };
     assert!(say(|c| c.lr = f64::NAN).contains("lr NaN"));
     assert!(say(|c| c.beta2 = 1.0).contains("beta2 1"));
@@ -469,11 +464,11 @@ fn settings_out_of_range_are_named() {
     assert!(say(|c| c.epochs = Some(0.0)).contains("epochs 0"));
     assert!(say(|c| c.accumulation = usize::MAX).contains("times a step: at most 16777216"));
     assert!(say(|c| (c.steps, c.tokens) = (Some(1), Some(1))).contains("give one of them"));
-    let config = TrainConfig {
+    let config = TrainSettings {
         tokens: Some(100),
-        ..TrainConfig::default()
+        ..TrainSettings::default()
     };
-    let message = config.steps(50).unwrap_err().to_string();
+    let message = config.settle().unwrap().steps(50).unwrap_err().to_string();
     assert!(
         message.contains("tokens 100 is less than one step (4096"),
         "{message}"
@@ -482,11 +477,11 @@ fn settings_out_of_range_are_named() {
 
 #[test]
 fn a_run_is_as_long_as_it_is_said() {
-    let config = |change: fn(&mut TrainConfig)| {
+    let config = |change: fn(&mut TrainSettings)| {
         let mut config = config(0);
         config.steps = None;
         change(&mut config);
-        config.steps(40).unwrap()
+        config.settle().unwrap().steps(40).unwrap()
     };
     assert_eq!(config(|_| {}), 10, "one epoch of 40 windows, four a step");
     assert_eq!(config(|c| c.epochs = Some(2.5)), 25);
@@ -503,7 +498,8 @@ fn a_stepwise_schedule_converts_layer_after_layer() {
         let before = tensors(stage);
         let batch = setting.corpus.ordered(0, 2, 32).unwrap();
         let turn = stage.start_step(step, 10);
-        let rules = config(1).rules(step - turn.start, turn.end - turn.start);
+        let rules = config(1).settle().unwrap();
+        let rules = rules.rules(step - turn.start, turn.end - turn.start);
         stage.backward(&batch, &Shares::alone()).unwrap();
         for group in stage.groups_mut() {
             let norm = group.grad_norm().unwrap();
@@ -546,7 +542,7 @@ fn a_stepwise_schedule_converts_layer_after_layer() {
         ..KdConfig::default()
     };
     let kd = Kd::new(teacher(), "t".into(), &parts, &[1], stepwise, &Place::cpu());
-    let mut second = Stage::Kd(Box::new(kd.unwrap()));
+    let mut second = Stage::Kd(Box::new(kd.unwrap()), &setting.corpus);
     let (turn, mla, mamba) = moves(&mut second, 0);
     assert!(
         turn == (0..10) && full(mla) && full(mamba),
@@ -601,14 +597,17 @@ fn a_run_says_what_computes_it() {
             Some("kd") => numerics::Stage::Kd,
             _ => numerics::Stage::Dpo,
         };
-        let identity = stage(&setting, name).identity().unwrap();
+        let key = stage(&setting, name).key(&config(1).settle().unwrap());
+        let key = format!("{:?}", key.unwrap());
         let program = numerics::version(of, &Device::Cpu);
-        assert_eq!(identity["numerics"], program, "{name}");
+        assert!(key.contains(&program), "{name}: {key}");
     }
 }
 
 fn tensors(stage: &Stage) -> BTreeMap<String, Vec<f32>> {
-    let Stage::Kd(kd) = stage else { unreachable!() };
+    let Stage::Kd(kd, _) = stage else {
+        unreachable!()
+    };
     let values = kd.student.params.tensors();
     values
         .map(|(n, t)| (n.to_owned(), t.flatten_all().unwrap().to_vec1().unwrap()))
@@ -630,7 +629,7 @@ fn frozen_log_probabilities_are_computed_once() {
     assert_eq!(computed(&setting.pairs), 5, "40 pairs, 8 a pass");
     let (_, metadata) = crate::checkpoint::read_tensors_with_metadata(&stored).unwrap();
     let program = numerics::version(numerics::Stage::Dpo, &Device::Cpu);
-    assert!(metadata["identity"].starts_with(&program), "{metadata:?}");
+    assert!(metadata["key"].contains(&program), "{metadata:?}");
     assert_eq!(computed(&setting.pairs), 0);
     let path = setting.out("others.jsonl");
     std::fs::write(&path, stories::preferences_to_jsonl(3, 8)).unwrap();

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use zebroid::checkpoint::{self, Checkpoint, Format};
-use zebroid::convert::{Calibration, CalibrationConfig, Init, PlanOptions};
-use zebroid::data::{Batches, Corpus, Packing, Preferences, Tokenizer, stories};
+use zebroid::convert::{Calibration, CalibrationConfig, Init, PlanOptions, calibrate};
+use zebroid::data::{Corpus, Packing, Preferences, Tokenizer, stories};
 use zebroid::eval::harness::run_task;
 use zebroid::eval::sensitivity::sensitivity;
 use zebroid::eval::{kl, task};
@@ -18,12 +18,14 @@ use zebroid::mixer::{LayerKind, MixerOptions};
 use zebroid::model::Lm;
 use zebroid::numerics::Stage as Name;
 use zebroid::op::loss::Divergence;
-use zebroid::pipeline::{Base, CANDIDATES};
+use zebroid::pipeline::Base;
+use zebroid::pipeline::stage::ild::IldStage;
+use zebroid::pipeline::stage::kd::KdStage;
 use zebroid::train::stage::dpo::{Dpo, DpoConfig, DpoLoss};
 use zebroid::train::stage::ild::{IldConfig, IldInputs, IldLoss};
 use zebroid::train::stage::kd::{KdConfig, Labels, Schedule, Trained};
 use zebroid::train::stage::pretrain::Pretrain;
-use zebroid::train::{LrScheduler, OptimizerName, RunOptions, Stage, TrainConfig, train};
+use zebroid::train::{LrScheduler, OptimizerName, RunOptions, Stage, TrainSettings, train};
 use zebroid::watch::Quiet;
 use zebroid::weights::Place;
 
@@ -87,20 +89,12 @@ fn numerics_are_as_recorded() {
     assert_eq!(names, stages);
 }
 
-/// Wherever results are kept by a key, the key is of what the program computes, not of its version.
+/// Results are kept by keys (`Key`), which are of what the program computes, not of its version.
 #[test]
 fn keys_are_of_what_is_computed() {
-    for place in [
-        "src/pipeline/run.rs",
-        "src/convert/calibrate.rs",
-        "src/eval/harness/mod.rs",
-        "src/train/stage/dpo.rs",
-        "src/train/stage/mod.rs",
-    ] {
-        let source = std::fs::read_to_string(place).unwrap();
-        assert!(source.contains("numerics::version("), "{place}");
-        assert!(!source.contains("CARGO_PKG_VERSION"), "{place}");
-    }
+    let source = std::fs::read_to_string("src/checkpoint/store.rs").unwrap();
+    assert!(source.contains("numerics::version("));
+    assert!(!source.contains("CARGO_PKG_VERSION"));
 }
 
 /// The embedded teacher, a few stories, and where things are kept.
@@ -132,13 +126,13 @@ fn plan_with(change: impl FnOnce(&mut MixerOptions)) -> PlanOptions {
     options
 }
 
-fn settings() -> TrainConfig {
-    TrainConfig {
+fn settings() -> TrainSettings {
+    TrainSettings {
         steps: Some(4),
         batch_size: 2,
         seq_len: 64,
         lr: 3e-3,
-        ..TrainConfig::default()
+        ..TrainSettings::default()
     }
 }
 
@@ -175,10 +169,9 @@ impl Bench {
             held_out_tokens: 512,
             seq_len: 64,
         };
-        let calibration = self
-            .base
-            .calibrate(&self.text, &config, self.folder.path(), &Quiet::default())
-            .unwrap();
+        let (parts, place, quiet) = (&self.base.parts, &self.base.place, Quiet::default());
+        let folder = self.folder.path();
+        let calibration = calibrate(parts, place, &self.text, &config, folder, &quiet).unwrap();
         let stages = [
             (Name::Calibration, calibrated(&calibration)),
             (Name::Init, self.init(&calibration)),
@@ -197,10 +190,11 @@ impl Bench {
 
     /// An untrained hybrid, as published.
     fn published(&self, options: &PlanOptions) -> (Lm, PathBuf) {
-        let student = self.base.plan(options, None).unwrap();
+        let init = Init::Published { seed: 1 };
+        let student = self.base.plan(options, &init).unwrap();
         let composed = self
             .base
-            .compose(&student, &Init::Published { seed: 1 }, &Quiet::default())
+            .compose(&student, &init, &Quiet::default())
             .unwrap();
         let path = self.at("hybrid");
         let _ = std::fs::remove_dir_all(&path);
@@ -210,8 +204,8 @@ impl Bench {
         (composed.lm(&Place::cpu()).unwrap(), path)
     }
 
-    fn untrained_kl(&self, options: &PlanOptions, init: &Init, calibration: &Calibration) -> f64 {
-        let student = self.base.plan(options, Some(calibration)).unwrap();
+    fn untrained_kl(&self, options: &PlanOptions, init: &Init) -> f64 {
+        let student = self.base.plan(options, init).unwrap();
         let composed = self
             .base
             .compose(&student, init, &Quiet::default())
@@ -241,13 +235,13 @@ impl Bench {
                 (refined(false), "refined for a bank"),
                 (Init::Published { seed: 1 }, "reference"),
             ] {
-                let kl = self.untrained_kl(&options, &init, calibration);
+                let kl = self.untrained_kl(&options, &init);
                 figures.insert(format!("{name}{sizes}: KL"), kl);
             }
         }
         for rule in ["energy:0.9", "budget:5%"] {
             let options = plan_with(|sizes| sizes.kv_lora_rank = Some(rule.parse().unwrap()));
-            let student = self.base.plan(&options, Some(calibration)).unwrap();
+            let student = self.base.plan(&options, &refined(true)).unwrap();
             let cached = student.cost(1).cached;
             figures.insert(format!("{rule}: scalars a token"), cached as f64);
         }
@@ -255,14 +249,7 @@ impl Bench {
     }
 
     /// Loss and gradient of the last step.
-    fn trained(
-        &self,
-        figures: &mut Figures,
-        what: &str,
-        stage: Stage,
-        data: &dyn Batches,
-        config: &TrainConfig,
-    ) {
+    fn trained(&self, figures: &mut Figures, what: &str, stage: Stage, config: &TrainSettings) {
         let mut stage = stage;
         let options = RunOptions {
             out: self.at("trained"),
@@ -274,7 +261,7 @@ impl Bench {
             observe: &mut |_, _| {},
         };
         let _ = std::fs::remove_dir_all(self.at("trained"));
-        let metrics = train(&mut stage, data, config, options).unwrap();
+        let metrics = train(&mut stage, &config.settle().unwrap(), options).unwrap();
         let last = metrics.last().unwrap();
         figures.insert(format!("{what}: loss"), last.loss);
         figures.insert(format!("{what}: gradient"), last.grad_norm.iter().sum());
@@ -291,22 +278,18 @@ impl Bench {
                     inputs: *inputs,
                 };
                 let what = format!("{}, inputs {}", name(*loss), name(*inputs));
-                let stage = self.base.ild(&hybrid, config).unwrap();
-                self.trained(&mut figures, &what, stage, &self.text, &settings());
+                let ild = IldStage {
+                    objective: config,
+                    ..IldStage::default()
+                };
+                let stage = ild.align(&self.base, &hybrid, &self.text).unwrap();
+                self.trained(&mut figures, &what, stage, &settings());
             }
         }
         let init = Init::Published { seed: 1 };
-        let stage = self
-            .base
-            .bank(
-                &plan(),
-                &CANDIDATES,
-                &init,
-                IldConfig::default(),
-                &Quiet::default(),
-            )
-            .unwrap();
-        self.trained(&mut figures, "bank", stage, &self.text, &settings());
+        let (ild, quiet) = (IldStage::default(), Quiet::default());
+        let bank = ild.bank(&self.base, &plan(), &init, &self.text, &quiet);
+        self.trained(&mut figures, "bank", bank.unwrap(), &settings());
         figures
     }
 
@@ -314,9 +297,13 @@ impl Bench {
         let mut figures = Figures::new();
         let (_, hybrid) = self.published(&plan());
         let hybrid = Checkpoint::open(&hybrid).unwrap();
-        let mut run = |what: &str, kd: KdConfig, config: &TrainConfig| {
-            let stage = self.base.kd(&hybrid, &[], kd).unwrap();
-            self.trained(&mut figures, what, stage, &self.text, config);
+        let mut run = |what: &str, kd: KdConfig, config: &TrainSettings| {
+            let kd = KdStage {
+                objective: kd,
+                ..KdStage::default()
+            };
+            let stage = kd.distil(&self.base, &hybrid, &[], &self.text).unwrap();
+            self.trained(&mut figures, what, stage, config);
         };
         for divergence in Divergence::value_variants() {
             let kd = KdConfig {
@@ -344,14 +331,14 @@ impl Bench {
         run(
             "stepwise",
             stepwise,
-            &TrainConfig {
+            &TrainSettings {
                 steps: Some(8),
                 ..settings()
             },
         );
         for optimizer in OptimizerName::value_variants() {
             for scheduler in LrScheduler::value_variants() {
-                let config = TrainConfig {
+                let config = TrainSettings {
                     optimizer: *optimizer,
                     lr_scheduler: *scheduler,
                     accumulation: 2,
@@ -383,12 +370,12 @@ impl Bench {
             let stored = self.at("reference.safetensors");
             let place = Place::cpu();
             let dpo = Dpo::new(&parts, &pairs, config, &stored, &place, &Quiet::default());
-            let stage = Stage::Dpo(dpo.unwrap());
-            let config = TrainConfig {
+            let stage = Stage::Dpo(dpo.unwrap(), &pairs);
+            let config = TrainSettings {
                 lr: 1e-4,
                 ..settings()
             };
-            self.trained(&mut figures, &name(*loss), stage, &pairs, &config);
+            self.trained(&mut figures, &name(*loss), stage, &config);
         }
         figures
     }
@@ -399,8 +386,7 @@ impl Bench {
         self.trained(
             &mut figures,
             "fresh",
-            Stage::Pretrain(stage),
-            &self.text,
+            Stage::Pretrain(stage, &self.text),
             &settings(),
         );
         figures

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::cache;
-use crate::convert::{Calibration, CalibrationConfig, Init, InitName};
+use crate::convert::{Calibration, CalibrationConfig, Init, InitName, calibrate};
 use crate::data::{Corpus, Packing};
 use crate::pipeline::Base;
 use crate::watch::Watch;
@@ -44,8 +44,8 @@ impl InitArgs {
             }
         };
         let corpus = Corpus::load(text, &base.tokenizer, Packing::Documents)?;
-        base.calibrate(&corpus, &self.config, &cache::folder(), watch)
-            .map(Some)
+        let (parts, place, folder) = (&base.parts, &base.place, cache::folder());
+        calibrate(parts, place, &corpus, &self.config, &folder, watch).map(Some)
     }
 
     /// Only if a text is named.

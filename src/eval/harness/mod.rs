@@ -11,10 +11,9 @@ use serde_json::{Value, json};
 use self::data::Dataset;
 use self::random::PythonRandom;
 use super::task::{Document, EXAMPLE, Examples, Metric, Parts, Row, Task};
-use crate::checkpoint::write_atomic;
+use crate::checkpoint::{Key, Store};
 use crate::data::Tokenizer;
 use crate::generate::score::{Tokens, log_likelihoods, survives, tokens};
-use crate::hash::Hash;
 use crate::model::Lm;
 use crate::numerics;
 use crate::watch::Watch;
@@ -233,15 +232,21 @@ impl Part<'_> {
         config: &HarnessConfig,
         watch: &dyn Watch,
     ) -> Result<PartResult> {
-        let path = config
-            .cache
-            .join(format!("{}.json", self.key(config, lm.device())));
-        if !config.fresh && path.exists() {
-            let text = std::fs::read_to_string(&path).map_err(Error::io("cannot read", &path))?;
-            if let Ok(found) = serde_json::from_str(&text) {
-                return Ok(found);
-            }
+        let (store, key) = (Store::new(&config.cache), self.key(config, lm.device()));
+        let score = || self.score(lm, tokenizer, config, watch);
+        match config.fresh {
+            true => store.make("part", &key, score),
+            false => store.get("part", &key, score),
         }
+    }
+
+    fn score(
+        &self,
+        lm: &Lm,
+        tokenizer: &Tokenizer,
+        config: &HarnessConfig,
+        watch: &dyn Watch,
+    ) -> Result<PartResult> {
         let started = std::time::Instant::now();
         let documents = self.documents(config.limit)?;
         let mut requests = Vec::new();
@@ -280,24 +285,18 @@ impl Part<'_> {
                 scores: scores.collect(),
             }
         });
-        let result = PartResult {
+        Ok(PartResult {
             name: self.name.to_owned(),
             documents: self.rows.len(),
             samples: samples.collect(),
             tokens: requests.iter().map(Tokens::size).sum(),
             seconds: started.elapsed().as_secs_f64(),
-        };
-        std::fs::create_dir_all(&config.cache)
-            .map_err(Error::io("cannot create", &config.cache))?;
-        let text = serde_json::to_string(&result).expect("numbers and names serialise");
-        write_atomic(&path, text.as_bytes())?;
-        Ok(result)
+        })
     }
 
-    /// The hash of all that decides the part's result.
-    fn key(&self, config: &HarnessConfig, device: &Device) -> Hash {
-        let parts = json!({
-            "numerics": numerics::version(numerics::Stage::Harness, device),
+    /// All that decides the part's result.
+    fn key(&self, config: &HarnessConfig, device: &Device) -> Key {
+        let inputs = json!({
             "model": config.model,
             "max_length": config.max_length,
             "part": self.name,
@@ -308,7 +307,7 @@ impl Part<'_> {
             "limit": config.limit,
             "lossy": config.lossy,
         });
-        Hash::of(parts.to_string().as_bytes())
+        Key::new(numerics::Stage::Harness, device, inputs)
     }
 
     /// Documents with what stands before their contexts: description and examples.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::student::Student;
 use super::{Shares, Terms, ids, rows, scalar};
-use crate::checkpoint::{read_tensors_with_metadata, write_tensors};
+use crate::checkpoint::{Kept, Key, keep, kept};
 use crate::data::{Batch, Batches, Preferences};
 use crate::model::{Lm, Parts};
 use crate::numerics;
@@ -140,16 +140,23 @@ impl Dpo {
     ) -> Result<Self> {
         config.validate()?;
         let student = Student::new(student, |_| true, place)?;
-        let numerics = numerics::version(numerics::Stage::Dpo, student.lm.device());
-        let identity = format!("{numerics} {} {}", student.hash()?, pairs.hash());
-        let frozen = match read_frozen(stored, &identity)? {
-            Some(frozen) => frozen,
+        let key = serde_json::json!({ "student": student.hash()?, "pairs": pairs.hash() });
+        let key = Key::new(numerics::Stage::Dpo, student.lm.device(), key);
+        let log_probs = match kept(stored, &key)? {
+            Kept::Found { mut tensors, .. } => tensors.remove(LOG_PROBS),
+            Kept::Nothing | Kept::Other(_) => None,
+        };
+        let log_probs = match log_probs {
+            Some(log_probs) => log_probs,
             None => {
-                let frozen = frozen(&student.snapshot()?, pairs, watch)?;
-                write_frozen(stored, &identity, &frozen)?;
-                frozen
+                let log_probs = frozen(&student.snapshot()?, pairs, watch)?;
+                let tensors = [(LOG_PROBS.to_owned(), log_probs.clone())];
+                keep(stored, &key, pairs.len() as u64, &tensors.into())?;
+                log_probs
             }
         };
+        let frozen = log_probs.to_vec2::<f32>()?;
+        let frozen = frozen.iter().map(|pair| [pair[0], pair[1]]).collect();
         Ok(Self {
             student,
             config,
@@ -209,49 +216,25 @@ fn answers(lm: &Lm, batch: &Batch) -> Result<(Tensor, Tensor)> {
 /// Pairs a forward pass of the frozen model.
 const CHUNK: usize = 8;
 
-fn frozen(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Vec<[f32; 2]>> {
+/// `[pairs, 2]`: chosen, rejected.
+fn frozen(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Tensor> {
     watch.start("dpo, frozen model", pairs.len());
     let order: Vec<usize> = (0..pairs.len()).collect();
-    let mut found = Vec::with_capacity(order.len());
+    let mut found = Vec::with_capacity(2 * order.len());
     for chunk in order.chunks(CHUNK) {
         let (log_probs, _) = answers(lm, &pairs.rows(chunk))?;
         let values = log_probs.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        found.extend(values.chunks(2).map(|pair| [pair[0], pair[1]]));
-        watch.reached(found.len(), order.len(), "pairs")?;
+        found.extend(values);
+        watch.reached(found.len() / 2, order.len(), "pairs")?;
     }
-    Ok(found)
+    Ok(Tensor::from_vec(
+        found,
+        (pairs.len(), 2),
+        &candle_core::Device::Cpu,
+    )?)
 }
 
 const LOG_PROBS: &str = "log_probs";
-
-fn write_frozen(path: &Path, identity: &str, frozen: &[[f32; 2]]) -> Result<()> {
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
-    }
-    let flat: Vec<f32> = frozen.iter().flatten().copied().collect();
-    let tensor = Tensor::from_vec(flat, (frozen.len(), 2), &candle_core::Device::Cpu)?;
-    let metadata = [("identity".to_owned(), identity.to_owned())];
-    write_tensors(
-        path,
-        &[(LOG_PROBS.to_owned(), tensor)].into(),
-        metadata.into(),
-    )
-}
-
-fn read_frozen(path: &Path, identity: &str) -> Result<Option<Vec<[f32; 2]>>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let (tensors, metadata) = read_tensors_with_metadata(path)?;
-    let (Some(tensor), true) = (
-        tensors.get(LOG_PROBS),
-        metadata.get("identity").is_some_and(|i| i == identity),
-    ) else {
-        return Ok(None);
-    };
-    let values = tensor.to_vec2::<f32>()?;
-    Ok(Some(values.iter().map(|pair| [pair[0], pair[1]]).collect()))
-}
 
 #[cfg(test)]
 mod tests {

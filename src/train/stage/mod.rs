@@ -5,9 +5,11 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
+use super::TrainConfig;
 use super::params::ParamGroup;
 use crate::Result;
-use crate::data::Batch;
+use crate::checkpoint::Key;
+use crate::data::{Batch, Batches, Corpus, Preferences};
 use crate::numerics;
 
 pub mod dpo;
@@ -97,33 +99,42 @@ impl Laps {
     }
 }
 
-pub enum Stage {
-    Ild(Ild),
-    Kd(Box<Kd>),
-    Dpo(Dpo),
-    Pretrain(Pretrain),
+/// What is trained, with what it learns from.
+pub enum Stage<'a> {
+    Ild(Ild, &'a Corpus),
+    Kd(Box<Kd>, &'a Corpus),
+    Dpo(Dpo, &'a Preferences),
+    Pretrain(Pretrain, &'a Corpus),
 }
 
-impl Stage {
-    /// Everything besides data and [`super::TrainConfig`] that decides the result.
-    pub fn identity(&self) -> Result<serde_json::Value> {
-        let (mut identity, stage, lm) = match self {
-            Stage::Ild(s) => (s.identity()?, numerics::Stage::Ild, s.teacher()),
-            Stage::Kd(s) => (s.identity()?, numerics::Stage::Kd, &s.student.lm),
-            Stage::Dpo(s) => (s.identity()?, numerics::Stage::Dpo, &s.student.lm),
-            Stage::Pretrain(s) => (s.identity()?, numerics::Stage::Pretrain, &s.student.lm),
+impl<'a> Stage<'a> {
+    pub fn data(&self) -> &'a dyn Batches {
+        match self {
+            Stage::Ild(_, text) | Stage::Kd(_, text) | Stage::Pretrain(_, text) => *text,
+            Stage::Dpo(_, pairs) => *pairs,
+        }
+    }
+
+    /// Everything that decides the result.
+    pub fn key(&self, train: &TrainConfig) -> Result<Key> {
+        let (stage, of, lm) = match self {
+            Stage::Ild(s, _) => (s.identity()?, numerics::Stage::Ild, s.teacher()),
+            Stage::Kd(s, _) => (s.identity()?, numerics::Stage::Kd, &s.student.lm),
+            Stage::Dpo(s, _) => (s.identity()?, numerics::Stage::Dpo, &s.student.lm),
+            Stage::Pretrain(s, _) => (s.identity()?, numerics::Stage::Pretrain, &s.student.lm),
         };
-        identity["numerics"] = numerics::version(stage, lm.device()).into();
-        Ok(identity)
+        let inputs =
+            serde_json::json!({ "stage": stage, "train": train, "data": self.data().hash() });
+        Ok(Key::new(of, lm.device(), inputs))
     }
 
     /// The one model that is trained; a bank has several.
     pub fn student(&self) -> Option<&Student> {
         match self {
-            Stage::Ild(s) => s.only_student(),
-            Stage::Kd(s) => Some(&s.student),
-            Stage::Dpo(s) => Some(&s.student),
-            Stage::Pretrain(s) => Some(&s.student),
+            Stage::Ild(s, _) => s.only_student(),
+            Stage::Kd(s, _) => Some(&s.student),
+            Stage::Dpo(s, _) => Some(&s.student),
+            Stage::Pretrain(s, _) => Some(&s.student),
         }
     }
 
@@ -131,7 +142,7 @@ impl Stage {
     /// one.
     pub fn start_step(&mut self, step: u64, steps: u64) -> Range<u64> {
         match self {
-            Stage::Kd(s) => s.start_step(step, steps),
+            Stage::Kd(s, _) => s.start_step(step, steps),
             _ => 0..steps,
         }
     }
@@ -139,7 +150,7 @@ impl Stage {
     /// What each micro-batch of a step counts, so that their sum is the loss of one large batch.
     pub fn shares(&self, batches: &[Batch]) -> Result<Vec<Shares>> {
         let mut shares = Shares::of(batches);
-        if let (Stage::Ild(s), true) = (self, batches.len() > 1) {
+        if let (Stage::Ild(s, _), true) = (self, batches.len() > 1) {
             s.share_energies(batches, &mut shares)?;
         }
         Ok(shares)
@@ -148,29 +159,29 @@ impl Stage {
     /// Adds the gradients of the batch's part of a step's loss to the groups; the terms are parts too.
     pub fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         match self {
-            Stage::Ild(s) => s.backward(batch, shares),
-            Stage::Kd(s) => s.backward(batch, shares),
-            Stage::Dpo(s) => s.backward(batch, shares),
-            Stage::Pretrain(s) => s.backward(batch, shares),
+            Stage::Ild(s, _) => s.backward(batch, shares),
+            Stage::Kd(s, _) => s.backward(batch, shares),
+            Stage::Dpo(s, _) => s.backward(batch, shares),
+            Stage::Pretrain(s, _) => s.backward(batch, shares),
         }
     }
 
     pub fn groups_mut(&mut self) -> Vec<&mut ParamGroup> {
         match self {
-            Stage::Ild(s) => s.groups_mut(),
-            Stage::Kd(s) => vec![&mut s.student.params],
-            Stage::Dpo(s) => vec![&mut s.student.params],
-            Stage::Pretrain(s) => vec![&mut s.student.params],
+            Stage::Ild(s, _) => s.groups_mut(),
+            Stage::Kd(s, _) => vec![&mut s.student.params],
+            Stage::Dpo(s, _) => vec![&mut s.student.params],
+            Stage::Pretrain(s, _) => vec![&mut s.student.params],
         }
     }
 
     /// Writes the result as one or more checkpoint folders, tokenizer files included.
     pub fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
         match self {
-            Stage::Ild(s) => s.write(out, tokenizer),
-            Stage::Kd(s) => s.student.write(out, tokenizer),
-            Stage::Dpo(s) => s.student.write(out, tokenizer),
-            Stage::Pretrain(s) => s.write(out, tokenizer),
+            Stage::Ild(s, _) => s.write(out, tokenizer),
+            Stage::Kd(s, _) => s.student.write(out, tokenizer),
+            Stage::Dpo(s, _) => s.student.write(out, tokenizer),
+            Stage::Pretrain(s, _) => s.write(out, tokenizer),
         }
     }
 }

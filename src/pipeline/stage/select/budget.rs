@@ -3,8 +3,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::bank;
-use super::base::Base;
 use crate::checkpoint::Bank;
 use crate::convert::{Choice, Init, PlanOptions, fit_budget, plan};
 use crate::data::Corpus;
@@ -12,6 +10,8 @@ use crate::eval::sensitivity::{Score, sensitivity};
 use crate::mixer::mla::{plan::MlaKind, rank::RankRule};
 use crate::mixer::{Cost, LayerKind};
 use crate::model::ModelConfig;
+use crate::pipeline::base::Base;
+use crate::pipeline::stage::candidates;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -118,7 +118,7 @@ fn planned(
             "the KV rank {rule}: the budget method chooses among the candidates it is given"
         )));
     }
-    bank::check(kinds)?;
+    candidates::check(kinds)?;
     let layers = teacher.layers.len();
     let sized = |kind: &LayerKind| {
         let options = options.with_layers(vec![*kind; layers]);

@@ -2,14 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::bank::Pair;
-use super::base::Base;
 use crate::Result;
 use crate::checkpoint::Bank;
 use crate::convert::{Selector, select};
 use crate::data::Corpus;
 use crate::eval::sensitivity::{Sensitivity, sensitivity};
 use crate::mixer::LayerKind;
+use crate::pipeline::base::Base;
+use crate::pipeline::stage::candidates::Pair;
 use crate::watch::Watch;
 
 /// What a bank's layers are worth.

@@ -1,0 +1,150 @@
+//! `[plan]`: the hybrid, from the teacher, from a bank's layers, or by converting more layers of what there is.
+
+use serde_json::json;
+
+use super::candidates::bank_plans;
+use super::{Context, Made, Sizes, Stage, Student, eval};
+use crate::Result;
+use crate::checkpoint::{self, Bank, Checkpoint, Format, Key};
+use crate::convert::{
+    Init, PlanOptions, bank_layers, check_growth, check_ranks, compose_from_bank, grow, plan,
+};
+use crate::mixer::LayerKind;
+use crate::model::{ModelConfig, Parts};
+use crate::numerics;
+use crate::pipeline::base::Base;
+use crate::pipeline::texts::Texts;
+use crate::watch::Watch;
+
+/// What a hybrid is composed of besides the teacher.
+pub enum Source<'a> {
+    Teacher,
+    /// Whole layers.
+    Bank(&'a Bank),
+    /// A hybrid whose layers stay as they are.
+    Before(&'a Parts),
+}
+
+/// The hybrid of `options`: planned, then born from the teacher's layers or taken from where they are.
+///
+/// # Errors
+/// A plan that the teacher, the bank or the hybrid before does not allow, or [`Error::Interrupted`](crate::Error).
+pub fn hybrid(
+    base: &Base,
+    options: &PlanOptions,
+    init: &Init,
+    source: Source,
+    watch: &dyn Watch,
+) -> Result<Parts> {
+    let student = base.plan(options, init)?;
+    match source {
+        Source::Teacher => base.compose(&student, init, watch),
+        Source::Bank(bank) => compose_from_bank(&base.parts.weights, &student, bank),
+        Source::Before(before) => grow(base.compose(&student, init, watch)?, before),
+    }
+}
+
+impl Stage for PlanOptions {
+    fn about(&self) -> String {
+        String::new()
+    }
+
+    fn check(&self, sizes: &mut Sizes) -> Result<()> {
+        let options = match sizes.students.is_empty() {
+            true => &sizes.plan,
+            false => self,
+        };
+        let student = sized(sizes.teacher, options)?;
+        match (sizes.students.last(), &sizes.bank) {
+            (Some(before), _) => check_growth(&student, before)?,
+            (None, Some(kinds)) => {
+                check_bank(sizes.teacher, &student, &sizes.common.plan, kinds)?;
+            }
+            (None, None) => {}
+        }
+        sizes.students.push(student);
+        Ok(())
+    }
+
+    fn fill(&self, _: &Texts) -> Result<()> {
+        Ok(())
+    }
+
+    fn key(&self, with: &Context, made: &Made) -> Result<Key> {
+        let options = options(self, made);
+        let settings = json!({
+            "plan": options,
+            "birth": with.birth(),
+            "bank": made.bank.as_ref().map(|bank| &bank.key),
+            "before": made.student.as_ref().map(|student| &student.key),
+        });
+        with.key(numerics::Stage::Init, settings)
+    }
+
+    fn carry_out(&self, name: &str, with: &Context, made: &mut Made) -> Result<()> {
+        let key = self.key(with, made)?;
+        let folder = with.store.path("hybrid", &key);
+        if !folder.exists() {
+            let composed = {
+                // What has been trained since is not what layers could be fitted to: they get the teacher's inputs.
+                let init = made.init(with.common, made.student.is_none());
+                let (bank, before);
+                let source = match (&made.student, &made.bank) {
+                    (Some(student), _) => {
+                        before = Checkpoint::open(&student.folder)?.parts()?;
+                        Source::Before(&before)
+                    }
+                    (None, Some(student)) => {
+                        bank = Bank::open(&student.folder)?;
+                        Source::Bank(&bank)
+                    }
+                    (None, None) => Source::Teacher,
+                };
+                let watch = with.surroundings.watch;
+                hybrid(with.base, options(self, made), &init, source, watch)?
+            };
+            checkpoint::save(
+                &folder,
+                Format::Zebroid,
+                &composed.config,
+                &composed.weights,
+                Some(with.base.folder()),
+                false,
+            )?;
+        }
+        let key = key.to_string();
+        eval::result(name, Student { folder, key }, Vec::new(), with, made)
+    }
+}
+
+/// The first hybrid is as it was chosen, later ones as they are asked for.
+fn options<'a>(asked: &'a PlanOptions, made: &'a Made) -> &'a PlanOptions {
+    match (&made.student, &made.plan) {
+        (None, Some(chosen)) => chosen,
+        _ => asked,
+    }
+}
+
+/// # Errors
+/// Candidates that cannot be trained, or a hybrid that cannot be composed of their layers.
+fn check_bank(
+    teacher: &ModelConfig,
+    student: &ModelConfig,
+    options: &PlanOptions,
+    kinds: &[LayerKind],
+) -> Result<()> {
+    let plans = bank_plans(options, kinds, teacher.layers.len())?;
+    let sized = plans.iter().map(|(_, options)| sized(teacher, options));
+    let models = sized.collect::<Result<Vec<_>>>()?;
+    bank_layers(student, &models.iter().collect::<Vec<_>>()).map(|_| ())
+}
+
+/// The plan with ranks that depend on weights left at their defaults.
+fn sized(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
+    check_ranks(teacher, options)?;
+    let options = PlanOptions {
+        sizes: options.sizes.without_open_ranks(),
+        ..options.clone()
+    };
+    plan(teacher, &options)
+}

@@ -1,0 +1,87 @@
+//! `[dpo]`: the model makes chosen answers likelier than rejected ones.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::training::{self, millions_of};
+use super::{Context, Made, Sizes, Stage, eval};
+use crate::checkpoint::{Checkpoint, Key};
+use crate::data::{Batches, Preferences};
+use crate::numerics;
+use crate::pipeline::texts::Texts;
+use crate::train::stage::dpo::{Dpo, DpoConfig};
+use crate::train::{self, TrainSettings};
+use crate::watch::Watch;
+use crate::weights::Place;
+use crate::{Error, Result};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct DpoStage {
+    pub objective: DpoConfig,
+    pub train: TrainSettings,
+}
+
+impl DpoStage {
+    /// `stored`: where the log-probabilities of the model as it is are kept.
+    ///
+    /// # Errors
+    /// As [`Dpo::new`].
+    pub fn align<'a>(
+        &self,
+        student: &Checkpoint,
+        pairs: &'a Preferences,
+        stored: &Path,
+        place: &Place,
+        watch: &dyn Watch,
+    ) -> Result<train::Stage<'a>> {
+        let parts = student.parts()?;
+        let dpo = Dpo::new(&parts, pairs, self.objective, stored, place, watch)?;
+        Ok(train::Stage::Dpo(dpo, pairs))
+    }
+}
+
+fn pairs(texts: &Texts) -> Result<&Preferences> {
+    let missing = || Error::invalid("preferences are missing from [data]");
+    texts.preferences.as_ref().ok_or_else(missing)
+}
+
+impl Stage for DpoStage {
+    fn about(&self) -> String {
+        millions_of(&self.train)
+    }
+
+    fn check(&self, sizes: &mut Sizes) -> Result<()> {
+        self.train.settle()?;
+        self.objective.validate()?;
+        match sizes.preferences {
+            true => Ok(()),
+            false => Err(Error::invalid("preferences are missing from [data]")),
+        }
+    }
+
+    fn fill(&self, texts: &Texts) -> Result<()> {
+        training::fill(pairs(texts)?, &self.train)
+    }
+
+    fn key(&self, with: &Context, made: &Made) -> Result<Key> {
+        let pairs = pairs(with.texts)?.hash();
+        let settings = json!({ "dpo": self, "student": made.student()?.key, "pairs": pairs });
+        with.key(numerics::Stage::Dpo, settings)
+    }
+
+    fn carry_out(&self, name: &str, with: &Context, made: &mut Made) -> Result<()> {
+        let (key, before) = (self.key(with, made)?, made.student()?);
+        let stored = with.store.path("frozen", &key);
+        let stored = stored.with_extension("safetensors");
+        let stage = || {
+            let student = Checkpoint::open(&before.folder)?;
+            let (place, watch) = (&with.base.place, with.surroundings.watch);
+            self.align(&student, pairs(with.texts)?, &stored, place, watch)
+        };
+        let (student, metrics) = training::trained(name, &key, &self.train, with, stage)?;
+        eval::result(name, student, metrics, with, made)
+    }
+}

@@ -1,0 +1,154 @@
+//! `[ild]`: layers are trained towards the teacher's, those of a bank of candidates or of the hybrid.
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::candidates::{CANDIDATES, bank_plans};
+use super::training::{self, millions_of};
+use super::{Context, Made, Sizes, Stage, StageResult, check_context, eval};
+use crate::Result;
+use crate::checkpoint::{Checkpoint, Key};
+use crate::convert::{Init, PlanOptions};
+use crate::data::Corpus;
+use crate::mixer::LayerKind;
+use crate::numerics;
+use crate::pipeline::base::Base;
+use crate::pipeline::texts::Texts;
+use crate::train::stage::ild::{Ild, IldConfig};
+use crate::train::{self, TrainSettings};
+use crate::watch::Watch;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IldTarget {
+    /// Every candidate in all layers; the hybrid is composed of theirs.
+    #[default]
+    Bank,
+    /// The hybrid, whose places are settled.
+    Hybrid,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IldStage {
+    pub target: IldTarget,
+    /// Of the bank, as `layers` of a plan spells them.
+    pub candidates: Vec<LayerKind>,
+    pub objective: IldConfig,
+    pub train: TrainSettings,
+}
+
+impl Default for IldStage {
+    fn default() -> Self {
+        Self {
+            target: IldTarget::default(),
+            candidates: CANDIDATES.to_vec(),
+            objective: IldConfig::default(),
+            train: TrainSettings::default(),
+        }
+    }
+}
+
+impl IldStage {
+    /// A bank of the candidates, in all layers each.
+    ///
+    /// # Errors
+    /// As [`bank_plans`], or a candidate that the teacher cannot give.
+    pub fn bank<'a>(
+        &self,
+        base: &Base,
+        options: &PlanOptions,
+        init: &Init,
+        text: &'a Corpus,
+        watch: &dyn Watch,
+    ) -> Result<train::Stage<'a>> {
+        let plans = bank_plans(options, &self.candidates, base.config().layers.len())?;
+        let candidates = plans.into_iter().map(|(kind, options)| {
+            let student = base.plan(&options, init)?;
+            Ok((kind, base.compose(&student, init, watch)?))
+        });
+        let candidates = candidates.collect::<Result<_>>()?;
+        let (lm, hash) = (base.lm()?, base.hash()?);
+        let ild = Ild::bank(lm, hash, candidates, self.objective, &base.place)?;
+        Ok(train::Stage::Ild(ild, text))
+    }
+
+    /// One hybrid.
+    ///
+    /// # Errors
+    /// A hybrid of another depth or width than the teacher.
+    pub fn align<'a>(
+        &self,
+        base: &Base,
+        student: &Checkpoint,
+        text: &'a Corpus,
+    ) -> Result<train::Stage<'a>> {
+        let (lm, hash) = (base.lm()?, base.hash()?);
+        let ild = Ild::student(lm, hash, student.parts()?, self.objective, &base.place)?;
+        Ok(train::Stage::Ild(ild, text))
+    }
+}
+
+impl Stage for IldStage {
+    fn about(&self) -> String {
+        let kinds: Vec<String> = self.candidates.iter().map(LayerKind::to_string).collect();
+        match self.target {
+            IldTarget::Bank => format!("{}, {}", kinds.join(" | "), millions_of(&self.train)),
+            IldTarget::Hybrid => millions_of(&self.train),
+        }
+    }
+
+    fn check(&self, sizes: &mut Sizes) -> Result<()> {
+        self.train.settle()?;
+        check_context(sizes.teacher, self.train.seq_len)?;
+        if self.target == IldTarget::Bank {
+            let layers = sizes.teacher.layers.len();
+            // Layers that the plan cannot name are told of as the plan's.
+            if sizes.plan.kinds(layers).is_ok() {
+                bank_plans(&sizes.plan, &self.candidates, layers)?;
+            }
+            sizes.bank = Some(self.candidates.clone());
+        }
+        Ok(())
+    }
+
+    fn fill(&self, texts: &Texts) -> Result<()> {
+        training::fill(&texts.train, &self.train)
+    }
+
+    fn key(&self, with: &Context, made: &Made) -> Result<Key> {
+        let settings = match self.target {
+            IldTarget::Bank => {
+                json!({ "ild": self, "plan": with.common.plan, "birth": with.birth() })
+            }
+            IldTarget::Hybrid => json!({ "ild": self, "student": made.student()?.key }),
+        };
+        with.key(numerics::Stage::Ild, settings)
+    }
+
+    fn carry_out(&self, name: &str, with: &Context, made: &mut Made) -> Result<()> {
+        let (key, text) = (self.key(with, made)?, &with.texts.train);
+        let (base, watch) = (with.base, with.surroundings.watch);
+        match self.target {
+            IldTarget::Bank => {
+                let init = made.init(with.common, false);
+                let stage = || self.bank(base, &with.common.plan, &init, text, watch);
+                let (bank, metrics) = training::trained("bank", &key, &self.train, with, stage)?;
+                made.results.push(StageResult {
+                    name: name.to_owned(),
+                    folder: bank.folder.clone(),
+                    kl: None,
+                    metrics,
+                });
+                made.bank = Some(bank);
+                Ok(())
+            }
+            IldTarget::Hybrid => {
+                let before = made.student()?;
+                let stage = || self.align(base, &Checkpoint::open(&before.folder)?, text);
+                let (student, metrics) = training::trained(name, &key, &self.train, with, stage)?;
+                eval::result(name, student, metrics, with, made)
+            }
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! `[[kd]]`: the hybrid learns the teacher's next-token distribution.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::training::{self, millions_of};
+use super::{Context, Made, Sizes, Stage, check_context, eval};
+use crate::Result;
+use crate::checkpoint::{Checkpoint, Key};
+use crate::convert::PlanOptions;
+use crate::data::{Corpus, Tokenizer};
+use crate::numerics;
+use crate::pipeline::base::Base;
+use crate::pipeline::texts::Texts;
+use crate::train::stage::kd::{Kd, KdConfig};
+use crate::train::{self, TrainSettings};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct KdStage {
+    /// Another teacher than the base, with the same vocabulary.
+    pub teacher: Option<PathBuf>,
+    /// Converts more layers before it trains: layers that the student has already stay as they are.
+    pub plan: Option<PlanOptions>,
+    pub objective: KdConfig,
+    pub train: TrainSettings,
+}
+
+impl KdStage {
+    /// KD of `student`, whose layers `settled` an earlier stage has trained.
+    ///
+    /// # Errors
+    /// Models that do not fit each other.
+    pub fn distil<'a>(
+        &self,
+        teacher: &Base,
+        student: &Checkpoint,
+        settled: &[usize],
+        text: &'a Corpus,
+    ) -> Result<train::Stage<'a>> {
+        let (lm, hash, place) = (teacher.lm()?, teacher.hash()?, &teacher.place);
+        let kd = Kd::new(lm, hash, &student.parts()?, settled, self.objective, place)?;
+        Ok(train::Stage::Kd(Box::new(kd), text))
+    }
+}
+
+impl Stage for KdStage {
+    fn about(&self) -> String {
+        millions_of(&self.train)
+    }
+
+    fn check(&self, sizes: &mut Sizes) -> Result<()> {
+        self.train.settle()?;
+        self.objective.validate(sizes.teacher.vocab_size)?;
+        check_context(sizes.teacher, self.train.seq_len)?;
+        let student = sizes.student()?;
+        match &self.teacher {
+            None => self.objective.fits(sizes.teacher, student),
+            Some(folder) if sizes.open_teachers => {
+                Tokenizer::open(folder)?;
+                let teacher = Checkpoint::open(folder)?.config;
+                check_context(&teacher, self.train.seq_len)?;
+                self.objective.fits(&teacher, student)
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn fill(&self, texts: &Texts) -> Result<()> {
+        training::fill(&texts.train, &self.train)
+    }
+
+    fn key(&self, with: &Context, made: &Made) -> Result<Key> {
+        let teacher = match &self.teacher {
+            Some(folder) => Checkpoint::open(folder)?.parts()?.hash()?,
+            None => with.base.hash()?,
+        };
+        let settings = json!({ "kd": self, "student": made.student()?.key, "teacher": teacher });
+        with.key(numerics::Stage::Kd, settings)
+    }
+
+    fn carry_out(&self, name: &str, with: &Context, made: &mut Made) -> Result<()> {
+        let (key, before) = (self.key(with, made)?, made.student()?);
+        let stage = || {
+            let other = match &self.teacher {
+                Some(folder) => Some(Base::open(folder, with.base.place.clone())?),
+                None => None,
+            };
+            let teacher = other.as_ref().unwrap_or(with.base);
+            let student = Checkpoint::open(&before.folder)?;
+            self.distil(teacher, &student, &made.settled, &with.texts.train)
+        };
+        let (student, metrics) = training::trained(name, &key, &self.train, with, stage)?;
+        made.settled = Checkpoint::config_only(&student.folder)?.0.converted();
+        eval::result(name, student, metrics, with, made)
+    }
+}

@@ -1,0 +1,111 @@
+//! What the stages that train share; what is told of a run, by commands and recipes alike.
+
+use std::path::Path;
+
+use super::{Context, Student};
+use crate::checkpoint::Key;
+use crate::data::Batches;
+use crate::train::{
+    RunOptions, Stage, StepMetrics, TrainConfig, TrainSettings, partial_folder, train,
+};
+use crate::watch::Watch;
+use crate::{Error, Result};
+
+/// A run to `out` begins: its steps, and where their metrics can be followed.
+///
+/// # Errors
+/// Data that the settings do not fit.
+pub fn start_training(
+    watch: &dyn Watch,
+    name: &str,
+    config: &TrainConfig,
+    data: &dyn Batches,
+    out: &Path,
+) -> Result<()> {
+    data.check(config.batch_size, config.seq_len)?;
+    let steps = config.steps(data.examples(config.seq_len))?;
+    watch.start(name, steps as usize);
+    let metrics = partial_folder(out).join("metrics.jsonl");
+    watch.note(&format!(
+        "{name}: metrics of every step in {}",
+        metrics.display()
+    ));
+    Ok(())
+}
+
+/// A step of it.
+pub fn tell_step(watch: &dyn Watch, metrics: &StepMetrics) {
+    let (loss, speed) = (metrics.loss, metrics.tokens_per_s);
+    let note = format!("loss {loss:.4} {speed:.0} tokens/s");
+    watch.at(metrics.step as usize, &note);
+}
+
+/// How long a run is, in a few words.
+pub(super) fn millions_of(train: &TrainSettings) -> String {
+    match (train.steps, train.tokens) {
+        (Some(steps), _) => format!("{steps} steps"),
+        (None, Some(tokens)) => millions(tokens),
+        (None, None) => format!("{} epochs", train.epochs.unwrap_or(1.0)),
+    }
+}
+
+pub(super) fn millions(tokens: u64) -> String {
+    format!("{:.3} M tokens", tokens as f64 / 1e6)
+}
+
+/// # Errors
+/// Data that do not fill the run's batches.
+pub(super) fn fill(data: &dyn Batches, train: &TrainSettings) -> Result<()> {
+    let train = train.settle()?;
+    data.check(train.batch_size, train.seq_len)?;
+    train.steps(data.examples(train.seq_len)).map(drop)
+}
+
+/// Trains a stage to its folder, or reads the metrics of one that is done.
+pub(super) fn trained<'a>(
+    name: &str,
+    key: &Key,
+    settings: &TrainSettings,
+    with: &Context,
+    stage: impl FnOnce() -> Result<Stage<'a>>,
+) -> Result<(Student, Vec<StepMetrics>)> {
+    let mut config = settings.settle()?;
+    config.seed = config.seed.wrapping_add(with.common.seed);
+    let folder = with.store.path(&name.replace(' ', ""), key);
+    let metrics = match folder.exists() {
+        true => {
+            // Killed between its last two acts, a run leaves its workplace.
+            let left = partial_folder(&folder);
+            if left.exists() {
+                std::fs::remove_dir_all(&left).map_err(Error::io("cannot remove", &left))?;
+            }
+            read_metrics(&folder.join("metrics.jsonl"))?
+        }
+        false => {
+            let (mut stage, around) = (stage()?, with.surroundings);
+            start_training(around.watch, name, &config, stage.data(), &folder)?;
+            train(
+                &mut stage,
+                &config,
+                RunOptions {
+                    out: folder.clone(),
+                    tokenizer: with.base.folder().to_owned(),
+                    force: false,
+                    save_every: around.save_every,
+                    validation: None,
+                    stop: &|| around.watch.stop(),
+                    observe: &mut |metrics, _| tell_step(around.watch, metrics),
+                },
+            )?
+        }
+    };
+    let key = key.to_string();
+    Ok((Student { folder, key }, metrics))
+}
+
+fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
+    text.lines()
+        .map(|line| serde_json::from_str(line).map_err(|e| Error::file(path, e)))
+        .collect()
+}

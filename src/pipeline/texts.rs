@@ -1,0 +1,111 @@
+//! The texts of a recipe, opened.
+
+use std::path::Path;
+
+use super::text::Text;
+use crate::data::{Corpus, Packing, Preferences, Tokenizer};
+use crate::train::stage::dpo::DpoConfig;
+use crate::{Error, Result};
+
+use serde::{Deserialize, Serialize};
+
+/// `[data]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    pub train: Text,
+    /// Held out: results are measured on it.
+    pub validation: Text,
+    /// Held out: what layers are chosen by [default: validation].
+    #[serde(default)]
+    pub selection: Option<Text>,
+    #[serde(default)]
+    pub preferences: Option<Text>,
+    #[serde(default)]
+    pub packing: Packing,
+}
+
+impl Data {
+    /// All texts, by the names of their keys.
+    fn all(&self) -> impl Iterator<Item = (&'static str, &Text)> {
+        let all = [
+            ("train", Some(&self.train)),
+            ("validation", Some(&self.validation)),
+            ("selection", self.selection.as_ref()),
+            ("preferences", self.preferences.as_ref()),
+        ];
+        all.into_iter()
+            .filter_map(|(name, text)| Some((name, text?)))
+    }
+
+    /// Relative paths start at `folder`.
+    pub(super) fn settle(&mut self, folder: &Path) {
+        self.train.settle(folder);
+        self.validation.settle(folder);
+        for text in [&mut self.selection, &mut self.preferences] {
+            text.iter_mut().for_each(|text| text.settle(folder));
+        }
+    }
+
+    /// # Errors
+    /// Names the file that is not there; preferences are looked for where they are `read`.
+    pub(super) fn check(&self, preferences_read: bool) -> Result<()> {
+        for (name, text) in self.all() {
+            let Some(path) = text.source() else { continue };
+            if path.is_file() || (name == "preferences" && !preferences_read) {
+                continue;
+            }
+            let problem = match path.is_dir() {
+                true => "a directory",
+                false => "No such file",
+            };
+            return Err(Error::invalid(format!(
+                "{name} {}: {problem}; name a file there, or with --{name}",
+                path.display()
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// What stages learn from and are measured on.
+pub struct Texts {
+    pub train: Corpus,
+    pub validation: Corpus,
+    selection: Option<Corpus>,
+    /// Where there is a DPO stage.
+    pub preferences: Option<Preferences>,
+}
+
+impl Texts {
+    /// `made`: where the texts go that are written for it; `dpo`: how pairs are cut, where they are read.
+    ///
+    /// # Errors
+    /// Names the line that cannot be used.
+    pub fn open(
+        data: &Data,
+        tokenizer: &Tokenizer,
+        dpo: Option<&DpoConfig>,
+        made: &Path,
+    ) -> Result<Self> {
+        let corpus = |text: &Text, packing: Packing| {
+            Corpus::load(&text.file(made, false)?, tokenizer, packing)
+        };
+        let held_out = |text: &Text| corpus(text, Packing::Documents);
+        let pairs = dpo.zip(data.preferences.as_ref()).map(|(dpo, text)| {
+            let (prompt, length) = (dpo.max_prompt, dpo.max_length);
+            Preferences::load(&text.file(made, true)?, tokenizer, prompt, length)
+        });
+        Ok(Self {
+            train: corpus(&data.train, data.packing)?,
+            validation: held_out(&data.validation)?,
+            selection: data.selection.as_ref().map(held_out).transpose()?,
+            preferences: pairs.transpose()?,
+        })
+    }
+
+    /// What layers are chosen by.
+    pub fn selection(&self) -> &Corpus {
+        self.selection.as_ref().unwrap_or(&self.validation)
+    }
+}
