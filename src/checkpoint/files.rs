@@ -310,7 +310,7 @@ fn ignored(name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq")
 }
 
-fn finite(bytes: &[u8], dtype: Dtype) -> bool {
+pub(super) fn finite(bytes: &[u8], dtype: Dtype) -> bool {
     // A whole number of entries, and work for a thread.
     const PART: usize = 1 << 20;
     bytes

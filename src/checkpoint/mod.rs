@@ -20,6 +20,7 @@ mod atomic;
 mod bank;
 mod family;
 mod files;
+mod gguf;
 
 mod lock;
 mod output;
@@ -32,13 +33,16 @@ mod tests;
 pub use atomic::write_atomic;
 pub use bank::Bank;
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
+pub use gguf::{as_kept, save_gguf, storage_of};
 pub use lock::{Lock, claim, lock};
 pub use output::check_output;
 pub use replace::replace_folder;
 pub use save::save;
 pub use store::{Kept, Key, Store, keep, kept};
 
+use crate::gguf::Gguf;
 use files::TensorFiles;
+use gguf::GgufFile;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
@@ -48,15 +52,23 @@ pub enum Format {
     Amd,
     /// Hugging Face Llama.
     Llama,
+    /// llama.cpp's, one file: a Llama as llama.cpp has it, a hybrid with keys of our own.
+    Gguf,
 }
 
-/// An opened folder: config parsed, every tensor's name, shape and dtype checked, no data read.
+#[derive(Debug)]
+enum Source {
+    Folder(TensorFiles),
+    Gguf(GgufFile),
+}
+
+/// An opened folder, or GGUF file: config parsed, every tensor's name, shape and dtype checked, no data read.
 #[derive(Debug)]
 pub struct Checkpoint {
     pub folder: PathBuf,
     pub format: Format,
     pub config: ModelConfig,
-    files: TensorFiles,
+    source: Source,
 }
 
 impl Checkpoint {
@@ -64,6 +76,15 @@ impl Checkpoint {
     /// A config that cannot be read or cannot work (file and field named), or tensors that do not fit it
     /// (all of them listed, each with its file).
     pub fn open(folder: &Path) -> Result<Self> {
+        if Gguf::is_named(folder) {
+            let (file, config) = GgufFile::open(folder)?;
+            return Ok(Self {
+                folder: folder.to_owned(),
+                format: Format::Gguf,
+                config,
+                source: Source::Gguf(file),
+            });
+        }
         if !folder.is_dir() {
             return Err(Error::file(
                 folder,
@@ -78,12 +99,15 @@ impl Checkpoint {
             folder: folder.to_owned(),
             format,
             config,
-            files,
+            source: Source::Folder(files),
         })
     }
 
-    /// The config alone, of a folder or a `config.json`.
+    /// The config alone, of a folder, a `config.json` or a GGUF file.
     pub fn config_only(path: &Path) -> Result<(ModelConfig, Format)> {
+        if Gguf::is_named(path) {
+            return Ok((GgufFile::open(path)?.1, Format::Gguf));
+        }
         let file = match path.is_dir() {
             true => path.join("config.json"),
             false => path.to_owned(),
@@ -118,7 +142,7 @@ impl Checkpoint {
     pub fn parts(&self) -> Result<Parts> {
         let mut all = BTreeMap::new();
         for (name, _) in self.config.params() {
-            let weight = match self.files.matrix(&name)? {
+            let weight = match self.matrix(&name)? {
                 Matrix::Dense(tensor) => tensor.to_dtype(DType::F32)?.into(),
                 stored => stored,
             };
@@ -129,11 +153,22 @@ impl Checkpoint {
 
     /// All that is stored, as it is stored, a copy of a tied head included.
     pub fn stored(&self) -> Result<Weights> {
-        let all = self
-            .files
-            .names()
-            .map(|name| Ok((name.to_owned(), self.files.matrix(name)?)));
+        let names: Vec<String> = match &self.source {
+            Source::Folder(files) => files.names().map(str::to_owned).collect(),
+            Source::Gguf(_) => self.config.params().into_iter().map(|p| p.0).collect(),
+        };
+        let all = names.into_iter().map(|name| {
+            let weight = self.matrix(&name)?;
+            Ok((name, weight))
+        });
         Ok(all.collect::<Result<BTreeMap<_, _>>>()?.into())
+    }
+
+    fn matrix(&self, name: &str) -> Result<Matrix> {
+        match &self.source {
+            Source::Folder(files) => files.matrix(name),
+            Source::Gguf(file) => file.matrix(name),
+        }
     }
 
     /// The model, ready to run.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::atomic::{parent, private};
 use super::bank;
 use super::files::INDEX;
+use crate::gguf::Gguf;
 use crate::{Error, Result};
 
 /// Files of the source that go along with the weights.
@@ -54,6 +55,15 @@ pub(super) fn replaceable(out: &Path, force: bool) -> Result<()> {
     if !force {
         let message = "already exists; choose another output, or replace it with --force";
         return Err(Error::file(out, message));
+    }
+    if Gguf::is_named(out) && out.is_file() && !out.is_symlink() {
+        return match Gguf::begins(out)? {
+            true => Ok(()),
+            false => Err(Error::file(
+                out,
+                "not a GGUF file, so --force does not replace it; choose another output",
+            )),
+        };
     }
     if !out.is_dir() || out.is_symlink() {
         return Err(Error::file(out, "not a folder; choose another output"));

@@ -10,7 +10,8 @@ use super::atomic::{parent, private, usual, write_atomic};
 use super::family::llama;
 use super::files::{INDEX, bytes_of, write_matrices};
 use super::output::{COMPANIONS, check_output};
-use super::{Format, amd, replace};
+use super::{Format, amd, gguf, replace};
+use crate::gguf::Gguf;
 use crate::model::ModelConfig;
 use crate::op::linear::Matrix;
 use crate::weights::Weights;
@@ -34,7 +35,23 @@ pub fn save(
 ) -> Result<()> {
     let inputs: Vec<&Path> = source.into_iter().collect();
     check_output(out, force, &inputs)?;
+    let weights = weights.into();
     let configs = match format {
+        Format::Gguf => {
+            let source = source.ok_or_else(|| {
+                Error::file(out, "a GGUF file holds a tokenizer, and there is none")
+            })?;
+            let storage = |_: &str, weight: &Matrix| gguf::storage_of(weight);
+            return gguf::save_gguf(
+                out,
+                config,
+                &weights,
+                source,
+                force,
+                &storage,
+                &gguf::as_kept,
+            );
+        }
         Format::Zebroid => vec![("config.json", json!(config))],
         Format::Llama => vec![("config.json", llama::write(config)?)],
         Format::Amd => {
@@ -50,10 +67,15 @@ pub fn save(
     let folder = partial.path();
     #[cfg(unix)]
     fs::set_permissions(folder, usual(0o755)).map_err(Error::io("cannot write into", folder))?;
-    write_weights(folder, &weights.into().to_map(), SHARD)?;
+    write_weights(folder, &weights.to_map(), SHARD)?;
     for (name, value) in configs {
         let text = serde_json::to_string_pretty(&value).expect("configs serialise") + "\n";
         write_atomic(&folder.join(name), text.as_bytes())?;
+    }
+    if let Some(source) = source.filter(|source| Gguf::is_named(source)) {
+        for (name, bytes) in gguf::companions(source)? {
+            write_atomic(&folder.join(name), &bytes)?;
+        }
     }
     for name in COMPANIONS {
         if let Some(from) = source.map(|s| s.join(name)).filter(|f| f.exists()) {

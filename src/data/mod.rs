@@ -9,5 +9,4 @@ mod tokenizer;
 pub use jsonl::{Text, read_lines, read_texts};
 pub use packing::{Batch, Batches, Corpus, Packing};
 pub use preferences::{Preference, Preferences};
-pub use tokenizer::gguf::write as gguf_tokenizer;
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -2,17 +2,20 @@
 //! This file reads and writes the container, distrusting it; what its names mean is for `checkpoint` and `data` to say.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 
 use crate::mapped::map;
 use crate::op::blocks::BlockType;
-use crate::op::linear::Storage;
+use crate::op::linear::{Owner, Storage};
 use crate::{Error, Result};
 
 #[cfg(test)]
 mod tests;
+pub mod tokenizer;
 
 const MAGIC: &[u8; 4] = b"GGUF";
 const VERSION: u32 = 3;
@@ -59,7 +62,7 @@ pub struct Info {
 pub struct Gguf {
     pub path: PathBuf,
     pub header: Header,
-    map: Mmap,
+    map: Arc<Mmap>,
 }
 
 impl Gguf {
@@ -70,14 +73,30 @@ impl Gguf {
         Ok(Self {
             path: path.to_owned(),
             header: Header::read(&map).map_err(|e| Error::file(path, e))?,
-            map,
+            map: Arc::new(map),
         })
+    }
+
+    /// The file's bytes, for what reads them where they stand.
+    pub fn owner(&self) -> Owner {
+        self.map.clone()
     }
 
     /// Whether a path is that of such a file, by its name.
     pub fn is_named(path: &Path) -> bool {
         path.extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+    }
+
+    /// Whether a file begins as such a file does.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn begins(path: &Path) -> Result<bool> {
+        let mut magic = [0; MAGIC.len()];
+        let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut magic));
+        read.map_err(Error::io("cannot read", path))?;
+        Ok(magic == *MAGIC)
     }
 
     /// The stored bytes of a tensor.

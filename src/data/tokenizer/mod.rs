@@ -4,11 +4,9 @@ use std::{fs, io, ops::Range, path::Path, sync::Arc};
 
 use serde_json::Value;
 
-use crate::gguf::Gguf;
+use crate::gguf::{self, Gguf};
 use crate::hash::Hash;
 use crate::{Error, Result};
-
-pub mod gguf;
 
 /// A `tokenizer.json` with the ids that begin and end a text. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -79,7 +77,7 @@ impl Tokenizer {
 
     fn of_gguf(file: &Gguf) -> Result<Self> {
         let at = |e: Error| Error::file(&file.path, e);
-        let found = gguf::read(&file.header.metadata).map_err(at)?;
+        let found = gguf::tokenizer::read(&file.header.metadata).map_err(at)?;
         let json = serde_json::to_vec(&found.json).expect("JSON is written");
         let read = Self::from_json(&json).map_err(at)?;
         Ok(Self {

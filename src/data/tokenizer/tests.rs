@@ -156,7 +156,7 @@ fn a_gguf_says_the_same_tokenizer() {
     for (json, bos, eos) in [(llama, 1, 2), (byte_level, 0, 1)] {
         let plain = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
         let rows = plain.vocab_size();
-        let written = gguf::write(&json, rows, Some(bos), &[eos]).unwrap();
+        let written = gguf::tokenizer::write(&json, rows, Some(bos), &[eos]).unwrap();
         let mut metadata: std::collections::BTreeMap<_, _> = written
             .into_iter()
             .map(|(key, value)| (key.to_owned(), value))
@@ -165,7 +165,7 @@ fn a_gguf_says_the_same_tokenizer() {
             if !whole {
                 metadata.remove("tokenizer.huggingface.json");
             }
-            let found = gguf::read(&metadata).unwrap();
+            let found = gguf::tokenizer::read(&metadata).unwrap();
             assert_eq!((found.bos, found.eos.as_slice()), (Some(bos), &[eos][..]));
             let read = Tokenizer::from_json(found.json.to_string().as_bytes()).unwrap();
             for text in texts {
@@ -182,7 +182,9 @@ fn what_a_gguf_cannot_say_is_named() {
     let say = |change: fn(&mut Value)| {
         let mut json = llama_json();
         change(&mut json);
-        gguf::write(&json, 300, None, &[]).unwrap_err().to_string()
+        gguf::tokenizer::write(&json, 300, None, &[])
+            .unwrap_err()
+            .to_string()
     };
     assert!(say(|j| j["model"]["type"] = "Unigram".into()).contains("Unigram"));
     assert!(

@@ -78,6 +78,21 @@ impl BlockType {
     }
 }
 
+/// Whether no block's scale or minimum is infinite or no number.
+pub fn finite(kind: BlockType, bytes: &[u8]) -> bool {
+    let places: &[usize] = match kind {
+        BlockType::Q8_0 | BlockType::Q4_0 => &[0],
+        BlockType::Q4K => &[0, 2],
+        BlockType::Q6K => &[208],
+    };
+    let mut blocks = bytes.chunks_exact(kind.bytes());
+    blocks.all(|block| {
+        places
+            .iter()
+            .all(|at| plain::half(&block[*at..]).is_finite())
+    })
+}
+
 impl std::str::FromStr for BlockType {
     type Err = Error;
 

@@ -31,7 +31,7 @@ impl Storage {
     }
 
     /// The entries of whole rows.
-    pub(super) fn widen(self, bytes: &[u8], out: &mut [f32]) {
+    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
         let halves = |to: fn(u16) -> f32, out: &mut [f32]| {
             for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
                 *x = to(u16::from_le_bytes([b[0], b[1]]));

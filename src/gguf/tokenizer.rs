@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Value as Json, json};
 
-use crate::gguf::Value;
+use super::Value;
 use crate::{Error, Result};
 
 /// The whole `tokenizer.json`, where a writer has put it in: nothing is lost then.
