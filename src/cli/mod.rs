@@ -26,6 +26,7 @@ pub mod plot;
 pub mod ppl;
 pub mod pretrain;
 pub mod probe;
+pub mod quantize;
 pub mod retention;
 pub mod run;
 pub mod select;
@@ -87,8 +88,10 @@ pub enum Command {
     Parity(parity::Args),
     /// Continue a prompt.
     Generate(generate::Args),
-    /// Write a checkpoint in another format (zebroid, AMD's, Hugging Face Llama).
+    /// Write a checkpoint in another format (zebroid, AMD's, Hugging Face Llama, GGUF).
     Export(export::Args),
+    /// Round matrices to 8, 6 or 4 bits, in a GGUF file.
+    Quantize(quantize::Args),
     /// Measure speed and memory.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -140,6 +143,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Parity(args) => return parity::run(args),
         Command::Generate(args) => generate::run(args)?,
         Command::Export(args) => export::run(args)?,
+        Command::Quantize(args) => quantize::run(args)?,
         Command::Bench(args) => bench::run(args)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -19,6 +19,7 @@ use crate::{Error, Result};
 
 pub mod calibrate;
 mod plan;
+pub mod quantize;
 mod ranks;
 mod select;
 pub use calibrate::{Calibration, CalibrationConfig, calibrate, calibration_key};

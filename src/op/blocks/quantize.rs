@@ -15,6 +15,7 @@ pub fn quantize(kind: BlockType, row: &[f32], importance: Option<&[f32]>, out: &
     let weights = kind.weights();
     assert!(row.len().is_multiple_of(weights) && out.len() == row.len() / weights * kind.bytes());
     assert!(importance.is_none_or(|w| w.len() == row.len()));
+    let energy = row.iter().map(|x| x * x).sum::<f32>() / row.len().max(1) as f32;
     let equal = vec![1.; weights];
     let blocks = row
         .chunks_exact(weights)
@@ -26,6 +27,10 @@ pub fn quantize(kind: BlockType, row: &[f32], importance: Option<&[f32]>, out: &
             true => w,
             false => equal.as_slice(),
         };
+        // Large weights count for a little more than their input says (docs/log.md).
+        let size = |x: &f32| (energy + x * x).sqrt().sqrt();
+        let w: Vec<f32> = x.iter().zip(w).map(|(x, w)| w * size(x)).collect();
+        let w = w.as_slice();
         match kind {
             BlockType::Q8_0 => q8_0(x, w, out),
             BlockType::Q4_0 => q4_0(x, w, out),

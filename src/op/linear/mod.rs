@@ -2,6 +2,7 @@
 
 mod dot;
 mod matrix;
+mod observer;
 mod plain;
 mod storage;
 mod stored;
@@ -14,6 +15,7 @@ use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
 pub use matrix::Matrix;
+pub use observer::{Observer, observed};
 pub use storage::Storage;
 use stored::StoredLinear;
 pub use stored::{Owner, Stored};

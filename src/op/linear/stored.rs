@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, 
 use rayon::prelude::*;
 
 use super::dot;
+use super::observer::Observer;
 use super::storage::Storage;
 use crate::op::blocks::{self, Activations};
 use crate::op::cpu::{host, slice};
@@ -26,6 +27,7 @@ pub struct Stored {
     rows: usize,
     width: usize,
     row_bytes: usize,
+    observer: Option<Arc<Observer>>,
 }
 
 impl fmt::Debug for Stored {
@@ -75,7 +77,29 @@ impl Stored {
             rows,
             width,
             row_bytes,
+            observer: None,
         })
+    }
+
+    /// A matrix in f32 of its own.
+    pub(super) fn of_entries(entries: &[f32], rows: usize, width: usize) -> Self {
+        let bytes: Vec<u8> = entries.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Self {
+            bytes: 0..bytes.len(),
+            owner: Arc::new(bytes),
+            storage: Storage::F32,
+            rows,
+            width,
+            row_bytes: 4 * width,
+            observer: None,
+        }
+    }
+
+    pub(super) fn observed_by(self, observer: Arc<Observer>) -> Self {
+        Self {
+            observer: Some(observer),
+            ..self
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -226,7 +250,9 @@ impl CustomOp1 for StoredLinear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = self.0.product(slice(x, layout)?);
+        let x = slice(x, layout)?;
+        self.0.observer.iter().for_each(|observer| observer.add(x));
+        let y = self.0.product(x);
         let mut dims = layout.dims().to_vec();
         *dims.last_mut().expect("checked to end with the inputs") = self.0.rows;
         Ok((CpuStorage::F32(y), dims.into()))

@@ -1,0 +1,175 @@
+//! `zebroid quantize`: matrices in blocks of 8, 6 or 4 bits, in a GGUF file.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::positive;
+use super::show::{Progress, bytes, check_file, print, print_json, table, thousands};
+use crate::checkpoint::{self, Checkpoint, save_gguf, write_atomic};
+use crate::convert::quantize::{Importance, check, encoded, importance, storage};
+use crate::data::{Batches, Corpus, Packing, Tokenizer};
+use crate::eval::kl::{self, KlReport};
+use crate::op::blocks::BlockType;
+use crate::op::linear::{Matrix, Storage};
+use crate::watch::Watch;
+use crate::weights::Place;
+use crate::{Error, Result};
+
+/// Round a model's matrices into blocks and write them as GGUF. Norms, convolutions and what recurrences are made of stay in f32;
+/// rows that are no whole blocks of the type become Q8_0, or 16 bits. Ends with what the rounding costs.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    zebroid quantize ./hybrid hybrid-q4_k.gguf --type q4_k --calibration train.jsonl --validation held-out.jsonl\n  \
+    zebroid quantize ./teacher teacher-q8_0.gguf --type q8_0")]
+pub struct Args {
+    /// Checkpoint folder of any format, with its tokenizer, or a GGUF file.
+    checkpoint: PathBuf,
+    /// File to write (.gguf); must not exist.
+    out: PathBuf,
+    /// Type of the blocks: q8_0, q6_k, q4_k or q4_0.
+    #[arg(long = "type", value_name = "TYPE")]
+    kind: BlockType,
+    /// Text (JSON lines) that says what an error in each weight is worth.
+    #[arg(long)]
+    calibration: Option<PathBuf>,
+    /// Tokens of it that are read.
+    #[arg(long, value_parser = positive, value_name = "TOKENS", default_value_t = 65_536)]
+    calibration_tokens: usize,
+    /// Where to keep the mean square of every input of every matrix, as JSON (llama.cpp's importance matrix).
+    #[arg(long, requires = "calibration")]
+    save_importance: Option<PathBuf>,
+    /// Text (JSON lines) that the result is measured on [default: not measured].
+    #[arg(long)]
+    validation: Option<PathBuf>,
+    /// Tokens per window of either text.
+    #[arg(long, value_parser = positive, default_value_t = 256)]
+    seq_len: usize,
+    /// Windows of the validation text per forward pass.
+    #[arg(long, value_parser = positive, default_value_t = 8)]
+    batch_size: usize,
+    /// Replace OUT if it exists.
+    #[arg(long)]
+    force: bool,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    if !crate::gguf::Gguf::is_named(&args.out) {
+        let wanted = "quantised models are written as GGUF: give a name that ends in .gguf";
+        return Err(Error::file(&args.out, wanted).into());
+    }
+    let inputs = [
+        Some(&args.checkpoint),
+        args.calibration.as_ref(),
+        args.validation.as_ref(),
+    ];
+    let inputs: Vec<&Path> = inputs.into_iter().flatten().map(|p| p.as_path()).collect();
+    let _lock = checkpoint::claim(&args.out, args.force, &inputs)?;
+    args.save_importance
+        .iter()
+        .try_for_each(|path| check_file(path))?;
+    let source = Checkpoint::open(&args.checkpoint)?;
+    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    tokenizer.check(source.config.vocab_size)?;
+    let parts = source.parts()?;
+    check(args.kind, &parts)?;
+    let text = |path: &Option<PathBuf>| -> Result<Option<Corpus>> {
+        let Some(path) = path else { return Ok(None) };
+        let corpus = Corpus::load(path, &tokenizer, Packing::Documents)?;
+        corpus.check(1, args.seq_len)?;
+        Ok(Some(corpus))
+    };
+    let (calibration, validation) = (text(&args.calibration)?, text(&args.validation)?);
+    let watch = Progress::default();
+    let worth = match &calibration {
+        Some(text) => importance(&parts, text, args.calibration_tokens, args.seq_len, &watch)?,
+        None => Importance::default(),
+    };
+    if let Some(path) = &args.save_importance {
+        let all: std::collections::BTreeMap<_, _> = worth.iter().collect();
+        write_atomic(path, serde_json::to_string(&all)?.as_bytes())?;
+    }
+    let matrices = parts.weights.iter().filter(|(_, w)| w.shape().len() == 2);
+    let matrices = matrices.count();
+    let done = std::cell::Cell::new(0);
+    watch.start("quantize", matrices);
+    let encode = |name: &str, weight: &Matrix, storage: Storage| {
+        let bytes = encoded(name, weight, storage, &worth)?;
+        done.set(done.get() + 1);
+        watch.reached(done.get(), matrices, "matrices")?;
+        Ok(bytes)
+    };
+    let kept = |_: &str, weight: &Matrix| storage(args.kind, weight);
+    let (config, weights) = (&parts.config, &parts.weights);
+    save_gguf(
+        &args.out,
+        config,
+        weights,
+        &args.checkpoint,
+        args.force,
+        &kept,
+        &encode,
+    )?;
+    let result = Checkpoint::open(&args.out)?.parts()?;
+    let measured = validation.map(|text| -> Result<KlReport> {
+        let (before, after) = (parts.lm(&Place::cpu())?, result.lm(&Place::cpu())?);
+        kl::evaluate(
+            &before,
+            &after,
+            &text,
+            args.batch_size,
+            args.seq_len,
+            &watch,
+        )
+    });
+    let measured = measured.transpose()?;
+    drop(watch);
+    let other = weights.iter().filter(|(_, w)| {
+        w.shape().len() == 2 && storage(args.kind, w) != Storage::Blocks(args.kind)
+    });
+    let other: Vec<String> = other.map(|(name, _)| name.to_owned()).collect();
+    let size = std::fs::metadata(&args.out).map_err(Error::io("cannot read", &args.out))?;
+    let size = size.len() as usize;
+    let count = config.parameters();
+    if args.json {
+        print_json(&json!({
+            "type": args.kind.name(),
+            "bytes": size,
+            "parameters": count,
+            "other_types": other,
+            "measured": measured,
+            "out": args.out,
+        }))?;
+        return Ok(());
+    }
+    let mut rows = vec![
+        ("type", args.kind.name().to_owned()),
+        ("file", bytes(size)),
+        (
+            "bits a parameter",
+            format!("{:.2}", 8.0 * size as f64 / count as f64),
+        ),
+    ];
+    if !other.is_empty() {
+        rows.push(("matrices of other types", other.len().to_string()));
+    }
+    match &measured {
+        Some(kl) => rows.extend([
+            ("KL (nats/token)", format!("{:.5}", kl.kl)),
+            ("perplexity before", format!("{:.4}", kl.ce_teacher.exp())),
+            ("perplexity after", format!("{:.4}", kl.ce_student.exp())),
+            ("top-1 agreement", format!("{:.2} %", 100.0 * kl.agreement)),
+            ("tokens measured on", thousands(kl.tokens)),
+        ]),
+        None => rows.push(("cost", "not measured: name a text with --validation".into())),
+    }
+    let rows = rows
+        .into_iter()
+        .map(|(name, value)| vec![name.into(), value]);
+    print(table(&["quantised", ""], &rows.collect::<Vec<_>>()))?;
+    print(format_args!("\nwritten to {}\n", args.out.display()))?;
+    Ok(())
+}
