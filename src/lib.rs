@@ -17,7 +17,7 @@
 //! | 6 | [`model`] | embedding, layer, head: the first file to read; `parts.rs`: a model before it runs |
 //! | 7 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
 //! | 8 | [`weights`] | named weights, taken strictly; where and in what they are computed with |
-//! | 8 | [`gguf`] | the container of a GGUF file |
+//! | 8 | [`gguf`] | a GGUF file: the container, its tokenizer |
 //! | 9 | [`op`] | one folder per kernel: public function, plain version, CPU kernel, tests |
 //! | 10 | [`numerics`] | what results that are kept depend on besides their inputs |
 //! | 10 | [`mapped`] | files seen as memory |

@@ -1,5 +1,5 @@
 """Records llama.cpp's logits on GGUF files that zebroid has written of the embedded teacher: plain, with every kind of RoPE scaling,
-and quantised. tests/golden/gguf.rs writes the same files again and compares.
+and quantised. tests/golden/gguf.rs writes the same files again and compares; whoever changes how weights are rounded records again.
 
     python3 -m pip install llama-cpp-python numpy safetensors      # recorded with llama-cpp-python 0.3.36
     cargo build --release && python3 tests/golden/gguf/make.py
