@@ -49,11 +49,26 @@ fn halves(low: f32, high: f32) -> __m512 {
     _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high))
 }
 
+/// Broadcast: put into the lowest lane alone, the compiler keeps the others of some register, the sum's as it happens, and every
+/// block waits for the one before.
 #[inline]
-#[target_feature(enable = "f16c")]
+#[target_feature(enable = "avx2,f16c")]
 fn half(bytes: &[u8]) -> f32 {
-    let bits = i32::from(u16::from_le_bytes([bytes[0], bytes[1]]));
-    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))
+    let bits = u16::from_le_bytes([bytes[0], bytes[1]]) as i16;
+    _mm_cvtss_f32(_mm_cvtph_ps(_mm_set1_epi16(bits)))
+}
+
+/// The scales of two blocks, whose f16 are `d0` and `d1`, times those of two groups of `x` from group `at` on, in the two halves of a
+/// vector.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx2,f16c")]
+fn scales(d0: &[u8], d1: &[u8], x: &Row, at: usize) -> __m512 {
+    let bits = u32::from_le_bytes([d0[0], d0[1], d1[0], d1[1]]) as i32;
+    let d = _mm_cvtph_ps(_mm_set1_epi32(bits));
+    let own = _mm_setr_ps(x.scales[at], x.scales[at + 1], 0., 0.);
+    let both = _mm512_castps128_ps512(_mm_mul_ps(d, own));
+    let place = _mm512_mask_blend_epi32(0xff00, _mm512_setzero_si512(), _mm512_set1_epi32(1));
+    _mm512_permutexvar_ps(place, both)
 }
 
 #[allow(unsafe_code)]
@@ -70,9 +85,8 @@ unsafe fn q8_0<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
             let high = _mm256_loadu_si256(pair.as_ptr().add(36).cast());
             let codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
             let codes = _mm512_xor_si512(codes, sign);
-            let (d0, d1) = (half(pair), half(&pair[34..]));
             for (sum, x) in sum.iter_mut().zip(&x) {
-                let scale = halves(d0 * x.scales[2 * i], d1 * x.scales[2 * i + 1]);
+                let scale = scales(pair, &pair[34..], x, 2 * i);
                 *sum = _mm512_fmadd_ps(sums::<7>(codes, x, 64 * i), scale, *sum);
             }
         }
@@ -114,9 +128,8 @@ unsafe fn q4_0<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
         unsafe {
             let (low, high) = (nibbles(pair), nibbles(&pair[18..]));
             let codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-            let (d0, d1) = (half(pair), half(&pair[18..]));
             for (sum, x) in sum.iter_mut().zip(&x) {
-                let scale = halves(d0 * x.scales[2 * i], d1 * x.scales[2 * i + 1]);
+                let scale = scales(pair, &pair[18..], x, 2 * i);
                 *sum = _mm512_fmadd_ps(sums::<3>(codes, x, 64 * i), scale, *sum);
             }
         }
