@@ -154,7 +154,9 @@ unsafe fn q4_k<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
     let mut mins = [_mm256_setzero_ps(); N];
     let low_bits = _mm256_set1_epi8(15);
     for (i, block) in w.chunks_exact(144).enumerate() {
-        let (d, min) = (half(block), half(&block[2..]));
+        let both = u32::from_le_bytes([block[0], block[1], block[2], block[3]]) as i32;
+        let d = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
+        let min = _mm_movehdup_ps(d);
         // The twelve bytes hold two rows of eight 6-bit numbers.
         let word = |at: usize| {
             u32::from_le_bytes([block[4 + at], block[5 + at], block[6 + at], block[7 + at]])
@@ -168,11 +170,11 @@ unsafe fn q4_k<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
         let m = pack(b & six, c >> 4 & four | (b >> 6 & two) << 4);
         let s = _mm256_mul_ps(
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(s)),
-            _mm256_set1_ps(d),
+            _mm256_broadcastss_ps(d),
         );
         let m = _mm256_mul_ps(
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(m)),
-            _mm256_set1_ps(min),
+            _mm256_broadcastss_ps(min),
         );
         let mut scales = [_mm512_setzero_ps(); N];
         for n in 0..N {
