@@ -10,7 +10,7 @@ use crate::checkpoint::{as_kept, storage_of};
 use crate::data::Corpus;
 use crate::model::Parts;
 use crate::op::blocks::{self, BlockType};
-use crate::op::linear::{Matrix, Storage, observed};
+use crate::op::linear::{Matrix, Storage};
 use crate::watch::Watch;
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -49,7 +49,7 @@ pub fn importance(
     let all = parts.weights.iter().map(|(name, weight)| {
         let weight = match weight.shape().len() {
             2 => {
-                let (weight, observer) = observed(weight)?;
+                let (weight, observer) = weight.observed()?;
                 observers.insert(name.to_owned(), observer);
                 weight
             }

@@ -1,7 +1,10 @@
 //! A weight matrix, however it is kept.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::observer::Observer;
 use super::stored::Stored;
 
 /// `[N, K]`, the weight of `y = x Wᵀ`. Models and mixers know no more of how it is kept.
@@ -63,6 +66,19 @@ impl Matrix {
     pub fn to_host(&self) -> Result<Vec<f32>> {
         let w = self.to_tensor()?.to_device(&Device::Cpu)?;
         w.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+    }
+
+    /// The same matrix, and what sees the inputs of its products (and of those of its rows).
+    pub fn observed(&self) -> Result<(Self, Arc<Observer>)> {
+        let stored = match self {
+            Self::Stored(stored) => stored.clone(),
+            Self::Dense(_) => {
+                let (rows, width) = self.dims()?;
+                Stored::of_entries(&self.to_host()?, rows, width)
+            }
+        };
+        let observer = Arc::new(Observer::new(stored.width()));
+        Ok((Self::Stored(stored.observed_by(observer.clone())), observer))
     }
 
     /// The same, without a gradient graph.

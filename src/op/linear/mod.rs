@@ -15,7 +15,7 @@ use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
 pub use matrix::Matrix;
-pub use observer::{Observer, observed};
+pub use observer::Observer;
 pub use storage::Storage;
 use stored::StoredLinear;
 pub use stored::{Owner, Stored};

@@ -1,11 +1,6 @@
 //! What a matrix reads.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use candle_core::Result;
-
-use super::Matrix;
-use super::stored::Stored;
+use std::sync::{Mutex, PoisonError};
 
 /// Sums of squares of every input, over all products.
 #[derive(Debug)]
@@ -18,7 +13,7 @@ struct Sums {
 }
 
 impl Observer {
-    fn new(width: usize) -> Self {
+    pub(super) fn new(width: usize) -> Self {
         Self(Mutex::new(Sums {
             squares: vec![0.; width],
             rows: 0,
@@ -43,23 +38,4 @@ impl Observer {
         let mean = |sum: &f64| (sum / sums.rows as f64) as f32;
         (sums.rows > 0).then(|| sums.squares.iter().map(mean).collect())
     }
-}
-
-/// The same matrix, and what sees the inputs of its products (and of those of its rows).
-///
-/// # Errors
-/// A matrix that cannot be read.
-pub fn observed(matrix: &Matrix) -> Result<(Matrix, Arc<Observer>)> {
-    let stored = match matrix {
-        Matrix::Stored(stored) => stored.clone(),
-        Matrix::Dense(_) => {
-            let (rows, width) = matrix.dims()?;
-            Stored::of_entries(&matrix.to_host()?, rows, width)
-        }
-    };
-    let observer = Arc::new(Observer::new(stored.width()));
-    Ok((
-        Matrix::Stored(stored.observed_by(observer.clone())),
-        observer,
-    ))
 }
