@@ -73,9 +73,9 @@ pub fn save(
         write_atomic(&folder.join(name), text.as_bytes())?;
     }
     if let Some(source) = source.filter(|source| Gguf::is_named(source)) {
-        for (name, bytes) in gguf::companions(source)? {
-            write_atomic(&folder.join(name), &bytes)?;
-        }
+        let json = serde_json::to_vec_pretty(&gguf::tokenizer_json(source)?);
+        let json = json.expect("JSON is written");
+        write_atomic(&folder.join("tokenizer.json"), &json)?;
     }
     for name in COMPANIONS {
         if let Some(from) = source.map(|s| s.join(name)).filter(|f| f.exists()) {

@@ -81,9 +81,9 @@ pub fn importance(
 /// whole blocks at all.
 pub fn storage(kind: BlockType, weight: &Matrix) -> Storage {
     let width = weight.shape().last().copied().unwrap_or(0);
-    let kept = match weight {
-        Matrix::Stored(w) if w.storage() != Storage::F32 => w.storage(),
-        _ => Storage::F16,
+    let kept = match storage_of(weight) {
+        Storage::F32 => Storage::F16,
+        kept => kept,
     };
     [kind, BlockType::Q8_0]
         .into_iter()

@@ -1,7 +1,7 @@
 //! A model in one GGUF file. A Llama is written as llama.cpp has it; anything else as architecture `zebroid`, whose layout is
 //! our own format's: `zebroid.config` holds `config.json`, and tensors have the names that they have there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::Arc;
@@ -321,7 +321,8 @@ fn reordered(bytes: &[u8], rows: usize, order: &dyn Fn(usize) -> usize) -> Vec<u
     out
 }
 
-fn tokenizer_json(source: &Path) -> Result<Json> {
+/// The `tokenizer.json` of a folder, or what a GGUF says of it.
+pub(super) fn tokenizer_json(source: &Path) -> Result<Json> {
     match Gguf::is_named(source) {
         true => {
             let file = Gguf::open(source)?;
@@ -330,12 +331,4 @@ fn tokenizer_json(source: &Path) -> Result<Json> {
         }
         false => super::read_json(&source.join("tokenizer.json")),
     }
-}
-
-/// The files that stand for a GGUF's tokenizer beside other formats.
-pub(super) fn companions(source: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
-    let file = Gguf::open(source)?;
-    let found = tokenizer::read(&file.header.metadata).map_err(|e| Error::file(source, e))?;
-    let json = serde_json::to_vec_pretty(&found.json).expect("JSON is written");
-    Ok([("tokenizer.json", json)].into())
 }

@@ -29,6 +29,19 @@ pub struct KdStage {
 }
 
 impl KdStage {
+    /// The teacher, where it is not the base.
+    fn other(&self, with: &Context) -> Result<Option<Base>> {
+        let open = |folder: &PathBuf| Base::open(folder, with.base.place.clone());
+        self.teacher.as_ref().map(open).transpose()
+    }
+
+    /// As [`Stage::key`]; a large teacher's weights are read for it once, whoever asks again.
+    fn key_with(&self, teacher: &Base, with: &Context, made: &Made) -> Result<Key> {
+        let (student, teacher) = (&made.student()?.key, teacher.hash()?);
+        let settings = json!({ "kd": self, "student": student, "teacher": teacher });
+        with.key(numerics::Stage::Kd, settings)
+    }
+
     /// KD of `student`, whose layers `settled` an earlier stage has trained.
     ///
     /// # Errors
@@ -73,22 +86,15 @@ impl Stage for KdStage {
     }
 
     fn key(&self, with: &Context, made: &Made) -> Result<Key> {
-        let teacher = match &self.teacher {
-            Some(folder) => Checkpoint::open(folder)?.parts()?.hash()?,
-            None => with.base.hash()?,
-        };
-        let settings = json!({ "kd": self, "student": made.student()?.key, "teacher": teacher });
-        with.key(numerics::Stage::Kd, settings)
+        let other = self.other(with)?;
+        self.key_with(other.as_ref().unwrap_or(with.base), with, made)
     }
 
     fn carry_out(&self, name: &str, with: &Context, made: &mut Made) -> Result<()> {
-        let (key, before) = (self.key(with, made)?, made.student()?);
+        let other = self.other(with)?;
+        let teacher = other.as_ref().unwrap_or(with.base);
+        let (key, before) = (self.key_with(teacher, with, made)?, made.student()?);
         let stage = || {
-            let other = match &self.teacher {
-                Some(folder) => Some(Base::open(folder, with.base.place.clone())?),
-                None => None,
-            };
-            let teacher = other.as_ref().unwrap_or(with.base);
             let student = Checkpoint::open(&before.folder)?;
             self.distil(teacher, &student, &made.settled, &with.texts.train)
         };
