@@ -1,15 +1,17 @@
 //! Every kernel, forward and forward + backward, at the sizes of `bench train` (B 16, T 256, D 128, 8/4
 //! heads of 16). Run with `cargo bench`, or one with `cargo bench -- attention`.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use zebroid::op::Documents;
 use zebroid::op::adamw::{AdamW, adamw_step};
 use zebroid::op::attention::causal_attention;
-use zebroid::op::blocks::{Activations, BlockType, product, quantize};
+use zebroid::op::blocks::{BlockType, quantize};
 use zebroid::op::causal_conv::causal_conv;
 use zebroid::op::isa::Isa;
-use zebroid::op::linear::linear;
+use zebroid::op::linear::{Part, Scratch, Storage, Stored, linear, products_by};
 use zebroid::op::loss::{cross_entropy, forward_kl, mean_l2, relative_mse};
 use zebroid::op::rms_norm::{gated_rms_norm, rms_norm};
 use zebroid::op::rope::{RopeLayout, rope};
@@ -144,16 +146,21 @@ fn blocks(c: &mut Criterion) {
     for kind in BlockType::ALL {
         let mut coded = vec![0; kind.row_bytes(WIDTH).unwrap()];
         quantize(kind, &row, None, &mut coded);
-        let matrix = coded.repeat(OUTS);
+        let bytes = coded.repeat(OUTS);
         let mut group = c.benchmark_group(format!("blocks/{}", kind.name()));
-        group.throughput(Throughput::Bytes(matrix.len() as u64));
+        group.throughput(Throughput::Bytes(bytes.len() as u64));
+        let (all, storage) = (0..bytes.len(), Storage::Blocks(kind));
+        let matrix = Stored::new(Arc::new(bytes), all, storage, OUTS, WIDTH).unwrap();
         group.sample_size(10);
         for rows in [1, 8] {
-            let x = Activations::new(&row.repeat(rows), WIDTH);
-            let mut y = vec![0.; rows * OUTS];
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
-                group.bench_function(format!("{} rows {rows}", isa.name()), |b| {
-                    b.iter(|| product(isa, kind, &matrix, &x, &mut y))
+            let x = row.repeat(rows);
+            let (mut y, mut scratch) = (vec![0.; rows * OUTS], Scratch::default());
+            for isa in Isa::found() {
+                group.bench_function(format!("{} rows {rows}", isa.level().name()), |b| {
+                    b.iter(|| {
+                        let part = Part { w: &matrix, y: &mut y };
+                        products_by(isa, &x, &mut [part], &mut scratch)
+                    })
                 });
             }
         }

@@ -33,7 +33,9 @@
 //! | `op/ssd/cpu.rs` | columns of one buffer that threads write apart |
 //! | `op/ssd/backward.rs` | the same, for gradients |
 //! | `op/linear/dot/mod.rs` | the choice of instructions that the processor has |
-//! | `op/linear/dot/avx2.rs`, `op/linear/dot/avx512.rs` | vector loads from checked slices |
+//! | `op/linear/dot/x86.rs` | vector loads from checked slices |
+//! | `op/linear/product.rs` | places of one buffer that threads write apart |
+//! | `op/team.rs` | work that threads share while its owner waits for them |
 //! | `op/runtime.rs` | the process: its environment, its allocator |
 //! | `mapped.rs` | the memory map of a file |
 //! | `op/blocks/dot.rs` | the choice of instructions that the processor has |

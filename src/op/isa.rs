@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 /// From the plainest to the widest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
+pub enum Level {
     /// What every processor of the architecture has.
     Portable,
     /// x86-64 with AVX2, FMA and F16C (x86-64-v3).
@@ -16,7 +16,7 @@ pub enum Isa {
 /// Forces one: `portable`, `avx2` or `avx512`.
 pub const VARIABLE: &str = "ZEBROID_ISA";
 
-impl Isa {
+impl Level {
     pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
 
     pub fn name(self) -> &'static str {
@@ -27,8 +27,7 @@ impl Isa {
         }
     }
 
-    /// Whether this processor has it.
-    pub fn is_here(self) -> bool {
+    fn is_here(self) -> bool {
         match self {
             Self::Portable => true,
             #[cfg(target_arch = "x86_64")]
@@ -50,31 +49,40 @@ impl Isa {
             _ => false,
         }
     }
+}
+
+/// Instructions that this processor has: there is no other `Isa`, so whoever holds one may use them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Isa(Level);
+
+impl Isa {
+    /// All of this processor.
+    pub fn found() -> impl Iterator<Item = Self> {
+        let levels = Level::ALL.into_iter().filter(|level| level.is_here());
+        levels.map(Self)
+    }
+
+    pub fn level(self) -> Level {
+        self.0
+    }
 
     /// The widest that this processor has, or the one that the environment names. Found once.
     pub fn here() -> Self {
         static FOUND: OnceLock<Isa> = OnceLock::new();
         *FOUND.get_or_init(|| {
-            let has = |isa: &Isa| isa.is_here();
-            let widest = || Self::ALL.into_iter().rev().find(has);
-            let widest = || widest().unwrap_or(Self::Portable);
+            let widest = Self::found().last().unwrap_or(Self(Level::Portable));
             let Ok(wanted) = std::env::var(VARIABLE) else {
-                return widest();
+                return widest;
             };
-            let named = Self::ALL.into_iter().find(|isa| isa.name() == wanted);
-            named.filter(has).unwrap_or_else(|| {
-                let names: Vec<_> = Self::ALL
-                    .iter()
-                    .filter(|i| has(i))
-                    .map(|i| i.name())
-                    .collect();
-                let found = widest();
+            let named = Self::found().find(|isa| isa.0.name() == wanted);
+            named.unwrap_or_else(|| {
+                let names: Vec<_> = Self::found().map(|isa| isa.0.name()).collect();
                 tracing::warn!(
                     "{VARIABLE}={wanted}: this processor has {}; {} is taken",
                     names.join(", "),
-                    found.name()
+                    widest.0.name()
                 );
-                found
+                widest
             })
         })
     }

@@ -26,3 +26,4 @@ pub mod route;
 pub mod runtime;
 pub mod ssd;
 pub mod swiglu;
+pub mod team;

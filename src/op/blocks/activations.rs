@@ -5,6 +5,7 @@ pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
 pub(super) const PADDED: usize = 64;
 
+#[derive(Default)]
 /// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row.
 pub struct Activations {
     pub rows: usize,
@@ -34,22 +35,32 @@ impl Activations {
     /// # Panics
     /// When `x` is not whole rows, or `width` not whole groups.
     pub fn new(x: &[f32], width: usize) -> Self {
+        let mut found = Self::default();
+        found.set(x, width);
+        found
+    }
+
+    /// Other rows in the place of these.
+    ///
+    /// # Panics
+    /// As [`Activations::new`].
+    pub fn set(&mut self, x: &[f32], width: usize) {
         assert!(width > 0 && x.len().is_multiple_of(width) && width.is_multiple_of(GROUP));
         let rows = x.len() / width;
         let padded = width.next_multiple_of(PADDED);
-        let mut found = Self {
-            rows,
-            width,
-            padded,
-            codes: vec![0; rows * padded],
-            scales: vec![0.; rows * padded / GROUP],
-            sums: vec![0.; rows * padded / GROUP],
-            negated: vec![0; rows * padded / 4],
-        };
+        (self.rows, self.width, self.padded) = (rows, width, padded);
+        fn clear<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+            list.clear();
+            list.resize(len, T::default());
+        }
+        clear(&mut self.codes, rows * padded);
+        clear(&mut self.scales, rows * padded / GROUP);
+        clear(&mut self.sums, rows * padded / GROUP);
+        clear(&mut self.negated, rows * padded / 4);
         for (row, x) in x.chunks_exact(width).enumerate() {
             for (g, x) in x.chunks_exact(GROUP).enumerate() {
                 let at = row * padded / GROUP + g;
-                let codes = &mut found.codes[at * GROUP..][..GROUP];
+                let codes = &mut self.codes[at * GROUP..][..GROUP];
                 let largest = x.iter().fold(0f32, |m, x| m.max(x.abs()));
                 let inverse = match largest > 0. {
                     true => 127. / largest,
@@ -59,21 +70,20 @@ impl Activations {
                     *q = (x * inverse).round_ties_even() as i8;
                 }
                 let mut sum = 0;
-                let fours = found.negated[at * GROUP / 4..].iter_mut();
+                let fours = self.negated[at * GROUP / 4..].iter_mut();
                 for (four, codes) in fours.zip(codes.chunks_exact(4)) {
                     let part: i32 = codes.iter().map(|q| i32::from(*q)).sum();
                     *four = -part;
                     sum += part;
                 }
                 // What is no number must not end as one.
-                found.scales[at] = match x.iter().all(|x| x.is_finite()) {
+                self.scales[at] = match x.iter().all(|x| x.is_finite()) {
                     true => largest / 127.,
                     false => f32::NAN,
                 };
-                found.sums[at] = found.scales[at] * sum as f32;
+                self.sums[at] = self.scales[at] * sum as f32;
             }
         }
-        found
     }
 
     pub(super) fn row(&self, row: usize) -> Row<'_> {

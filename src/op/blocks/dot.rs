@@ -1,64 +1,50 @@
 //! Products of rows in blocks with activations, by the instructions at hand.
 
-use rayon::prelude::*;
+use std::ops::Range;
 
 use super::activations::{GROUP, Row};
 use super::plain::{half, scale_min};
 use super::{Activations, BlockType};
-use crate::op::isa::Isa;
+use crate::op::isa::{Isa, Level};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-/// Output rows that one task takes at least: their bytes are worth more than handing them over.
-const TASK: usize = 16;
 /// Activation rows that share one reading of a row of blocks.
 const TOGETHER: usize = 4;
 
-/// `x [M, K]`, `W` of `[N, K]` weights in blocks → `y [M, N]`. Every entry is one sum in one order, whatever `M`.
+/// Rows `rows` of `W`, blocks of `[N, K]` weights, with all of `x [M, K]`; `write` gets the row of `W`, that of `x`, and their product.
+/// Every product is one sum in one order, whatever it is computed beside.
 ///
 /// # Panics
 /// When the sizes do not fit: callers have checked them.
-pub fn product(isa: Isa, kind: BlockType, w: &[u8], x: &Activations, y: &mut [f32]) {
+pub fn rows(
+    isa: Isa,
+    kind: BlockType,
+    w: &[u8],
+    x: &Activations,
+    rows: Range<usize>,
+    write: impl Fn(usize, usize, f32),
+) {
     let row_bytes = x.width / kind.weights() * kind.bytes();
     assert!(x.width.is_multiple_of(kind.weights()) && row_bytes > 0);
-    let outs = w.len() / row_bytes;
-    assert!(w.len() == outs * row_bytes && y.len() == outs * x.rows && isa.is_here());
-    let rows = |at: usize, found: &mut [f32]| {
-        // found: [rows of W, M]
-        for (i, found) in found.chunks_exact_mut(x.rows).enumerate() {
-            let w = &w[(at + i) * row_bytes..][..row_bytes];
-            for (m, found) in found.chunks_mut(TOGETHER).enumerate() {
-                let row = |i: usize| x.row(m * TOGETHER + i);
-                match found {
-                    [a, b, c, d] => {
-                        [*a, *b, *c, *d] = dot(isa, kind, w, [row(0), row(1), row(2), row(3)]);
-                    }
-                    rest => {
-                        for (i, y) in rest.iter_mut().enumerate() {
-                            [*y] = dot(isa, kind, w, [row(i)]);
-                        }
-                    }
+    assert!(rows.end * row_bytes <= w.len());
+    for first in (0..x.rows).step_by(TOGETHER) {
+        let x_of = |i: usize| x.row(first + i);
+        for row in rows.clone() {
+            let w = &w[row * row_bytes..][..row_bytes];
+            let put = |sums: &[f32]| {
+                for (i, sum) in sums.iter().enumerate() {
+                    write(row, first + i, *sum);
                 }
-            }
-        }
-    };
-    let task = TASK.max(outs.div_ceil(4 * rayon::current_num_threads()));
-    match x.rows {
-        1 => {
-            let tasks = y.par_chunks_mut(task).enumerate();
-            tasks.for_each(|(i, found)| rows(i * task, found));
-        }
-        m => {
-            let mut turned = vec![0.; y.len()];
-            let tasks = turned.par_chunks_mut(task * m).enumerate();
-            tasks.for_each(|(i, found)| rows(i * task, found));
-            for (i, y) in y.chunks_exact_mut(outs).enumerate() {
-                for (j, y) in y.iter_mut().enumerate() {
-                    *y = turned[j * m + i];
-                }
+            };
+            match x.rows - first {
+                1 => put(&dot(isa, kind, w, [x_of(0)])),
+                2 => put(&dot(isa, kind, w, [x_of(0), x_of(1)])),
+                3 => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2)])),
+                _ => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2), x_of(3)])),
             }
         }
     }
@@ -66,15 +52,15 @@ pub fn product(isa: Isa, kind: BlockType, w: &[u8], x: &Activations, y: &mut [f3
 
 /// One row of blocks with `N` rows of activations.
 fn dot<const N: usize>(isa: Isa, kind: BlockType, w: &[u8], x: [Row; N]) -> [f32; N] {
-    match isa {
-        Isa::Portable => x.map(|x| portable(kind, w, x)),
-        // SAFETY: `product` asserts that the processor has these instructions.
+    match isa.level() {
+        Level::Portable => x.map(|x| portable(kind, w, x)),
+        // SAFETY: an `Isa` is of this processor.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Isa::Avx2 => unsafe { avx2::dot(kind, w, x) },
+        Level::Avx2 => unsafe { avx2::dot(kind, w, x) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Isa::Avx512 => unsafe { avx512::dot(kind, w, x) },
+        Level::Avx512 => unsafe { avx512::dot(kind, w, x) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
     }

@@ -1,9 +1,10 @@
 //! `y = x Wᵀ`: of a [`Matrix`] that is trained, or of one as a file has it.
 
-mod dot;
+pub mod dot;
 mod matrix;
 mod observer;
 mod plain;
+mod product;
 mod storage;
 mod stored;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, 
 
 pub use matrix::Matrix;
 pub use observer::Observer;
+pub use product::{Part, Scratch, products, products_by};
 pub use storage::Storage;
 use stored::StoredLinear;
 pub use stored::{Owner, Stored};

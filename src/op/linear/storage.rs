@@ -14,6 +14,18 @@ pub enum Storage {
 }
 
 impl Storage {
+    /// Bytes of an entry.
+    ///
+    /// # Panics
+    /// In blocks none stands alone.
+    pub fn entry_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Blocks(kind) => unreachable!("{} has no entries of their own", kind.name()),
+        }
+    }
+
     /// Bytes of a row of `width` entries.
     ///
     /// # Errors

@@ -7,12 +7,10 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::dot;
 use super::observer::Observer;
+use super::product::{Part, Scratch, products};
 use super::storage::Storage;
-use crate::op::blocks::{self, Activations};
 use crate::op::cpu::{host, slice};
-use crate::op::isa::Isa;
 use crate::op::matmul::{View, matmul};
 
 /// Bytes that something else keeps: a mapped file, a buffer.
@@ -118,7 +116,7 @@ impl Stored {
         &(*self.owner).as_ref()[self.bytes.clone()]
     }
 
-    fn row(&self, row: usize) -> &[u8] {
+    pub(super) fn row(&self, row: usize) -> &[u8] {
         &self.bytes()[row * self.row_bytes..][..self.row_bytes]
     }
 
@@ -171,18 +169,15 @@ impl Stored {
         let m = x.len() / self.width;
         let mut y = vec![0.; m * self.rows];
         let few = m <= FEW;
-        match (self.entries(), self.storage) {
+        match self.entries() {
             // Rows of a small matrix are too short to be worth a product each.
-            (Some(w), _) if !few || self.bytes.len() < SMALL => {
+            Some(w) if !few || self.bytes.len() < SMALL => {
                 let w = View::rows(w, self.rows, self.width).transposed();
                 matmul(&mut y, View::rows(x, m, self.width), w, false, true);
             }
-            (_, Storage::Blocks(kind)) if few => {
-                let x = Activations::new(x, self.width);
-                blocks::product(Isa::here(), kind, self.bytes(), &x, &mut y);
-            }
-            (_, storage) if few => {
-                dot::product(Isa::here(), storage, self.bytes(), x, self.width, &mut y)
+            _ if few => {
+                let part = Part { w: self, y: &mut y };
+                products(x, &mut [part], &mut Scratch::default());
             }
             _ => self.by_chunks(x, m, &mut y),
         }

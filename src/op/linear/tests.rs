@@ -126,35 +126,65 @@ fn stored_matrices_give_what_their_entries_give() {
     }
 }
 
-/// Every path that this processor has, against each other; a row alone gives the same bits as among others.
+/// Every path that this processor has, against what the entries give; a row alone gives the same bits as among others, few or many.
 #[test]
 fn paths_agree_and_rows_are_alone() {
-    for (w, wide) in stored(37, 83) {
-        let wide = wide.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        for m in [1, 4, 6] {
-            let x = random(&[&[m, 83]], 6)[0].to_dtype(DType::F32).unwrap();
+    for (rows, width) in [(37, 83), (130, 1056), (3, 512)] {
+        for (w, wide) in stored(rows, width) {
+            let wide = wide.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let x = random(&[&[23, width]], 6)[0].to_dtype(DType::F32).unwrap();
             let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+            for isa in Isa::found() {
                 let product = |x: &[f32]| {
-                    let mut y = vec![f32::NAN; x.len() / 83 * 37];
-                    dot::product(isa, w.storage(), w.bytes(), x, 83, &mut y);
+                    let mut y = vec![f32::NAN; x.len() / width * rows];
+                    let part = Part { w: &w, y: &mut y };
+                    products_by(isa, x, &mut [part], &mut Scratch::default());
                     y
                 };
-                let y = product(&x);
-                for (at, y) in y.iter().enumerate() {
-                    let pairs = x[at / 37 * 83..][..83].iter().zip(&wide[at % 37 * 83..]);
-                    let truth: f64 = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    assert!(
-                        (f64::from(*y) - truth).abs() < 1e-4,
-                        "{w:?} {isa:?}: {y} {truth}"
-                    );
+                let together = product(&x);
+                for (at, y) in together.iter().enumerate() {
+                    let pairs = x[at / rows * width..][..width].iter().zip(&wide[at % rows * width..]);
+                    let terms = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b));
+                    let (truth, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
+                    let bound = match w.storage() {
+                        Storage::Blocks(_) => 2e-2,
+                        _ => 1e-6,
+                    };
+                    let off = (f64::from(*y) - truth).abs() / size;
+                    assert!(off < bound, "{w:?} {isa:?}: {y} {truth}");
                 }
-                for (i, y) in y.chunks_exact(37).enumerate() {
-                    assert_eq!(product(&x[i * 83..][..83]), y, "{w:?} {isa:?}");
+                for count in [1, 2, 3, 4, 5, 11] {
+                    for (x, y) in x.chunks(count * width).zip(together.chunks(count * rows)) {
+                        assert_eq!(product(x), y, "{w:?} {isa:?} {count}");
+                    }
                 }
             }
         }
     }
+}
+
+/// Several matrices at once, small and large enough for threads.
+#[test]
+fn parts_are_what_each_is_alone() {
+    let width = 640;
+    let x = random(&[&[7, width]], 6)[0].to_dtype(DType::F32).unwrap();
+    let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let matrices: Vec<Stored> = [5, 400, 33]
+        .into_iter()
+        .flat_map(|rows| stored(rows, width))
+        .map(|(w, _)| w)
+        .collect();
+    let mut scratch = Scratch::default();
+    let mut alone = |w: &Stored| {
+        let mut y = vec![f32::NAN; 7 * w.rows()];
+        products(&x, &mut [Part { w, y: &mut y }], &mut scratch);
+        y
+    };
+    let truth: Vec<Vec<f32>> = matrices.iter().map(&mut alone).collect();
+    let mut found: Vec<Vec<f32>> = truth.iter().map(|y| vec![f32::NAN; y.len()]).collect();
+    let parts = matrices.iter().zip(&mut found).map(|(w, y)| Part { w, y });
+    products(&x, &mut parts.collect::<Vec<_>>(), &mut scratch);
+    assert_eq!(found, truth);
 }
 
 #[test]

@@ -1,0 +1,276 @@
+//! Products of matrices as they are stored with any number of rows of activations: what decodes and what reads a prompt. A row of
+//! activations gives the same bits whatever it is multiplied beside.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::dot::{SPAN, tile};
+use super::storage::Storage;
+use super::stored::Stored;
+use crate::op::blocks::{self, Activations};
+use crate::op::isa::Isa;
+use crate::op::team::{Scatter, team};
+
+/// Rows of activations up to which weights are widened as they are read.
+const FEW: usize = 4;
+/// Rows of weights that are widened for many rows of activations: what stays in the second cache.
+const PANEL: usize = 48;
+/// Rows of activations that stay in the first cache while a panel passes.
+const GROUP: usize = 9;
+/// Multiplications below which other threads are not worth waking.
+const ALONE: usize = 1 << 17;
+/// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
+const CACHED: usize = 1 << 20;
+/// Tasks a thread, so that one that lost its processor holds nobody up.
+const TASKS: usize = 6;
+
+/// What products need beside their operands; kept from one to the next.
+#[derive(Default)]
+pub struct Scratch {
+    /// `[K / SPAN, M, SPAN]`
+    packed: Vec<f32>,
+    codes: Activations,
+}
+
+/// A matrix and where its product goes: `W [N, K]`, `y [M, N]`.
+pub struct Part<'a> {
+    pub w: &'a Stored,
+    pub y: &'a mut [f32],
+}
+
+/// `y = x Wᵀ` of every part, `x [M, K]`.
+///
+/// # Panics
+/// When sizes do not fit: callers have checked them.
+pub fn products(x: &[f32], parts: &mut [Part], scratch: &mut Scratch) {
+    products_by(Isa::here(), x, parts, scratch);
+}
+
+/// The same by other instructions.
+pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratch) {
+    let Some(width) = parts.first().map(|part| part.w.width()) else {
+        return;
+    };
+    let m = x.len() / width;
+    assert!(x.len() == m * width);
+    if m == 0 {
+        return;
+    }
+    let blocks = |part: &Part| matches!(part.w.storage(), Storage::Blocks(_));
+    if parts.iter().any(blocks) {
+        scratch.codes.set(x, width);
+    }
+    if m > FEW && !parts.iter().all(blocks) {
+        pack(x, width, &mut scratch.packed);
+    }
+    let scratch = &*scratch;
+    let rows: usize = parts.iter().map(|part| part.w.rows()).sum();
+    let threads = match rows * width * m < ALONE {
+        true => 1,
+        false => team().threads(),
+    };
+    let (weights, ys): (Vec<&Stored>, Vec<Scatter<f32>>) = (parts.iter_mut())
+        .map(|part| {
+            assert!(part.w.width() == width && part.y.len() == m * part.w.rows());
+            (part.w, Scatter::of(part.y))
+        })
+        .unzip();
+    // Rows of the matrices as if they stood one above the other.
+    let most = match threads {
+        1 => rows,
+        _ => (rows.div_ceil(TASKS * threads)).next_multiple_of(16),
+    };
+    let tasks: Vec<(usize, Range<usize>)> = (weights.iter().enumerate())
+        .flat_map(|(i, w)| {
+            let firsts = (0..w.rows()).step_by(most);
+            firsts.map(move |first| (i, first..w.rows().min(first + most)))
+        })
+        .collect();
+    let work = |task: usize| {
+        let (i, rows) = tasks[task].clone();
+        let outs = weights[i].rows();
+        let write = |row: usize, m: usize, found: f32| {
+            // SAFETY: every row of weights is one task's, and so is its column of `y`.
+            #[allow(unsafe_code)]
+            let place = unsafe { ys[i].slice(m * outs + row, 1) };
+            place[0] = found;
+        };
+        match weights[i].storage() {
+            Storage::Blocks(kind) => {
+                blocks::rows(isa, kind, weights[i].bytes(), &scratch.codes, rows, write)
+            }
+            _ if m <= FEW => few(isa, weights[i], x, m, rows, write),
+            _ => many(isa, weights[i], &scratch.packed, m, rows, write),
+        }
+    };
+    match threads {
+        1 => (0..tasks.len()).for_each(work),
+        _ => team().run(tasks.len(), work),
+    }
+}
+
+/// `x [M, K]` → `[K / SPAN, M, SPAN]`, the last span as long as is left.
+fn pack(x: &[f32], width: usize, packed: &mut Vec<f32>) {
+    packed.clear();
+    for first in (0..width).step_by(SPAN) {
+        let span = first..width.min(first + SPAN);
+        for x in x.chunks_exact(width) {
+            packed.extend_from_slice(&x[span.clone()]);
+        }
+    }
+}
+
+/// Weights are widened in registers.
+fn few(
+    isa: Isa,
+    w: &Stored,
+    x: &[f32],
+    m: usize,
+    rows: Range<usize>,
+    write: impl Fn(usize, usize, f32),
+) {
+    let together = match m {
+        1 if w.bytes().len() < CACHED => rows.start + rows.len() / 4 * 4,
+        _ => rows.start,
+    };
+    for first in (rows.start..together).step_by(4) {
+        let sums = whole::<4, 1>(isa, w, first, x);
+        for (r, [sum]) in sums.into_iter().enumerate() {
+            write(first + r, 0, sum);
+        }
+    }
+    for row in together..rows.end {
+        let put = |sums: &[f32]| {
+            for (n, sum) in sums.iter().enumerate() {
+                write(row, n, *sum);
+            }
+        };
+        match m {
+            1 => put(&whole::<1, 1>(isa, w, row, x)[0]),
+            2 => put(&whole::<1, 2>(isa, w, row, x)[0]),
+            3 => put(&whole::<1, 3>(isa, w, row, x)[0]),
+            _ => put(&whole::<1, FEW>(isa, w, row, x)[0]),
+        }
+    }
+}
+
+/// Whole rows from `first` on with all `N` of activations.
+#[inline]
+fn whole<const R: usize, const N: usize>(
+    isa: Isa,
+    w: &Stored,
+    first: usize,
+    x: &[f32],
+) -> [[f32; N]; R] {
+    let (width, storage) = (w.width(), w.storage());
+    let bytes = storage.entry_bytes();
+    let w: [&[u8]; R] = std::array::from_fn(|r| w.row(first + r));
+    let mut sums = [[0f32; N]; R];
+    for from in (0..width).step_by(SPAN) {
+        let count = SPAN.min(width - from);
+        let w = w.map(|w| &w[from * bytes..]);
+        let x = std::array::from_fn(|n| &x[n * width + from..]);
+        let found: [[f32; N]; R] = tile(isa, storage, w, x, count);
+        for (sums, found) in sums.iter_mut().zip(found) {
+            for (sum, found) in sums.iter_mut().zip(found) {
+                *sum += found;
+            }
+        }
+    }
+    sums
+}
+
+/// Weights are widened once for all rows of activations, which stand in spans.
+fn many(
+    isa: Isa,
+    w: &Stored,
+    packed: &[f32],
+    m: usize,
+    rows: Range<usize>,
+    write: impl Fn(usize, usize, f32),
+) {
+    thread_local! {
+        static WORK: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    }
+    let (width, storage) = (w.width(), w.storage());
+    let bytes = storage.entry_bytes();
+    WORK.with_borrow_mut(|[panel, sums]| {
+        panel.resize(PANEL * SPAN, 0.);
+        for first in rows.clone().step_by(PANEL) {
+            let count = PANEL.min(rows.end - first);
+            sums.clear();
+            sums.resize(m * count, 0.);
+            for from in (0..width).step_by(SPAN) {
+                let span = SPAN.min(width - from);
+                for (r, wide) in panel.chunks_exact_mut(span).take(count).enumerate() {
+                    storage.widen(&w.row(first + r)[from * bytes..][..span * bytes], wide);
+                }
+                let x = &packed[from * m..][..m * span];
+                pass(isa, &panel[..count * span], x, span, sums);
+            }
+            for (i, sums) in sums.chunks_exact(count).enumerate() {
+                for (r, sum) in sums.iter().enumerate() {
+                    write(first + r, i, *sum);
+                }
+            }
+        }
+    });
+}
+
+/// `sums [M, rows] += x [M, span] panelᵀ [span, rows]`.
+fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
+    let rows = panel.len() / span;
+    let groups = x.chunks(GROUP * span).zip(sums.chunks_mut(GROUP * rows));
+    for (x, sums) in groups {
+        let pairs = rows / 2 * 2;
+        for r in (0..pairs).step_by(2) {
+            strip::<2>(isa, &panel[r * span..], x, span, &mut sums[r..], rows);
+        }
+        for r in pairs..rows {
+            strip::<1>(isa, &panel[r * span..], x, span, &mut sums[r..], rows);
+        }
+    }
+}
+
+/// `R` rows of a panel with all rows of a group.
+#[inline]
+fn strip<const R: usize>(
+    isa: Isa,
+    panel: &[f32],
+    x: &[f32],
+    span: usize,
+    sums: &mut [f32],
+    rows: usize,
+) {
+    let w: [&[u8]; R] = std::array::from_fn(|r| bytemuck::cast_slice(&panel[r * span..][..span]));
+    let mut n = 0;
+    let mut left = x;
+    while !left.is_empty() {
+        let mut add = |found: [f32; R]| {
+            for (r, found) in found.into_iter().enumerate() {
+                sums[n * rows + r] += found;
+            }
+            n += 1;
+        };
+        let taken = match left.len() / span {
+            1 => {
+                let found = tile::<R, 1>(isa, Storage::F32, w, [left], span);
+                add(found.map(|f| f[0]));
+                1
+            }
+            2 => {
+                let x = [left, &left[span..]];
+                let found = tile::<R, 2>(isa, Storage::F32, w, x, span);
+                (0..2).for_each(|n| add(found.map(|f| f[n])));
+                2
+            }
+            _ => {
+                let x = [left, &left[span..], &left[2 * span..]];
+                let found = tile::<R, 3>(isa, Storage::F32, w, x, span);
+                (0..3).for_each(|n| add(found.map(|f| f[n])));
+                3
+            }
+        };
+        left = &left[taken * span..];
+    }
+}

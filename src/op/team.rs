@@ -1,0 +1,278 @@
+//! Threads that share one piece of work at a time. A token is decoded in a hundred pieces of some tens of microseconds: a queue that
+//! wakes its threads for each costs as much as a piece. Here a thread that has nothing to do looks for the next piece a little
+//! while before it sleeps, and whoever hands out work takes part in it.
+
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::thread::Thread;
+
+/// Looks for work before a thread sleeps: some tens of microseconds.
+const LOOKS: usize = 8_000;
+
+/// A piece of work: called once for every number below that of its tasks.
+type Work<'a> = &'a (dyn Fn(usize) + Sync);
+
+/// The piece that is worked on.
+struct Board {
+    /// Its number (the high half) and how many of its tasks nobody has taken yet (the low half).
+    open: AtomicU64,
+    /// Points to the [`Work`], which the one who handed it out keeps alive until all its tasks are done.
+    work: AtomicPtr<Work<'static>>,
+    tasks: AtomicUsize,
+    /// Tasks that are not done.
+    left: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+struct Worker {
+    thread: Thread,
+    asleep: Arc<AtomicBool>,
+}
+
+/// The threads beside the one that hands out work.
+pub struct Team {
+    board: Arc<Board>,
+    workers: Vec<Worker>,
+    /// One piece at a time.
+    turn: Mutex<()>,
+}
+
+/// As many threads as rayon has, the caller's among them.
+pub fn team() -> &'static Team {
+    static TEAM: OnceLock<Team> = OnceLock::new();
+    TEAM.get_or_init(|| Team::new(rayon::current_num_threads()))
+}
+
+impl Team {
+    fn new(threads: usize) -> Self {
+        let board = Arc::new(Board {
+            open: AtomicU64::new(0),
+            work: AtomicPtr::new(std::ptr::null_mut()),
+            tasks: AtomicUsize::new(0),
+            left: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+        });
+        let start = |i: usize| {
+            let asleep = Arc::new(AtomicBool::new(false));
+            let (board, own) = (board.clone(), asleep.clone());
+            let thread = std::thread::Builder::new().name(format!("team-{i}"));
+            // Where the system gives no thread, the others do the work.
+            let handle = thread.spawn(move || board.serve(&own)).ok()?;
+            let thread = handle.thread().clone();
+            Some(Worker { thread, asleep })
+        };
+        Self {
+            workers: (1..threads).filter_map(start).collect(),
+            turn: Mutex::new(()),
+            board: board.clone(),
+        }
+    }
+
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `work` for every number below `tasks`, by all threads that have time. While another piece is worked on (or inside of
+    /// one), by the caller alone.
+    ///
+    /// # Panics
+    /// When `work` does.
+    pub fn run(&self, tasks: usize, work: impl Fn(usize) + Sync) {
+        let turn = match self.turn.try_lock() {
+            _ if tasks < 2 || self.workers.is_empty() => None,
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        match turn {
+            Some(_turn) => self.share(tasks, &work),
+            None => (0..tasks).for_each(work),
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn share(&self, tasks: usize, work: Work) {
+        let board = &self.board;
+        assert!(tasks <= u32::MAX as usize);
+        // SAFETY: only the lifetimes change; nobody calls it after the last task is done, which this function waits for.
+        let mut work = unsafe { std::mem::transmute::<Work, Work<'static>>(work) };
+        board.work.store(&mut work, Ordering::Relaxed);
+        board.tasks.store(tasks, Ordering::Relaxed);
+        board.left.store(tasks, Ordering::Relaxed);
+        let number = (board.open.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        // SeqCst: a worker that is about to sleep sees this, or is seen asleep.
+        board.open.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        for worker in &self.workers {
+            if worker.asleep.load(Ordering::SeqCst) {
+                worker.thread.unpark();
+            }
+        }
+        while board.take_part() {}
+        let mut looks = 0;
+        while board.left.load(Ordering::Acquire) > 0 {
+            looks += 1;
+            match looks < LOOKS {
+                true => std::hint::spin_loop(),
+                // The one who has the last task may have no processor.
+                false => std::thread::yield_now(),
+            }
+        }
+        if board.panicked.swap(false, Ordering::Relaxed) {
+            panic!("a task of a team panicked");
+        }
+    }
+
+    /// Calls `work` for every `size` entries of `out` (the last may be fewer), with their number.
+    pub fn fill<T: Send>(
+        &self,
+        out: &mut [T],
+        size: usize,
+        work: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let len = out.len();
+        let parts = Scatter::of(out);
+        self.run(len.div_ceil(size), |i| {
+            // SAFETY: tasks have different numbers, so their parts do not overlap.
+            #[allow(unsafe_code)]
+            let part = unsafe { parts.slice(i * size, size.min(len - i * size)) };
+            work(i, part);
+        });
+    }
+}
+
+impl Board {
+    /// Does one task of the open piece; false when none is left to take.
+    #[allow(unsafe_code)]
+    fn take_part(&self) -> bool {
+        let open = self.open.load(Ordering::Acquire);
+        let untaken = open & u64::from(u32::MAX);
+        if untaken == 0 {
+            return false;
+        }
+        let work = self.work.load(Ordering::Relaxed);
+        let taken =
+            (self.open).compare_exchange(open, open - 1, Ordering::AcqRel, Ordering::Relaxed);
+        if taken.is_err() {
+            return true;
+        }
+        let task = self.tasks.load(Ordering::Relaxed) - untaken as usize;
+        // SAFETY: the piece was open when the task was taken, and it is not done before this task is: `work` was written
+        // before the piece was opened, and stays.
+        let done = catch_unwind(AssertUnwindSafe(|| unsafe { (*work)(task) }));
+        if done.is_err() {
+            self.panicked.store(true, Ordering::Relaxed);
+        }
+        self.left.fetch_sub(1, Ordering::Release);
+        true
+    }
+
+    /// The life of a worker.
+    fn serve(&self, asleep: &AtomicBool) {
+        let mut looks = 0;
+        loop {
+            if self.take_part() {
+                looks = 0;
+                continue;
+            }
+            looks += 1;
+            if looks < LOOKS {
+                std::hint::spin_loop();
+                continue;
+            }
+            asleep.store(true, Ordering::SeqCst);
+            if self.open.load(Ordering::SeqCst) & u64::from(u32::MAX) == 0 {
+                std::thread::park();
+            }
+            asleep.store(false, Ordering::SeqCst);
+            looks = 0;
+        }
+    }
+}
+
+/// Entries that several tasks write, each its own.
+pub struct Scatter<'a, T> {
+    start: *mut T,
+    len: usize,
+    entries: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it gives out what a `&mut [T]` would, in parts that callers promise not to overlap.
+#[allow(unsafe_code)]
+unsafe impl<T: Send> Sync for Scatter<'_, T> {}
+
+impl<'a, T> Scatter<'a, T> {
+    pub fn of(entries: &'a mut [T]) -> Self {
+        Self {
+            start: entries.as_mut_ptr(),
+            len: entries.len(),
+            entries: PhantomData,
+        }
+    }
+
+    /// # Safety
+    /// While the slice lives no other slice of these entries may.
+    ///
+    /// # Panics
+    /// Past the end.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn slice(&self, from: usize, count: usize) -> &mut [T] {
+        assert!(from <= self.len && count <= self.len - from);
+        // SAFETY: inside of the entries, as just asserted; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(from), count) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_is_done_once_by_any_number_of_threads() {
+        for threads in [1, 2, 5] {
+            let team = Team::new(threads);
+            for round in 0..2_000 {
+                let mut done = vec![0u32; round % 37];
+                team.fill(&mut done, 1, |i, done| done[0] += i as u32 + 1);
+                let expected: Vec<u32> = (1..=done.len() as u32).collect();
+                assert_eq!(done, expected, "{threads} threads, round {round}");
+                if round % 500 == 0 {
+                    // Long enough for the others to sleep.
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn work_inside_of_work_and_beside_it_is_done_too() {
+        let team = Team::new(3);
+        let count = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        team.run(4, |_| {
+                            team.run(3, |_| {
+                                count.fetch_add(1, Ordering::Relaxed);
+                            });
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(count.into_inner(), 3 * 200 * 12);
+    }
+
+    #[test]
+    fn a_panic_is_the_callers() {
+        let team = Team::new(2);
+        for _ in 0..3 {
+            let run = || team.run(8, |i| assert!(i != 5));
+            assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        }
+        team.run(8, |_| ());
+    }
+}
