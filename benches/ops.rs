@@ -158,7 +158,10 @@ fn blocks(c: &mut Criterion) {
             for isa in Isa::found() {
                 group.bench_function(format!("{} rows {rows}", isa.level().name()), |b| {
                     b.iter(|| {
-                        let part = Part { w: &matrix, y: &mut y };
+                        let part = Part {
+                            w: &matrix,
+                            y: &mut y,
+                        };
                         products_by(isa, &x, &mut [part], &mut scratch)
                     })
                 });

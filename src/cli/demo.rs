@@ -160,7 +160,7 @@ fn tell(lm: Lm, tokenizer: &Tokenizer, story: &Story) -> Result<Generation> {
         ..SamplingParams::default()
     };
     let prompt = sentences.concat();
-    let engine = Engine::new(lm, tokenizer.clone())?;
+    let engine = Engine::new(&lm, tokenizer.clone())?;
     let found = engine.generate(&[prompt.trim_end()], &params, &mut |_, _| true)?;
     let mut generation = found.into_iter().next().expect("one for one prompt");
     generation.text = format!("{}{}", prompt.trim_end(), generation.text);

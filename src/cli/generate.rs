@@ -53,12 +53,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         min_p: args.min_p,
         seed: args.seed,
         max_tokens: args.max_tokens,
+        ..SamplingParams::default()
     };
     params.validate()?;
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     let lm = checkpoint.model(&args.device.place()?)?;
-    let engine = Engine::new(lm, tokenizer)?;
+    let engine = Engine::new(&lm, tokenizer)?;
     interrupt::install();
     let prompts: Vec<&str> = args.prompt.iter().map(String::as_str).collect();
     // One text is shown as it grows; several would grow into each other.

@@ -1,21 +1,55 @@
-//! Text from a model: prefill the prompts, then decode a token at a time ([`Batch`]); and how likely it is ([`score`]).
+//! Text from a model: requests in, tokens out. A [`Scheduler`] reads prompts and continues sequences, all that are under way in one
+//! pass over the weights; [`score`] says how likely a text is.
+
+use std::path::PathBuf;
 
 use crate::data::Tokenizer;
-use crate::model::Lm;
+use crate::mixer::{CacheType, Pool};
+use crate::model::{Decoder, Lm};
 use crate::{Error, Result};
 
-mod batch;
+mod prefix;
 mod sampler;
+mod scheduler;
 pub mod score;
 #[cfg(test)]
 mod tests;
-pub use batch::{Batch, Emit};
-pub use sampler::{MAX_TOKENS, Sampler, SamplingParams};
+pub use prefix::PrefixCache;
+pub use sampler::{Logprob, MAX_TOKENS, Sampler, SamplingParams};
+pub use scheduler::{Event, Finish, Request, Scheduler, Statistics};
 
-/// A model with its tokenizer.
+/// How an engine uses the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineOptions {
+    pub cache_type: CacheType,
+    /// Bytes for the caches and states of all sequences; none: half of the machine's free memory.
+    pub cache_memory: Option<usize>,
+    /// Tokens of prompts that are read in one pass, at most, beside the sequences that are being continued.
+    pub prefill_chunk: usize,
+    /// Sequences that are continued together.
+    pub max_batch: usize,
+    /// Keep what was read, for prompts that begin in the same way.
+    pub prefix_cache: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            cache_type: CacheType::default(),
+            cache_memory: None,
+            prefill_chunk: 512,
+            max_batch: 64,
+            prefix_cache: false,
+        }
+    }
+}
+
+/// A model with its tokenizer, and memory for its sequences.
 pub struct Engine {
-    pub lm: Lm,
+    pub decoder: Decoder,
     pub tokenizer: Tokenizer,
+    pub pool: Pool,
+    pub options: EngineOptions,
 }
 
 /// How a generation went.
@@ -23,35 +57,58 @@ pub struct Engine {
 pub struct Generation {
     pub text: String,
     pub prompt_tokens: usize,
+    /// Of those the ones that were read before, for another request.
+    pub cached_tokens: usize,
     pub completion_tokens: usize,
-    /// `stop` (an end-of-sequence token) or `length`.
+    /// `stop` (an end-of-sequence token or a stop string), `length` or `cancelled`.
     pub finish_reason: &'static str,
     /// Time to first token, seconds.
     pub ttft_s: f64,
     /// Decoded tokens a second after the first.
     pub decode_tokens_per_s: f64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<Logprob>,
 }
 
-impl Generation {
-    /// Nothing yet, after a prompt of so many tokens.
-    fn of(prompt_tokens: usize) -> Self {
-        Self {
-            text: String::new(),
-            prompt_tokens,
-            completion_tokens: 0,
-            finish_reason: "length",
-            ttft_s: 0.0,
-            decode_tokens_per_s: 0.0,
-        }
-    }
+/// Told of every piece of text as soon as it is certain, and of which prompt; false ends that sequence.
+pub type Emit<'a> = &'a mut dyn FnMut(usize, &str) -> bool;
+
+/// Free memory, where the system tells it.
+fn free_memory() -> Option<usize> {
+    let text = std::fs::read_to_string(PathBuf::from("/proc/meminfo")).ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
 }
+
+/// Where the system does not tell what is free.
+const FALLBACK_MEMORY: usize = 2 << 30;
 
 impl Engine {
+    /// With default options.
+    ///
     /// # Errors
-    /// When model and tokenizer do not belong together.
-    pub fn new(lm: Lm, tokenizer: Tokenizer) -> Result<Self> {
+    /// As [`Engine::with`].
+    pub fn new(lm: &Lm, tokenizer: Tokenizer) -> Result<Self> {
+        Self::with(lm, tokenizer, EngineOptions::default())
+    }
+
+    /// # Errors
+    /// A model and a tokenizer that do not belong together, a model on another device than the CPU, or too little memory for one
+    /// sequence.
+    pub fn with(lm: &Lm, tokenizer: Tokenizer, options: EngineOptions) -> Result<Self> {
         tokenizer.check(lm.config.vocab_size)?;
-        Ok(Self { lm, tokenizer })
+        let decoder = lm.decoder()?;
+        let limit = match options.cache_memory {
+            Some(bytes) => bytes,
+            None => free_memory().map_or(FALLBACK_MEMORY, |free| free / 2),
+        };
+        Ok(Self {
+            pool: Pool::new(&decoder.keeps(), options.cache_type, limit, 1)?,
+            decoder,
+            tokenizer,
+            options,
+        })
     }
 
     /// The prompt's tokens; an empty prompt is the bare BOS token.
@@ -63,7 +120,7 @@ impl Engine {
             true => Vec::new(),
             false => self.tokenizer.encode(text)?,
         };
-        let bos = self.lm.config.bos_token_id.or(self.tokenizer.bos());
+        let bos = self.decoder.config.bos_token_id.or(self.tokenizer.bos());
         if let Some(bos) = bos
             && ids.first() != Some(&bos)
         {
@@ -81,24 +138,32 @@ impl Engine {
     /// which is said where more were asked for.
     ///
     /// # Errors
-    /// A prompt that fills the context.
+    /// A prompt that fills the context, or whose sequence is more than the cache has room for.
     fn most(&self, prompt: usize, asked: Option<usize>) -> Result<usize> {
-        let context = self.lm.config.max_position_embeddings;
+        let context = self.decoder.config.max_position_embeddings;
         let Some(room) = context.checked_sub(prompt).filter(|room| *room > 0) else {
             return Err(Error::invalid(format!(
                 "the prompt has {prompt} tokens, the model's context {context} (max_position_embeddings): shorten the prompt"
             )));
         };
-        match asked {
+        let most = match asked {
             Some(asked) if asked > room => {
                 tracing::warn!(
                     "max_tokens {asked} is past the model's context of {context} tokens: behind a prompt of {prompt} \
                      the text ends after {room}"
                 );
-                Ok(room)
+                room
             }
-            Some(asked) => Ok(asked),
-            None => Ok(room.min(MAX_TOKENS)),
+            Some(asked) => asked,
+            None => room.min(MAX_TOKENS),
+        };
+        let (needed, limit) = (self.pool.bytes(prompt + most), self.pool.limit());
+        match needed > limit {
+            true => Err(Error::invalid(format!(
+                "a prompt of {prompt} tokens and {most} more need {needed} bytes of cache, of which there are {limit}: \
+                 raise --cache-memory, or ask for fewer tokens"
+            ))),
+            false => Ok(most),
         }
     }
 
@@ -106,19 +171,37 @@ impl Engine {
     /// beside.
     ///
     /// # Errors
-    /// As [`Batch::admit`].
+    /// Settings out of range, or a prompt that there is no room for.
     pub fn generate(
         &self,
         prompts: &[&str],
         params: &SamplingParams,
         emit: Emit,
     ) -> Result<Vec<Generation>> {
-        let mut batch = Batch::admit(self, prompts, params)?;
-        let mut found = Vec::new();
-        while !batch.is_empty() {
-            found.extend(batch.step(emit)?);
+        let mut scheduler = Scheduler::new(self);
+        for (index, prompt) in prompts.iter().enumerate() {
+            // Streams of their own, the first that of a prompt alone.
+            let params = SamplingParams {
+                seed: params.seed.wrapping_add(index as u64),
+                ..params.clone()
+            };
+            let prompt = self.prompt(prompt)?;
+            scheduler.submit(Request::new(index as u64, prompt, params))?;
         }
-        found.sort_by_key(|(index, _)| *index);
+        let mut found: Vec<(u64, Generation)> = Vec::new();
+        while !scheduler.is_idle() {
+            for event in scheduler.step()? {
+                match event {
+                    Event::Text { id, text, .. } => {
+                        if !emit(id as usize, &text) {
+                            scheduler.cancel(id);
+                        }
+                    }
+                    Event::Done { id, finish } => found.push((id, finish.generation)),
+                }
+            }
+        }
+        found.sort_by_key(|(id, _)| *id);
         Ok(found
             .into_iter()
             .map(|(_, generation)| generation)
@@ -126,6 +209,7 @@ impl Engine {
     }
 
     fn is_eos(&self, token: u32) -> bool {
-        self.lm.config.eos_token_id.contains(&token) || self.tokenizer.eos().contains(&token)
+        let own = &self.decoder.config.eos_token_id;
+        own.contains(&token) || self.tokenizer.eos().contains(&token)
     }
 }

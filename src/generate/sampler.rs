@@ -1,5 +1,8 @@
 //! From logits to a token.
 
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -18,6 +21,18 @@ pub struct SamplingParams {
     pub seed: u64,
     /// `None`: [`MAX_TOKENS`], or what the model's context leaves behind the prompt.
     pub max_tokens: Option<usize>,
+    /// Texts that end the answer; they are not part of it.
+    pub stop: Vec<String>,
+    /// Logits of tokens that the prompt or the answer has are divided by it (multiplied, if negative); 1: not (CTRL, arXiv 1909.05858).
+    pub repetition_penalty: f64,
+    /// Taken from the logits of tokens that the answer has (OpenAI's).
+    pub presence_penalty: f64,
+    /// The same for every time that it has them.
+    pub frequency_penalty: f64,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Say each token's log-probability, and those of so many likeliest.
+    pub logprobs: Option<usize>,
 }
 
 /// Where nobody says how many.
@@ -32,6 +47,12 @@ impl Default for SamplingParams {
             min_p: 0.0,
             seed: 0,
             max_tokens: None,
+            stop: Vec::new(),
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            logprobs: None,
         }
     }
 }
@@ -52,29 +73,61 @@ impl SamplingParams {
         if !(0.0..1.0).contains(&self.min_p) {
             return say("min_p", self.min_p, "at or above 0 and below 1");
         }
-        Ok(())
+        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
+            return say("repetition_penalty", self.repetition_penalty, "above 0");
+        }
+        for (name, value) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            if !(-2.0..=2.0).contains(&value) {
+                return say(name, value, "between -2 and 2");
+            }
+        }
+        match self.stop.iter().any(String::is_empty) {
+            true => Err(Error::invalid(
+                "a stop text is empty: it would end every answer",
+            )),
+            false => Ok(()),
+        }
     }
 }
 
-#[derive(Debug)]
+/// How likely a token was, before temperature and limits.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Logprob {
+    pub token: u32,
+    pub logprob: f64,
+    /// The likeliest tokens, falling.
+    pub top: Vec<(u32, f64)>,
+}
+
+#[derive(Debug, Clone)]
 pub struct Sampler {
     params: SamplingParams,
     random: ChaCha8Rng,
+    /// How often the answer has each token.
+    counts: BTreeMap<u32, usize>,
+    /// Tokens of the prompt, where they matter.
+    prompt: BTreeSet<u32>,
 }
 
 impl Sampler {
-    pub fn new(params: &SamplingParams) -> Self {
+    pub fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
+        let matter = params.repetition_penalty != 1.0;
         Self {
             random: ChaCha8Rng::seed_from_u64(params.seed),
             params: params.clone(),
+            counts: BTreeMap::new(),
+            prompt: prompt.iter().filter(|_| matter).copied().collect(),
         }
     }
 
-    /// The next token of `logits [V]`; `-inf` is never drawn.
+    /// The next token of `logits [V]`, which are changed on the way; `-inf` is never drawn.
     ///
     /// # Errors
     /// Logits of which one is not a number or infinite: the weights are broken.
-    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<(u32, Option<Logprob>)> {
         if let Some(token) = logits
             .iter()
             .position(|l| l.is_nan() || *l == f32::INFINITY)
@@ -85,38 +138,134 @@ impl Sampler {
                 logits[token]
             )));
         }
+        let plain = self.params.logprobs.map(|top| (log_softmax(logits), top));
+        self.penalise(logits);
+        let token = match self.params.temperature == 0.0 {
+            true => argmax(logits),
+            false => self.draw(logits),
+        };
+        *self.counts.entry(token).or_default() += 1;
+        let logprob = plain.map(|(logprobs, top)| Logprob {
+            token,
+            logprob: logprobs[token as usize],
+            top: likeliest(&logprobs, top),
+        });
+        Ok((token, logprob))
+    }
+
+    fn penalise(&self, logits: &mut [f32]) {
         let p = &self.params;
-        if p.temperature == 0.0 {
-            return Ok(argmax(logits));
+        if p.repetition_penalty != 1.0 {
+            let seen: BTreeSet<u32> = self.counts.keys().chain(&self.prompt).copied().collect();
+            for token in seen {
+                let logit = &mut logits[token as usize];
+                *logit = match *logit > 0.0 {
+                    true => (f64::from(*logit) / p.repetition_penalty) as f32,
+                    false => (f64::from(*logit) * p.repetition_penalty) as f32,
+                };
+            }
         }
+        if p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
+            for (token, count) in &self.counts {
+                let taken = p.presence_penalty + p.frequency_penalty * *count as f64;
+                logits[*token as usize] -= taken as f32;
+            }
+        }
+        for (token, bias) in &p.logit_bias {
+            if let Some(logit) = logits.get_mut(*token as usize) {
+                *logit += bias;
+            }
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> u32 {
+        let p = &self.params;
+        let best = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
+        let weight = |i: u32| (f64::from(logits[i as usize] - best) / p.temperature).exp();
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        let logit = |i: u32| logits[i as usize];
         // Ties keep the vocabulary's order, so that a seed gives one text.
-        order.sort_by(|a, b| logit(*b).total_cmp(&logit(*a)));
-        if p.top_k > 0 {
+        let by_logit = |a: &u32, b: &u32| {
+            let (x, y) = (logits[*a as usize], logits[*b as usize]);
+            y.total_cmp(&x).then(a.cmp(b))
+        };
+        if p.top_k > 0 && p.top_k < order.len() {
+            order.select_nth_unstable_by(p.top_k - 1, by_logit);
             order.truncate(p.top_k);
         }
-        let best = logit(order[0]) as f64;
-        let weight = |i: u32| ((logit(i) as f64 - best) / p.temperature).exp();
-        let mut weights: Vec<f64> = order.iter().map(|i| weight(*i)).collect();
-        let keep = weights.iter().take_while(|w| **w >= p.min_p).count();
-        weights.truncate(keep.max(1));
-        let total: f64 = weights.iter().sum();
-        let mut reached = 0.0;
-        let nucleus = weights.iter().take_while(|w| {
-            let inside = reached < p.top_p * total;
-            reached += **w;
-            inside
-        });
-        let nucleus = nucleus.count().max(1);
-        let total: f64 = weights[..nucleus].iter().sum();
+        if p.min_p > 0.0 {
+            order.retain(|i| weight(*i) >= p.min_p);
+        }
+        let total: f64 = order.iter().map(|i| weight(*i)).sum();
+        if p.top_p < 1.0 {
+            order = nucleus(order, by_logit, weight, p.top_p * total);
+        }
+        let total: f64 = order.iter().map(|i| weight(*i)).sum();
         let mut left = self.random.random::<f64>() * total;
-        let chosen = weights[..nucleus].iter().position(|w| {
-            left -= w;
+        let chosen = order.iter().find(|i| {
+            left -= weight(**i);
             left < 0.0
         });
-        Ok(order[chosen.unwrap_or(nucleus - 1)])
+        *chosen.unwrap_or_else(|| {
+            order
+                .iter()
+                .find(|i| weight(**i) > 0.0)
+                .unwrap_or(&order[0])
+        })
     }
+}
+
+/// The likeliest whose weights together reach `wanted`; only those are sorted that may be among them.
+fn nucleus(
+    all: Vec<u32>,
+    by_logit: impl Fn(&u32, &u32) -> Ordering + Copy,
+    weight: impl Fn(u32) -> f64,
+    wanted: f64,
+) -> Vec<u32> {
+    for least in [1e-3, 0.0] {
+        let mut likely: Vec<u32> = all
+            .iter()
+            .filter(|i| weight(**i) >= least)
+            .copied()
+            .collect();
+        likely.sort_unstable_by(by_logit);
+        let mut reached = 0.0;
+        let inside = likely.iter().take_while(|i| {
+            let inside = reached < wanted;
+            reached += weight(**i);
+            inside
+        });
+        let inside = inside.count();
+        if reached >= wanted || least == 0.0 {
+            likely.truncate(inside.max(1));
+            return likely;
+        }
+    }
+    all
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let best = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
+    let sum: f64 = logits.iter().map(|l| f64::from(l - best).exp()).sum();
+    let sum = sum.ln();
+    logits.iter().map(|l| f64::from(l - best) - sum).collect()
+}
+
+/// The `count` likeliest, falling.
+fn likeliest(logprobs: &[f64], count: usize) -> Vec<(u32, f64)> {
+    let by = |a: &u32, b: &u32| {
+        let (x, y) = (logprobs[*a as usize], logprobs[*b as usize]);
+        y.total_cmp(&x).then(a.cmp(b))
+    };
+    let mut order: Vec<u32> = (0..logprobs.len() as u32).collect();
+    if count < order.len() {
+        order.select_nth_unstable_by(count, by);
+        order.truncate(count);
+    }
+    order.sort_unstable_by(by);
+    order
+        .into_iter()
+        .map(|i| (i, logprobs[i as usize]))
+        .collect()
 }
 
 /// The first of the largest.
@@ -135,10 +284,10 @@ mod tests {
     const LOGITS: [f32; 4] = [1.0, 3.0, 2.0, -1.0];
 
     fn drawn(params: SamplingParams) -> [usize; 4] {
-        let mut sampler = Sampler::new(&params);
+        let mut sampler = Sampler::new(&params, &[]);
         let mut counts = [0; 4];
         for _ in 0..4000 {
-            counts[sampler.sample(&LOGITS).unwrap() as usize] += 1;
+            counts[sampler.sample(&mut LOGITS.clone()).unwrap().0 as usize] += 1;
         }
         counts
     }
@@ -156,12 +305,12 @@ mod tests {
                 temperature,
                 ..Default::default()
             };
-            let sample = |logits: &[f32]| Sampler::new(&params).sample(logits);
+            let sample = |logits: &[f32]| Sampler::new(&params, &[]).sample(&mut logits.to_vec());
             for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
                 let message = sample(&[0.0, bad, 1.0]).unwrap_err().to_string();
                 assert!(message.contains("for token 1"), "{message}");
             }
-            assert_eq!(sample(&[f32::NEG_INFINITY, 0.0]).unwrap(), 1);
+            assert_eq!(sample(&[f32::NEG_INFINITY, 0.0]).unwrap().0, 1);
         }
     }
 
@@ -208,11 +357,46 @@ mod tests {
             ..Default::default()
         };
         let draw = || {
-            let mut sampler = Sampler::new(&params);
+            let mut sampler = Sampler::new(&params, &[]);
             (0..50)
-                .map(|_| sampler.sample(&LOGITS).unwrap())
+                .map(|_| sampler.sample(&mut LOGITS.clone()).unwrap().0)
                 .collect::<Vec<_>>()
         };
         assert_eq!(draw(), draw());
+    }
+
+    #[test]
+    fn penalties_and_biases_move_what_they_name() {
+        let next = |change: &dyn Fn(&mut SamplingParams), prompt: &[u32], before: usize| {
+            let mut params = SamplingParams::default();
+            change(&mut params);
+            let mut sampler = Sampler::new(&params, prompt);
+            let drawn = (0..=before).map(|_| sampler.sample(&mut LOGITS.clone()).unwrap().0);
+            drawn.last().unwrap()
+        };
+        assert_eq!(next(&|p| p.repetition_penalty = 2.0, &[1], 0), 2);
+        assert_eq!(next(&|p| p.presence_penalty = 1.5, &[1], 0), 1);
+        assert_eq!(next(&|p| p.presence_penalty = 1.5, &[], 1), 2);
+        assert_eq!(next(&|p| p.frequency_penalty = 0.6, &[], 1), 1);
+        assert_eq!(next(&|p| p.frequency_penalty = 0.6, &[], 2), 2);
+        assert_eq!(next(&|p| p.logit_bias = vec![(3, 10.0)], &[], 0), 3);
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_model() {
+        let params = SamplingParams {
+            temperature: 5.0,
+            logprobs: Some(2),
+            logit_bias: vec![(0, 100.0)],
+            ..Default::default()
+        };
+        let mut sampler = Sampler::new(&params, &[]);
+        let (token, logprob) = sampler.sample(&mut LOGITS.clone()).unwrap();
+        let logprob = logprob.unwrap();
+        let total: f64 = LOGITS.iter().map(|l| f64::from(*l).exp()).sum();
+        assert_eq!((token, logprob.token), (0, 0));
+        assert!((logprob.logprob - (1.0 - total.ln())).abs() < 1e-9);
+        let top: Vec<u32> = logprob.top.iter().map(|(token, _)| *token).collect();
+        assert_eq!(top, [1, 2]);
     }
 }

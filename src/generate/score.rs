@@ -1,13 +1,13 @@
-//! Log-likelihoods of continuations. Requests with one context share its cache and state: the context is
-//! read once, and every continuation goes on from there. Contexts of one length are read together, so no
-//! row is padded before it ends.
+//! Log-likelihoods of continuations. Requests with one context share its memory: the context is read once, and every continuation
+//! goes on from there.
 
 use std::collections::BTreeMap;
 
-use candle_core::{D, DType, Tensor};
-
 use crate::data::Tokenizer;
-use crate::model::{Lm, LmState};
+use crate::mixer::{CacheType, Memory, Pool, Span};
+use crate::model::{Decoder, Lm, Reading};
+use crate::op::cpu::exp;
+use crate::op::team::team;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -92,11 +92,14 @@ struct Shared<'a> {
     followers: Vec<(usize, &'a [u32])>,
 }
 
+/// Scalars of logits that are computed at once.
+const LOGITS: usize = 1 << 26;
+
 /// The log-likelihood of every continuation, and whether it is the likeliest token by token; `stage` is
-/// what they are watched as.
+/// what they are watched as. No more than `batch_tokens` tokens are read at once.
 ///
 /// # Errors
-/// [`Error::Interrupted`].
+/// [`Error::Interrupted`], or a model on another device than the CPU.
 pub fn log_likelihoods(
     lm: &Lm,
     requests: &[Tokens],
@@ -117,17 +120,22 @@ pub fn log_likelihoods(
     watch.start(stage, requests.len());
     // All may be one batch, and this one of many calls.
     watch.reached(0, requests.len(), "requests")?;
+    let mut scorer = Scorer::new(lm, batch_tokens)?;
     let mut found = vec![(0.0, false); requests.len()];
     let mut done = 0;
-    let mut at = 0;
-    while at < shared.len() {
-        let len = shared[at].context.len();
-        let most = (batch_tokens / len).max(1);
-        let equal = shared[at..].iter().take(most);
-        let rows = equal.take_while(|s| s.context.len() == len).count();
-        let batch = &shared[at..at + rows];
-        at += rows;
-        for (request, score) in score(lm, batch, batch_tokens)? {
+    let mut rest = shared.as_slice();
+    while !rest.is_empty() {
+        let (mut count, mut tokens) = (0, 0);
+        while count < rest.len()
+            && (count == 0 || tokens + rest[count].context.len() <= batch_tokens)
+            && count < scorer.most_logits
+        {
+            tokens += rest[count].context.len();
+            count += 1;
+        }
+        let (batch, behind) = rest.split_at(count);
+        rest = behind;
+        for (request, score) in scorer.score(batch)? {
             found[request] = score;
             done += 1;
         }
@@ -136,85 +144,173 @@ pub fn log_likelihoods(
     Ok(found)
 }
 
-/// Contexts of one length, and all that follows them.
-fn score(lm: &Lm, batch: &[Shared], batch_tokens: usize) -> Result<Vec<(usize, (f64, bool))>> {
-    let device = lm.device();
-    let len = batch[0].context.len();
-    let ids: Vec<u32> = batch.iter().flat_map(|s| s.context).copied().collect();
-    let mut state = lm.state(batch.len())?;
-    let ids = Tensor::from_vec(ids, (batch.len(), len), device)?;
-    let hidden = lm.resume(&ids, &mut state)?;
-    // [rows, D]: what predicts the first token of each continuation.
-    let ends = hidden.narrow(1, len - 1, 1)?.squeeze(1)?.contiguous()?;
-    let mut followers: Vec<(u32, usize, &[u32])> = (batch.iter().enumerate())
-        .flat_map(|(row, s)| s.followers.iter().map(move |(i, c)| (row as u32, *i, *c)))
-        .collect();
-    followers.sort_by_key(|(_, _, continuation)| continuation.len());
-    let mut found = Vec::with_capacity(followers.len());
-    let mut rest = followers.as_slice();
-    while let Some((_, _, last)) = rest.last() {
-        // Alone, one row always fits.
-        let most = (batch_tokens / last.len()).max(1).min(rest.len());
-        let (before, chunk) = rest.split_at(rest.len() - most);
-        rest = before;
-        found.extend(follow(lm, &state, &ends, chunk)?);
-    }
-    Ok(found)
+struct Scorer {
+    decoder: Decoder,
+    pool: Pool,
+    reading: Reading,
+    batch_tokens: usize,
+    /// Rows of logits at once.
+    most_logits: usize,
 }
 
-/// Continuations of rows of one state, filled up at their ends: all mixers are causal.
-fn follow(
-    lm: &Lm,
-    state: &LmState,
-    ends: &Tensor,
-    chunk: &[(u32, usize, &[u32])],
-) -> Result<Vec<(usize, (f64, bool))>> {
-    let device = lm.device();
-    let rows: Vec<u32> = chunk.iter().map(|(row, _, _)| *row).collect();
-    let rows = Tensor::from_vec(rows, chunk.len(), device)?;
-    let first = ends.index_select(&rows, 0)?;
-    // The last token is predicted, not read.
-    let read = chunk.iter().map(|(_, _, c)| c.len() - 1).max().unwrap_or(0);
-    let mut hidden = first.unsqueeze(1)?;
-    if read > 0 {
-        let padded = |c: &[u32]| (0..read).map(|t| c.get(t).copied().unwrap_or(0)).collect();
-        let ids: Vec<u32> = (chunk.iter())
-            .flat_map(|(_, _, c)| -> Vec<u32> { padded(c) })
-            .collect();
-        let ids = Tensor::from_vec(ids, (chunk.len(), read), device)?;
-        let rest = lm.resume(&ids, &mut state.select(&rows)?)?;
-        hidden = Tensor::cat(&[&hidden, &rest], 1)?;
+/// A continuation behind a context that has been read.
+struct Follower<'a> {
+    request: usize,
+    continuation: &'a [u32],
+    memory: Memory,
+    log_likelihood: f64,
+    greedy: bool,
+}
+
+impl Scorer {
+    fn new(lm: &Lm, batch_tokens: usize) -> Result<Self> {
+        let decoder = lm.decoder()?;
+        Ok(Self {
+            pool: Pool::new(&decoder.keeps(), CacheType::F32, usize::MAX, 1)?,
+            most_logits: (LOGITS / decoder.config.vocab_size).max(1),
+            reading: Reading::default(),
+            batch_tokens,
+            decoder,
+        })
     }
-    let (b, t, d) = hidden.dims3()?;
-    let flat = hidden.reshape((b * t, d))?;
-    // Only positions that predict a token of their continuation go through the head.
-    let places: Vec<u32> = (chunk.iter().enumerate())
-        .flat_map(|(row, (_, _, c))| (0..c.len()).map(move |at| (row * t + at) as u32))
-        .collect();
-    let wanted: Vec<u32> = chunk
-        .iter()
-        .flat_map(|(_, _, c)| c.iter().copied())
-        .collect();
-    let count = places.len();
-    let places = Tensor::from_vec(places, count, device)?;
-    let logits = lm
-        .head(&flat.index_select(&places, 0)?)?
-        .to_dtype(DType::F32)?;
-    let best = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
-    let targets = Tensor::from_vec(wanted.clone(), count, device)?;
-    let losses = crate::op::loss::cross_entropy(&logits, &targets)?.to_vec1::<f32>()?;
-    let mut at = 0;
-    let scores = chunk.iter().map(|(_, request, c)| {
-        let span = at..at + c.len();
-        at = span.end;
-        let log_likelihood = -losses[span.clone()]
+
+    /// Some contexts, and all that follows them.
+    fn score(&mut self, batch: &[Shared]) -> Result<Vec<(usize, (f64, bool))>> {
+        let mut memories: Vec<Memory> = batch.iter().map(|_| self.pool.sequence()).collect();
+        let firsts =
+            |shared: &Shared| -> Vec<u32> { shared.followers.iter().map(|(_, c)| c[0]).collect() };
+        let mut found = Vec::new();
+        if let [one] = batch {
+            // It may be longer than what is read at once.
+            let (last, before) = one.context.split_last().expect("never empty");
+            for piece in before.chunks(self.batch_tokens) {
+                self.read(&mut [(&mut memories[0], piece)], &[])?;
+            }
+            let ends = [(0, firsts(one))];
+            found.extend(self.rows(&mut [(&mut memories[0], &[*last])], &ends)?);
+        } else {
+            let mut sequences: Vec<(&mut Memory, &[u32])> = (memories.iter_mut())
+                .zip(batch.iter().map(|shared| shared.context))
+                .collect();
+            let mut row = 0;
+            let ends: Vec<(usize, Vec<u32>)> = (batch.iter())
+                .map(|shared| {
+                    row += shared.context.len();
+                    (row - 1, firsts(shared))
+                })
+                .collect();
+            found.extend(self.rows(&mut sequences, &ends)?);
+        }
+        let mut followers = Vec::new();
+        for ((shared, memory), first) in batch.iter().zip(&memories).zip(found) {
+            let scored = shared.followers.iter().zip(first);
+            followers.extend(
+                scored.map(|((request, continuation), (score, greedy))| Follower {
+                    request: *request,
+                    continuation,
+                    memory: memory.clone(),
+                    log_likelihood: score,
+                    greedy,
+                }),
+            );
+        }
+        drop(memories);
+        self.follow(&mut followers)?;
+        let scores = followers
             .iter()
-            .map(|l| f64::from(*l))
-            .sum::<f64>();
-        (
-            *request,
-            (log_likelihood, best[span.clone()] == wanted[span]),
-        )
-    });
-    Ok(scores.collect())
+            .map(|f| (f.request, (f.log_likelihood, f.greedy)));
+        Ok(scores.collect())
+    }
+
+    /// What follows the first token of each.
+    fn follow(&mut self, followers: &mut [Follower]) -> Result<()> {
+        let most = self.batch_tokens.min(self.most_logits).max(1);
+        let mut rest = followers;
+        while !rest.is_empty() {
+            let (mut count, mut tokens) = (0, 0);
+            // The last token is predicted, not read.
+            while count < rest.len()
+                && (count == 0 || tokens + rest[count].continuation.len() <= most)
+            {
+                tokens += rest[count].continuation.len();
+                count += 1;
+            }
+            let (batch, behind) = std::mem::take(&mut rest).split_at_mut(count);
+            rest = behind;
+            let longest = batch.iter().map(|f| f.continuation.len() - 1).max();
+            // A long continuation alone goes piece by piece.
+            for from in (0..longest.unwrap_or(0)).step_by(most) {
+                let mut sequences = Vec::new();
+                let (mut rows, mut owners, mut row) = (Vec::new(), Vec::new(), 0);
+                for (i, f) in batch.iter_mut().enumerate() {
+                    let to = (f.continuation.len() - 1).min(from + most);
+                    if from >= to {
+                        continue;
+                    }
+                    for at in from..to {
+                        rows.push((row, vec![f.continuation[at + 1]]));
+                        owners.push(i);
+                        row += 1;
+                    }
+                    sequences.push((&mut f.memory, &f.continuation[from..to]));
+                }
+                let found = self.rows(&mut sequences, &rows)?;
+                for (i, found) in owners.into_iter().zip(found) {
+                    let (score, greedy) = found[0];
+                    batch[i].log_likelihood += score;
+                    batch[i].greedy &= greedy;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next tokens of some sequences; of the rows that are named the log-probability of each token asked for, and whether it is the
+    /// likeliest.
+    fn rows(
+        &mut self,
+        sequences: &mut [(&mut Memory, &[u32])],
+        asked: &[(usize, Vec<u32>)],
+    ) -> Result<Vec<Vec<(f64, bool)>>> {
+        let wanted: Vec<usize> = asked.iter().map(|(row, _)| *row).collect();
+        let vocab = self.decoder.config.vocab_size;
+        let logits = self.read(sequences, &wanted)?;
+        let mut found: Vec<Vec<(f64, bool)>> = vec![Vec::new(); asked.len()];
+        team().fill(&mut found, 1, |i, found| {
+            let logits = &logits[i * vocab..][..vocab];
+            let best = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
+            let likeliest = logits.iter().position(|l| *l == best);
+            let sum: f64 = logits.iter().map(|l| f64::from(exp(l - best))).sum();
+            found[0] = (asked[i].1.iter())
+                .map(|token| {
+                    let logit = logits[*token as usize];
+                    (
+                        f64::from(logit - best) - sum.ln(),
+                        likeliest == Some(*token as usize),
+                    )
+                })
+                .collect();
+        });
+        Ok(found)
+    }
+
+    fn read(
+        &mut self,
+        sequences: &mut [(&mut Memory, &[u32])],
+        wanted: &[usize],
+    ) -> Result<&[f32]> {
+        let tokens: Vec<u32> = sequences.iter().flat_map(|(_, t)| *t).copied().collect();
+        let mut from = 0;
+        let spans = sequences.iter_mut().map(|(memory, tokens)| {
+            memory.reserve(tokens.len()).expect("the pool has no limit");
+            let rows = from..from + tokens.len();
+            from = rows.end;
+            Span { memory, rows }
+        });
+        let mut spans: Vec<Span> = spans.collect();
+        let logits = self
+            .decoder
+            .read(&tokens, &mut spans, wanted, &mut self.reading)?;
+        Ok(logits)
+    }
 }

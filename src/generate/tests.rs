@@ -17,7 +17,7 @@ fn engines() -> [Engine; 2] {
     let hybrid = compose(&teacher, &student, &init, &Quiet::default()).unwrap();
     let tokenizer = Tokenizer::open(folder).unwrap();
     [teacher, hybrid]
-        .map(|parts| Engine::new(parts.lm(&Place::cpu()).unwrap(), tokenizer.clone()).unwrap())
+        .map(|parts| Engine::new(&parts.lm(&Place::cpu()).unwrap(), tokenizer.clone()).unwrap())
 }
 
 const PROMPTS: [&str; 3] = [

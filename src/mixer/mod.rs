@@ -1,10 +1,10 @@
 //! Sequence mixers: what stands between a layer's first norm and its residual addition.
 //!
-//! A mixer is a folder (its place in a plan, config, forward, prefill, step, state, cost, birth from attention
-//! weights) and a variant of [`LayerKind`], [`MixerConfig`], [`Mixer`] and [`MixerState`]; the laws in
+//! A mixer is a folder (its place in a plan, config, forward, decoding, what it remembers, cost, birth from attention
+//! weights) and a variant of [`LayerKind`], [`MixerConfig`], [`Mixer`] and [`Decoder`]; the laws in
 //! `tests.rs` run over every variant.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
@@ -12,30 +12,32 @@ use crate::op::Documents;
 use crate::weights::Weights;
 
 pub mod attention;
-pub mod cache;
 pub mod calibration;
 #[cfg(test)]
 mod calibration_tests;
 pub mod kind;
 pub mod linalg;
 pub mod mamba2;
+pub mod memory;
 pub mod mla;
-pub mod positions;
+mod paged;
 pub mod rotary;
 pub mod sizes;
 #[cfg(test)]
 mod tests;
 pub mod window;
+pub mod work;
 
 use calibration::{Sample, Statistics};
 
 pub use attention::{Attention, AttentionConfig, AttentionWeights};
 pub use kind::{LayerKind, MixerOptions};
-pub use mamba2::{Mamba2, Mamba2Config, Mamba2State};
+pub use mamba2::{Mamba2, Mamba2Config};
+pub use memory::{CacheType, Full, Keeps, Memory, Pool, Span};
 pub use mla::{Mla, MlaConfig};
-pub use positions::Positions;
 pub use rotary::{RopeConfig, RopeScaling};
-pub use window::{Window, WindowConfig, WindowState};
+pub use window::{Window, WindowConfig};
+pub use work::Work;
 
 /// A tensor a mixer owns: its name after the layer's prefix, and its shape.
 pub type Param = (String, Vec<usize>);
@@ -224,74 +226,52 @@ impl Mixer {
         }
     }
 
-    /// An empty state for `batch` sequences.
-    pub fn state(&self, batch: usize, device: &Device, dtype: DType) -> Result<MixerState> {
+    /// The layer as it decodes, on the CPU.
+    pub fn decoder(&self) -> Result<Decoder> {
         Ok(match self {
-            Mixer::Attention(_) => MixerState::Attention(Default::default()),
-            Mixer::Mla(_) => MixerState::Mla(Default::default()),
-            Mixer::Mamba2(m) => MixerState::Mamba2(m.state(batch, device, dtype)?),
-            Mixer::Window(m) => MixerState::Window(m.state()),
+            Mixer::Attention(m) => Decoder::Attention(m.decoder()?),
+            Mixer::Mla(m) => Decoder::Mla(m.decoder()?),
+            Mixer::Mamba2(m) => Decoder::Mamba2(m.decoder()?),
+            Mixer::Window(m) => Decoder::Window(m.decoder()?),
         })
-    }
-
-    /// The next tokens of every sequence, those of row `b` the first `at.added()[b]` of `x [B, T, D]` → `[B, T, D]`; the state moves
-    /// on.
-    pub fn prefill(&self, x: &Tensor, state: &mut MixerState, at: &Positions) -> Result<Tensor> {
-        match (self, state) {
-            (Mixer::Attention(m), MixerState::Attention(s)) => m.prefill(x, s, at),
-            (Mixer::Mla(m), MixerState::Mla(s)) => m.prefill(x, s, at),
-            (Mixer::Mamba2(m), MixerState::Mamba2(s)) => m.prefill(x, s, at),
-            (Mixer::Window(m), MixerState::Window(s)) => m.prefill(x, s, at),
-            _ => unreachable!("a state is made by its own mixer"),
-        }
-    }
-
-    /// The next token: `x [B, 1, D]` → `[B, 1, D]`. MLA decodes absorbed here; the others have one way
-    /// for any number of tokens.
-    pub fn step(&self, x: &Tensor, state: &mut MixerState, at: &Positions) -> Result<Tensor> {
-        match (self, state) {
-            (Mixer::Mla(m), MixerState::Mla(s)) => m.step(x, s, at),
-            (_, state) => self.prefill(x, state, at),
-        }
     }
 }
 
-/// What a mixer remembers of the sequences it has seen.
-#[derive(Debug, Clone)]
-pub enum MixerState {
-    /// Rotated keys and values.
-    Attention(attention::KvCache),
-    /// Latents and rotated shared keys.
-    Mla(cache::Cache),
-    Mamba2(Mamba2State),
-    Window(WindowState),
+/// A mixer that reads the next tokens of sequences, in f32 over weights as they are stored. What it gives for a token does not depend on
+/// what is read beside it, nor on where a sequence was cut into pieces.
+#[derive(Debug)]
+pub enum Decoder {
+    Attention(attention::Decoder),
+    Mla(mla::Decoder),
+    Mamba2(mamba2::Decoder),
+    Window(window::Decoder),
 }
 
-impl MixerState {
-    /// Sequences `rows` (u32) of the batch, any of them any number of times: what several continuations of
-    /// one beginning start from.
-    pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        Ok(match self {
-            MixerState::Attention(s) => MixerState::Attention(attention::KvCache {
-                keys: s.keys.select(rows)?,
-                values: s.values.select(rows)?,
-            }),
-            MixerState::Mla(s) => MixerState::Mla(s.select(rows)?),
-            MixerState::Mamba2(s) => MixerState::Mamba2(Mamba2State {
-                conv: s.conv.index_select(rows, 0)?,
-                ssm: s.ssm.index_select(rows, 0)?,
-            }),
-            MixerState::Window(s) => MixerState::Window(s.select(rows)?),
-        })
-    }
-
-    /// Scalars allocated for `batch` sequences of up to `capacity` tokens, as counted in the buffers.
-    pub fn allocated(&self) -> usize {
+impl Decoder {
+    /// What it remembers of a sequence.
+    pub fn keeps(&self) -> Keeps {
         match self {
-            MixerState::Attention(s) => s.keys.allocated() + s.values.allocated(),
-            MixerState::Mla(s) => s.allocated(),
-            MixerState::Mamba2(s) => s.conv.elem_count() + s.ssm.elem_count(),
-            MixerState::Window(s) => s.allocated(),
+            Decoder::Attention(m) => m.keeps(),
+            Decoder::Mla(m) => m.keeps(),
+            Decoder::Mamba2(m) => m.keeps(),
+            Decoder::Window(m) => m.keeps(),
+        }
+    }
+
+    /// The next tokens of some sequences, as layer `layer` of their memories, in which there is room for them: `x [N, D]` → `out [N, D]`.
+    pub fn mix(
+        &self,
+        layer: usize,
+        x: &[f32],
+        spans: &mut [Span],
+        out: &mut [f32],
+        work: &mut Work,
+    ) {
+        match self {
+            Decoder::Attention(m) => m.mix(layer, x, spans, out, work),
+            Decoder::Mla(m) => m.mix(layer, x, spans, out, work),
+            Decoder::Mamba2(m) => m.mix(layer, x, spans, out, work),
+            Decoder::Window(m) => m.mix(layer, x, spans, out, work),
         }
     }
 }

@@ -1,11 +1,10 @@
 //! Rotary frequencies: the base, Hugging Face's scalings, and the cos/sin tables made from them.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::positions::Positions;
 use super::sizes::{MAX_POSITIONS, bounded};
 use crate::{Error, Result};
 
@@ -222,7 +221,23 @@ pub struct Rotary {
     inv_freq: Vec<f32>,
     magnitude: f32,
     still: usize,
-    tables: Mutex<Option<(Tensor, Tensor)>>,
+    table: Mutex<Arc<Table>>,
+}
+
+/// `cos, sin [positions, still/2 + dim/2]`
+#[derive(Debug, Default)]
+pub struct Table {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    width: usize,
+}
+
+impl Table {
+    /// cos and sin of a position.
+    pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
+        let row = position * self.width..(position + 1) * self.width;
+        (&self.cos[row.clone()], &self.sin[row])
+    }
 }
 
 impl Rotary {
@@ -233,38 +248,32 @@ impl Rotary {
             inv_freq: inv_freq.into_iter().map(|f| f as f32).collect(),
             magnitude: magnitude as f32,
             still: still / 2,
-            tables: Mutex::new(None),
+            table: Mutex::default(),
         }
     }
 
-    /// `cos, sin [T, still/2 + dim/2]`, or `[B, T, ..]` where rows stand apart, in the dtype and on the device of `like`.
-    pub fn tables(&self, at: &Positions, like: &Tensor) -> Result<(Tensor, Tensor)> {
-        let len = at.len();
-        let mut tables = self.tables.lock().unwrap_or_else(|e| e.into_inner());
-        let have = tables.as_ref().map_or(0, |(cos, _)| cos.dims()[POSITION]);
-        let reach = at.reach();
-        if have < reach {
-            *tables = Some(self.build(reach.next_power_of_two().max(64), like.device())?);
+    /// Of at least the first `len` positions.
+    pub fn table(&self, len: usize) -> Arc<Table> {
+        // Whoever panicked while it held this has left a whole table behind.
+        let mut table = self.table.lock().unwrap_or_else(|e| e.into_inner());
+        if table.cos.len() < len * table.width || table.width == 0 {
+            *table = Arc::new(self.build(len.next_power_of_two().max(64)));
         }
-        let (cos, sin) = tables.as_ref().expect("just built");
-        let of = |table: &Tensor| -> Result<Tensor> {
-            let table = match at.common_past() {
-                Some(from) => table.narrow(POSITION, from, len)?,
-                None => {
-                    let rows = at.past().iter();
-                    let wanted = rows.flat_map(|past| (*past..past + len).map(|p| p as u32));
-                    let wanted = Tensor::from_iter(wanted, table.device())?;
-                    table
-                        .index_select(&wanted, POSITION)?
-                        .reshape((at.past().len(), len, ()))?
-                }
-            };
-            Ok(table.to_dtype(like.dtype())?)
+        table.clone()
+    }
+
+    /// `cos, sin [T, still/2 + dim/2]` of the first `len` positions, in the dtype and on the device of `like`.
+    pub fn tables(&self, len: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
+        let table = self.table(len);
+        let of = |entries: &[f32]| -> Result<Tensor> {
+            let entries = &entries[..len * table.width];
+            let found = Tensor::from_slice(entries, (len, table.width), like.device())?;
+            Ok(found.to_dtype(like.dtype())?)
         };
-        Ok((of(cos)?, of(sin)?))
+        Ok((of(&table.cos)?, of(&table.sin)?))
     }
 
-    fn build(&self, len: usize, device: &Device) -> Result<(Tensor, Tensor)> {
+    fn build(&self, len: usize) -> Table {
         let width = self.still + self.inv_freq.len();
         let (mut cos, mut sin) = (vec![1f32; len * width], vec![0f32; len * width]);
         for t in 0..len {
@@ -275,18 +284,14 @@ impl Rotary {
                 sin[at] = angle.sin() * self.magnitude;
             }
         }
-        Ok((
-            Tensor::from_vec(cos, (len, width), device)?,
-            Tensor::from_vec(sin, (len, width), device)?,
-        ))
+        Table { cos, sin, width }
     }
 }
 
-/// The axis of positions in a `[T, dim/2]` table.
-const POSITION: usize = 0;
-
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     /// Figures computed from the spec's formulas (1.2): the YaRN ramp runs over dims 4..9 for 32 rotary
@@ -371,10 +376,9 @@ mod tests {
     fn tables_grow_without_changing() {
         let rotary = Rotary::new(&RopeConfig::new(10_000.0), 8, 0);
         let like = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
-        let at = Positions::even(1, 3, 5);
-        let short = rotary.tables(&at, &like).unwrap().0;
-        rotary.tables(&Positions::even(1, 0, 500), &like).unwrap();
-        let again = rotary.tables(&at, &like).unwrap().0;
+        let short = rotary.tables(5, &like).unwrap().0;
+        rotary.tables(500, &like).unwrap();
+        let again = rotary.tables(5, &like).unwrap().0;
         assert_eq!(
             short.to_vec2::<f32>().unwrap(),
             again.to_vec2::<f32>().unwrap()

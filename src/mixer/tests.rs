@@ -8,7 +8,6 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::mixer::cache::FIRST_CAPACITY;
 
 const HIDDEN: usize = 16;
 const LEN: usize = 13;
@@ -137,58 +136,91 @@ fn difference(a: &Tensor, b: &Tensor) -> f64 {
     difference().unwrap()
 }
 
-#[test]
-fn step_by_step_equals_forward() {
-    for config in variants() {
-        let (mixer, x) = case(&config);
-        let whole = mixer.forward(&x, None).unwrap();
-        let mut state = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
-        for t in 0..LEN {
-            let at = Positions::even(2, t, 1);
-            let y = mixer
-                .step(&x.narrow(1, t, 1).unwrap(), &mut state, &at)
-                .unwrap();
-            let gap = difference(&y, &whole.narrow(1, t, 1).unwrap());
-            assert!(gap < 1e-4, "{config:?}: position {t} differs by {gap}");
+/// One layer and the memory of its sequences.
+struct Decoding {
+    decoder: Decoder,
+    pool: Pool,
+    work: Work,
+}
+
+impl Decoding {
+    fn of(mixer: &Mixer) -> Self {
+        let decoder = mixer.decoder().unwrap();
+        let pool = Pool::new(&[decoder.keeps()], CacheType::F32, 1 << 24, 1).unwrap();
+        Self {
+            decoder,
+            pool,
+            work: Work::default(),
         }
+    }
+
+    /// The next tokens of each sequence, rows of `HIDDEN`.
+    fn read(&mut self, sequences: &mut [(&mut Memory, &[f32])]) -> Vec<Vec<f32>> {
+        let x: Vec<f32> = sequences.iter().flat_map(|(_, x)| *x).copied().collect();
+        let mut out = vec![f32::NAN; x.len()];
+        let mut from = 0;
+        let spans = sequences.iter_mut().map(|(memory, x)| {
+            memory.reserve(x.len() / HIDDEN).unwrap();
+            let rows = from..from + x.len() / HIDDEN;
+            from = rows.end;
+            Span { memory, rows }
+        });
+        let mut spans: Vec<Span> = spans.collect();
+        self.decoder
+            .mix(0, &x, &mut spans, &mut out, &mut self.work);
+        let found = spans.iter_mut().map(|span| {
+            span.memory.advance(span.rows.len());
+            out[span.rows.start * HIDDEN..span.rows.end * HIDDEN].to_vec()
+        });
+        found.collect()
+    }
+
+    fn alone(&mut self, memory: &mut Memory, x: &[f32]) -> Vec<f32> {
+        self.read(&mut [(memory, x)]).remove(0)
     }
 }
 
+fn flat(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn gap(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).fold(0., |m, (a, b)| m.max((a - b).abs()))
+}
+
+/// A long text too, over several pages.
 #[test]
-fn any_split_into_chunks_equals_forward() {
+fn any_split_into_chunks_equals_forward_and_each_other() {
     for config in variants() {
-        let (mixer, x) = case(&config);
-        let whole = mixer.forward(&x, None).unwrap();
-        for split in [
-            vec![LEN],
-            vec![1, 12],
-            vec![6, 7],
-            vec![2, 3, 1, 7],
-            vec![12, 1],
-        ] {
-            let mut state = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
-            let mut from = 0;
-            for len in &split {
-                let y = mixer
-                    .prefill(
-                        &x.narrow(1, from, *len).unwrap(),
-                        &mut state,
-                        &Positions::even(2, from, *len),
-                    )
-                    .unwrap();
-                let gap = difference(&y, &whole.narrow(1, from, *len).unwrap());
-                assert!(gap < 1e-4, "{config:?}, split {split:?}: {gap} from {from}");
-                from += len;
+        for len in [LEN, 75] {
+            let mut rng = ChaCha8Rng::seed_from_u64(7);
+            let mixer = build(&config, &weights(&config, &mut rng), DType::F32);
+            let x = random(&[1, len, HIDDEN], 1.0, &mut rng);
+            let x = x.to_dtype(DType::F32).unwrap();
+            let whole = flat(&mixer.forward(&x, None).unwrap());
+            let x = flat(&x);
+            let mut decoding = Decoding::of(&mixer);
+            let at_once = decoding.alone(&mut decoding.pool.sequence(), &x);
+            let off = gap(&at_once, &whole);
+            assert!(off < 1e-4, "{config:?}: {off}");
+            for split in [vec![1; len], vec![1, len - 1], vec![6, 3, len - 10, 1]] {
+                let mut memory = decoding.pool.sequence();
+                let (mut from, mut found) = (0, Vec::new());
+                for count in &split {
+                    let piece = &x[from * HIDDEN..(from + count) * HIDDEN];
+                    found.extend(decoding.alone(&mut memory, piece));
+                    from += count;
+                }
+                assert_eq!(found, at_once, "{config:?}, split {split:?}");
             }
         }
     }
 }
 
-/// Rows at different lengths, with different numbers of new tokens (some with none, some filled up), one of them begun anew in
-/// a place that another has used, are what each is alone.
+/// Sequences at different lengths, with different numbers of new tokens, read together, are what each is alone.
 #[test]
-fn rows_at_mixed_lengths_equal_rows_alone() {
-    // New tokens of three rows, turn by turn; a row of 0 in the second list starts anew before its turn.
+fn sequences_read_together_equal_each_alone() {
     let turns = [
         [5, 2, 0],
         [1, 0, 3],
@@ -197,86 +229,81 @@ fn rows_at_mixed_lengths_equal_rows_alone() {
         [1, 1, 1],
         [2, 1, 5],
     ];
-    let anew_at = 3;
     for config in variants() {
         let mut rng = ChaCha8Rng::seed_from_u64(11);
         let mixer = build(&config, &weights(&config, &mut rng), DType::F32);
-        let row = |rng: &mut ChaCha8Rng| {
-            let x = random(&[1, 2 * LEN, HIDDEN], 1.0, rng);
-            x.to_dtype(DType::F32).unwrap()
-        };
-        let mut rows: Vec<Tensor> = (0..3).map(|_| row(&mut rng)).collect();
-        let mut wholes: Vec<Tensor> = rows
-            .iter()
-            .map(|x| mixer.forward(x, None).unwrap())
-            .collect();
-        let mut state = mixer.state(3, &Device::Cpu, DType::F32).unwrap();
-        let mut past = vec![0; 3];
-        for (turn, added) in turns.iter().enumerate() {
-            if turn == anew_at {
-                rows[1] = row(&mut rng);
-                wholes[1] = mixer.forward(&rows[1], None).unwrap();
-                past[1] = 0;
+        let mut decoding = Decoding::of(&mixer);
+        let texts: [Vec<f32>; 3] = std::array::from_fn(|_| {
+            let x = random(&[LEN, HIDDEN], 1.0, &mut rng);
+            flat(&x.to_dtype(DType::F32).unwrap())
+        });
+        let wholes = texts
+            .each_ref()
+            .map(|x| decoding.alone(&mut decoding.pool.sequence(), x));
+        let mut memories: [Memory; 3] = std::array::from_fn(|_| decoding.pool.sequence());
+        let mut past = [0; 3];
+        for added in turns {
+            let rows = |i: usize| past[i] * HIDDEN..(past[i] + added[i]) * HIDDEN;
+            let sequences = memories.iter_mut().zip(&texts).enumerate();
+            let mut sequences: Vec<(&mut Memory, &[f32])> = sequences
+                .filter(|(i, _)| added[*i] > 0)
+                .map(|(i, (memory, x))| (memory, &x[rows(i)]))
+                .collect();
+            let mut found = decoding.read(&mut sequences).into_iter();
+            for i in (0..3).filter(|i| added[*i] > 0) {
+                assert_eq!(
+                    found.next().unwrap(),
+                    wholes[i][rows(i)],
+                    "{config:?} {added:?} {i}"
+                );
             }
-            let len = *added.iter().max().unwrap();
-            let at = Positions::new(past.clone(), added.to_vec(), len).unwrap();
-            // What fills a row up is another row's.
-            let x = (0..3).map(|row| {
-                let own = rows[row].narrow(1, past[row], added[row]).unwrap();
-                let filling = rows[(row + 1) % 3].narrow(1, 3, len - added[row]).unwrap();
-                Tensor::cat(&[own, filling], 1).unwrap()
-            });
-            let x = Tensor::cat(&x.collect::<Vec<_>>(), 0).unwrap();
-            let y = match len {
-                1 => mixer.step(&x, &mut state, &at).unwrap(),
-                _ => mixer.prefill(&x, &mut state, &at).unwrap(),
-            };
-            for row in 0..3 {
-                let own = y
-                    .narrow(0, row, 1)
-                    .unwrap()
-                    .narrow(1, 0, added[row])
-                    .unwrap();
-                let truth = wholes[row].narrow(1, past[row], added[row]).unwrap();
-                if added[row] > 0 {
-                    let gap = difference(&own, &truth);
-                    assert!(gap < 1e-4, "{config:?}: turn {turn}, row {row}: {gap}");
-                }
-                past[row] += added[row];
-            }
+            (0..3).for_each(|i| past[i] += added[i]);
         }
     }
 }
 
 /// Continuations of one beginning, a step of each in turn, are what each is alone.
 #[test]
-fn a_cloned_state_goes_on_alone() {
+fn a_cloned_memory_goes_on_alone() {
     for config in variants() {
         let (mixer, x) = case(&config);
-        let beginning = x.narrow(1, 0, 6).unwrap();
-        let ends =
-            [1.0, -1.0, 0.5].map(|scale| (x.narrow(1, 6, LEN - 6).unwrap() * scale).unwrap());
+        let mut decoding = Decoding::of(&mixer);
+        let x = flat(&x);
+        let (beginning, rest) = (&x[..6 * HIDDEN], &x[6 * HIDDEN..LEN * HIDDEN]);
+        let ends = [1.0, -1.0, 0.5].map(|s| rest.iter().map(|x| x * s).collect::<Vec<f32>>());
         let wholes = ends.each_ref().map(|end| {
-            let whole = Tensor::cat(&[&beginning, end], 1).unwrap();
-            mixer.forward(&whole, None).unwrap()
+            let whole = [beginning, end].concat();
+            decoding.alone(&mut decoding.pool.sequence(), &whole)
         });
-        let mut first = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
-        mixer
-            .prefill(&beginning, &mut first, &Positions::even(2, 0, 6))
-            .unwrap();
-        let mut states = [first.clone(), first.clone(), first];
+        let mut first = decoding.pool.sequence();
+        decoding.alone(&mut first, beginning);
+        let mut memories = [first.clone(), first.clone(), first];
         for t in 0..LEN - 6 {
-            for (i, state) in states.iter_mut().enumerate() {
-                let y = mixer
-                    .step(
-                        &ends[i].narrow(1, t, 1).unwrap(),
-                        state,
-                        &Positions::even(2, 6 + t, 1),
-                    )
-                    .unwrap();
-                let gap = difference(&y, &wholes[i].narrow(1, 6 + t, 1).unwrap());
-                assert!(gap < 1e-4, "{config:?}: continuation {i}, token {t}: {gap}");
+            for (i, memory) in memories.iter_mut().enumerate() {
+                let token = t * HIDDEN..(t + 1) * HIDDEN;
+                let found = decoding.alone(memory, &ends[i][token.clone()]);
+                assert_eq!(found, wholes[i][6 * HIDDEN..][token], "{config:?} {i} {t}");
             }
+        }
+    }
+}
+
+/// Latents, keys and values in fewer bits give nearly the same.
+#[test]
+fn shorter_cache_types_are_close() {
+    for config in variants() {
+        let (mixer, x) = case(&config);
+        let mut decoding = Decoding::of(&mixer);
+        let x = flat(&x);
+        let x = &x[..LEN * HIDDEN];
+        let exact = decoding.alone(&mut decoding.pool.sequence(), x);
+        let size = exact.iter().fold(0f32, |m, x| m.max(x.abs()));
+        for (kind, bound) in [(CacheType::F16, 1e-3), (CacheType::Int8, 3e-2)] {
+            let keeps = [decoding.decoder.keeps()];
+            decoding.pool = Pool::new(&keeps, kind, 1 << 24, 1).unwrap();
+            let found = decoding.alone(&mut decoding.pool.sequence(), x);
+            let off = gap(&found, &exact) / size;
+            assert!(off < bound, "{config:?} {kind}: {off}");
         }
     }
 }
@@ -329,22 +356,30 @@ fn packed_documents_equal_each_alone() {
 }
 
 #[test]
-fn cost_formula_equals_counted_parameters_and_buffers() {
+fn cost_formula_equals_counted_parameters_and_what_is_kept() {
     for config in variants() {
         let counted: usize = config
             .params(HIDDEN)
             .iter()
             .map(|(_, shape)| shape.iter().product::<usize>())
             .sum();
-        // What is allocated first holds as many tokens.
-        let cost = config.cost(HIDDEN, FIRST_CAPACITY);
+        let (cost, longer) = (config.cost(HIDDEN, 1000), config.cost(HIDDEN, 1001));
         assert_eq!(cost.params, counted, "{config:?}");
-        let (mixer, x) = case(&config);
-        let mut state = mixer.state(2, &Device::Cpu, DType::F32).unwrap();
-        let at = Positions::even(2, 0, LEN);
-        mixer.prefill(&x, &mut state, &at).unwrap();
-        let expected = 2 * (cost.cached + cost.state);
-        assert_eq!(state.allocated(), expected, "{config:?}");
+        let keeps = case(&config).0.decoder().unwrap().keeps();
+        assert_eq!(
+            keeps.planes * keeps.dim,
+            longer.cached - cost.cached,
+            "{config:?}"
+        );
+        // A ring is cached; a scan's state is filled up to whole vectors.
+        let state = match &config {
+            MixerConfig::Window(_) => cost.cached,
+            _ => cost.state,
+        };
+        assert!(
+            state <= keeps.state && (state > 0) == (keeps.state > 0),
+            "{config:?}"
+        );
     }
 }
 

@@ -6,7 +6,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::Result;
-use crate::mixer::{Mixer, MixerState, Positions};
+use crate::mixer::Mixer;
 use crate::op::Documents;
 use crate::op::linear::{Matrix, linear};
 use crate::op::rms_norm::rms_norm;
@@ -14,8 +14,10 @@ use crate::op::swiglu::swiglu;
 use crate::weights::Weights;
 
 mod config;
+mod decoder;
 mod parts;
 pub use config::{FORMAT_VERSION, ModelConfig};
+pub use decoder::{Decoder, Reading};
 pub use parts::Parts;
 
 #[derive(Debug)]
@@ -102,15 +104,6 @@ impl Layer {
         let hidden = self.finish(x, &mixed)?;
         Ok(LayerOutput { hidden, mixed })
     }
-
-    fn resume(&self, x: &Tensor, state: &mut MixerState, at: &Positions) -> Result<Tensor> {
-        let input = self.mixer_input(x)?;
-        let mixed = match input.dims3()? {
-            (_, 1, _) => self.mixer.step(&input, state, at)?,
-            _ => self.mixer.prefill(&input, state, at)?,
-        };
-        self.finish(x, &mixed)
-    }
 }
 
 /// A causal language model.
@@ -130,29 +123,6 @@ pub struct Trace {
     pub hidden: Vec<Tensor>,
     /// Every mixer's output before the residual addition: `L` of `[B, T, D]`.
     pub mixer_out: Vec<Tensor>,
-}
-
-/// One state a layer.
-#[derive(Debug, Clone)]
-pub struct LmState {
-    pub layers: Vec<MixerState>,
-    /// Tokens that each row has seen, `[B]`.
-    pub lens: Vec<usize>,
-}
-
-impl LmState {
-    /// Sequences `rows` (u32) of the batch, any of them any number of times: what several continuations of
-    /// one beginning start from.
-    pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        let layers = self.layers.iter().map(|layer| layer.select(rows));
-        Ok(Self {
-            layers: layers.collect::<Result<_>>()?,
-            lens: {
-                let rows = rows.to_vec1::<u32>()?;
-                rows.iter().map(|row| self.lens[*row as usize]).collect()
-            },
-        })
-    }
 }
 
 impl Lm {
@@ -213,42 +183,6 @@ impl Lm {
         let last = hidden.pop().expect("starts with one");
         hidden.push(self.normed(&last)?);
         Ok(Trace { hidden, mixer_out })
-    }
-
-    /// An empty state for `batch` sequences.
-    pub fn state(&self, batch: usize) -> Result<LmState> {
-        let (device, dtype) = (self.embed_tokens.device(), self.dtype());
-        let layers = self
-            .layers
-            .iter()
-            .map(|l| l.mixer.state(batch, device, dtype))
-            .collect::<Result<_>>()?;
-        Ok(LmState {
-            layers,
-            lens: vec![0; batch],
-        })
-    }
-
-    /// The next `T` tokens of every sequence, `ids [B, T]` → final-normed hidden states `[B, T, D]`.
-    /// `T = 1` decodes, anything longer prefills.
-    pub fn resume(&self, ids: &Tensor, state: &mut LmState) -> Result<Tensor> {
-        let (b, t) = ids.dims2()?;
-        self.extend(ids, vec![t; b], state)
-    }
-
-    /// The next tokens of every sequence, `added[b]` of row `b` of `ids [B, T]` (what follows them there is filling) →
-    /// final-normed hidden states `[B, T, D]`, those of filling without meaning.
-    pub fn extend(&self, ids: &Tensor, added: Vec<usize>, state: &mut LmState) -> Result<Tensor> {
-        let (_, t) = ids.dims2()?;
-        let at = Positions::new(state.lens.clone(), added, t)?;
-        let mut x = self.embed(ids)?;
-        for (layer, state) in self.layers.iter().zip(&mut state.layers) {
-            x = layer.resume(&x, state, &at)?;
-        }
-        for (len, added) in state.lens.iter_mut().zip(at.added()) {
-            *len += added;
-        }
-        self.normed(&x)
     }
 
     pub fn dtype(&self) -> DType {

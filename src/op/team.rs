@@ -103,7 +103,9 @@ impl Team {
         board.left.store(tasks, Ordering::Relaxed);
         let number = (board.open.load(Ordering::Relaxed) >> 32).wrapping_add(1);
         // SeqCst: a worker that is about to sleep sees this, or is seen asleep.
-        board.open.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        board
+            .open
+            .store(number << 32 | tasks as u64, Ordering::SeqCst);
         for worker in &self.workers {
             if worker.asleep.load(Ordering::SeqCst) {
                 worker.thread.unpark();
@@ -125,12 +127,7 @@ impl Team {
     }
 
     /// Calls `work` for every `size` entries of `out` (the last may be fewer), with their number.
-    pub fn fill<T: Send>(
-        &self,
-        out: &mut [T],
-        size: usize,
-        work: impl Fn(usize, &mut [T]) + Sync,
-    ) {
+    pub fn fill<T: Send>(&self, out: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync) {
         let len = out.len();
         let parts = Scatter::of(out);
         self.run(len.div_ceil(size), |i| {

@@ -375,7 +375,7 @@ fn stories260k_tells_its_story() {
     let shared = shared();
     let folder = shared.join("teachers/stories260K");
     let tokenizer = zebroid::data::Tokenizer::open(&folder).unwrap();
-    let engine = zebroid::generate::Engine::new(model(&folder), tokenizer).unwrap();
+    let engine = zebroid::generate::Engine::new(&model(&folder), tokenizer).unwrap();
     let params = zebroid::generate::SamplingParams {
         max_tokens: Some(60),
         ..Default::default()

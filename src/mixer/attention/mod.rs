@@ -1,10 +1,10 @@
 //! Grouped-query attention with RoPE, as Llama has it.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::cache::Cache;
-use super::positions::Positions;
 use super::rotary::{RopeConfig, Rotary};
 use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
@@ -27,6 +27,9 @@ pub struct AttentionConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope: Option<RopeConfig>,
 }
+
+mod decode;
+pub use decode::Decoder;
 
 /// # Errors
 /// Names the head count that does not fit.
@@ -122,13 +125,6 @@ impl AttentionWeights {
     }
 }
 
-/// Rotated keys and values, each `[B, S, G, hd]`.
-#[derive(Debug, Clone, Default)]
-pub struct KvCache {
-    pub keys: Cache,
-    pub values: Cache,
-}
-
 #[derive(Debug)]
 pub struct Attention {
     config: AttentionConfig,
@@ -136,7 +132,7 @@ pub struct Attention {
     k_proj: Matrix,
     v_proj: Matrix,
     o_proj: Matrix,
-    rotary: Option<Rotary>,
+    rotary: Option<Arc<Rotary>>,
 }
 
 impl Attention {
@@ -150,12 +146,12 @@ impl Attention {
             rotary: config
                 .rope
                 .as_ref()
-                .map(|r| Rotary::new(r, config.head_dim, 0)),
+                .map(|r| Arc::new(Rotary::new(r, config.head_dim, 0))),
         })
     }
 
     /// Queries `[B, T, H, hd]`, keys and values `[B, T, G, hd]`, rotated.
-    pub(super) fn project(&self, x: &Tensor, at: &Positions) -> Result<[Tensor; 3]> {
+    pub(super) fn project(&self, x: &Tensor) -> Result<[Tensor; 3]> {
         let (b, t, _) = x.dims3()?;
         let c = &self.config;
         let (h, g, hd) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
@@ -165,7 +161,7 @@ impl Attention {
         let Some(rotary) = &self.rotary else {
             return Ok([q, k, v]);
         };
-        let (cos, sin) = rotary.tables(at, x)?;
+        let (cos, sin) = rotary.tables(t, x)?;
         Ok([
             rope(&q, &cos, &sin, RopeLayout::Halves)?,
             rope(&k, &cos, &sin, RopeLayout::Halves)?,
@@ -186,19 +182,7 @@ impl Attention {
     }
 
     pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
-        let [q, k, v] = self.project(x, &Positions::even(b, 0, t))?;
+        let [q, k, v] = self.project(x)?;
         self.attend(&q, &k, &v, &documents.into())
-    }
-
-    pub(super) fn prefill(
-        &self,
-        x: &Tensor,
-        state: &mut KvCache,
-        at: &Positions,
-    ) -> Result<Tensor> {
-        let [q, k, v] = self.project(x, at)?;
-        let (k, v) = (state.keys.append(&k, at)?, state.values.append(&v, at)?);
-        self.attend(&q, &k, &v, &at.sight())
     }
 }

@@ -2,23 +2,24 @@
 //! V, K and Q, with grouped heads for x and B, a depthwise convolution with SiLU, and a gated per-head
 //! RMSNorm (Mamba2, arXiv 2405.21060; as MambaInLlama has it, arXiv 2408.15237).
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::attention::{AttentionConfig, validate_heads};
-use super::positions::Positions;
 use super::sizes::{MAX_HEADS, MAX_POSITIONS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, MixerOptions, Param};
 use crate::op::Documents;
-use crate::op::causal_conv::{causal_conv, causal_conv_resume};
+use crate::op::causal_conv::causal_conv;
 use crate::op::linear::{Matrix, linear};
 use crate::op::rms_norm::gated_rms_norm;
-use crate::op::ssd::{SsdShape, ssd, ssd_resume};
+use crate::op::ssd::{SsdShape, ssd};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+mod decode;
 mod init;
 mod refined;
+pub use decode::Decoder;
 pub use init::published;
 pub use refined::refined;
 
@@ -174,36 +175,6 @@ impl Mamba2Config {
     }
 }
 
-/// The convolution's last inputs and the scan's state; the state is always f32.
-#[derive(Debug, Clone)]
-pub struct Mamba2State {
-    /// `[B, d_conv − 1, C]`
-    pub conv: Tensor,
-    /// `[B, H, P, N]`
-    pub ssm: Tensor,
-}
-
-/// Added to a step before its softplus: the step is 0.
-const NO_STEP: f32 = -1e4;
-
-impl Mamba2State {
-    /// Rows that start anew have a state of zeros.
-    fn begin(&mut self, at: &Positions) -> Result<()> {
-        if !at.past().contains(&0) {
-            return Ok(());
-        }
-        let continued = at.continued(self.conv.device())?;
-        let keep = |x: &Tensor| -> Result<Tensor> {
-            let mut shape = vec![1; x.rank()];
-            shape[0] = x.dim(0)?;
-            let continued = continued.reshape(shape)?.broadcast_as(x.shape())?;
-            Ok(continued.where_cond(x, &x.zeros_like()?)?)
-        };
-        (self.conv, self.ssm) = (keep(&self.conv)?, keep(&self.ssm)?);
-        Ok(())
-    }
-}
-
 #[derive(Debug)]
 pub struct Mamba2 {
     config: Mamba2Config,
@@ -244,16 +215,6 @@ impl Mamba2 {
         })
     }
 
-    pub(super) fn state(&self, batch: usize, device: &Device, dtype: DType) -> Result<Mamba2State> {
-        let c = &self.config;
-        let conv = (batch, c.d_conv - 1, c.conv_channels());
-        let ssm = (batch, c.num_heads, c.head_dim, c.d_state);
-        Ok(Mamba2State {
-            conv: Tensor::zeros(conv, dtype, device)?,
-            ssm: Tensor::zeros(ssm, self.params.dtype(), device)?,
-        })
-    }
-
     /// x, B and C before the convolution, `[B, T, C]`.
     fn project(&self, u: &Tensor) -> Result<Tensor> {
         let c = &self.config;
@@ -288,17 +249,6 @@ impl Mamba2 {
         Ok(linear(&y, &self.out_proj)?)
     }
 
-    /// Of what each row has put into the convolution, `before [B, d_conv − 1, C]` and its own of `new [B, T, C]`, the last
-    /// `d_conv − 1`.
-    fn last_inputs(&self, before: &Tensor, new: &Tensor, at: &Positions) -> Result<Tensor> {
-        let all = Tensor::cat(&[before, new], 1)?;
-        let kept = self.config.d_conv - 1;
-        let rows = at.added().iter().enumerate();
-        let rows = rows.map(|(row, new)| all.narrow(0, row, 1)?.narrow(1, *new, kept));
-        let rows = rows.collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&rows, 0)?)
-    }
-
     pub(super) fn forward(&self, u: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
         let xbc = self.project(u)?;
         let xbc = causal_conv(&xbc, &self.conv_weight, &self.conv_bias, true, documents)?;
@@ -306,38 +256,6 @@ impl Mamba2 {
         let dtype = self.params.dtype();
         let (xbc, dt) = (xbc.to_dtype(dtype)?, dt.to_dtype(dtype)?);
         let y = ssd(&xbc, &dt, &self.params, self.config.ssd_shape(), documents)?;
-        self.output(u, &y)
-    }
-
-    pub(super) fn prefill(
-        &self,
-        u: &Tensor,
-        state: &mut Mamba2State,
-        at: &Positions,
-    ) -> Result<Tensor> {
-        state.begin(at)?;
-        let projected = self.project(u)?;
-        let (xbc, conv) = causal_conv_resume(
-            &projected,
-            &self.conv_weight,
-            &self.conv_bias,
-            true,
-            &state.conv,
-        )?;
-        let dt = linear(u, &self.dt_proj)?;
-        let dtype = self.params.dtype();
-        let (xbc, mut dt) = (xbc.to_dtype(dtype)?, dt.to_dtype(dtype)?);
-        let conv = match at.is_full() {
-            true => conv,
-            false => {
-                // A step of no length leaves the state as it is.
-                let still = at.filling(NO_STEP, u.device())?.to_dtype(dtype)?;
-                dt = dt.broadcast_add(&still)?;
-                self.last_inputs(&state.conv, &projected, at)?
-            }
-        };
-        let (y, ssm) = ssd_resume(&xbc, &dt, &self.params, self.config.ssd_shape(), &state.ssm)?;
-        *state = Mamba2State { conv, ssm };
         self.output(u, &y)
     }
 }

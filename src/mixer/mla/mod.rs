@@ -4,12 +4,12 @@
 //! `c = W_a x [R]`, `k_rope = RoPE(W_r x)`, per kv head `[k_nope; v] = W_b c`, per query head
 //! `[q_nope; q_rope] = W_qb W_qa x`, rotary pairs adjacent (interleaved).
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::attention::{AttentionConfig, validate_heads};
-use super::cache::Cache;
-use super::positions::Positions;
 use super::rotary::{RopeConfig, Rotary};
 use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param};
@@ -21,10 +21,12 @@ use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+mod decode;
 mod init;
 pub mod plan;
 pub mod rank;
 mod refined;
+pub use decode::Decoder;
 pub use init::{published, published_spectrum};
 pub use refined::{refined, spectrum};
 
@@ -201,7 +203,7 @@ pub struct Mla {
     latent_proj: Matrix,
     /// Rows of the shared rotary key, `[rope, D]`, where there are rotary dims.
     rope_proj: Option<Matrix>,
-    /// Key rows of `kv_b_proj`, `[G, nope, R]`, dense: decoding multiplies by both sides of it.
+    /// Key rows of `kv_b_proj`, `[G, nope, R]`.
     key_up: Tensor,
     /// Value rows of `kv_b_proj`, `[G, V, R]`.
     value_up: Tensor,
@@ -209,7 +211,7 @@ pub struct Mla {
     norms: Option<(Tensor, Tensor)>,
     /// Turns whole query heads: the first `nope` dims stand still.
     query_rotary: Rotary,
-    key_rotary: Rotary,
+    key_rotary: Arc<Rotary>,
 }
 
 impl Mla {
@@ -235,7 +237,7 @@ impl Mla {
             out_proj: weights.matrix("out_proj.weight")?,
             norms,
             query_rotary: Rotary::new(&c.rope, rope, nope),
-            key_rotary: Rotary::new(&c.rope, rope, 0),
+            key_rotary: Arc::new(Rotary::new(&c.rope, rope, 0)),
             config: c.clone(),
         })
     }
@@ -245,7 +247,7 @@ impl Mla {
     }
 
     /// `[B, T, H, nope + rope]`, rotated.
-    fn queries(&self, x: &Tensor, at: &Positions) -> Result<Tensor> {
+    fn queries(&self, x: &Tensor) -> Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let mut low = linear(x, &self.q_a_proj)?;
         if let Some((norm, _)) = &self.norms {
@@ -257,12 +259,12 @@ impl Mla {
         if self.rope_proj.is_none() {
             return Ok(q);
         }
-        let (cos, sin) = self.query_rotary.tables(at, x)?;
+        let (cos, sin) = self.query_rotary.tables(t, x)?;
         Ok(rope(&q, &cos, &sin, RopeLayout::Interleaved)?)
     }
 
     /// The normed latent `[B, T, R]` and the rotated shared key `[B, T, 1, rope]`, if there is one.
-    fn latent(&self, x: &Tensor, at: &Positions) -> Result<(Tensor, Option<Tensor>)> {
+    fn latent(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
         let mut latent = linear(x, &self.latent_proj)?;
         if let Some((_, norm)) = &self.norms {
@@ -272,7 +274,7 @@ impl Mla {
             return Ok((latent, None));
         };
         let key = linear(x, rope_proj)?.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
-        let (cos, sin) = self.key_rotary.tables(at, x)?;
+        let (cos, sin) = self.key_rotary.tables(t, x)?;
         let key = rope(&key, &cos, &sin, RopeLayout::Interleaved)?;
         Ok((latent, Some(key)))
     }
@@ -310,66 +312,11 @@ impl Mla {
     }
 
     pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
-        let at = &Positions::even(b, 0, t);
-        let (latent, key) = self.latent(x, at)?;
-        let q = self.queries(x, at)?;
+        let (latent, key) = self.latent(x)?;
+        let q = self.queries(x)?;
         self.attend(&q, &latent, key.as_ref(), &documents.into())
-    }
-
-    /// Adds the tokens' latents and keys to the cache; returns the whole cache `[B, S, 1, R + rope]`.
-    fn remember(&self, x: &Tensor, cache: &mut Cache, at: &Positions) -> Result<Tensor> {
-        let (latent, key) = self.latent(x, at)?;
-        let parts: Vec<Tensor> = [latent.unsqueeze(2)?].into_iter().chain(key).collect();
-        cache.append(&Tensor::cat(&parts, HEAD_DIM)?, at)
-    }
-
-    pub(super) fn prefill(&self, x: &Tensor, cache: &mut Cache, at: &Positions) -> Result<Tensor> {
-        let (r, rope) = (self.config.kv_lora_rank, self.config.qk_rope_head_dim);
-        let q = self.queries(x, at)?;
-        let all = self.remember(x, cache, at)?;
-        let latent = all.narrow(HEAD_DIM, 0, r)?.squeeze(2)?.contiguous()?;
-        let key = (rope > 0)
-            .then(|| all.narrow(HEAD_DIM, r, rope))
-            .transpose()?;
-        self.attend(&q, &latent, key.as_ref(), &at.sight())
-    }
-
-    /// Decoding with the up-projections absorbed: queries are taken to the latent space, attention is
-    /// multi-query over the cache itself, and values leave the latent space afterwards (DeepSeek-V2, arXiv 2405.04434).
-    pub(super) fn step(&self, x: &Tensor, cache: &mut Cache, at: &Positions) -> Result<Tensor> {
-        let c = &self.config;
-        let (h, g, r) = (c.num_attention_heads, c.kv_heads(), c.kv_lora_rank);
-        let q = self.queries(x, at)?;
-        let all = self.remember(x, cache, at)?;
-        let (nope, rope) = (c.qk_nope_head_dim, c.qk_rope_head_dim);
-        let mut parts = vec![match nope {
-            0 => Tensor::zeros((q.dim(0)?, 1, h, r), q.dtype(), q.device())?,
-            _ => grouped(&q.narrow(HEAD_DIM, 0, nope)?, &self.key_up, h / g)?,
-        }];
-        if rope > 0 {
-            parts.push(q.narrow(HEAD_DIM, nope, rope)?);
-        }
-        let absorbed = Tensor::cat(&parts, HEAD_DIM)?;
-        let latents = all.narrow(HEAD_DIM, 0, r)?;
-        let context = causal_attention(&absorbed, &all, &latents, self.scale(), &at.sight())?;
-        self.output(&grouped(&context, &self.value_up.transpose(1, 2)?, h / g)?)
     }
 }
 
 /// The last axis of `[B, T, heads, dim]`.
 const HEAD_DIM: usize = 3;
-
-/// Multiplies every head by its group's matrix: `x [B, T, H, I]`, `w [G, I, O]` → `[B, T, H, O]`.
-fn grouped(x: &Tensor, w: &Tensor, heads_per_group: usize) -> Result<Tensor> {
-    let (b, t, h, i) = x.dims4()?;
-    let (g, _, o) = w.dims3()?;
-    let by_group = x
-        .reshape((b * t, g, heads_per_group, i))?
-        .transpose(0, 1)?
-        .reshape((g, b * t * heads_per_group, i))?;
-    let y = by_group.matmul(w)?;
-    Ok(y.reshape((g, b * t, heads_per_group, o))?
-        .transpose(0, 1)?
-        .reshape((b, t, h, o))?)
-}

@@ -6,7 +6,6 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::attention::{Attention, AttentionConfig};
-use super::positions::Positions;
 use super::rotary::RopeConfig;
 use super::sizes::{MAX_POSITIONS, at_most, bounded};
 use super::{Cost, Param};
@@ -15,9 +14,9 @@ use crate::op::Documents;
 use crate::op::attention::{Sight, Window as Reach};
 use crate::weights::Weights;
 
+mod decode;
 pub mod plan;
-mod ring;
-use ring::Ring;
+pub use decode::Decoder;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -77,26 +76,6 @@ impl WindowConfig {
     }
 }
 
-/// Rotated keys and values of the tokens that will be seen again.
-#[derive(Debug, Clone)]
-pub struct WindowState {
-    keys: Ring,
-    values: Ring,
-}
-
-impl WindowState {
-    pub(super) fn select(&self, rows: &Tensor) -> Result<Self> {
-        Ok(Self {
-            keys: self.keys.select(rows)?,
-            values: self.values.select(rows)?,
-        })
-    }
-
-    pub(super) fn allocated(&self) -> usize {
-        self.keys.allocated() + self.values.allocated()
-    }
-}
-
 #[derive(Debug)]
 pub struct Window {
     attention: Attention,
@@ -111,33 +90,13 @@ impl Window {
         })
     }
 
-    pub(super) fn state(&self) -> WindowState {
-        WindowState {
-            keys: Ring::new(self.reach),
-            values: Ring::new(self.reach),
-        }
-    }
-
     pub(super) fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
-        let [q, k, v] = self.attention.project(x, &Positions::even(b, 0, t))?;
+        let [q, k, v] = self.attention.project(x)?;
         let sight = Sight {
             documents: documents.cloned(),
             window: Some(self.reach),
             past: None,
         };
-        self.attention.attend(&q, &k, &v, &sight)
-    }
-
-    pub(super) fn prefill(
-        &self,
-        x: &Tensor,
-        state: &mut WindowState,
-        at: &Positions,
-    ) -> Result<Tensor> {
-        let [q, k, v] = self.attention.project(x, at)?;
-        let (k, sight) = state.keys.append(&k, at)?;
-        let (v, _) = state.values.append(&v, at)?;
         self.attention.attend(&q, &k, &v, &sight)
     }
 }

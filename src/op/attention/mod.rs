@@ -2,6 +2,7 @@
 //! heads ever exists (after FlashAttention, arXiv 2205.14135).
 
 mod cpu;
+pub mod online;
 mod plain;
 #[cfg(test)]
 mod tests;

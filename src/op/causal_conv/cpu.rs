@@ -137,14 +137,14 @@ impl Conv<'_> {
 
 /// `sum += a · b`
 #[inline(always)]
-fn add_product(sum: &mut [f32], a: &[f32], b: &[f32]) {
+pub(super) fn add_product(sum: &mut [f32], a: &[f32], b: &[f32]) {
     for ((sum, &a), &b) in sum.iter_mut().zip(a).zip(b) {
         *sum = fma(a, b, *sum);
     }
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(super) fn sigmoid(x: f32) -> f32 {
     1. / (1. + exp(-x))
 }
 

@@ -2,6 +2,7 @@
 
 mod cpu;
 mod plain;
+mod resume;
 #[cfg(test)]
 mod tests;
 
@@ -9,6 +10,8 @@ use super::Documents;
 use crate::op::cpu::{Rows, host, slice, with_rows};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+
+pub use resume::resume;
 
 const KERNELS: Kernels = Kernels::f32("causal_conv");
 
@@ -48,33 +51,6 @@ pub fn causal_conv(
     let taps = weight.t()?.contiguous()?;
     let documents = documents.cloned();
     with_rows(x)?.apply_op3(&taps, &bias.contiguous()?, CausalConv { silu, documents })
-}
-
-/// The same for the next `T` inputs of a sequence whose last `W - 1` inputs are `state [B, W-1, C]`
-/// (zeros at its beginning). Returns `y [B, T, C]` and the new state. No gradient.
-pub fn causal_conv_resume(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    silu: bool,
-    state: &Tensor,
-) -> Result<(Tensor, Tensor)> {
-    let (b, t, c) = x.dims3()?;
-    let (_, w) = weight.dims2()?;
-    if state.dims() != [b, w - 1, c] {
-        bail!(
-            "causal_conv: x {:?} and width {w} want a state [{b}, {}, {c}], not {:?}",
-            x.shape(),
-            w - 1,
-            state.shape()
-        );
-    }
-    let all = Tensor::cat(&[&state.detach(), &x.detach()], 1)?; // [B, W - 1 + T, C]
-    let y = causal_conv(&all, &weight.detach(), &bias.detach(), silu, None)?;
-    Ok((
-        y.narrow(1, w - 1, t)?,
-        all.narrow(1, t, w - 1)?.contiguous()?,
-    ))
 }
 
 struct CausalConv {

@@ -62,6 +62,17 @@ impl Matrix {
         }
     }
 
+    /// To be read where it stands: the matrix itself, or the entries in f32.
+    pub fn stored(&self) -> Result<Stored> {
+        match self {
+            Self::Stored(stored) => Ok(stored.clone()),
+            Self::Dense(_) => {
+                let (rows, width) = self.dims()?;
+                Ok(Stored::of_entries(&self.to_host()?, rows, width))
+            }
+        }
+    }
+
     /// The entries, row after row.
     pub fn to_host(&self) -> Result<Vec<f32>> {
         let w = self.to_tensor()?.to_device(&Device::Cpu)?;
@@ -70,13 +81,7 @@ impl Matrix {
 
     /// The same matrix, and what sees the inputs of its products (and of those of its rows).
     pub fn observed(&self) -> Result<(Self, Arc<Observer>)> {
-        let stored = match self {
-            Self::Stored(stored) => stored.clone(),
-            Self::Dense(_) => {
-                let (rows, width) = self.dims()?;
-                Stored::of_entries(&self.to_host()?, rows, width)
-            }
-        };
+        let stored = self.stored()?;
         let observer = Arc::new(Observer::new(stored.width()));
         Ok((Self::Stored(stored.observed_by(observer.clone())), observer))
     }

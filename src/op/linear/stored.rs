@@ -132,14 +132,23 @@ impl Stored {
         })
     }
 
-    pub(super) fn gather(&self, ids: &[u32]) -> Result<Tensor> {
-        let mut out = vec![0.; ids.len() * self.width];
+    /// Rows `ids` in f32, `[ids, K]`.
+    ///
+    /// # Errors
+    /// A row that is not there.
+    pub fn gather_into(&self, ids: &[u32], out: &mut [f32]) -> Result<()> {
         for (id, out) in ids.iter().zip(out.chunks_exact_mut(self.width)) {
             if *id as usize >= self.rows {
                 bail!("row {id} of {self:?}");
             }
             self.storage.widen(self.row(*id as usize), out);
         }
+        Ok(())
+    }
+
+    pub(super) fn gather(&self, ids: &[u32]) -> Result<Tensor> {
+        let mut out = vec![0.; ids.len() * self.width];
+        self.gather_into(ids, &mut out)?;
         Tensor::from_vec(out, (ids.len(), self.width), &Device::Cpu)
     }
 

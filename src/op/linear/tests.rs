@@ -143,7 +143,9 @@ fn paths_agree_and_rows_are_alone() {
                 };
                 let together = product(&x);
                 for (at, y) in together.iter().enumerate() {
-                    let pairs = x[at / rows * width..][..width].iter().zip(&wide[at % rows * width..]);
+                    let pairs = x[at / rows * width..][..width]
+                        .iter()
+                        .zip(&wide[at % rows * width..]);
                     let terms = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b));
                     let (truth, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
                     let bound = match w.storage() {

@@ -35,13 +35,33 @@ pub fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
         .zip(x.par_chunks(ROWS * d))
         .for_each(|(y, x)| {
             for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                let r = inverse_rms(x, eps);
-                for i in 0..d {
-                    y[i] = x[i] * r * weight[i];
-                }
+                norm_row(x, weight, eps, y);
             }
         });
     y
+}
+
+/// One row of the norm.
+#[inline]
+pub fn norm_row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let r = inverse_rms(x, eps);
+    for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+        *y = x * r * w;
+    }
+}
+
+/// One row of the gated norm: `y` in, the norm of its groups out.
+#[inline]
+pub fn gated_row(y: &mut [f32], z: &[f32], weight: &[f32], group: usize, eps: f32) {
+    for (y, z) in y.iter_mut().zip(z) {
+        *y = *y * z * sigmoid(*z);
+    }
+    for (y, w) in y.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
+        let r = inverse_rms(y, eps);
+        for (y, w) in y.iter_mut().zip(w) {
+            *y *= r * w;
+        }
+    }
 }
 
 /// Adds the blocks' partial sums in order.
@@ -93,16 +113,9 @@ pub fn gated_forward(y: &[f32], z: &[f32], weight: &[f32], group: usize, eps: f3
     out.par_chunks_mut(ROWS * d)
         .zip(y.par_chunks(ROWS * d).zip(z.par_chunks(ROWS * d)))
         .for_each(|(out, (y, z))| {
-            for (o, (y, z)) in out.iter_mut().zip(y.iter().zip(z)) {
-                *o = y * z * sigmoid(*z);
-            }
-            for row in out.chunks_exact_mut(d) {
-                for (v, w) in row.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
-                    let r = inverse_rms(v, eps);
-                    for i in 0..group {
-                        v[i] *= r * w[i];
-                    }
-                }
+            out.copy_from_slice(y);
+            for (row, z) in out.chunks_exact_mut(d).zip(z.chunks_exact(d)) {
+                gated_row(row, z, weight, group, eps);
             }
         });
     out

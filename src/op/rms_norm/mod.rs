@@ -9,6 +9,8 @@ use crate::op::cpu::{host, slice};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 
+pub use cpu::{gated_row, norm_row};
+
 const KERNELS: Kernels = Kernels::f32("rms_norm");
 
 /// `x / sqrt(mean(x²) + eps) · weight`; `x [.., D]`, `weight [D]` → `[.., D]`.

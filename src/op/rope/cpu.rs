@@ -37,6 +37,24 @@ pub fn rope(
     y
 }
 
+/// One head where it stands.
+pub fn turn_head(x: &mut [f32], cos: &[f32], sin: &[f32], layout: RopeLayout) {
+    match layout {
+        RopeLayout::Halves => {
+            let (a, b) = x.split_at_mut(cos.len());
+            for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+        RopeLayout::Interleaved => {
+            for (x, (cos, sin)) in x.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
+                let (a, b) = (x[0], x[1]);
+                (x[0], x[1]) = (a * cos - b * sin, b * cos + a * sin);
+            }
+        }
+    }
+}
+
 /// One head.
 #[inline(always)]
 fn turn(y: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32], layout: RopeLayout, sign: f32) {

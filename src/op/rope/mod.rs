@@ -9,6 +9,8 @@ use crate::op::cpu::{host, slice};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
+pub use cpu::turn_head;
+
 const KERNELS: Kernels = Kernels::f32("rope");
 
 /// Which dims of a head turn together.

@@ -78,40 +78,26 @@ impl Ssd<'_> {
         }
     }
 
-    /// Moves `state [B, H, P, N]` from before the first position to after the last; without one the
-    /// sequence begins at zeros. `keep` keeps what the backward pass starts from.
-    pub(super) fn forward(&self, state: Option<&mut [f32]>, keep: bool) -> Forward {
+    /// `keep` keeps what the backward pass starts from.
+    pub(super) fn forward(&self, keep: bool) -> Forward {
         let SsdShape {
             heads: h,
             head_dim: p,
-            d_state: n,
             ..
         } = self.shape;
         let [b, t, _] = self.xbc.dims;
         let mut y = vec![0f32; b * t * h * p];
         let columns = Columns::of(&mut y, h * p);
-        let states: Vec<Option<&mut [f32]>> = match state {
-            Some(state) => state.chunks_exact_mut(p * n).map(Some).collect(),
-            None => (0..b * h).map(|_| None).collect(),
-        };
-        let chunk_starts = states
+        let chunk_starts = (0..b * h)
             .into_par_iter()
-            .enumerate()
-            .map(|(task, state)| self.forward_head(task / h, task % h, state, keep, &columns))
+            .map(|task| self.forward_head(task / h, task % h, keep, &columns))
             .collect();
         Forward { y, chunk_starts }
     }
 
     /// Returns the states before every chunk if they are to be kept.
     #[allow(unsafe_code)]
-    fn forward_head(
-        &self,
-        b: usize,
-        h: usize,
-        state: Option<&mut [f32]>,
-        keep: bool,
-        y_columns: &Columns,
-    ) -> Vec<Tile> {
+    fn forward_head(&self, b: usize, h: usize, keep: bool, y_columns: &Columns) -> Vec<Tile> {
         let SsdShape {
             head_dim: p,
             d_state: n,
@@ -124,9 +110,6 @@ impl Ssd<'_> {
         let [mut x, mut y] = [p; 2].map(|k| Panel::zeros(chunk, k));
         let [mut b_in, mut c_out] = [n; 2].map(|k| Panel::zeros(chunk, k));
         let mut tiles = vec![[Lanes::ZERO; LANES]; b_in.width * x.width]; // of [N, P]
-        if let Some(state) = &state {
-            load_state(&mut tiles, state, p, n);
-        }
         let mut chunk_starts = Vec::new();
         for first in (0..t).step_by(chunk) {
             if keep {
@@ -157,9 +140,6 @@ impl Ssd<'_> {
                 y.store(i, unsafe { y_columns.slice(b * t + first + i, h * p, p) });
             }
         }
-        if let Some(state) = state {
-            store_state(&tiles, state, p, n);
-        }
         chunk_starts
     }
 }
@@ -178,28 +158,9 @@ pub(super) fn gather(
     }
 }
 
-/// Tiles of `[N, P]` ← `state [P, N]`.
-fn load_state(tiles: &mut [Tile], state: &[f32], p: usize, n: usize) {
-    let width = p.div_ceil(LANES);
-    for (i, row) in state.chunks_exact(n).enumerate() {
-        for (j, &value) in row.iter().enumerate() {
-            tiles[j / LANES * width + i / LANES][j % LANES].0[i % LANES] = value;
-        }
-    }
-}
-
-fn store_state(tiles: &[Tile], state: &mut [f32], p: usize, n: usize) {
-    let width = p.div_ceil(LANES);
-    for (i, row) in state.chunks_exact_mut(n).enumerate() {
-        for (j, value) in row.iter_mut().enumerate() {
-            *value = tiles[j / LANES * width + i / LANES][j % LANES].0[i % LANES];
-        }
-    }
-}
-
 /// `ln(1 + e^x)` and its derivative, the logistic function.
 #[inline(always)]
-fn softplus(x: f32) -> (f32, f32) {
+pub(super) fn softplus(x: f32) -> (f32, f32) {
     let e = exp(-x.abs());
     // ln(1 + e) = 2 atanh(z) with z ≤ 1/3, by its series: exact for small steps too.
     let z = e / (2. + e);

@@ -68,6 +68,13 @@ impl Panel {
         &mut self.lanes[t * self.width..][..self.width]
     }
 
+    /// Rows of `k` entries, whatever stood there before.
+    pub(super) fn resize(&mut self, rows: usize, k: usize) {
+        self.width = k.div_ceil(LANES);
+        self.lanes.clear();
+        self.lanes.resize(rows * self.width, Lanes::ZERO);
+    }
+
     pub(super) fn clear(&mut self) {
         self.lanes.fill(Lanes::ZERO);
     }

@@ -4,6 +4,7 @@ mod backward;
 mod cpu;
 mod lanes;
 mod plain;
+mod resume;
 #[cfg(test)]
 mod tests;
 
@@ -12,6 +13,8 @@ use crate::op::cpu::{Rows, host, slice, with_rows};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::OnceLock;
+
+pub use resume::resume;
 
 const KERNELS: Kernels = Kernels::f32("ssd");
 
@@ -82,7 +85,7 @@ pub fn ssd(
         );
     }
     if KERNELS.route(&[xbc, dt, params]) == Route::Plain {
-        return Ok(plain::ssd(xbc, dt, params, shape, documents, None)?.0);
+        return plain::ssd(xbc, dt, params, shape, documents);
     }
     let op = Ssd {
         shape,
@@ -93,43 +96,6 @@ pub fn ssd(
             .then(OnceLock::new),
     };
     with_rows(xbc)?.apply_op3(&with_rows(dt)?, &params.contiguous()?, op)
-}
-
-/// The same from `state [B, H, P, N]`; returns `y` and the state after the last position. No gradient.
-pub fn ssd_resume(
-    xbc: &Tensor,
-    dt: &Tensor,
-    params: &Tensor,
-    shape: SsdShape,
-    state: &Tensor,
-) -> Result<(Tensor, Tensor)> {
-    shape.check(xbc, dt, params)?;
-    let SsdShape {
-        heads: h,
-        head_dim: p,
-        d_state: n,
-        ..
-    } = shape;
-    let (b, t, _) = xbc.dims3()?;
-    if state.dims() != [b, h, p, n] {
-        bail!(
-            "ssd: {shape:?} wants a state [{b}, {h}, {p}, {n}], not {:?}",
-            state.shape()
-        );
-    }
-    let (xbc, dt, params) = (&xbc.detach(), &dt.detach(), &params.detach());
-    let state = state.detach();
-    if KERNELS.route(&[xbc, dt, params, &state]) == Route::Plain {
-        return plain::ssd(xbc, dt, params, shape, None, Some(&state));
-    }
-    let (xbc, dt) = (with_rows(xbc)?, with_rows(dt)?);
-    let params = params.contiguous()?;
-    let mut entries = state.flatten_all()?.to_vec1::<f32>()?;
-    let forward = with_kernel(&xbc, &dt, &params, shape, None, |kernel| {
-        kernel.forward(Some(&mut entries), false)
-    })?;
-    let y = Tensor::from_vec(forward.y, (b, t, h * p), &Device::Cpu)?;
-    Ok((y, Tensor::from_vec(entries, (b, h, p, n), &Device::Cpu)?))
 }
 
 struct Ssd {
@@ -161,7 +127,7 @@ impl CustomOp3 for Ssd {
             shape: self.shape,
             documents: self.documents.as_ref(),
         };
-        let forward = kernel.forward(None, self.chunk_starts.is_some());
+        let forward = kernel.forward(self.chunk_starts.is_some());
         if let Some(cell) = &self.chunk_starts {
             cell.get_or_init(|| forward.chunk_starts);
         }

@@ -3,15 +3,14 @@
 use super::{Documents, SsdShape};
 use candle_core::{D, DType, Device, Result, Tensor};
 
-/// Returns `y [B, T, H·P]` and the last state `[B, H, P, N]`; no `state` means zeros.
+/// Returns `y [B, T, H·P]`.
 pub(super) fn ssd(
     xbc: &Tensor,
     dt: &Tensor,
     params: &Tensor,
     shape: SsdShape,
     documents: Option<&Documents>,
-    state: Option<&Tensor>,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<Tensor> {
     let SsdShape {
         heads: h,
         groups: g,
@@ -36,10 +35,7 @@ pub(super) fn ssd(
         decay = decay.broadcast_mul(&keep.to_device(xbc.device())?.to_dtype(dtype)?)?;
     }
 
-    let mut s = match state {
-        Some(state) => state.clone(),
-        None => Tensor::zeros((b, h, p, n), dtype, xbc.device())?,
-    };
+    let mut s = Tensor::zeros((b, h, p, n), dtype, xbc.device())?;
     let mut ys = Vec::with_capacity(t);
     let scaled_x = x.broadcast_mul(&delta.unsqueeze(D::Minus1)?)?;
     for i in 0..t {
@@ -55,7 +51,7 @@ pub(super) fn ssd(
         ); // [B, H, P]
     }
     let y = (Tensor::stack(&ys, 1)? + x.broadcast_mul(&skip)?)?;
-    Ok((y.reshape((b, t, h * p))?, s))
+    y.reshape((b, t, h * p))
 }
 
 /// `[B, T, G·K]` → `[B, T, H, K]`: each group serves `repeat = H / G` heads.

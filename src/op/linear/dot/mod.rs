@@ -32,12 +32,22 @@ pub fn tile<const R: usize, const N: usize>(
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         Level::Avx2 => unsafe {
-            x86::avx2::tile(storage, w.map(<[u8]>::as_ptr), x.map(<[f32]>::as_ptr), count)
+            x86::avx2::tile(
+                storage,
+                w.map(<[u8]>::as_ptr),
+                x.map(<[f32]>::as_ptr),
+                count,
+            )
         },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         Level::Avx512 => unsafe {
-            x86::avx512::tile(storage, w.map(<[u8]>::as_ptr), x.map(<[f32]>::as_ptr), count)
+            x86::avx512::tile(
+                storage,
+                w.map(<[u8]>::as_ptr),
+                x.map(<[f32]>::as_ptr),
+                count,
+            )
         },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),

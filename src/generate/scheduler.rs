@@ -1,0 +1,431 @@
+//! Continuous batching: every pass over the weights continues all sequences that are under way by a token, and reads a piece of the
+//! prompts that wait (Orca, OSDI 2022; Sarathi, arXiv 2308.16369).
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use super::prefix::{PrefixCache, PrefixStatistics};
+use super::{Engine, Generation, Logprob, Sampler, SamplingParams};
+use crate::Result;
+use crate::data::DecodeStream;
+use crate::mixer::{Memory, Span};
+use crate::model::Reading;
+
+/// A prompt to be continued.
+pub struct Request {
+    /// The caller's name for it.
+    pub id: u64,
+    pub prompt: Vec<u32>,
+    pub params: SamplingParams,
+    /// What has read the prompt's beginning: a session.
+    pub memory: Option<Memory>,
+}
+
+impl Request {
+    pub fn new(id: u64, prompt: Vec<u32>, params: SamplingParams) -> Self {
+        Self {
+            id,
+            prompt,
+            params,
+            memory: None,
+        }
+    }
+}
+
+/// What a step brought.
+pub enum Event {
+    /// Text that is certain.
+    Text {
+        id: u64,
+        text: String,
+        /// Of the tokens in it, where they were asked for.
+        logprobs: Vec<Logprob>,
+    },
+    Done {
+        id: u64,
+        finish: Box<Finish>,
+    },
+}
+
+/// How a request ended.
+pub struct Finish {
+    pub generation: Generation,
+    /// Prompt and answer.
+    pub tokens: Vec<u32>,
+    /// What has read all of them but the last.
+    pub memory: Memory,
+}
+
+/// Since the scheduler began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct Statistics {
+    pub passes: usize,
+    /// Tokens read, and those of them that were read before and had been let go of.
+    pub read_tokens: usize,
+    pub preempted: usize,
+    pub prefix: PrefixStatistics,
+}
+
+pub struct Scheduler<'e> {
+    engine: &'e Engine,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    prefix: Option<PrefixCache>,
+    reading: Reading,
+    statistics: Statistics,
+}
+
+struct Sequence {
+    id: u64,
+    /// Prompt and answer; the memory has read a beginning of them.
+    tokens: Vec<u32>,
+    prompt: usize,
+    memory: Memory,
+    sampler: Sampler,
+    stream: DecodeStream,
+    stops: Stops,
+    most: usize,
+    submitted: Instant,
+    ttft_s: f64,
+    so_far: Generation,
+    /// Log-probabilities of tokens whose text has not been said.
+    unsaid: Vec<Logprob>,
+}
+
+/// At a snapshot's border less than this is left of a prompt, so that the same prompt is read quickly the next time.
+const BORDER: usize = 64;
+
+impl<'e> Scheduler<'e> {
+    pub fn new(engine: &'e Engine) -> Self {
+        let cache = || PrefixCache::new(engine.pool.has_state());
+        Self {
+            prefix: engine.options.prefix_cache.then(cache),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            reading: Reading::default(),
+            statistics: Statistics::default(),
+            engine,
+        }
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Requests that wait, and those under way.
+    pub fn load(&self) -> (usize, usize) {
+        (self.waiting.len(), self.running.len())
+    }
+
+    pub fn statistics(&self) -> Statistics {
+        Statistics {
+            prefix: self
+                .prefix
+                .as_ref()
+                .map(PrefixCache::statistics)
+                .unwrap_or_default(),
+            ..self.statistics
+        }
+    }
+
+    /// # Errors
+    /// Settings out of range, or a prompt that there is no room for.
+    pub fn submit(&mut self, request: Request) -> Result<()> {
+        let Request {
+            id,
+            prompt,
+            params,
+            memory,
+        } = request;
+        params.validate()?;
+        let most = self.engine.most(prompt.len(), params.max_tokens)?;
+        let memory = match memory {
+            Some(memory) if memory.len() < prompt.len() => memory,
+            _ => self.engine.pool.sequence(),
+        };
+        self.waiting.push_back(Sequence {
+            id,
+            sampler: Sampler::new(&params, &prompt),
+            stream: self.engine.tokenizer.decode_stream(&prompt),
+            stops: Stops::new(params.stop),
+            most,
+            submitted: Instant::now(),
+            ttft_s: 0.0,
+            so_far: Generation {
+                text: String::new(),
+                prompt_tokens: prompt.len(),
+                cached_tokens: 0,
+                completion_tokens: 0,
+                finish_reason: "length",
+                ttft_s: 0.0,
+                decode_tokens_per_s: 0.0,
+                logprobs: Vec::new(),
+            },
+            unsaid: Vec::new(),
+            prompt: prompt.len(),
+            tokens: prompt,
+            memory,
+        });
+        Ok(())
+    }
+
+    /// Ends a request where it stands; all it had is free at once. It is done with the next step.
+    pub fn cancel(&mut self, id: u64) {
+        let all = self.waiting.iter_mut().chain(&mut self.running);
+        for sequence in all.filter(|s| s.id == id) {
+            sequence.so_far.finish_reason = "cancelled";
+            sequence.memory = self.engine.pool.sequence();
+        }
+    }
+
+    /// One pass over the weights.
+    ///
+    /// # Errors
+    /// A model that gives no numbers.
+    pub fn step(&mut self) -> Result<Vec<Event>> {
+        let mut events = Vec::new();
+        self.take_out(&mut events)?;
+        self.admit();
+        let counts = self.share_out();
+        let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
+        let mut spans = Vec::new();
+        for (sequence, count) in self.running.iter_mut().zip(&counts) {
+            if *count == 0 {
+                continue;
+            }
+            let read = sequence.memory.len();
+            let from = tokens.len();
+            tokens.extend_from_slice(&sequence.tokens[read..read + count]);
+            if read + count == sequence.tokens.len() {
+                wanted.push(tokens.len() - 1);
+            }
+            spans.push(Span {
+                memory: &mut sequence.memory,
+                rows: from..tokens.len(),
+            });
+        }
+        if tokens.is_empty() {
+            return Ok(events);
+        }
+        let engine = self.engine;
+        let logits = engine
+            .decoder
+            .read(&tokens, &mut spans, &wanted, &mut self.reading)?;
+        drop(spans);
+        self.statistics.passes += 1;
+        self.statistics.read_tokens += tokens.len();
+        let mut rows = logits.chunks_exact_mut(engine.decoder.config.vocab_size);
+        for (sequence, count) in self.running.iter_mut().zip(&counts) {
+            if *count == 0 {
+                continue;
+            }
+            let at_border = sequence.memory.len() == sequence.border();
+            if at_border && let Some(prefix) = &mut self.prefix {
+                prefix.insert(&sequence.tokens[..sequence.memory.len()], &sequence.memory);
+            }
+            if sequence.memory.len() == sequence.tokens.len() {
+                let logits = rows.next().expect("one for each that has read all it has");
+                sequence.take(engine, logits, &mut events)?;
+            }
+        }
+        self.take_out(&mut events)?;
+        Ok(events)
+    }
+
+    /// Lets go of what is done.
+    fn take_out(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let done = |s: &mut Sequence| s.is_done();
+        let mut finished: Vec<Sequence> = self.running.extract_if(.., done).collect();
+        let waiting = std::mem::take(&mut self.waiting);
+        for sequence in waiting {
+            match sequence.is_done() {
+                true => finished.push(sequence),
+                false => self.waiting.push_back(sequence),
+            }
+        }
+        for sequence in finished {
+            let read = sequence.memory.len();
+            if let Some(prefix) = &mut self.prefix
+                && sequence.so_far.finish_reason != "cancelled"
+                && read > 0
+            {
+                prefix.insert(&sequence.tokens[..read], &sequence.memory);
+            }
+            sequence.finish(events)?;
+        }
+        Ok(())
+    }
+
+    /// Brings in what waits, and looks whether its beginning was read before.
+    fn admit(&mut self) {
+        while self.running.len() < self.engine.options.max_batch
+            && let Some(mut sequence) = self.waiting.pop_front()
+        {
+            if sequence.memory.is_empty()
+                && let Some(prefix) = &mut self.prefix
+                && let Some(memory) = prefix.find(&sequence.tokens)
+            {
+                if sequence.so_far.completion_tokens == 0 {
+                    sequence.so_far.cached_tokens = memory.len();
+                }
+                sequence.memory = memory;
+            }
+            self.running.push(sequence);
+        }
+    }
+
+    /// How many tokens each running sequence reads now; there is room for them.
+    fn share_out(&mut self) -> Vec<usize> {
+        loop {
+            let mut left = self.engine.options.prefill_chunk.max(1);
+            let mut counts = Vec::with_capacity(self.running.len());
+            let mut full = false;
+            for sequence in &mut self.running {
+                let count = match sequence.tokens.len() - sequence.memory.len() {
+                    1 => 1,
+                    unread => {
+                        let border = sequence.border().checked_sub(sequence.memory.len());
+                        let border = border.filter(|n| *n > 0).unwrap_or(usize::MAX);
+                        let count = unread.min(left).min(border);
+                        left -= count;
+                        count
+                    }
+                };
+                full = count > 0 && sequence.memory.reserve(count).is_err();
+                if full {
+                    break;
+                }
+                counts.push(count);
+            }
+            if !full {
+                return counts;
+            }
+            if self.prefix.as_mut().is_some_and(PrefixCache::evict) {
+                continue;
+            }
+            // The youngest lets go of what it has and reads it again later; a sequence alone always has room.
+            let mut youngest = self.running.pop().expect("one of them found no room");
+            self.statistics.preempted += 1;
+            youngest.memory = self.engine.pool.sequence();
+            self.waiting.push_front(youngest);
+        }
+    }
+}
+
+impl Sequence {
+    fn is_done(&self) -> bool {
+        self.so_far.finish_reason != "length" || self.so_far.completion_tokens >= self.most
+    }
+
+    /// Where a snapshot of the prompt is taken.
+    fn border(&self) -> usize {
+        (self.prompt - 1) / BORDER * BORDER
+    }
+
+    /// The next token from its logits.
+    fn take(&mut self, engine: &Engine, logits: &mut [f32], events: &mut Vec<Event>) -> Result<()> {
+        let (token, logprob) = self.sampler.sample(logits)?;
+        if self.so_far.completion_tokens == 0 {
+            self.ttft_s = self.submitted.elapsed().as_secs_f64();
+        }
+        self.so_far.completion_tokens += 1;
+        if engine.is_eos(token) {
+            self.so_far.finish_reason = "stop";
+            return Ok(());
+        }
+        self.tokens.push(token);
+        self.unsaid.extend(logprob);
+        let piece = self.stream.push(token)?;
+        let (text, stopped) = self.stops.push(&piece);
+        if stopped {
+            self.so_far.finish_reason = "stop";
+        }
+        self.say(text, events);
+        Ok(())
+    }
+
+    fn say(&mut self, text: String, events: &mut Vec<Event>) {
+        if text.is_empty() {
+            return;
+        }
+        self.so_far.text.push_str(&text);
+        let logprobs = std::mem::take(&mut self.unsaid);
+        self.so_far.logprobs.extend(logprobs.iter().cloned());
+        events.push(Event::Text {
+            id: self.id,
+            text,
+            logprobs,
+        });
+    }
+
+    fn finish(mut self, events: &mut Vec<Event>) -> Result<()> {
+        if !self.stops.stopped {
+            let rest = self.stream.clone().finish()?;
+            let (mut text, stopped) = self.stops.push(&rest);
+            if !stopped {
+                text.push_str(&self.stops.rest());
+            }
+            self.say(text, events);
+        }
+        let logprobs = std::mem::take(&mut self.unsaid);
+        self.so_far.logprobs.extend(logprobs);
+        let decoding = self.submitted.elapsed().as_secs_f64() - self.ttft_s;
+        self.so_far.ttft_s = self.ttft_s;
+        self.so_far.decode_tokens_per_s =
+            self.so_far.completion_tokens.saturating_sub(1) as f64 / decoding.max(1e-9);
+        events.push(Event::Done {
+            id: self.id,
+            finish: Box::new(Finish {
+                generation: self.so_far,
+                tokens: self.tokens,
+                memory: self.memory,
+            }),
+        });
+        Ok(())
+    }
+}
+
+/// Texts that end an answer: what may be the beginning of one is held back.
+struct Stops {
+    texts: Vec<String>,
+    held: String,
+    stopped: bool,
+}
+
+impl Stops {
+    fn new(texts: Vec<String>) -> Self {
+        Self {
+            texts,
+            held: String::new(),
+            stopped: false,
+        }
+    }
+
+    /// What is certain after `piece`, and whether the answer ends there.
+    fn push(&mut self, piece: &str) -> (String, bool) {
+        self.held.push_str(piece);
+        let ends = self.texts.iter().filter_map(|stop| self.held.find(stop));
+        if let Some(end) = ends.min() {
+            self.stopped = true;
+            self.held.truncate(end);
+            return (std::mem::take(&mut self.held), true);
+        }
+        let open = self.texts.iter().map(|stop| overlap(&self.held, stop));
+        let certain = self.held.len() - open.max().unwrap_or(0);
+        let held = self.held.split_off(certain);
+        (std::mem::replace(&mut self.held, held), false)
+    }
+
+    fn rest(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+/// Bytes at the end of `text` that `stop` begins with.
+fn overlap(text: &str, stop: &str) -> usize {
+    let most = text.len().min(stop.len());
+    let begins = |n: &usize| {
+        text.is_char_boundary(text.len() - n) && stop.starts_with(&text[text.len() - n..])
+    };
+    (1..=most).rev().find(begins).unwrap_or(0)
+}

@@ -1,0 +1,145 @@
+//! Attention over pages of rotated keys and values.
+
+use std::sync::Arc;
+
+use super::{Attention, AttentionConfig};
+use crate::Result;
+use crate::mixer::memory::{Keeps, Span};
+use crate::mixer::paged::{Heads, attend};
+use crate::mixer::rotary::{Rotary, Table};
+use crate::mixer::work::Work;
+use crate::op::linear::{Part, Stored, products};
+use crate::op::rope::{RopeLayout, turn_head};
+
+/// What decoding needs of the layer.
+#[derive(Debug)]
+pub struct Decoder {
+    pub(in crate::mixer) config: AttentionConfig,
+    q_proj: Stored,
+    k_proj: Stored,
+    v_proj: Stored,
+    o_proj: Stored,
+    rotary: Option<Arc<Rotary>>,
+}
+
+/// Queries `[N, H, hd]`, keys and values `[N, G, hd]`, rotated, and room for the heads' outputs, `[N, H, hd]`.
+pub(in crate::mixer) type Projected<'a> = [&'a mut [f32]; 4];
+
+impl Attention {
+    pub(in crate::mixer) fn decoder(&self) -> Result<Decoder> {
+        Ok(Decoder {
+            config: self.config.clone(),
+            q_proj: self.q_proj.stored()?,
+            k_proj: self.k_proj.stored()?,
+            v_proj: self.v_proj.stored()?,
+            o_proj: self.o_proj.stored()?,
+            rotary: self.rotary.clone(),
+        })
+    }
+}
+
+impl Decoder {
+    pub(in crate::mixer) fn keeps(&self) -> Keeps {
+        Keeps {
+            planes: 2 * self.config.num_key_value_heads,
+            dim: self.config.head_dim,
+            state: 0,
+        }
+    }
+
+    /// Projects and turns `x [N, D]`, lets `heads` fill the outputs, and projects them into `out [N, D]`.
+    pub(in crate::mixer) fn around(
+        &self,
+        x: &[f32],
+        spans: &mut [Span],
+        out: &mut [f32],
+        work: &mut Work,
+        heads: impl FnOnce(&mut [Span], Projected),
+    ) {
+        let c = &self.config;
+        let (h, g, hd) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        let n = x.len() / self.q_proj.width();
+        let Work { scratch, arena, .. } = work;
+        let [q, k, v, y] = arena.split([n * h * hd, n * g * hd, n * g * hd, n * h * hd]);
+        let mut parts = [
+            Part {
+                w: &self.q_proj,
+                y: q,
+            },
+            Part {
+                w: &self.k_proj,
+                y: k,
+            },
+            Part {
+                w: &self.v_proj,
+                y: v,
+            },
+        ];
+        products(x, &mut parts, scratch);
+        if let Some(rotary) = &self.rotary {
+            let reach = spans.iter().map(|span| span.first() + span.rows.len());
+            let table = rotary.table(reach.max().unwrap_or(0));
+            for span in spans.iter() {
+                for (t, row) in span.rows.clone().enumerate() {
+                    let position = span.first() + t;
+                    turn(&mut q[row * h * hd..][..h * hd], hd, &table, position);
+                    turn(&mut k[row * g * hd..][..g * hd], hd, &table, position);
+                }
+            }
+        }
+        heads(spans, [q, k, v, &mut *y]);
+        products(
+            y,
+            &mut [Part {
+                w: &self.o_proj,
+                y: out,
+            }],
+            scratch,
+        );
+    }
+
+    /// `x [N, D]` → `out [N, D]`.
+    pub(in crate::mixer) fn mix(
+        &self,
+        layer: usize,
+        x: &[f32],
+        spans: &mut [Span],
+        out: &mut [f32],
+        work: &mut Work,
+    ) {
+        let c = &self.config;
+        let (h, g, hd) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        self.around(x, spans, out, work, |spans, [q, k, v, y]| {
+            for span in spans.iter_mut() {
+                let first = span.first();
+                for (t, row) in span.rows.clone().enumerate() {
+                    for head in 0..g {
+                        let range = (row * g + head) * hd..(row * g + head + 1) * hd;
+                        span.memory.write(layer, head, first + t, &k[range.clone()]);
+                        span.memory.write(layer, g + head, first + t, &v[range]);
+                    }
+                }
+                let heads = Heads {
+                    groups: g,
+                    rep: h / g,
+                    dim: hd,
+                    v_dim: hd,
+                    values: Some(g),
+                    scale: (hd as f32).powf(-0.5),
+                };
+                let (start, len) = (span.rows.start, span.rows.len());
+                let query = |t: usize, head: usize| &q[((start + t) * h + head) * hd..][..hd];
+                let y = &mut y[start * h * hd..][..len * h * hd];
+                attend(span.memory, layer, &heads, query, y);
+            }
+        });
+    }
+}
+
+/// All heads of a token.
+fn turn(heads: &mut [f32], hd: usize, table: &Table, position: usize) {
+    let (cos, sin) = table.at(position);
+    for head in heads.chunks_exact_mut(hd) {
+        turn_head(head, cos, sin, RopeLayout::Halves);
+    }
+}

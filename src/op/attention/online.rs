@@ -1,0 +1,340 @@
+//! Attention over keys and values that come a block at a time (Milakov & Gimelshein 2018, arXiv 1805.02867): what decoding does over
+//! the pages of a cache. A query's result depends on the blocks alone, not on the queries beside it.
+
+use crate::op::cpu::exp;
+use crate::op::isa::{Isa, Level};
+use crate::op::linear::Storage;
+use crate::op::linear::dot::{SPAN, tile};
+
+/// Keys and values of some positions, one after the other.
+#[derive(Clone, Copy)]
+pub struct Block<'a> {
+    /// Rows of which the first entries are a key's.
+    pub keys: &'a [f32],
+    pub key_stride: usize,
+    /// Rows of which the first entries are a value's.
+    pub values: &'a [f32],
+    pub value_stride: usize,
+}
+
+/// Queries on their way over blocks.
+#[derive(Default)]
+pub struct Online {
+    dim: usize,
+    v_dim: usize,
+    /// `[Q, K]`, scaled.
+    pub queries: Vec<f32>,
+    /// `[Q]`
+    largest: Vec<f32>,
+    sums: Vec<f32>,
+    /// `[Q, V]`
+    totals: Vec<f32>,
+    /// `[Q, positions]`
+    weights: Vec<f32>,
+}
+
+impl Online {
+    /// Begins with the queries that stand in `queries [Q, dim]`.
+    ///
+    /// # Panics
+    /// When they are no whole rows.
+    pub fn begin(&mut self, dim: usize, v_dim: usize) {
+        let rows = self.queries.len() / dim;
+        assert!(self.queries.len() == rows * dim);
+        (self.dim, self.v_dim) = (dim, v_dim);
+        self.largest.clear();
+        self.largest.resize(rows, f32::NEG_INFINITY);
+        self.sums.clear();
+        self.sums.resize(rows, 0.);
+        self.totals.clear();
+        self.totals.resize(rows * v_dim, 0.);
+    }
+
+    /// A block of which query `i` sees the first `seen(i)` positions.
+    ///
+    /// # Panics
+    /// When the block has fewer.
+    pub fn add(&mut self, isa: Isa, block: Block, seen: impl Fn(usize) -> usize) {
+        let rows = self.largest.len();
+        let most = (0..rows).map(&seen).max().unwrap_or(0);
+        if most == 0 {
+            return;
+        }
+        self.weights.clear();
+        self.weights.resize(rows * most, 0.);
+        self.scores(isa, block, most);
+        for row in 0..rows {
+            let seen = seen(row);
+            let weights = &mut self.weights[row * most..][..most];
+            let (weights, unseen) = weights.split_at_mut(seen);
+            unseen.fill(0.);
+            let before = self.largest[row];
+            let largest = weights.iter().fold(before, |m, w| m.max(*w));
+            if largest > before {
+                let factor = exp(before - largest);
+                self.sums[row] *= factor;
+                let totals = &mut self.totals[row * self.v_dim..][..self.v_dim];
+                totals.iter_mut().for_each(|total| *total *= factor);
+                self.largest[row] = largest;
+            }
+            let mut sum = 0.;
+            for weight in weights.iter_mut() {
+                *weight = exp(*weight - largest);
+            }
+            for weight in weights.iter() {
+                sum += *weight;
+            }
+            self.sums[row] += sum;
+        }
+        let (values, stride) = (block.values, block.value_stride);
+        add_products(
+            isa,
+            &self.weights,
+            values,
+            stride,
+            self.v_dim,
+            &mut self.totals,
+        );
+    }
+
+    /// `weights [Q, most]` ← queries · keys.
+    fn scores(&mut self, isa: Isa, block: Block, most: usize) {
+        let (dim, stride) = (self.dim, block.key_stride);
+        for from in (0..dim).step_by(SPAN) {
+            let count = SPAN.min(dim - from);
+            let key = |p: usize| bytemuck::cast_slice(&block.keys[p * stride + from..][..count]);
+            let query = |q: usize| &self.queries[q * dim + from..][..count];
+            let rows = self.largest.len();
+            let mut q = 0;
+            while q < rows {
+                let weights = &mut self.weights[q * most..];
+                match rows - q {
+                    1 => strip(isa, [query(q)], key, count, most, weights),
+                    2 => strip(isa, [query(q), query(q + 1)], key, count, most, weights),
+                    _ => {
+                        let three = [query(q), query(q + 1), query(q + 2)];
+                        strip(isa, three, key, count, most, weights);
+                    }
+                }
+                q += 3;
+            }
+        }
+    }
+
+    /// `[Q, V]`
+    ///
+    /// # Panics
+    /// When `out` has another size.
+    pub fn finish(&self, out: &mut [f32]) {
+        assert!(out.len() == self.totals.len());
+        let rows = out.chunks_exact_mut(self.v_dim);
+        let totals = self.totals.chunks_exact(self.v_dim);
+        for ((out, totals), sum) in rows.zip(totals).zip(&self.sums) {
+            for (out, total) in out.iter_mut().zip(totals) {
+                *out = total / sum;
+            }
+        }
+    }
+}
+
+/// `N` queries with `most` keys: adds to `weights [N, most]`.
+#[inline]
+fn strip<'k, const N: usize>(
+    isa: Isa,
+    queries: [&[f32]; N],
+    key: impl Fn(usize) -> &'k [u8],
+    count: usize,
+    most: usize,
+    weights: &mut [f32],
+) {
+    let mut p = 0;
+    while p + 2 <= most {
+        let found: [[f32; N]; 2] = tile(isa, Storage::F32, [key(p), key(p + 1)], queries, count);
+        for n in 0..N {
+            weights[n * most + p] += found[0][n];
+            weights[n * most + p + 1] += found[1][n];
+        }
+        p += 2;
+    }
+    if p < most {
+        let [found]: [[f32; N]; 1] = tile(isa, Storage::F32, [key(p)], queries, count);
+        for n in 0..N {
+            weights[n * most + p] += found[n];
+        }
+    }
+}
+
+/// `totals [Q, V] += weights [Q, P] values [P, V]`, every entry a sum in the order of the positions.
+pub fn add_products(
+    isa: Isa,
+    weights: &[f32],
+    values: &[f32],
+    stride: usize,
+    v_dim: usize,
+    totals: &mut [f32],
+) {
+    match isa.level() {
+        Level::Portable => by_lanes::<false>(weights, values, stride, v_dim, totals),
+        // SAFETY: an `Isa` is of this processor.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx2 => unsafe { avx2(weights, values, stride, v_dim, totals) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx512 => unsafe { avx512(weights, values, stride, v_dim, totals) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("not on this architecture"),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn avx2(weights: &[f32], values: &[f32], stride: usize, v_dim: usize, totals: &mut [f32]) {
+    by_lanes::<true>(weights, values, stride, v_dim, totals);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+fn avx512(weights: &[f32], values: &[f32], stride: usize, v_dim: usize, totals: &mut [f32]) {
+    by_lanes::<true>(weights, values, stride, v_dim, totals);
+}
+
+/// Entries of a value that stay in registers.
+const LANES: usize = 16;
+
+#[inline(always)]
+fn by_lanes<const FUSED: bool>(
+    weights: &[f32],
+    values: &[f32],
+    stride: usize,
+    v_dim: usize,
+    totals: &mut [f32],
+) {
+    let rows = totals.len() / v_dim;
+    let positions = weights.len() / rows;
+    let whole = v_dim / LANES * LANES;
+    for first in (0..rows).step_by(4) {
+        let weights = &weights[first * positions..];
+        let totals = &mut totals[first * v_dim..];
+        for at in (0..whole).step_by(LANES) {
+            let values = &values[at..];
+            match rows - first {
+                1 => tile_of::<FUSED, 1>(weights, positions, values, stride, v_dim, at, totals),
+                2 => tile_of::<FUSED, 2>(weights, positions, values, stride, v_dim, at, totals),
+                3 => tile_of::<FUSED, 3>(weights, positions, values, stride, v_dim, at, totals),
+                _ => tile_of::<FUSED, 4>(weights, positions, values, stride, v_dim, at, totals),
+            }
+        }
+        for row in 0..4.min(rows - first) {
+            for at in whole..v_dim {
+                let total = &mut totals[row * v_dim + at];
+                for p in 0..positions {
+                    let (a, b) = (weights[row * positions + p], values[p * stride + at]);
+                    *total = product::<FUSED>(a, b, *total);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn product<const FUSED: bool>(a: f32, b: f32, sum: f32) -> f32 {
+    match FUSED {
+        true => a.mul_add(b, sum),
+        false => a * b + sum,
+    }
+}
+
+#[inline(always)]
+fn tile_of<const FUSED: bool, const Q: usize>(
+    weights: &[f32],
+    positions: usize,
+    values: &[f32],
+    stride: usize,
+    v_dim: usize,
+    at: usize,
+    totals: &mut [f32],
+) {
+    let mut sums = [[0f32; LANES]; Q];
+    for (q, sums) in sums.iter_mut().enumerate() {
+        sums.copy_from_slice(&totals[q * v_dim + at..][..LANES]);
+    }
+    for p in 0..positions {
+        let value: &[f32; LANES] = values[p * stride..][..LANES].try_into().expect("as long");
+        for (q, sums) in sums.iter_mut().enumerate() {
+            let weight = weights[q * positions + p];
+            for (sum, value) in sums.iter_mut().zip(value) {
+                *sum = product::<FUSED>(weight, *value, *sum);
+            }
+        }
+    }
+    for (q, sums) in sums.iter().enumerate() {
+        totals[q * v_dim + at..][..LANES].copy_from_slice(sums);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(n: usize, seed: f32) -> Vec<f32> {
+        (0..n).map(|i| ((i as f32 + seed) * 1.37).sin()).collect()
+    }
+
+    /// Blocks of several lengths, each query with a limit of its own, against the definition; a query alone gives the same bits.
+    #[test]
+    fn equals_softmax_over_all_that_is_seen() {
+        for (rows, dim, v_dim) in [(1, 6, 6), (5, 16, 24), (7, 600, 33)] {
+            let lens = [3, 8, 1, 5];
+            let all: usize = lens.iter().sum();
+            let (keys, values) = (random(all * dim, 1.), random(all * v_dim, 2.));
+            let queries = random(rows * dim, 3.);
+            let limit = |q: usize| 1 + (5 * q + 9) % all;
+            for isa in Isa::found() {
+                let run = |which: std::ops::Range<usize>| {
+                    let mut online = Online {
+                        queries: queries[which.start * dim..which.end * dim].to_vec(),
+                        ..Online::default()
+                    };
+                    online.begin(dim, v_dim);
+                    let mut from = 0;
+                    for len in lens {
+                        let block = Block {
+                            keys: &keys[from * dim..],
+                            key_stride: dim,
+                            values: &values[from * v_dim..],
+                            value_stride: v_dim,
+                        };
+                        let seen = |q: usize| limit(which.start + q).saturating_sub(from).min(len);
+                        online.add(isa, block, seen);
+                        from += len;
+                    }
+                    let mut out = vec![0.; which.len() * v_dim];
+                    online.finish(&mut out);
+                    out
+                };
+                let found = run(0..rows);
+                for q in 0..rows {
+                    let query = &queries[q * dim..][..dim];
+                    let score = |p: usize| -> f64 {
+                        let pairs = query.iter().zip(&keys[p * dim..]);
+                        pairs.map(|(a, b)| f64::from(a * b)).sum()
+                    };
+                    let scores: Vec<f64> = (0..limit(q)).map(score).collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+                    let sum: f64 = weights.iter().sum();
+                    for v in 0..v_dim {
+                        let terms = weights.iter().enumerate();
+                        let truth: f64 = terms
+                            .map(|(p, w)| w / sum * f64::from(values[p * v_dim + v]))
+                            .sum();
+                        let gap = (f64::from(found[q * v_dim + v]) - truth).abs();
+                        assert!(gap < 1e-5, "{isa:?} {rows} {dim} {q} {v}: {gap}");
+                    }
+                    assert_eq!(run(q..q + 1), found[q * v_dim..][..v_dim], "{isa:?} {q}");
+                }
+            }
+        }
+    }
+}
