@@ -143,6 +143,7 @@ struct Layout {
 struct Place {
     /// First byte in a page: plane after plane, rows in each.
     page: usize,
+    planes: usize,
     dim: usize,
     row_bytes: usize,
     state: Range<usize>,
@@ -169,6 +170,7 @@ impl Pool {
             let row_bytes = kind.row_bytes(layer.dim);
             let place = Place {
                 page,
+                planes: layer.planes,
                 dim: layer.dim,
                 row_bytes,
                 state: state..state + layer.state,
@@ -358,6 +360,11 @@ impl Memory {
             return bytemuck::cast_slice(bytes);
         }
         room.resize(count * place.dim, 0.);
+        if layout.kind == CacheType::F16 && place.row_bytes == 2 * place.dim {
+            // Rows without gaps are one.
+            layout.kind.read(bytes, room);
+            return room;
+        }
         let rows = room.chunks_exact_mut(place.dim);
         for (row, bytes) in rows.zip(bytes.chunks_exact(place.row_bytes)) {
             layout.kind.read(bytes, row);
@@ -385,6 +392,33 @@ impl Memory {
             len: whole * PAGE,
             pool: self.pool.clone(),
         }
+    }
+
+    /// `len` positions with entries that mean nothing, as if they had been read: to measure with.
+    ///
+    /// # Errors
+    /// When the pool has no room.
+    pub fn fill(&mut self, len: usize, seed: u64) -> Result<(), Full> {
+        self.reserve(len)?;
+        let mut random = seed;
+        let mut next = || {
+            // Knuth's MMIX generator.
+            random = random.wrapping_mul(6_364_136_223_846_793_005);
+            random = random.wrapping_add(1_442_695_040_888_963_407);
+            (random >> 40) as f32 / (1 << 24) as f32 - 0.5
+        };
+        let layout = self.pool.layout.clone();
+        for (layer, place) in layout.layers.iter().enumerate() {
+            let row: Vec<f32> = (0..place.dim + 61).map(|_| next()).collect();
+            for plane in 0..place.planes {
+                for position in self.len..self.len + len {
+                    let row = &row[(plane + position) % 61..][..place.dim];
+                    self.write(layer, plane, position, row);
+                }
+            }
+        }
+        self.len += len;
+        Ok(())
     }
 
     /// Bytes of all that it holds, shared or not.

@@ -3,3 +3,4 @@
 pub mod cache;
 pub mod device;
 pub mod init;
+pub mod memory;

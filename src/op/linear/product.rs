@@ -18,7 +18,7 @@ const PANEL: usize = 48;
 /// Rows of activations that stay in the first cache while a panel passes.
 const GROUP: usize = 9;
 /// Multiplications below which other threads are not worth waking.
-const ALONE: usize = 1 << 17;
+const ALONE: usize = 1 << 14;
 /// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
 const CACHED: usize = 1 << 20;
 /// Tasks a thread, so that one that lost its processor holds nobody up.
@@ -36,6 +36,34 @@ pub struct Scratch {
 pub struct Part<'a> {
     pub w: &'a Stored,
     pub y: &'a mut [f32],
+}
+
+/// A matrix whose bytes have been asked for.
+#[derive(Clone, Copy)]
+struct Weights<'a> {
+    bytes: &'a [u8],
+    storage: Storage,
+    width: usize,
+    rows: usize,
+    row_bytes: usize,
+}
+
+impl<'a> Weights<'a> {
+    fn of(w: &'a Stored) -> Self {
+        let bytes = w.bytes();
+        Self {
+            bytes,
+            storage: w.storage(),
+            width: w.width(),
+            rows: w.rows(),
+            row_bytes: bytes.len() / w.rows().max(1),
+        }
+    }
+
+    #[inline]
+    fn row(&self, row: usize) -> &'a [u8] {
+        &self.bytes[row * self.row_bytes..][..self.row_bytes]
+    }
 }
 
 /// `y = x Wᵀ` of every part, `x [M, K]`.
@@ -69,10 +97,10 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
         true => 1,
         false => team().threads(),
     };
-    let (weights, ys): (Vec<&Stored>, Vec<Scatter<f32>>) = (parts.iter_mut())
+    let (weights, ys): (Vec<Weights>, Vec<Scatter<f32>>) = (parts.iter_mut())
         .map(|part| {
             assert!(part.w.width() == width && part.y.len() == m * part.w.rows());
-            (part.w, Scatter::of(part.y))
+            (Weights::of(part.w), Scatter::of(part.y))
         })
         .unzip();
     // Rows of the matrices as if they stood one above the other.
@@ -82,25 +110,25 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     };
     let tasks: Vec<(usize, Range<usize>)> = (weights.iter().enumerate())
         .flat_map(|(i, w)| {
-            let firsts = (0..w.rows()).step_by(most);
-            firsts.map(move |first| (i, first..w.rows().min(first + most)))
+            let firsts = (0..w.rows).step_by(most);
+            firsts.map(move |first| (i, first..w.rows.min(first + most)))
         })
         .collect();
     let work = |task: usize| {
         let (i, rows) = tasks[task].clone();
-        let outs = weights[i].rows();
+        let outs = weights[i].rows;
         let write = |row: usize, m: usize, found: f32| {
             // SAFETY: every row of weights is one task's, and so is its column of `y`.
             #[allow(unsafe_code)]
             let place = unsafe { ys[i].slice(m * outs + row, 1) };
             place[0] = found;
         };
-        match weights[i].storage() {
+        match weights[i].storage {
             Storage::Blocks(kind) => {
-                blocks::rows(isa, kind, weights[i].bytes(), &scratch.codes, rows, write)
+                blocks::rows(isa, kind, weights[i].bytes, &scratch.codes, rows, write)
             }
-            _ if m <= FEW => few(isa, weights[i], x, m, rows, write),
-            _ => many(isa, weights[i], &scratch.packed, m, rows, write),
+            _ if m <= FEW => few(isa, &weights[i], x, m, rows, write),
+            _ => many(isa, &weights[i], &scratch.packed, m, rows, write),
         }
     };
     match threads {
@@ -123,14 +151,14 @@ fn pack(x: &[f32], width: usize, packed: &mut Vec<f32>) {
 /// Weights are widened in registers.
 fn few(
     isa: Isa,
-    w: &Stored,
+    w: &Weights,
     x: &[f32],
     m: usize,
     rows: Range<usize>,
     write: impl Fn(usize, usize, f32),
 ) {
     let together = match m {
-        1 if w.bytes().len() < CACHED => rows.start + rows.len() / 4 * 4,
+        1 if w.bytes.len() < CACHED => rows.start + rows.len() / 4 * 4,
         _ => rows.start,
     };
     for first in (rows.start..together).step_by(4) {
@@ -158,11 +186,11 @@ fn few(
 #[inline]
 fn whole<const R: usize, const N: usize>(
     isa: Isa,
-    w: &Stored,
+    w: &Weights,
     first: usize,
     x: &[f32],
 ) -> [[f32; N]; R] {
-    let (width, storage) = (w.width(), w.storage());
+    let (width, storage) = (w.width, w.storage);
     let bytes = storage.entry_bytes();
     let w: [&[u8]; R] = std::array::from_fn(|r| w.row(first + r));
     let mut sums = [[0f32; N]; R];
@@ -183,7 +211,7 @@ fn whole<const R: usize, const N: usize>(
 /// Weights are widened once for all rows of activations, which stand in spans.
 fn many(
     isa: Isa,
-    w: &Stored,
+    w: &Weights,
     packed: &[f32],
     m: usize,
     rows: Range<usize>,
@@ -192,7 +220,7 @@ fn many(
     thread_local! {
         static WORK: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
     }
-    let (width, storage) = (w.width(), w.storage());
+    let (width, storage) = (w.width, w.storage);
     let bytes = storage.entry_bytes();
     WORK.with_borrow_mut(|[panel, sums]| {
         panel.resize(PANEL * SPAN, 0.);

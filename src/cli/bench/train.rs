@@ -7,9 +7,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::arg::device::DeviceArg;
-use super::positive;
-use super::show::{Progress, bytes, print, print_json, table, thousands};
+use super::{median, peak_rss, use_threads};
+use crate::cli::arg::device::DeviceArg;
+use crate::cli::positive;
+use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing};
@@ -18,16 +19,11 @@ use crate::train::stage::kd::{Kd, KdConfig};
 use crate::train::{Optimizer, Stage, check_batch, take_step};
 use crate::watch::Watch;
 
-#[derive(Debug, clap::Subcommand)]
-pub enum Bench {
-    /// KD steps on random tokens.
-    Train(TrainBench),
-}
-
+/// KD steps on random tokens.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  \
     zebroid bench train ./teacher --mla 2 --kv-rank 16 --rope-dim 8 --batch-size 16 --seq-len 256 --threads 2")]
-pub struct TrainBench {
+pub struct Args {
     /// Llama checkpoint folder.
     teacher: PathBuf,
     #[command(flatten)]
@@ -67,15 +63,10 @@ struct Report {
     threads: usize,
 }
 
-pub fn run(command: Bench) -> anyhow::Result<()> {
-    let Bench::Train(args) = command;
+pub fn run(args: Args) -> anyhow::Result<()> {
     let (rows, len) = (args.batch_size, args.seq_len);
     check_batch(rows, 1, len)?;
-    if let Some(threads) = args.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global()?;
-    }
+    use_threads(args.threads)?;
     let place = args.device.place()?;
     let teacher = Checkpoint::open(&args.teacher)?;
     let student = plan(&teacher.config, &args.plan)?;
@@ -153,17 +144,4 @@ fn random_text(tokens: usize, vocab: usize) -> Corpus {
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let ids = (0..tokens).map(|_| random.random_range(0..vocab as u32));
     Corpus::new(&[ids.collect()], Packing::Stream)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-/// The highest resident size so far, where `/proc` tells.
-pub fn peak_rss() -> Option<usize> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
-    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
 }

@@ -1,0 +1,42 @@
+//! `zebroid bench`: how fast, in how much memory.
+
+mod generate;
+mod train;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Bench {
+    Train(train::Args),
+    Decode(generate::Decode),
+    Prefill(generate::Prefill),
+    Batch(generate::BatchArgs),
+}
+
+pub fn run(command: Bench) -> anyhow::Result<()> {
+    match command {
+        Bench::Train(args) => train::run(args),
+        Bench::Decode(args) => generate::decode(args),
+        Bench::Prefill(args) => generate::prefill(args),
+        Bench::Batch(args) => generate::batch(args),
+    }
+}
+
+fn use_threads(threads: Option<usize>) -> anyhow::Result<()> {
+    if let Some(threads) = threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build_global()?;
+    }
+    Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// The highest resident size so far, where `/proc` tells.
+pub fn peak_rss() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
