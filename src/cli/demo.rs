@@ -161,8 +161,9 @@ fn tell(lm: Lm, tokenizer: &Tokenizer, story: &Story) -> Result<Generation> {
     };
     let prompt = sentences.concat();
     let engine = Engine::new(&lm, tokenizer.clone())?;
-    let found = engine.generate(&[prompt.trim_end()], &params, &mut |_, _| true)?;
-    let mut generation = found.into_iter().next().expect("one for one prompt");
+    let found = engine.generate(&[prompt.trim_end()], 1, &params, &mut |_, _| true)?;
+    let first = found.into_iter().flatten().next();
+    let mut generation = first.expect("one for one prompt");
     generation.text = format!("{}{}", prompt.trim_end(), generation.text);
     Ok(generation)
 }

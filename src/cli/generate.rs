@@ -1,86 +1,119 @@
 //! `zebroid generate`: text on standard output as it is decoded.
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use super::arg::device::DeviceArg;
+use super::arg::memory::MemoryArg;
+use super::arg::sampling::SamplingArg;
+use super::positive;
 use super::show::interrupt;
 use super::show::{print, print_json};
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
-use crate::generate::{Engine, SamplingParams};
+use crate::generate::{Engine, EngineOptions, Generation};
+use crate::{Error, Result};
 
-/// Continue a prompt.
+/// Continue prompts.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid generate ./teacher --prompt \"Once upon a time\" --max-tokens 100\n  \
-    zebroid generate ./hybrid --temperature 0.8 --top-p 0.9 --seed 7")]
+    zebroid generate ./hybrid --temperature 0.8 --top-p 0.9 --seed 7 -n 3\n  \
+    zebroid generate model.gguf --prompt-file prompt.txt --cache-type int8\n  \
+    cat prompts.txt | zebroid generate ./hybrid --prompts - --json")]
 pub struct Args {
-    /// Checkpoint folder of any format, with its tokenizer.
+    /// Checkpoint folder of any format, with its tokenizer, or a .gguf file.
     checkpoint: PathBuf,
-    /// Text to continue; empty: start from the BOS token. Several are continued together.
-    #[arg(long, default_value = "")]
-    prompt: Vec<String>,
-    /// 0 takes the likeliest token.
-    #[arg(long, default_value_t = 0.0)]
-    temperature: f64,
-    /// Only the K likeliest tokens; 0: all.
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Only the likeliest tokens that together reach this probability.
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Only tokens with at least this share of the likeliest's probability.
-    #[arg(long, default_value_t = 0.0)]
-    min_p: f64,
-    /// Seed of what is sampled.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Most tokens to add [default: 200, or what the model's context leaves].
+    /// Text to continue; none at all: start from the BOS token. Several are continued together.
     #[arg(long)]
-    max_tokens: Option<usize>,
+    prompt: Vec<String>,
+    /// A file that is a prompt as a whole; - is standard input.
+    #[arg(long)]
+    prompt_file: Vec<PathBuf>,
+    /// A file with a prompt on every line; - is standard input.
+    #[arg(long)]
+    prompts: Option<PathBuf>,
+    /// Answers to each prompt, which is read once for all of them.
+    #[arg(short, long, value_parser = positive, default_value_t = 1)]
+    n: usize,
+    #[command(flatten)]
+    sampling: SamplingArg,
+    #[command(flatten)]
+    memory: MemoryArg,
     #[command(flatten)]
     device: DeviceArg,
-    /// One JSON object (of several prompts a list of them) with text and timings instead of streaming.
+    /// One JSON object (of several answers a list of them) with text and timings instead of streaming.
     #[arg(long)]
     json: bool,
 }
 
+impl Args {
+    fn texts(&self) -> Result<Vec<String>> {
+        let mut texts = self.prompt.clone();
+        for path in &self.prompt_file {
+            texts.push(read(path)?);
+        }
+        if let Some(path) = &self.prompts {
+            let text = read(path)?;
+            let lines = text.lines().filter(|line| !line.trim().is_empty());
+            texts.extend(lines.map(str::to_owned));
+            if texts.is_empty() {
+                return Err(Error::file(path, "holds no prompt: write one on every line"));
+            }
+        }
+        if texts.is_empty() {
+            texts.push(String::new());
+        }
+        Ok(texts)
+    }
+}
+
+/// A file, or standard input.
+fn read(path: &Path) -> Result<String> {
+    if path != Path::new("-") {
+        return std::fs::read_to_string(path).map_err(Error::io("cannot read", path));
+    }
+    let mut text = String::new();
+    let read = std::io::stdin().read_to_string(&mut text);
+    read.map_err(Error::io("cannot read", path))?;
+    Ok(text)
+}
+
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let params = SamplingParams {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        seed: args.seed,
-        max_tokens: args.max_tokens,
-        ..SamplingParams::default()
-    };
-    params.validate()?;
+    let params = args.sampling.params()?;
+    let texts = args.texts()?;
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     let lm = checkpoint.model(&args.device.place()?)?;
-    let engine = Engine::new(&lm, tokenizer)?;
+    let options = EngineOptions {
+        cache_type: args.memory.cache_type,
+        cache_memory: args.memory.cache_memory,
+        ..EngineOptions::default()
+    };
+    let engine = Engine::with(&lm, tokenizer, options)?;
     interrupt::install();
-    let prompts: Vec<&str> = args.prompt.iter().map(String::as_str).collect();
+    let prompts: Vec<&str> = texts.iter().map(String::as_str).collect();
     // One text is shown as it grows; several would grow into each other.
-    let streams = !args.json && prompts.len() == 1;
+    let streams = !args.json && prompts.len() * args.n == 1;
     if streams {
         print(prompts[0])?;
     }
     let mut printed = Ok(());
-    let found = engine.generate(&prompts, &params, &mut |_, piece| {
+    let found = engine.generate(&prompts, args.n, &params, &mut |_, piece| {
         if streams && printed.is_ok() {
             printed = print(piece);
         }
         printed.is_ok() && !interrupt::asked()
     })?;
     printed?;
+    let found: Vec<Generation> = found.into_iter().flatten().collect();
     match (&found[..], args.json) {
         ([one], true) => print_json(one)?,
         (_, true) => print_json(&found)?,
         ([_], false) => print("\n")?,
         (_, false) => {
-            for (prompt, generation) in prompts.iter().zip(&found) {
+            for (i, generation) in found.iter().enumerate() {
+                let prompt = prompts[i / args.n];
                 print(format_args!("{prompt}{}\n\n", generation.text))?;
             }
         }

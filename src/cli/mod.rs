@@ -14,6 +14,7 @@ use crate::numerics;
 pub mod arg;
 pub mod bench;
 pub mod calibrate;
+pub mod chat;
 pub mod compose;
 pub mod demo;
 pub mod eval;
@@ -86,8 +87,10 @@ pub enum Command {
     Plot(plot::Args),
     /// Compare a checkpoint with recorded outputs, layer by layer.
     Parity(parity::Args),
-    /// Continue a prompt.
+    /// Continue prompts.
     Generate(generate::Args),
+    /// Talk with a model.
+    Chat(chat::Args),
     /// Write a checkpoint in another format (zebroid, AMD's, Hugging Face Llama, GGUF).
     Export(export::Args),
     /// Round matrices to 8, 6 or 4 bits, in a GGUF file.
@@ -142,6 +145,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Plot(args) => plot::run(args)?,
         Command::Parity(args) => return parity::run(args),
         Command::Generate(args) => generate::run(args)?,
+        Command::Chat(args) => chat::run(args)?,
         Command::Export(args) => export::run(args)?,
         Command::Quantize(args) => quantize::run(args)?,
         Command::Bench(args) => bench::run(args)?,

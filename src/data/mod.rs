@@ -1,5 +1,6 @@
 //! From files to batches: tokens, documents, packing.
 
+pub mod chat;
 mod jsonl;
 mod packing;
 mod preferences;

@@ -12,11 +12,13 @@ mod prefix;
 mod sampler;
 mod scheduler;
 pub mod score;
+mod session;
 #[cfg(test)]
 mod tests;
 pub use prefix::PrefixCache;
 pub use sampler::{Logprob, MAX_TOKENS, Sampler, SamplingParams};
 pub use scheduler::{Event, Finish, Request, Scheduler, Statistics};
+pub use session::Session;
 
 /// How an engine uses the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,26 +169,35 @@ impl Engine {
         }
     }
 
-    /// Continues `prompts`, together; the answers come in their order. A text does not depend on what it is continued
-    /// beside.
+    /// Continues `prompts`, together, `n` times each; the answers come in their order. A text does not depend on what it is
+    /// continued beside.
     ///
     /// # Errors
     /// Settings out of range, or a prompt that there is no room for.
     pub fn generate(
         &self,
         prompts: &[&str],
+        n: usize,
         params: &SamplingParams,
         emit: Emit,
-    ) -> Result<Vec<Generation>> {
+    ) -> Result<Vec<Vec<Generation>>> {
         let mut scheduler = Scheduler::new(self);
         for (index, prompt) in prompts.iter().enumerate() {
             // Streams of their own, the first that of a prompt alone.
+            let names = (index * n..(index + 1) * n).map(|i| i as u64);
+            let mut names = names.map(|i| (i, params.seed.wrapping_add(i)));
+            let Some((id, seed)) = names.next() else {
+                continue;
+            };
             let params = SamplingParams {
-                seed: params.seed.wrapping_add(index as u64),
+                seed,
                 ..params.clone()
             };
-            let prompt = self.prompt(prompt)?;
-            scheduler.submit(Request::new(index as u64, prompt, params))?;
+            let request = Request::new(id, self.prompt(prompt)?, params);
+            scheduler.submit(Request {
+                siblings: names.collect(),
+                ..request
+            })?;
         }
         let mut found: Vec<(u64, Generation)> = Vec::new();
         while !scheduler.is_idle() {
@@ -202,10 +213,8 @@ impl Engine {
             }
         }
         found.sort_by_key(|(id, _)| *id);
-        Ok(found
-            .into_iter()
-            .map(|(_, generation)| generation)
-            .collect())
+        let found: Vec<Generation> = found.into_iter().map(|(_, found)| found).collect();
+        Ok(found.chunks(n.max(1)).map(<[Generation]>::to_vec).collect())
     }
 
     fn is_eos(&self, token: u32) -> bool {

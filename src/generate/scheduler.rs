@@ -19,6 +19,8 @@ pub struct Request {
     pub params: SamplingParams,
     /// What has read the prompt's beginning: a session.
     pub memory: Option<Memory>,
+    /// Further answers to the same prompt, which is read once: their names and seeds.
+    pub siblings: Vec<(u64, u64)>,
 }
 
 impl Request {
@@ -28,6 +30,7 @@ impl Request {
             prompt,
             params,
             memory: None,
+            siblings: Vec::new(),
         }
     }
 }
@@ -90,6 +93,8 @@ struct Sequence {
     so_far: Generation,
     /// Log-probabilities of tokens whose text has not been said.
     unsaid: Vec<Logprob>,
+    params: SamplingParams,
+    siblings: Vec<(u64, u64)>,
 }
 
 /// At a snapshot's border less than this is left of a prompt, so that the same prompt is read quickly the next time.
@@ -136,25 +141,24 @@ impl<'e> Scheduler<'e> {
             prompt,
             params,
             memory,
+            siblings,
         } = request;
         params.validate()?;
         let most = self.engine.most(prompt.len(), params.max_tokens)?;
-        let memory = match memory {
-            Some(memory) if memory.len() < prompt.len() => memory,
-            _ => self.engine.pool.sequence(),
-        };
+        let memory = memory.filter(|memory| memory.len() < prompt.len());
+        let memory = memory.unwrap_or_else(|| self.engine.pool.sequence());
         self.waiting.push_back(Sequence {
             id,
             sampler: Sampler::new(&params, &prompt),
             stream: self.engine.tokenizer.decode_stream(&prompt),
-            stops: Stops::new(params.stop),
+            stops: Stops::new(params.stop.clone()),
             most,
             submitted: Instant::now(),
             ttft_s: 0.0,
             so_far: Generation {
                 text: String::new(),
                 prompt_tokens: prompt.len(),
-                cached_tokens: 0,
+                cached_tokens: memory.len(),
                 completion_tokens: 0,
                 finish_reason: "length",
                 ttft_s: 0.0,
@@ -162,6 +166,8 @@ impl<'e> Scheduler<'e> {
                 logprobs: Vec::new(),
             },
             unsaid: Vec::new(),
+            params,
+            siblings,
             prompt: prompt.len(),
             tokens: prompt,
             memory,
@@ -175,6 +181,14 @@ impl<'e> Scheduler<'e> {
         for sequence in all.filter(|s| s.id == id) {
             sequence.so_far.finish_reason = "cancelled";
             sequence.memory = self.engine.pool.sequence();
+        }
+    }
+
+    /// Ends a request with what it has, as if it had reached its length; what it has read stays its own.
+    pub fn stop(&mut self, id: u64) {
+        let all = self.waiting.iter_mut().chain(&mut self.running);
+        for sequence in all.filter(|s| s.id == id) {
+            sequence.most = sequence.so_far.completion_tokens;
         }
     }
 
@@ -215,6 +229,7 @@ impl<'e> Scheduler<'e> {
         self.statistics.passes += 1;
         self.statistics.read_tokens += tokens.len();
         let mut rows = logits.chunks_exact_mut(engine.decoder.config.vocab_size);
+        let mut siblings = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
             if *count == 0 {
                 continue;
@@ -225,9 +240,14 @@ impl<'e> Scheduler<'e> {
             }
             if sequence.memory.len() == sequence.tokens.len() {
                 let logits = rows.next().expect("one for each that has read all it has");
+                for mut sibling in sequence.split() {
+                    sibling.take(engine, &mut logits.to_vec(), &mut events)?;
+                    siblings.push(sibling);
+                }
                 sequence.take(engine, logits, &mut events)?;
             }
         }
+        self.running.extend(siblings);
         self.take_out(&mut events)?;
         Ok(events)
     }
@@ -243,7 +263,11 @@ impl<'e> Scheduler<'e> {
                 false => self.waiting.push_back(sequence),
             }
         }
-        for sequence in finished {
+        for mut sequence in finished {
+            // A prompt that was never read has answers all the same.
+            for sibling in sequence.split() {
+                sibling.finish(events)?;
+            }
             let read = sequence.memory.len();
             if let Some(prefix) = &mut self.prefix
                 && sequence.so_far.finish_reason != "cancelled"
@@ -315,6 +339,31 @@ impl<'e> Scheduler<'e> {
 impl Sequence {
     fn is_done(&self) -> bool {
         self.so_far.finish_reason != "length" || self.so_far.completion_tokens >= self.most
+    }
+
+    /// The further answers, which share all that has been read.
+    fn split(&mut self) -> Vec<Sequence> {
+        let siblings = std::mem::take(&mut self.siblings);
+        let own = siblings.into_iter().map(|(id, seed)| {
+            let params = SamplingParams {
+                seed,
+                ..self.params.clone()
+            };
+            Sequence {
+                id,
+                sampler: Sampler::new(&params, &self.tokens),
+                stops: Stops::new(params.stop.clone()),
+                tokens: self.tokens.clone(),
+                memory: self.memory.clone(),
+                stream: self.stream.clone(),
+                so_far: self.so_far.clone(),
+                unsaid: Vec::new(),
+                siblings: Vec::new(),
+                params,
+                ..*self
+            }
+        });
+        own.collect()
     }
 
     /// Where a snapshot of the prompt is taken.

@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::{Layer, Lm, ModelConfig};
+use crate::hash::Hash;
 use crate::mixer::{self, Keeps, Span, Work};
 use crate::op::linear::{Part, Stored, products};
 use crate::op::rms_norm::norm_row;
@@ -77,6 +78,20 @@ impl Lm {
 }
 
 impl Decoder {
+    /// Whether two decoders are of one model: of its sizes, and of the first and last rows of its matrices.
+    pub fn fingerprint(&self) -> String {
+        let config = serde_json::to_vec(&self.config).expect("configs serialise");
+        let mut hash = Hash::of(&config);
+        let head = self.lm_head.iter().chain([&self.embed_tokens]);
+        let layers = self.layers.iter().flat_map(|l| [&l.gate_proj, &l.up_proj, &l.down_proj]);
+        for w in head.chain(layers) {
+            let bytes = w.bytes();
+            let some = bytes.len().min(4096);
+            hash = hash.with(&bytes[..some]).with(&bytes[bytes.len() - some..]);
+        }
+        hash.to_string()
+    }
+
     /// What the layers remember of a sequence.
     pub fn keeps(&self) -> Vec<Keeps> {
         self.layers

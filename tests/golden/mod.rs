@@ -381,11 +381,11 @@ fn stories260k_tells_its_story() {
         ..Default::default()
     };
     let mut streamed = String::new();
-    let generation = engine.generate(&[""], &params, &mut |_, piece| {
+    let generation = engine.generate(&[""], 1, &params, &mut |_, piece| {
         streamed += piece;
         true
     });
-    assert_eq!(generation.unwrap()[0].text, streamed);
+    assert_eq!(generation.unwrap()[0][0].text, streamed);
     let beginning = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. \
                      One day, she saw a big, red ball.";
     assert!(streamed.starts_with(beginning), "{streamed}");

@@ -4,3 +4,4 @@ pub mod cache;
 pub mod device;
 pub mod init;
 pub mod memory;
+pub mod sampling;

@@ -23,6 +23,11 @@ pub fn install() {
     });
 }
 
+/// Whether it was asked, which is forgotten then: of what can be stopped again and again.
+pub fn taken() -> bool {
+    ASKED.swap(false, Ordering::SeqCst)
+}
+
 pub fn asked() -> bool {
     ASKED.load(Ordering::SeqCst)
 }

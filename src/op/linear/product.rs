@@ -12,7 +12,9 @@ use crate::op::isa::Isa;
 use crate::op::team::{Scatter, team};
 
 /// Rows of activations up to which weights are widened as they are read.
-const FEW: usize = 4;
+const FEW: usize = 10;
+/// Rows of activations that share one widening of weights in registers.
+const TOGETHER: usize = 5;
 /// Rows of weights that are widened for many rows of activations: what stays in the second cache.
 const PANEL: usize = 48;
 /// Rows of activations that stay in the first cache while a panel passes.
@@ -168,16 +170,20 @@ fn few(
         }
     }
     for row in together..rows.end {
-        let put = |sums: &[f32]| {
-            for (n, sum) in sums.iter().enumerate() {
-                write(row, n, *sum);
+        for first in (0..m).step_by(TOGETHER) {
+            let x = &x[first * w.width..];
+            let put = |sums: &[f32]| {
+                for (n, sum) in sums.iter().enumerate() {
+                    write(row, first + n, *sum);
+                }
+            };
+            match m - first {
+                1 => put(&whole::<1, 1>(isa, w, row, x)[0]),
+                2 => put(&whole::<1, 2>(isa, w, row, x)[0]),
+                3 => put(&whole::<1, 3>(isa, w, row, x)[0]),
+                4 => put(&whole::<1, 4>(isa, w, row, x)[0]),
+                _ => put(&whole::<1, TOGETHER>(isa, w, row, x)[0]),
             }
-        };
-        match m {
-            1 => put(&whole::<1, 1>(isa, w, row, x)[0]),
-            2 => put(&whole::<1, 2>(isa, w, row, x)[0]),
-            3 => put(&whole::<1, 3>(isa, w, row, x)[0]),
-            _ => put(&whole::<1, FEW>(isa, w, row, x)[0]),
         }
     }
 }

@@ -1,0 +1,110 @@
+//! A conversation that goes on in another process: its tokens, and what the model remembers of them.
+
+use std::io::Read;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::Engine;
+use crate::checkpoint::write_atomic;
+use crate::data::chat::Message;
+use crate::mixer::{CacheType, Memory};
+use crate::{Error, Result};
+
+/// A file begins with it; the number is the layout's.
+const MAGIC: &[u8; 16] = b"zebroid session1";
+/// Of the description.
+const MOST_HEADER: u64 = 1 << 30;
+
+/// What was said, and what has read it.
+pub struct Session {
+    pub messages: Vec<Message>,
+    /// Of prompts and answers; the memory has read a beginning of them.
+    pub tokens: Vec<u32>,
+    pub memory: Memory,
+}
+
+/// What stands before the memory.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    /// Of the model that has read it.
+    fingerprint: String,
+    cache_type: CacheType,
+    /// Tokens that have been read.
+    read: usize,
+    tokens: Vec<u32>,
+    messages: Vec<Message>,
+}
+
+impl Session {
+    /// Writes it whole or not at all.
+    ///
+    /// # Errors
+    /// A place that takes no file.
+    pub fn save(&self, engine: &Engine, path: &Path) -> Result<()> {
+        let header = Header {
+            fingerprint: engine.decoder.fingerprint(),
+            cache_type: engine.pool.kind(),
+            read: self.memory.len(),
+            tokens: self.tokens.clone(),
+            messages: self.messages.clone(),
+        };
+        let header = serde_json::to_vec(&header).expect("texts and numbers");
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend((header.len() as u64).to_le_bytes());
+        bytes.extend(header);
+        bytes.extend(self.memory.to_bytes());
+        write_atomic(path, &bytes)
+    }
+
+    /// # Errors
+    /// A file that is no session, is cut off, or is of another model or cache type.
+    pub fn open(engine: &Engine, path: &Path) -> Result<Self> {
+        let bad = |said: String| Error::file(path, said);
+        let mut file = std::fs::File::open(path).map_err(Error::io("cannot open", path))?;
+        let cut = |_| bad("cut off: it ends before its description does".into());
+        let mut begin = [0; 24];
+        file.read_exact(&mut begin).map_err(cut)?;
+        let (magic, size) = begin.split_at(MAGIC.len());
+        if magic != MAGIC {
+            return Err(bad("not a session of zebroid".into()));
+        }
+        let size = u64::from_le_bytes(size.try_into().expect("eight bytes"));
+        let whole = file.metadata().map_err(Error::io("cannot read", path))?.len();
+        if size > MOST_HEADER || size > whole {
+            return Err(bad(format!("a description of {size} bytes in a file of {whole}")));
+        }
+        let mut header = vec![0; size as usize];
+        file.read_exact(&mut header).map_err(cut)?;
+        let header: Header = serde_json::from_slice(&header).map_err(|e| bad(e.to_string()))?;
+        let own = engine.decoder.fingerprint();
+        if header.fingerprint != own {
+            return Err(bad(format!(
+                "a session of another model ({}, this one is {own}): open it with the model that it was saved with",
+                header.fingerprint
+            )));
+        }
+        if header.cache_type != engine.pool.kind() {
+            return Err(bad(format!(
+                "its cache is {}: open it with --cache-type {}",
+                header.cache_type, header.cache_type
+            )));
+        }
+        let vocab = engine.decoder.config.vocab_size;
+        if header.read > header.tokens.len() || header.tokens.iter().any(|t| *t as usize >= vocab) {
+            return Err(bad("its tokens are not those of this model".into()));
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(Error::io("cannot read", path))?;
+        let memory = match header.read {
+            0 => Ok(engine.pool.sequence()),
+            read => Memory::from_bytes(&engine.pool, read, &bytes),
+        };
+        Ok(Self {
+            memory: memory.map_err(|e| bad(e.to_string()))?,
+            messages: header.messages,
+            tokens: header.tokens,
+        })
+    }
+}
