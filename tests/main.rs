@@ -2,6 +2,7 @@
 //! `ZEBROID_SHARED` or `../shared`; where it is absent (`build.rs` finds out) they are counted as ignored.
 
 mod arrows;
+mod chat;
 mod cli;
 mod eval;
 mod golden;

@@ -1,17 +1,70 @@
-"""llama.cpp's decoding speed on a GGUF file: tokens a second at batch 1, after a prompt of one token.
+"""llama.cpp's speed on a GGUF file, as `zebroid bench` measures it: tokens a second.
 
-    python recipes/peer/llama_cpp_speed.py MODEL.gguf [TOKENS] [THREADS]
+    python recipes/peer/llama_cpp_speed.py MODEL.gguf THREADS decode DEPTH TOKENS
+    python recipes/peer/llama_cpp_speed.py MODEL.gguf THREADS prefill LENGTH
+    python recipes/peer/llama_cpp_speed.py MODEL.gguf THREADS batch SEQUENCES TOKENS
+
+Sequences that stand at a depth are read first, which is not measured.
 """
 
 import sys
 import time
 
-import llama_cpp
+import llama_cpp as ll
 
-path, tokens, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = llama_cpp.Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-model.eval([1])
-started = time.time()
-for i in range(tokens):
-    model.eval([20 + i])
-print(f"{tokens / (time.time() - started):.2f}")
+path, threads, mode, first = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+tokens = int(sys.argv[5]) if len(sys.argv) > 5 else first
+sequences = first if mode == "batch" else 1
+room = {"decode": first + tokens, "prefill": first, "batch": sequences * (tokens + 2)}[mode] + 64
+
+LOG = ll.llama_log_callback(lambda *_: None)
+ll.llama_log_set(LOG, None)
+ll.llama_backend_init()
+model = ll.llama_load_model_from_file(path.encode(), ll.llama_model_default_params())
+settings = ll.llama_context_default_params()
+settings.n_ctx, settings.n_batch, settings.n_ubatch = room, 512, 512
+settings.n_threads = settings.n_threads_batch = threads
+settings.n_seq_max = sequences
+if mode == "batch":
+    settings.kv_unified = True
+context = ll.llama_new_context_with_model(model, settings)
+vocab = ll.llama_n_vocab(ll.llama_model_get_vocab(model))
+batch = ll.llama_batch_init(512, 0, 1)
+
+
+def read(entries):
+    """One pass over (token, position, sequence); logits of the last of each sequence."""
+    batch.n_tokens = len(entries)
+    for i, (token, position, sequence) in enumerate(entries):
+        batch.token[i] = token
+        batch.pos[i] = position
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = sequence
+        batch.logits[i] = mode == "batch" or i == len(entries) - 1
+    if ll.llama_decode(context, batch) != 0:
+        sys.exit("llama_decode failed")
+    ll.llama_get_logits(context)
+
+
+def token(i):
+    return (i * 7919 + 13) % vocab
+
+
+def prompt(length):
+    for at in range(0, length, 512):
+        read([(token(i), i, 0) for i in range(at, min(at + 512, length))])
+
+
+if mode == "prefill":
+    read([(token(0), 0, 0)])
+    ll.llama_memory_clear(ll.llama_get_memory(context), True)
+    started = time.time()
+    prompt(first)
+else:
+    depth = first if mode == "decode" else 0
+    prompt(depth)
+    read([(token(s), depth, s) for s in range(sequences)])
+    started = time.time()
+    for i in range(tokens):
+        read([(token(i + 31 * s), depth + 1 + i, s) for s in range(sequences)])
+print(f"{sequences * tokens / (time.time() - started):.2f}")

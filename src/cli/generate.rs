@@ -58,7 +58,10 @@ impl Args {
             let lines = text.lines().filter(|line| !line.trim().is_empty());
             texts.extend(lines.map(str::to_owned));
             if texts.is_empty() {
-                return Err(Error::file(path, "holds no prompt: write one on every line"));
+                return Err(Error::file(
+                    path,
+                    "holds no prompt: write one on every line",
+                ));
             }
         }
         if texts.is_empty() {

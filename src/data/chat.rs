@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
-use minijinja::{Environment, ErrorKind, Value, context};
+use minijinja::{Environment, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
@@ -49,7 +49,9 @@ impl ChatTemplate {
             }
         }
         let template = Self { source, tokens };
-        let tried = environment().template_from_str(&template.source).map(|_| ());
+        let tried = environment()
+            .template_from_str(&template.source)
+            .map(|_| ());
         tried.map_err(|e| Error::invalid(format!("chat template: {e:#}")))?;
         Ok(template)
     }
@@ -65,7 +67,9 @@ impl ChatTemplate {
                 return Ok(None);
             };
             let template = Self::new(source, Vec::new());
-            return template.map(Some).map_err(|e| Error::file(path, e.to_string()));
+            return template
+                .map(Some)
+                .map_err(|e| Error::file(path, e.to_string()));
         }
         let config = path.join(CONFIG);
         let json: Json = match std::fs::read(&config) {
@@ -82,7 +86,9 @@ impl ChatTemplate {
             return Ok(None);
         };
         let template = Self::new(&source, special(&json));
-        template.map(Some).map_err(|e| Error::file(&file, e.to_string()))
+        template
+            .map(Some)
+            .map_err(|e| Error::file(&file, e.to_string()))
     }
 
     /// The text of a conversation, with the beginning of an answer behind it.
@@ -101,18 +107,21 @@ impl ChatTemplate {
     pub fn render_json(&self, messages: &Json, tools: &Json, answer: bool) -> Result<String> {
         let environment = environment();
         let failed = |e: minijinja::Error| Error::invalid(format!("chat template: {e:#}"));
-        let template = environment.template_from_str(&self.source).map_err(failed)?;
+        let template = environment
+            .template_from_str(&self.source)
+            .map_err(failed)?;
         let tools = match tools {
             Json::Null => Value::from(()),
             tools => Value::from(Serde(tools)),
         };
-        let tokens = self.tokens.iter().map(|(name, text)| (name.clone(), Value::from(text.as_str())));
-        let context = context! {
-            messages => Value::from(Serde(messages)),
-            tools => tools,
-            add_generation_prompt => answer,
-            ..tokens.collect::<Value>()
-        };
+        let tokens = self.tokens.iter();
+        let tokens = tokens.map(|(name, text)| (name.as_str(), Value::from(text.as_str())));
+        let own = [
+            ("messages", Value::from(Serde(messages))),
+            ("tools", tools),
+            ("add_generation_prompt", Value::from(answer)),
+        ];
+        let context = Value::from_pairs(tokens.chain(own));
         template.render(context).map_err(failed)
     }
 }
@@ -144,12 +153,18 @@ fn special(config: &Json) -> Vec<(String, String)> {
 /// Jinja as `transformers` sets it up.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build();
     environment.set_syntax(syntax.expect("the usual delimiters"));
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_function("raise_exception", |said: String| -> Result<String, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, said))
-    });
+    environment.add_function(
+        "raise_exception",
+        |said: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, said))
+        },
+    );
     environment.add_function("strftime_now", |format: String| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         strftime(now.map_or(0, |t| t.as_secs()), &format)
@@ -161,9 +176,8 @@ fn environment() -> Environment<'static> {
 /// As Python's `json.dumps(x, ensure_ascii=False, indent=indent)`.
 fn tojson(value: Value, options: minijinja::value::Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
-    let failed = |e: serde_json::Error| {
-        minijinja::Error::new(ErrorKind::BadSerialization, e.to_string())
-    };
+    let failed =
+        |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
     let mut bytes = Vec::new();
     match indent {
         Some(width) => {
@@ -203,14 +217,27 @@ impl serde_json::ser::Formatter for Spaced {
         self.begin_array_value(to, first)
     }
 
-    fn begin_object_value<W: std::io::Write + ?Sized>(&mut self, to: &mut W) -> std::io::Result<()> {
+    fn begin_object_value<W: std::io::Write + ?Sized>(
+        &mut self,
+        to: &mut W,
+    ) -> std::io::Result<()> {
         to.write_all(b": ")
     }
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-    "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 
 /// The codes that templates use, in UTC.
@@ -271,7 +298,10 @@ mod tests {
                      {{- '[' + m['content'].strip() + ']' }}\n    {%- else %}\n        {{- m.content }}\n    {%- endif %}\n\
                      {% endfor %}\n{% generation %}{% if add_generation_prompt %}>{% endif %}{% endgeneration %}";
         let template = ChatTemplate::new(llama, vec![("bos_token".into(), "<s>".into())]).unwrap();
-        assert_eq!(template.render(&conversation()).unwrap(), "<s>[Be brief.]Hi <you>>");
+        assert_eq!(
+            template.render(&conversation()).unwrap(),
+            "<s>[Be brief.]Hi <you>>"
+        );
         let chatml = ChatTemplate::new(CHATML, Vec::new()).unwrap();
         let text = chatml.render(&conversation()).unwrap();
         assert_eq!(
@@ -282,25 +312,48 @@ mod tests {
 
     #[test]
     fn json_is_pythons() {
-        let template = ChatTemplate::new("{{ tools | tojson }}{{ tools | tojson(indent=1) }}", Vec::new());
+        let template = ChatTemplate::new(
+            "{{ tools | tojson }}{{ tools | tojson(indent=1) }}",
+            Vec::new(),
+        );
         let tools = json!([{"name": "<é>", "n": [1, 2.5, null, true]}]);
-        let text = template.unwrap().render_json(&json!([]), &tools, false).unwrap();
-        assert!(text.starts_with(r#"[{"name": "<é>", "n": [1, 2.5, null, true]}][
- {"#), "{text}");
+        let text = template
+            .unwrap()
+            .render_json(&json!([]), &tools, false)
+            .unwrap();
+        assert!(
+            text.starts_with(
+                r#"[{"name": "<é>", "n": [1, 2.5, null, true]}][
+ {"#
+            ),
+            "{text}"
+        );
     }
 
     #[test]
     fn refusals_and_garbage_are_said() {
         let template = ChatTemplate::new("{{ raise_exception('no system please') }}", Vec::new());
-        let said = template.unwrap().render(&conversation()).unwrap_err().to_string();
+        let said = template
+            .unwrap()
+            .render(&conversation())
+            .unwrap_err()
+            .to_string();
         assert!(said.contains("no system please"), "{said}");
-        let said = ChatTemplate::new("{% for %}", Vec::new()).unwrap_err().to_string();
+        let said = ChatTemplate::new("{% for %}", Vec::new())
+            .unwrap_err()
+            .to_string();
         assert!(said.contains("chat template"), "{said}");
     }
 
     #[test]
     fn dates_are_civil() {
-        assert_eq!(strftime(1_774_000_000, "%d %b %Y, %H:%M"), "20 Mar 2026, 09:46");
-        assert_eq!(strftime(951_782_400, "%Y-%m-%d %B %y"), "2000-02-29 February 00");
+        assert_eq!(
+            strftime(1_774_000_000, "%d %b %Y, %H:%M"),
+            "20 Mar 2026, 09:46"
+        );
+        assert_eq!(
+            strftime(951_782_400, "%Y-%m-%d %B %y"),
+            "2000-02-29 February 00"
+        );
     }
 }

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use super::prefix::{PrefixCache, PrefixStatistics};
 use super::{Engine, Generation, Logprob, Sampler, SamplingParams};
-use crate::Result;
 use crate::data::DecodeStream;
 use crate::mixer::{Memory, Span};
 use crate::model::Reading;
+use crate::{Error, Result};
 
 /// A prompt to be continued.
 pub struct Request {
@@ -73,6 +73,8 @@ pub struct Scheduler<'e> {
     engine: &'e Engine,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
+    /// One had to leave: none comes in until another is done.
+    crowded: bool,
     prefix: Option<PrefixCache>,
     reading: Reading,
     statistics: Statistics,
@@ -107,6 +109,7 @@ impl<'e> Scheduler<'e> {
             prefix: engine.options.prefix_cache.then(cache),
             waiting: VecDeque::new(),
             running: Vec::new(),
+            crowded: false,
             reading: Reading::default(),
             statistics: Statistics::default(),
             engine,
@@ -195,12 +198,12 @@ impl<'e> Scheduler<'e> {
     /// One pass over the weights.
     ///
     /// # Errors
-    /// A model that gives no numbers.
+    /// A model that gives no numbers, or memory that others hold.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         let mut events = Vec::new();
         self.take_out(&mut events)?;
         self.admit();
-        let counts = self.share_out();
+        let counts = self.share_out()?;
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         let mut spans = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
@@ -263,6 +266,7 @@ impl<'e> Scheduler<'e> {
                 false => self.waiting.push_back(sequence),
             }
         }
+        self.crowded &= finished.is_empty();
         for mut sequence in finished {
             // A prompt that was never read has answers all the same.
             for sibling in sequence.split() {
@@ -282,7 +286,8 @@ impl<'e> Scheduler<'e> {
 
     /// Brings in what waits, and looks whether its beginning was read before.
     fn admit(&mut self) {
-        while self.running.len() < self.engine.options.max_batch
+        while !(self.crowded && !self.running.is_empty())
+            && self.running.len() < self.engine.options.max_batch
             && let Some(mut sequence) = self.waiting.pop_front()
         {
             if sequence.memory.is_empty()
@@ -299,7 +304,10 @@ impl<'e> Scheduler<'e> {
     }
 
     /// How many tokens each running sequence reads now; there is room for them.
-    fn share_out(&mut self) -> Vec<usize> {
+    ///
+    /// # Errors
+    /// A sequence alone that finds none: others than the scheduler hold it.
+    fn share_out(&mut self) -> Result<Vec<usize>> {
         loop {
             let mut left = self.engine.options.prefill_chunk.max(1);
             let mut counts = Vec::with_capacity(self.running.len());
@@ -322,14 +330,21 @@ impl<'e> Scheduler<'e> {
                 counts.push(count);
             }
             if !full {
-                return counts;
+                return Ok(counts);
             }
             if self.prefix.as_mut().is_some_and(PrefixCache::evict) {
                 continue;
             }
-            // The youngest lets go of what it has and reads it again later; a sequence alone always has room.
+            if self.running.len() == 1 {
+                let (used, limit) = (self.engine.pool.used(), self.engine.pool.limit());
+                return Err(Error::invalid(format!(
+                    "no room in the cache for one sequence: {used} of {limit} bytes are in use; raise --cache-memory"
+                )));
+            }
+            // The youngest lets go of what it has and reads it again later.
             let mut youngest = self.running.pop().expect("one of them found no room");
             self.statistics.preempted += 1;
+            self.crowded = true;
             youngest.memory = self.engine.pool.sequence();
             self.waiting.push_front(youngest);
         }

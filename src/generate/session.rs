@@ -71,9 +71,14 @@ impl Session {
             return Err(bad("not a session of zebroid".into()));
         }
         let size = u64::from_le_bytes(size.try_into().expect("eight bytes"));
-        let whole = file.metadata().map_err(Error::io("cannot read", path))?.len();
+        let whole = file
+            .metadata()
+            .map_err(Error::io("cannot read", path))?
+            .len();
         if size > MOST_HEADER || size > whole {
-            return Err(bad(format!("a description of {size} bytes in a file of {whole}")));
+            return Err(bad(format!(
+                "a description of {size} bytes in a file of {whole}"
+            )));
         }
         let mut header = vec![0; size as usize];
         file.read_exact(&mut header).map_err(cut)?;
@@ -96,7 +101,8 @@ impl Session {
             return Err(bad("its tokens are not those of this model".into()));
         }
         let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(Error::io("cannot read", path))?;
+        file.read_to_end(&mut bytes)
+            .map_err(Error::io("cannot read", path))?;
         let memory = match header.read {
             0 => Ok(engine.pool.sequence()),
             read => Memory::from_bytes(&engine.pool, read, &bytes),

@@ -83,7 +83,10 @@ impl Decoder {
         let config = serde_json::to_vec(&self.config).expect("configs serialise");
         let mut hash = Hash::of(&config);
         let head = self.lm_head.iter().chain([&self.embed_tokens]);
-        let layers = self.layers.iter().flat_map(|l| [&l.gate_proj, &l.up_proj, &l.down_proj]);
+        let layers = self
+            .layers
+            .iter()
+            .flat_map(|l| [&l.gate_proj, &l.up_proj, &l.down_proj]);
         for w in head.chain(layers) {
             let bytes = w.bytes();
             let some = bytes.len().min(4096);

@@ -23,7 +23,9 @@ fn size(text: &str) -> Result<usize, String> {
         "g" | "gib" | "gb" => 1 << 30,
         _ => return Err(format!("unit {unit:?}: choose KiB, MiB or GiB")),
     };
-    let number: f64 = number.parse().map_err(|_| "not a number of bytes".to_owned())?;
+    let number: f64 = number
+        .parse()
+        .map_err(|_| "not a number of bytes".to_owned())?;
     Ok((number * factor as f64) as usize)
 }
 
@@ -33,7 +35,12 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        for (text, bytes) in [("512", 512), ("1.5GiB", 3 << 29), ("2 k", 2048), ("3MB", 3 << 20)] {
+        for (text, bytes) in [
+            ("512", 512),
+            ("1.5GiB", 3 << 29),
+            ("2 k", 2048),
+            ("3MB", 3 << 20),
+        ] {
             assert_eq!(size(text), Ok(bytes));
         }
         assert!(size("4 parsecs").unwrap_err().contains("GiB"));

@@ -155,7 +155,9 @@ impl Setup {
 
     /// One token for each sequence.
     fn step(&mut self, memories: &mut [Memory], i: usize) -> anyhow::Result<()> {
-        let tokens: Vec<u32> = (0..memories.len()).map(|m| self.token(i + 31 * m)).collect();
+        let tokens: Vec<u32> = (0..memories.len())
+            .map(|m| self.token(i + 31 * m))
+            .collect();
         for memory in memories.iter_mut() {
             room(memory.reserve(1))?;
         }
@@ -263,13 +265,23 @@ impl Setup {
                 ]
             })
             .collect();
-        let headers = ["depth", "batch", "tokens", "tokens/s", "TTFT", "time per token", "cache"];
+        let headers = [
+            "depth",
+            "batch",
+            "tokens",
+            "tokens/s",
+            "TTFT",
+            "time per token",
+            "cache",
+        ];
         print(table(&headers, &rows))?;
         let Report {
             cpu, isa, threads, ..
         } = &self.report;
         let peak = self.report.peak_rss_bytes.map_or("unknown".into(), bytes);
-        print(format_args!("{cpu}, {isa}, {threads} threads; peak memory {peak}\n"))?;
+        print(format_args!(
+            "{cpu}, {isa}, {threads} threads; peak memory {peak}\n"
+        ))?;
         Ok(())
     }
 }

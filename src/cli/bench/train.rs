@@ -8,10 +8,10 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::{median, peak_rss, use_threads};
+use crate::checkpoint::Checkpoint;
 use crate::cli::arg::device::DeviceArg;
 use crate::cli::positive;
 use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
-use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing};
 use crate::op::adamw::AdamW;
