@@ -13,6 +13,7 @@ use crate::data::chat::{CHATML, ChatTemplate, Message};
 use crate::generate::{
     Engine, EngineOptions, Event, Generation, Request, SamplingParams, Scheduler, Session,
 };
+use crate::mixer::Memory;
 use crate::{Error, Result};
 
 /// Talk with a model. Ctrl-C stops an answer and keeps the conversation; Ctrl-D ends it.
@@ -68,6 +69,8 @@ struct Talk<'e> {
     template: ChatTemplate,
     params: SamplingParams,
     session: Session,
+    /// What had been read before the last answer: text, tokens, memory.
+    before: (String, Vec<u32>, Memory),
     last: Option<Generation>,
     /// Answers so far: each draws from a stream of its own.
     answers: u64,
@@ -93,12 +96,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let kept = args.session.as_deref().filter(|path| path.exists());
     let session = match kept {
         Some(path) => Session::open(&engine, path)?,
-        None => fresh(&engine, &system),
+        None => Session::new(&engine, system.clone()),
     };
     let mut talk = Talk {
         engine: &engine,
         template,
         params,
+        before: (String::new(), Vec::new(), engine.pool.sequence()),
         session,
         last: None,
         answers: 0,
@@ -125,7 +129,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         match line.trim() {
             "" => continue,
             "/exit" | "/quit" => break,
-            "/clear" => talk.session = fresh(&engine, &system),
+            "/clear" => talk.session = Session::new(&engine, system.clone()),
             "/stats" => talk.tell(),
             "/regenerate" => {
                 let answered = |m: &Message| m.role == "assistant";
@@ -133,6 +137,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                     note("nothing was answered yet");
                     continue;
                 }
+                let (text, tokens, memory) = talk.before.clone();
+                (talk.session.text, talk.session.tokens, talk.session.memory) =
+                    (text, tokens, memory);
                 talk.answer()?;
             }
             command if command.starts_with('/') => {
@@ -156,23 +163,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fresh(engine: &Engine, system: &[Message]) -> Session {
-    Session {
-        messages: system.to_vec(),
-        tokens: Vec::new(),
-        memory: engine.pool.sequence(),
-    }
-}
-
 impl Talk<'_> {
     /// The next message, printed as it comes.
     fn answer(&mut self) -> anyhow::Result<()> {
         let text = self.template.render(&self.session.messages)?;
-        let prompt = self.engine.tokenizer.encode_plain(&text)?;
         let session = &self.session;
+        let prompt = session.prompt(self.engine, &text)?;
         // What was read serves if the prompt begins with it, as it does unless the template rewrites what was said.
         let read = session.memory.len();
         let serves = read < prompt.len() && prompt.starts_with(&session.tokens[..read]);
+        self.before = (
+            session.text.clone(),
+            session.tokens.clone(),
+            session.memory.clone(),
+        );
         let params = SamplingParams {
             seed: self.params.seed.wrapping_add(self.answers),
             ..self.params.clone()
@@ -193,11 +197,21 @@ impl Talk<'_> {
                 match event {
                     Event::Text { text, .. } => print(text)?,
                     Event::Done { finish, .. } => {
-                        self.session.tokens = finish.tokens;
-                        self.session.memory = finish.memory;
+                        let answer = finish.generation.text.clone();
+                        let messages = std::mem::take(&mut self.session.messages);
+                        self.session = match finish.stopped {
+                            // The tokens say more than the text does.
+                            true => Session::new(self.engine, messages),
+                            false => Session {
+                                text: format!("{text}{answer}"),
+                                tokens: finish.tokens,
+                                memory: finish.memory,
+                                messages,
+                            },
+                        };
                         self.session.messages.push(Message {
                             role: "assistant".into(),
-                            content: finish.generation.text.clone(),
+                            content: answer,
                         });
                         self.last = Some(finish.generation);
                     }

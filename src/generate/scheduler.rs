@@ -57,6 +57,8 @@ pub struct Finish {
     pub tokens: Vec<u32>,
     /// What has read all of them but the last.
     pub memory: Memory,
+    /// A stop text ended it: the tokens go on where the text has ended.
+    pub stopped: bool,
 }
 
 /// Since the scheduler began.
@@ -286,7 +288,7 @@ impl<'e> Scheduler<'e> {
 
     /// Brings in what waits, and looks whether its beginning was read before.
     fn admit(&mut self) {
-        while !(self.crowded && !self.running.is_empty())
+        while (!self.crowded || self.running.is_empty())
             && self.running.len() < self.engine.options.max_batch
             && let Some(mut sequence) = self.waiting.pop_front()
         {
@@ -443,6 +445,7 @@ impl Sequence {
                 generation: self.so_far,
                 tokens: self.tokens,
                 memory: self.memory,
+                stopped: self.stops.stopped,
             }),
         });
         Ok(())

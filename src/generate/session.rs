@@ -19,7 +19,9 @@ const MOST_HEADER: u64 = 1 << 30;
 /// What was said, and what has read it.
 pub struct Session {
     pub messages: Vec<Message>,
-    /// Of prompts and answers; the memory has read a beginning of them.
+    /// The messages as the model has seen them, and what it answered.
+    pub text: String,
+    /// Of the text; the memory has read a beginning of them.
     pub tokens: Vec<u32>,
     pub memory: Memory,
 }
@@ -34,10 +36,36 @@ struct Header {
     /// Tokens that have been read.
     read: usize,
     tokens: Vec<u32>,
+    text: String,
     messages: Vec<Message>,
 }
 
 impl Session {
+    /// Nothing was read yet.
+    pub fn new(engine: &Engine, messages: Vec<Message>) -> Self {
+        Self {
+            messages,
+            text: String::new(),
+            tokens: Vec::new(),
+            memory: engine.pool.sequence(),
+        }
+    }
+
+    /// The tokens of `text`: where it goes on from what was read, those that were read and what follows them (to encode an answer anew
+    /// may give other tokens than those it was drawn as).
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot encode.
+    pub fn prompt(&self, engine: &Engine, text: &str) -> Result<Vec<u32>> {
+        match text.strip_prefix(&self.text) {
+            Some(rest) if !self.tokens.is_empty() && !rest.is_empty() => {
+                let rest = engine.tokenizer.encode_plain(rest)?;
+                Ok([self.tokens.as_slice(), &rest].concat())
+            }
+            _ => engine.tokenizer.encode_plain(text),
+        }
+    }
+
     /// Writes it whole or not at all.
     ///
     /// # Errors
@@ -48,6 +76,7 @@ impl Session {
             cache_type: engine.pool.kind(),
             read: self.memory.len(),
             tokens: self.tokens.clone(),
+            text: self.text.clone(),
             messages: self.messages.clone(),
         };
         let header = serde_json::to_vec(&header).expect("texts and numbers");
@@ -110,6 +139,7 @@ impl Session {
         Ok(Self {
             memory: memory.map_err(|e| bad(e.to_string()))?,
             messages: header.messages,
+            text: header.text,
             tokens: header.tokens,
         })
     }

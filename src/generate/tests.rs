@@ -319,6 +319,7 @@ fn a_session_goes_on_where_it_was_saved() {
                 role: "user".into(),
                 content: "Hi".into(),
             }],
+            text: "Hi".into(),
             tokens: finish.tokens,
             memory: finish.memory,
         };

@@ -111,12 +111,16 @@ impl Online {
                 match rows - q {
                     1 => strip(isa, [query(q)], key, count, most, weights),
                     2 => strip(isa, [query(q), query(q + 1)], key, count, most, weights),
-                    _ => {
+                    3 => {
                         let three = [query(q), query(q + 1), query(q + 2)];
                         strip(isa, three, key, count, most, weights);
                     }
+                    _ => {
+                        let four = [0, 1, 2, 3].map(|i| query(q + i));
+                        strip(isa, four, key, count, most, weights);
+                    }
                 }
-                q += 3;
+                q += 4;
             }
         }
     }

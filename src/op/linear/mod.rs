@@ -7,6 +7,7 @@ mod plain;
 mod product;
 mod storage;
 mod stored;
+mod stored_linear;
 #[cfg(test)]
 mod tests;
 
@@ -19,8 +20,8 @@ pub use matrix::Matrix;
 pub use observer::Observer;
 pub use product::{Part, Scratch, products, products_by};
 pub use storage::Storage;
-use stored::StoredLinear;
 pub use stored::{Owner, Stored};
+use stored_linear::StoredLinear;
 
 const KERNELS: Kernels = Kernels::f32("linear");
 

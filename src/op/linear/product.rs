@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::dot::{SPAN, tile};
+use super::dot::{SPAN, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations};
@@ -12,13 +12,13 @@ use crate::op::isa::Isa;
 use crate::op::team::{Scatter, team};
 
 /// Rows of activations up to which weights are widened as they are read.
-const FEW: usize = 10;
+const FEW: usize = 8;
 /// Rows of activations that share one widening of weights in registers.
-const TOGETHER: usize = 5;
+const TOGETHER: usize = 4;
 /// Rows of weights that are widened for many rows of activations: what stays in the second cache.
 const PANEL: usize = 48;
 /// Rows of activations that stay in the first cache while a panel passes.
-const GROUP: usize = 9;
+const GROUP: usize = 8;
 /// Multiplications below which other threads are not worth waking.
 const ALONE: usize = 1 << 14;
 /// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
@@ -159,31 +159,48 @@ fn few(
     rows: Range<usize>,
     write: impl Fn(usize, usize, f32),
 ) {
-    let together = match m {
+    let four = match m {
         1 if w.bytes.len() < CACHED => rows.start + rows.len() / 4 * 4,
         _ => rows.start,
     };
-    for first in (rows.start..together).step_by(4) {
-        let sums = whole::<4, 1>(isa, w, first, x);
-        for (r, [sum]) in sums.into_iter().enumerate() {
-            write(first + r, 0, sum);
-        }
+    let two = four + (rows.end - four) / 2 * 2;
+    for row in (rows.start..four).step_by(4) {
+        put(row, 0, whole::<4, 1>(isa, w, row, x), &write);
     }
-    for row in together..rows.end {
+    for row in (four..two).step_by(2) {
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
-            let put = |sums: &[f32]| {
-                for (n, sum) in sums.iter().enumerate() {
-                    write(row, first + n, *sum);
-                }
-            };
             match m - first {
-                1 => put(&whole::<1, 1>(isa, w, row, x)[0]),
-                2 => put(&whole::<1, 2>(isa, w, row, x)[0]),
-                3 => put(&whole::<1, 3>(isa, w, row, x)[0]),
-                4 => put(&whole::<1, 4>(isa, w, row, x)[0]),
-                _ => put(&whole::<1, TOGETHER>(isa, w, row, x)[0]),
+                1 => put(row, first, whole::<2, 1>(isa, w, row, x), &write),
+                2 => put(row, first, whole::<2, 2>(isa, w, row, x), &write),
+                3 => put(row, first, whole::<2, 3>(isa, w, row, x), &write),
+                _ => put(row, first, whole::<2, TOGETHER>(isa, w, row, x), &write),
             }
+        }
+    }
+    for row in two..rows.end {
+        for first in (0..m).step_by(TOGETHER) {
+            let x = &x[first * w.width..];
+            match m - first {
+                1 => put(row, first, whole::<1, 1>(isa, w, row, x), &write),
+                2 => put(row, first, whole::<1, 2>(isa, w, row, x), &write),
+                3 => put(row, first, whole::<1, 3>(isa, w, row, x), &write),
+                _ => put(row, first, whole::<1, TOGETHER>(isa, w, row, x), &write),
+            }
+        }
+    }
+}
+
+#[inline]
+fn put<const R: usize, const N: usize>(
+    row: usize,
+    first: usize,
+    sums: [[f32; N]; R],
+    write: impl Fn(usize, usize, f32),
+) {
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (n, sum) in sums.into_iter().enumerate() {
+            write(row + r, first + n, sum);
         }
     }
 }
@@ -240,7 +257,10 @@ fn many(
                     storage.widen(&w.row(first + r)[from * bytes..][..span * bytes], wide);
                 }
                 let x = &packed[from * m..][..m * span];
-                pass(isa, &panel[..count * span], x, span, sums);
+                let groups = x.chunks(GROUP * span).zip(sums.chunks_mut(GROUP * count));
+                for (x, sums) in groups {
+                    pass(isa, &panel[..count * span], x, span, sums);
+                }
             }
             for (i, sums) in sums.chunks_exact(count).enumerate() {
                 for (r, sum) in sums.iter().enumerate() {
@@ -249,62 +269,4 @@ fn many(
             }
         }
     });
-}
-
-/// `sums [M, rows] += x [M, span] panelᵀ [span, rows]`.
-fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
-    let rows = panel.len() / span;
-    let groups = x.chunks(GROUP * span).zip(sums.chunks_mut(GROUP * rows));
-    for (x, sums) in groups {
-        let pairs = rows / 2 * 2;
-        for r in (0..pairs).step_by(2) {
-            strip::<2>(isa, &panel[r * span..], x, span, &mut sums[r..], rows);
-        }
-        for r in pairs..rows {
-            strip::<1>(isa, &panel[r * span..], x, span, &mut sums[r..], rows);
-        }
-    }
-}
-
-/// `R` rows of a panel with all rows of a group.
-#[inline]
-fn strip<const R: usize>(
-    isa: Isa,
-    panel: &[f32],
-    x: &[f32],
-    span: usize,
-    sums: &mut [f32],
-    rows: usize,
-) {
-    let w: [&[u8]; R] = std::array::from_fn(|r| bytemuck::cast_slice(&panel[r * span..][..span]));
-    let mut n = 0;
-    let mut left = x;
-    while !left.is_empty() {
-        let mut add = |found: [f32; R]| {
-            for (r, found) in found.into_iter().enumerate() {
-                sums[n * rows + r] += found;
-            }
-            n += 1;
-        };
-        let taken = match left.len() / span {
-            1 => {
-                let found = tile::<R, 1>(isa, Storage::F32, w, [left], span);
-                add(found.map(|f| f[0]));
-                1
-            }
-            2 => {
-                let x = [left, &left[span..]];
-                let found = tile::<R, 2>(isa, Storage::F32, w, x, span);
-                (0..2).for_each(|n| add(found.map(|f| f[n])));
-                2
-            }
-            _ => {
-                let x = [left, &left[span..], &left[2 * span..]];
-                let found = tile::<R, 3>(isa, Storage::F32, w, x, span);
-                (0..3).for_each(|n| add(found.map(|f| f[n])));
-                3
-            }
-        };
-        left = &left[taken * span..];
-    }
 }

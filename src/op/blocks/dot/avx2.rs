@@ -4,46 +4,65 @@ use std::arch::x86_64::*;
 
 use super::super::BlockType;
 use super::super::activations::Row;
-use super::super::plain::{half, scale_min};
+use super::super::plain::half;
 
 /// # Safety
-/// The processor has what [`super::Isa::Avx2`] says, `w` is whole blocks, and the rows of `x` are as wide as `w`.
+/// The processor has what [`super::Isa`] says of it, `w` is whole blocks, and the rows of `x` are as wide as `w`.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn dot<const N: usize>(kind: BlockType, w: &[u8], x: [Row; N]) -> [f32; N] {
-    let mut sum = [_mm256_setzero_ps(); N];
+    // Two sums, so that an addition need not wait for the one before.
+    let mut sums = [[_mm256_setzero_ps(); 2]; N];
     for (i, block) in w.chunks_exact(kind.bytes()).enumerate() {
-        // SAFETY: `block` is a whole one, and `x` has its entries.
-        unsafe {
-            match kind {
-                BlockType::Q8_0 => {
-                    let codes = load(&block[2..]);
-                    for (sum, x) in sum.iter_mut().zip(&x) {
-                        let scale = _mm256_set1_ps(half(block) * x.scales[i]);
-                        *sum = _mm256_fmadd_ps(signed(codes, x, 32 * i), scale, *sum);
-                    }
-                }
-                BlockType::Q4_0 => {
-                    let packed = _mm_loadu_si128(block[2..18].as_ptr().cast());
-                    let both = _mm256_set_m128i(_mm_srli_epi16::<4>(packed), packed);
-                    let codes = _mm256_and_si256(both, _mm256_set1_epi8(15));
-                    let codes = _mm256_sub_epi8(codes, _mm256_set1_epi8(8));
-                    for (sum, x) in sum.iter_mut().zip(&x) {
-                        let scale = _mm256_set1_ps(half(block) * x.scales[i]);
-                        *sum = _mm256_fmadd_ps(signed(codes, x, 32 * i), scale, *sum);
-                    }
-                }
-                BlockType::Q4K => q4_k(block, i, &x, &mut sum),
-                BlockType::Q6K => q6_k(block, i, &x, &mut sum),
+        match kind {
+            BlockType::Q8_0 => small(load(&block[2..]), block, i, &x, &mut sums),
+            BlockType::Q4_0 => {
+                // SAFETY: sixteen bytes, as the slice is cut.
+                let packed = unsafe { _mm_loadu_si128(block[2..18].as_ptr().cast()) };
+                let both = _mm256_set_m128i(_mm_srli_epi16::<4>(packed), packed);
+                let codes = _mm256_and_si256(both, _mm256_set1_epi8(15));
+                let codes = _mm256_sub_epi8(codes, _mm256_set1_epi8(8));
+                small(codes, block, i, &x, &mut sums);
             }
+            BlockType::Q4K => q4_k(block, i, &x, &mut sums),
+            BlockType::Q6K => q6_k(block, i, &x, &mut sums),
         }
     }
-    sum.map(|sum| {
-        let mut lanes = [0f32; 8];
-        // SAFETY: eight lanes.
-        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
-        lanes.iter().sum()
-    })
+    sums.map(|[a, b]| total(_mm256_add_ps(a, b)))
+}
+
+/// A block of 32 signed codes with one scale.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn small<const N: usize>(
+    codes: __m256i,
+    block: &[u8],
+    i: usize,
+    x: &[Row; N],
+    sums: &mut [[__m256; 2]; N],
+) {
+    let scale = wide_half(block);
+    for (sums, x) in sums.iter_mut().zip(x) {
+        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[i]));
+        sums[i % 2] = _mm256_fmadd_ps(signed(codes, x, 32 * i), scale, sums[i % 2]);
+    }
+}
+
+/// The half at the beginning in all lanes; broadcast, for an insertion would wait for what the register held before.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn wide_half(bytes: &[u8]) -> __m256 {
+    let bits = i16::from_le_bytes([bytes[0], bytes[1]]);
+    _mm256_cvtph_ps(_mm_set1_epi16(bits))
+}
+
+/// The sum of the lanes, by halves.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn total(a: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
 /// The first 32 bytes.
@@ -75,42 +94,69 @@ fn signed(codes: __m256i, x: &Row, at: usize) -> __m256 {
     ))
 }
 
+/// Eight entries from `at` on.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn eight(entries: &[f32], at: usize) -> __m256 {
+    // SAFETY: as many as the slice is cut to.
+    unsafe { _mm256_loadu_ps(entries[at..at + 8].as_ptr()) }
+}
+
+/// Eight whole numbers in the bytes of a word.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bytes(word: u64) -> __m256 {
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_set1_epi64x(word as i64)))
+}
+
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn q4_k<const N: usize>(block: &[u8], i: usize, x: &[Row; N], sum: &mut [__m256; N]) {
-    let (d, min) = (half(block), half(&block[2..]));
+fn q4_k<const N: usize>(block: &[u8], i: usize, x: &[Row; N], sums: &mut [[__m256; 2]; N]) {
+    let (scales, mins) = scales_mins(&block[4..16]);
+    let scales = _mm256_mul_ps(wide_half(block), bytes(scales));
+    let mins = _mm256_mul_ps(wide_half(&block[2..]), bytes(mins));
+    let own: [__m256; N] =
+        std::array::from_fn(|n| _mm256_mul_ps(scales, eight(x[n].scales, 8 * i)));
+    for (sums, x) in sums.iter_mut().zip(x) {
+        sums[0] = _mm256_fnmadd_ps(mins, eight(x.sums, 8 * i), sums[0]);
+    }
     for j in 0..8 {
-        let (s, m) = scale_min(&block[4..16], j);
         let packed = load(&block[16 + 32 * (j / 2)..]);
         let moved = match j % 2 {
             0 => packed,
             _ => _mm256_srli_epi16::<4>(packed),
         };
         let codes = _mm256_and_si256(moved, _mm256_set1_epi8(15));
-        for (sum, x) in sum.iter_mut().zip(x) {
+        for ((sums, x), own) in sums.iter_mut().zip(x).zip(&own) {
             let at = 256 * i + 32 * j;
             // SAFETY: as many as the slice is cut to.
             let q = unsafe { _mm256_loadu_si256(x.codes[at..at + 32].as_ptr().cast()) };
             let found = fours(_mm256_maddubs_epi16(codes, q));
-            let scale = d * f32::from(s) * x.scales[8 * i + j];
-            *sum = _mm256_fmadd_ps(found, _mm256_set1_ps(scale), *sum);
-            let taken = -min * f32::from(m) * x.sums[8 * i + j];
-            *sum = _mm256_add_ps(*sum, first_lane(taken));
+            let scale = _mm256_permutevar8x32_ps(*own, _mm256_set1_epi32(j as i32));
+            sums[j % 2] = _mm256_fmadd_ps(found, scale, sums[j % 2]);
         }
     }
 }
 
-/// `x` in the first lane, zeros in the others.
+/// The eight scales and the eight minima of 6 bits, a byte each.
 #[inline]
-#[target_feature(enable = "avx2")]
-fn first_lane(x: f32) -> __m256 {
-    _mm256_set_ps(0., 0., 0., 0., 0., 0., 0., x)
+fn scales_mins(packed: &[u8]) -> (u64, u64) {
+    const SIX: u32 = 0x3f3f_3f3f;
+    const FOUR: u32 = 0x0f0f_0f0f;
+    const TWO: u32 = 0x0303_0303;
+    let [a, b, c] = [0, 4, 8]
+        .map(|at| u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]]));
+    let join = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let scales = join(a & SIX, (c & FOUR) | (a >> 6 & TWO) << 4);
+    let mins = join(b & SIX, (c >> 4 & FOUR) | (b >> 6 & TWO) << 4);
+    (scales, mins)
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn q6_k<const N: usize>(block: &[u8], i: usize, x: &[Row; N], sum: &mut [__m256; N]) {
+fn q6_k<const N: usize>(block: &[u8], i: usize, x: &[Row; N], sums: &mut [[__m256; 2]; N]) {
     let d = half(&block[208..]);
     for j in 0..8 {
         let (part, quarter) = (j / 4, j % 4);
@@ -134,9 +180,9 @@ fn q6_k<const N: usize>(block: &[u8], i: usize, x: &[Row; N], sum: &mut [__m256;
         let scale = |k: usize| d * f32::from(block[192 + k] as i8);
         let (s0, s1) = (scale(2 * j), scale(2 * j + 1));
         let scales = _mm256_set_ps(s1, s1, s1, s1, s0, s0, s0, s0);
-        for (sum, x) in sum.iter_mut().zip(x) {
+        for (sums, x) in sums.iter_mut().zip(x) {
             let own = _mm256_mul_ps(scales, _mm256_set1_ps(x.scales[8 * i + j]));
-            *sum = _mm256_fmadd_ps(signed(codes, x, 256 * i + 32 * j), own, *sum);
+            sums[j % 2] = _mm256_fmadd_ps(signed(codes, x, 256 * i + 32 * j), own, sums[j % 2]);
         }
     }
 }

@@ -54,6 +54,33 @@ pub fn tile<const R: usize, const N: usize>(
     }
 }
 
+/// `sums [M, rows] += x [M, span] panelᵀ`, `panel [rows, span]` in f32; `span` is at most [`SPAN`].
+///
+/// # Panics
+/// When sizes do not fit.
+pub fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
+    let rows = panel.len() / span;
+    assert!(panel.len() == rows * span && sums.len() == x.len() / span * rows);
+    match isa.level() {
+        Level::Portable => {
+            for (x, sums) in x.chunks_exact(span).zip(sums.chunks_exact_mut(rows)) {
+                for (w, sum) in panel.chunks_exact(span).zip(sums) {
+                    *sum += portable(Storage::F32, bytemuck::cast_slice(w), x, span);
+                }
+            }
+        }
+        // SAFETY: an `Isa` is of this processor.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx2 => unsafe { x86::avx2::pass(panel, x, span, sums, rows) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx512 => unsafe { x86::avx512::pass(panel, x, span, sums, rows) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("not on this architecture"),
+    }
+}
+
 /// Lanes that the portable sum is kept in.
 const LANES: usize = 16;
 

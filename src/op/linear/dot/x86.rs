@@ -38,19 +38,16 @@ macro_rules! tiles {
             count: usize,
             widen: impl Fn(*const u8) -> Vector,
         ) -> [[f32; N]; R] {
-            let whole = count / (2 * LANES) * (2 * LANES);
-            let mut sums = [[[zero(); 2]; N]; R];
-            for at in (0..whole).step_by(2 * LANES) {
-                for half in 0..2 {
-                    let from = at + half * LANES;
-                    // SAFETY: LANES weights and entries of each row stand from `from` on.
-                    unsafe {
-                        let x: [Vector; N] = std::array::from_fn(|n| load(x[n].add(from)));
+            let whole = count / LANES * LANES;
+            let mut sums = [[zero(); N]; R];
+            for at in (0..whole).step_by(LANES) {
+                // SAFETY: LANES weights and entries of each row stand from `at` on.
+                unsafe {
+                    let w: [Vector; R] = std::array::from_fn(|r| widen(w[r].add(at * BYTES)));
+                    for n in 0..N {
+                        let x = load(x[n].add(at));
                         for r in 0..R {
-                            let w = widen(w[r].add(from * BYTES));
-                            for n in 0..N {
-                                sums[r][n][half] = fmadd(w, x[n], sums[r][n][half]);
-                            }
+                            sums[r][n] = fmadd(w[r], x, sums[r][n]);
                         }
                     }
                 }
@@ -58,8 +55,7 @@ macro_rules! tiles {
             if whole < count {
                 // What is left, filled up with zeros.
                 let left = count - whole;
-                let mut w_left = [[0f32; 2 * LANES]; R];
-                let mut x_left = [[0f32; 2 * LANES]; N];
+                let mut w_left = [[0f32; LANES]; R];
                 for r in 0..R {
                     // SAFETY: `left` weights stand from `whole` on.
                     let bytes = unsafe {
@@ -68,30 +64,73 @@ macro_rules! tiles {
                     storage.widen(bytes, &mut w_left[r][..left]);
                 }
                 for n in 0..N {
+                    let mut x_left = [0f32; LANES];
                     // SAFETY: `left` entries stand from `whole` on.
                     let entries = unsafe { std::slice::from_raw_parts(x[n].add(whole), left) };
-                    x_left[n][..left].copy_from_slice(entries);
-                }
-                for half in 0..2 {
+                    x_left[..left].copy_from_slice(entries);
                     for r in 0..R {
-                        for n in 0..N {
-                            // SAFETY: the arrays hold two vectors.
-                            unsafe {
-                                let w = load(w_left[r].as_ptr().add(half * LANES));
-                                let x = load(x_left[n].as_ptr().add(half * LANES));
-                                sums[r][n][half] = fmadd(w, x, sums[r][n][half]);
-                            }
-                        }
+                        // SAFETY: the arrays hold a vector.
+                        let (w, x) = unsafe { (load(w_left[r].as_ptr()), load(x_left.as_ptr())) };
+                        sums[r][n] = fmadd(w, x, sums[r][n]);
                     }
                 }
             }
-            let mut found = [[0f32; N]; R];
-            for r in 0..R {
-                for n in 0..N {
-                    found[r][n] = total(add(sums[r][n][0], sums[r][n][1]));
+            sums.map(|sums| sums.map(|sum| total(sum)))
+        }
+
+        /// [`super::pass`].
+        #[target_feature(enable = $features)]
+        pub fn pass(panel: &[f32], x: &[f32], span: usize, sums: &mut [f32], rows: usize) {
+            for r in (0..rows).step_by(3) {
+                let (panel, sums) = (&panel[r * span..], &mut sums[r..]);
+                match rows - r {
+                    1 => strip::<1>(panel, x, span, sums, rows),
+                    2 => strip::<2>(panel, x, span, sums, rows),
+                    _ => strip::<3>(panel, x, span, sums, rows),
                 }
             }
-            found
+        }
+
+        /// `R` rows of a panel with all of `x`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn strip<const R: usize>(
+            panel: &[f32],
+            x: &[f32],
+            span: usize,
+            sums: &mut [f32],
+            rows: usize,
+        ) {
+            for (x, sums) in x.chunks(4 * span).zip(sums.chunks_mut(4 * rows)) {
+                match x.len() / span {
+                    1 => block::<R, 1>(panel, x, span, sums, rows),
+                    2 => block::<R, 2>(panel, x, span, sums, rows),
+                    3 => block::<R, 3>(panel, x, span, sums, rows),
+                    _ => block::<R, 4>(panel, x, span, sums, rows),
+                }
+            }
+        }
+
+        #[allow(unsafe_code)]
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn block<const R: usize, const N: usize>(
+            panel: &[f32],
+            x: &[f32],
+            span: usize,
+            sums: &mut [f32],
+            rows: usize,
+        ) {
+            let w: [*const u8; R] =
+                std::array::from_fn(|r| panel[r * span..][..span].as_ptr().cast());
+            let x: [*const f32; N] = std::array::from_fn(|n| x[n * span..][..span].as_ptr());
+            // SAFETY: `span` entries stand in every row, as just cut.
+            let found = unsafe { sum::<4, R, N>(Storage::F32, w, x, span, |at| load(at.cast())) };
+            for n in 0..N {
+                for r in 0..R {
+                    sums[n * rows + r] += found[r][n];
+                }
+            }
         }
     };
 }
@@ -114,12 +153,6 @@ pub mod avx2 {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn fmadd(a: Vector, b: Vector, c: Vector) -> Vector {
         _mm256_fmadd_ps(a, b, c)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn add(a: Vector, b: Vector) -> Vector {
-        _mm256_add_ps(a, b)
     }
 
     /// The sum of the lanes, by halves.
@@ -181,12 +214,6 @@ pub mod avx512 {
     #[target_feature(enable = "avx512f")]
     fn fmadd(a: Vector, b: Vector, c: Vector) -> Vector {
         _mm512_fmadd_ps(a, b, c)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn add(a: Vector, b: Vector) -> Vector {
-        _mm512_add_ps(a, b)
     }
 
     #[inline]

@@ -1,0 +1,122 @@
+//! The product of tensors with a matrix as it is stored, and its gradient.
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::product::{Part, Scratch, products};
+use super::storage::Storage;
+use super::stored::{PANEL, Stored};
+use crate::op::cpu::{host, slice};
+use crate::op::matmul::{View, matmul};
+
+/// Rows of activations up to which weights are multiplied as they are read; more of them share weights that are
+/// widened a chunk at a time.
+const FEW: usize = 8;
+/// Bytes below which a matrix in f32 is multiplied as a whole.
+const SMALL: usize = 1 << 20;
+/// Rows that are widened for one product: panels, as many as make it worth its threads and still stay in the cache.
+const CHUNK: usize = 16 * PANEL;
+
+impl Stored {
+    /// All entries where they stand, of a matrix in f32.
+    fn entries(&self) -> Option<&[f32]> {
+        let plain = self.storage() == Storage::F32 && cfg!(target_endian = "little");
+        plain.then(|| bytemuck::try_cast_slice(self.bytes()).ok())?
+    }
+
+    /// `x [M, K]` → `y [M, N]`.
+    fn product(&self, x: &[f32]) -> Vec<f32> {
+        let m = x.len() / self.width();
+        let mut y = vec![0.; m * self.rows()];
+        let few = m <= FEW;
+        match self.entries() {
+            // Rows of a small matrix are too short to be worth a product each.
+            Some(w) if !few || self.bytes().len() < SMALL => {
+                let w = View::rows(w, self.rows(), self.width()).transposed();
+                matmul(&mut y, View::rows(x, m, self.width()), w, false, true);
+            }
+            _ if few => {
+                let part = Part { w: self, y: &mut y };
+                products(x, &mut [part], &mut Scratch::default());
+            }
+            _ => self.by_chunks(x, m, &mut y),
+        }
+        y
+    }
+
+    /// Rows from `first` on, at most [`CHUNK`], in f32, widened by all threads.
+    fn chunk(&self, first: usize) -> Vec<f32> {
+        let count = CHUNK.min(self.rows() - first);
+        let mut wide = vec![0.; count * self.width()];
+        let panels = wide.par_chunks_mut(PANEL * self.width()).enumerate();
+        panels.for_each(|(i, out)| self.panel(first / PANEL + i, out));
+        wide
+    }
+
+    fn by_chunks(&self, x: &[f32], m: usize, y: &mut [f32]) {
+        let x = View::rows(x, m, self.width());
+        for first in (0..self.rows()).step_by(CHUNK) {
+            let wide = self.chunk(first);
+            let count = wide.len() / self.width();
+            let mut part = vec![0.; m * count];
+            let w = View::rows(&wide, count, self.width()).transposed();
+            matmul(&mut part, x, w, false, true);
+            for (y, part) in y.chunks_mut(self.rows()).zip(part.chunks(count)) {
+                y[first..first + count].copy_from_slice(part);
+            }
+        }
+    }
+
+    /// `dy [M, N]` → `dx [M, K] = dy W`.
+    fn back(&self, dy: &[f32]) -> Vec<f32> {
+        let m = dy.len() / self.rows();
+        let mut dx = vec![0.; m * self.width()];
+        if let Some(w) = self.entries() {
+            let w = View::rows(w, self.rows(), self.width());
+            matmul(&mut dx, View::rows(dy, m, self.rows()), w, false, true);
+            return dx;
+        }
+        for first in (0..self.rows()).step_by(CHUNK) {
+            let wide = self.chunk(first);
+            let count = wide.len() / self.width();
+            let dy = View {
+                data: &dy[first..],
+                dims: [m, count],
+                strides: [self.rows(), 1],
+            };
+            matmul(
+                &mut dx,
+                dy,
+                View::rows(&wide, count, self.width()),
+                true,
+                true,
+            );
+        }
+        dx
+    }
+}
+
+/// The product with a stored matrix, which itself gets no gradient.
+pub(super) struct StoredLinear(pub Stored);
+
+impl CustomOp1 for StoredLinear {
+    fn name(&self) -> &'static str {
+        "stored_linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = slice(x, layout)?;
+        self.0.observer.iter().for_each(|observer| observer.add(x));
+        let y = self.0.product(x);
+        let mut dims = layout.dims().to_vec();
+        *dims.last_mut().expect("checked to end with the inputs") = self.0.rows();
+        Ok((CpuStorage::F32(y), dims.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let (storage, layout) = dy.storage_and_layout();
+        let dx = self.0.back(slice(host(&storage)?, layout)?);
+        Ok(Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?))
+    }
+}
