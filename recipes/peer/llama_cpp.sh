@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# Decoding at batch 1: zebroid and llama.cpp on one GGUF file, in turn (docs/results.md, table 8). Needs llama-cpp-python built for this
-# machine (CMAKE_ARGS=-DGGML_NATIVE=ON python3 -m pip install --no-binary llama-cpp-python llama-cpp-python).
+# zebroid and llama.cpp on one GGUF file, in turn (docs/results.md, table 8): decoding at depth 0 and 2,048, eight sequences together,
+# a prompt. Needs llama-cpp-python built for this machine
+# (CMAKE_ARGS=-DGGML_NATIVE=ON python3 -m pip install --no-binary llama-cpp-python llama-cpp-python).
 #   recipes/peer/llama_cpp.sh MODEL.gguf [TURNS]
 set -euo pipefail
 model=$1 turns=${2:-3}
 repo=$(cd "$(dirname "$0")/../.." && pwd)
 zebroid=${ZEBROID:-$repo/target/release/zebroid}
+threads=$(nproc)
+ours() { "$zebroid" bench "$@" --repeat 1 --json 2> /dev/null | sed -n 's/.*"tokens_per_s": \([0-9.]*\).*/\1/p'; }
+theirs() { "${PYTHON:-python3}" "$repo/recipes/peer/llama_cpp_speed.py" "$model" "$threads" "$@" 2> /dev/null; }
+told() {
+  echo "$(basename "$model") $1: zebroid $(printf %.1f "$2"), llama.cpp $(printf %.1f "$3") tokens/s, ratio $(awk "BEGIN { printf \"%.2f\", $2 / $3 }")"
+}
 for ((turn = 0; turn < turns; turn++)); do
-  ours=$("$zebroid" generate "$model" --prompt "Once" --max-tokens 64 --json | grep -o '"decode_tokens_per_s": [0-9.]*' | cut -d' ' -f2)
-  theirs=$("${PYTHON:-python3}" "$repo/recipes/peer/llama_cpp_speed.py" "$model" 64 "$(nproc)" 2> /dev/null)
-  echo "$(basename "$model"): zebroid $ours, llama.cpp $theirs tokens/s, ratio $(awk "BEGIN { printf \"%.2f\", $ours / $theirs }")"
+  told "decode, depth 0" "$(ours decode "$model" --tokens 32)" "$(theirs decode 0 32)"
+  told "decode, depth 2048" "$(ours decode "$model" --depths 2048 --tokens 16)" "$(theirs decode 2048 16)"
+  told "8 sequences" "$(ours batch "$model" --batches 8 --tokens 8)" "$(theirs batch 8 8)"
+  told "prefill of 256" "$(ours prefill "$model" --lengths 256)" "$(theirs prefill 256)"
 done

@@ -14,11 +14,11 @@ use crate::op::team::{Scatter, team};
 /// Rows of activations up to which weights are widened as they are read.
 const FEW: usize = 8;
 /// Rows of activations that share one widening of weights in registers.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = 3;
 /// Rows of weights that are widened for many rows of activations: what stays in the second cache.
 const PANEL: usize = 48;
 /// Rows of activations that stay in the first cache while a panel passes.
-const GROUP: usize = 8;
+const GROUP: usize = 9;
 /// Multiplications below which other threads are not worth waking.
 const ALONE: usize = 1 << 14;
 /// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
@@ -163,28 +163,30 @@ fn few(
         1 if w.bytes.len() < CACHED => rows.start + rows.len() / 4 * 4,
         _ => rows.start,
     };
-    let two = four + (rows.end - four) / 2 * 2;
     for row in (rows.start..four).step_by(4) {
         put(row, 0, whole::<4, 1>(isa, w, row, x), &write);
     }
-    for row in (four..two).step_by(2) {
+    // For one row of activations one row after the other: memory gives several side by side more slowly.
+    let pairs = match m {
+        1 => four,
+        _ => four + (rows.end - four) / 2 * 2,
+    };
+    for row in (four..pairs).step_by(2) {
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
             match m - first {
                 1 => put(row, first, whole::<2, 1>(isa, w, row, x), &write),
                 2 => put(row, first, whole::<2, 2>(isa, w, row, x), &write),
-                3 => put(row, first, whole::<2, 3>(isa, w, row, x), &write),
                 _ => put(row, first, whole::<2, TOGETHER>(isa, w, row, x), &write),
             }
         }
     }
-    for row in two..rows.end {
+    for row in pairs..rows.end {
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
             match m - first {
                 1 => put(row, first, whole::<1, 1>(isa, w, row, x), &write),
                 2 => put(row, first, whole::<1, 2>(isa, w, row, x), &write),
-                3 => put(row, first, whole::<1, 3>(isa, w, row, x), &write),
                 _ => put(row, first, whole::<1, TOGETHER>(isa, w, row, x), &write),
             }
         }

@@ -38,16 +38,20 @@ macro_rules! tiles {
             count: usize,
             widen: impl Fn(*const u8) -> Vector,
         ) -> [[f32; N]; R] {
-            let whole = count / LANES * LANES;
-            let mut sums = [[zero(); N]; R];
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: LANES weights and entries of each row stand from `at` on.
-                unsafe {
-                    let w: [Vector; R] = std::array::from_fn(|r| widen(w[r].add(at * BYTES)));
-                    for n in 0..N {
-                        let x = load(x[n].add(at));
+            // Two vectors of lanes, so that an addition need not wait for the one before.
+            let whole = count / (2 * LANES) * (2 * LANES);
+            let mut sums = [[[zero(); 2]; N]; R];
+            for at in (0..whole).step_by(2 * LANES) {
+                for half in 0..2 {
+                    let from = at + half * LANES;
+                    // SAFETY: LANES weights and entries of each row stand from `from` on.
+                    unsafe {
+                        let x: [Vector; N] = std::array::from_fn(|n| load(x[n].add(from)));
                         for r in 0..R {
-                            sums[r][n] = fmadd(w[r], x, sums[r][n]);
+                            let w = widen(w[r].add(from * BYTES));
+                            for n in 0..N {
+                                sums[r][n][half] = fmadd(w, x[n], sums[r][n][half]);
+                            }
                         }
                     }
                 }
@@ -55,7 +59,7 @@ macro_rules! tiles {
             if whole < count {
                 // What is left, filled up with zeros.
                 let left = count - whole;
-                let mut w_left = [[0f32; LANES]; R];
+                let mut w_left = [[0f32; 2 * LANES]; R];
                 for r in 0..R {
                     // SAFETY: `left` weights stand from `whole` on.
                     let bytes = unsafe {
@@ -64,29 +68,36 @@ macro_rules! tiles {
                     storage.widen(bytes, &mut w_left[r][..left]);
                 }
                 for n in 0..N {
-                    let mut x_left = [0f32; LANES];
+                    let mut x_left = [0f32; 2 * LANES];
                     // SAFETY: `left` entries stand from `whole` on.
                     let entries = unsafe { std::slice::from_raw_parts(x[n].add(whole), left) };
                     x_left[..left].copy_from_slice(entries);
                     for r in 0..R {
-                        // SAFETY: the arrays hold a vector.
-                        let (w, x) = unsafe { (load(w_left[r].as_ptr()), load(x_left.as_ptr())) };
-                        sums[r][n] = fmadd(w, x, sums[r][n]);
+                        for half in 0..2 {
+                            let at = half * LANES;
+                            // SAFETY: the arrays hold two vectors.
+                            let (w, x) = unsafe {
+                                (
+                                    load(w_left[r].as_ptr().add(at)),
+                                    load(x_left.as_ptr().add(at)),
+                                )
+                            };
+                            sums[r][n][half] = fmadd(w, x, sums[r][n][half]);
+                        }
                     }
                 }
             }
-            sums.map(|sums| sums.map(|sum| total(sum)))
+            sums.map(|sums| sums.map(|[a, b]| total(add(a, b))))
         }
 
         /// [`super::pass`].
         #[target_feature(enable = $features)]
         pub fn pass(panel: &[f32], x: &[f32], span: usize, sums: &mut [f32], rows: usize) {
-            for r in (0..rows).step_by(3) {
+            for r in (0..rows).step_by(2) {
                 let (panel, sums) = (&panel[r * span..], &mut sums[r..]);
                 match rows - r {
                     1 => strip::<1>(panel, x, span, sums, rows),
-                    2 => strip::<2>(panel, x, span, sums, rows),
-                    _ => strip::<3>(panel, x, span, sums, rows),
+                    _ => strip::<2>(panel, x, span, sums, rows),
                 }
             }
         }
@@ -101,12 +112,11 @@ macro_rules! tiles {
             sums: &mut [f32],
             rows: usize,
         ) {
-            for (x, sums) in x.chunks(4 * span).zip(sums.chunks_mut(4 * rows)) {
+            for (x, sums) in x.chunks(3 * span).zip(sums.chunks_mut(3 * rows)) {
                 match x.len() / span {
                     1 => block::<R, 1>(panel, x, span, sums, rows),
                     2 => block::<R, 2>(panel, x, span, sums, rows),
-                    3 => block::<R, 3>(panel, x, span, sums, rows),
-                    _ => block::<R, 4>(panel, x, span, sums, rows),
+                    _ => block::<R, 3>(panel, x, span, sums, rows),
                 }
             }
         }
@@ -153,6 +163,12 @@ pub mod avx2 {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn fmadd(a: Vector, b: Vector, c: Vector) -> Vector {
         _mm256_fmadd_ps(a, b, c)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn add(a: Vector, b: Vector) -> Vector {
+        _mm256_add_ps(a, b)
     }
 
     /// The sum of the lanes, by halves.
@@ -214,6 +230,12 @@ pub mod avx512 {
     #[target_feature(enable = "avx512f")]
     fn fmadd(a: Vector, b: Vector, c: Vector) -> Vector {
         _mm512_fmadd_ps(a, b, c)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add(a: Vector, b: Vector) -> Vector {
+        _mm512_add_ps(a, b)
     }
 
     #[inline]
