@@ -9,7 +9,7 @@ use crate::cli::command;
 
 const TEACHER: &str = "assets/teacher";
 /// What was said, one after the other: the embedded teacher knows stories only.
-const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}";
+const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' and not loop.first %} {% endif %}{{ m.content }}{% endfor %}";
 
 fn with_input(args: &[&str], input: &str, out: Stdio) -> Output {
     let mut child = (command().args(args).stdin(Stdio::piped()))
