@@ -65,8 +65,9 @@ pub struct Finish {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct Statistics {
     pub passes: usize,
-    /// Tokens read, and those of them that were read before and had been let go of.
+    /// By all passes together.
     pub read_tokens: usize,
+    /// Sequences that had to leave and be read again.
     pub preempted: usize,
     pub prefix: PrefixStatistics,
 }

@@ -481,6 +481,12 @@ impl Span<'_> {
     }
 }
 
+/// Positions up to the furthest new token.
+pub(super) fn reach(spans: &[Span]) -> usize {
+    let ends = spans.iter().map(|span| span.first() + span.rows.len());
+    ends.max().unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

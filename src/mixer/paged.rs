@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::memory::{Memory, PAGE};
 use crate::op::attention::online::{Block, Online};
 use crate::op::isa::Isa;
-use crate::op::team::team;
+use crate::op::team::fill;
 
 /// Which heads read which planes.
 pub(super) struct Heads {
@@ -84,13 +84,7 @@ pub(super) fn attend<'q>(
         });
     };
     let cost = tokens * (past + tokens) * heads.groups * rep * (heads.dim + v_dim);
-    let run = |out: &mut [f32]| match cost < ALONE {
-        true => out
-            .chunks_mut(size)
-            .enumerate()
-            .for_each(|(i, out)| task(i, out)),
-        false => team().fill(out, size, task),
-    };
+    let run = |out: &mut [f32]| fill(cost >= ALONE, out, size, task);
     if tokens == 1 {
         // Groups stand as heads do.
         return run(out);

@@ -1,14 +1,13 @@
 //! The model as it decodes: on the CPU, over weights as they are stored, the next tokens of any number of sequences at once.
 
-use candle_core::{DType, Tensor};
-
 use super::{Layer, Lm, ModelConfig};
 use crate::hash::Hash;
 use crate::mixer::{self, Keeps, Span, Work};
+use crate::op::cpu::entries;
 use crate::op::linear::{Part, Stored, products};
 use crate::op::rms_norm::norm_row;
 use crate::op::swiglu::swiglu_row;
-use crate::op::team::team;
+use crate::op::team::fill;
 use crate::{Error, Result};
 
 #[derive(Debug)]
@@ -56,12 +55,11 @@ impl Lm {
                 "text is generated on the CPU so far: choose --device cpu",
             ));
         }
-        let flat = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.to_dtype(DType::F32)?.to_vec1()?) };
         let layer = |layer: &Layer| -> Result<DecoderLayer> {
             Ok(DecoderLayer {
-                input_layernorm: flat(&layer.input_layernorm)?,
+                input_layernorm: entries(&layer.input_layernorm)?,
                 mixer: layer.mixer.decoder()?,
-                post_attention_layernorm: flat(&layer.post_attention_layernorm)?,
+                post_attention_layernorm: entries(&layer.post_attention_layernorm)?,
                 gate_proj: layer.mlp.gate_proj.stored()?,
                 up_proj: layer.mlp.up_proj.stored()?,
                 down_proj: layer.mlp.down_proj.stored()?,
@@ -71,7 +69,7 @@ impl Lm {
             config: self.config.clone(),
             embed_tokens: self.embed_tokens.stored()?,
             layers: self.layers.iter().map(layer).collect::<Result<_>>()?,
-            norm: flat(&self.norm)?,
+            norm: entries(&self.norm)?,
             lm_head: self.lm_head.as_ref().map(|w| w.stored()).transpose()?,
         })
     }
@@ -183,13 +181,7 @@ impl Decoder {
 }
 
 fn by_rows(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    match out.len() < ALONE {
-        true => out
-            .chunks_mut(width)
-            .enumerate()
-            .for_each(|(i, out)| work(i, out)),
-        false => team().fill(out, width, work),
-    }
+    fill(out.len() >= ALONE, out, width, work);
 }
 
 fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {

@@ -1,6 +1,6 @@
 //! What the CPU kernels share: slices out of candle storage, vectorisable exponentials, row loops.
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
 
 /// `a · b + c`, fused where the processor can.
 #[inline(always)]
@@ -39,6 +39,12 @@ pub fn exp(x: f32) -> f32 {
         .wrapping_add(127)
         << 23;
     p * f32::from_bits(power)
+}
+
+/// The entries of a tensor, row after row.
+pub fn entries(x: &Tensor) -> Result<Vec<f32>> {
+    let x = x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    x.flatten_all()?.to_vec1()
 }
 
 /// The entries of a contiguous f32 operand of a custom operation.

@@ -139,6 +139,22 @@ impl Team {
     }
 }
 
+/// [`Team::fill`] by all threads, or by the caller alone where the work is not `worth` waking them.
+pub fn fill<T: Send>(
+    worth: bool,
+    out: &mut [T],
+    size: usize,
+    work: impl Fn(usize, &mut [T]) + Sync,
+) {
+    match worth {
+        true => team().fill(out, size, work),
+        false => {
+            let parts = out.chunks_mut(size).enumerate();
+            parts.for_each(|(i, part)| work(i, part));
+        }
+    }
+}
+
 impl Board {
     /// Does one task of the open piece; false when none is left to take.
     #[allow(unsafe_code)]

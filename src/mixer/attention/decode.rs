@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Attention, AttentionConfig};
 use crate::Result;
-use crate::mixer::memory::{Keeps, Span};
+use crate::mixer::memory::{Keeps, Span, reach};
 use crate::mixer::paged::{Heads, attend};
 use crate::mixer::rotary::{Rotary, Table};
 use crate::mixer::work::Work;
@@ -77,8 +77,7 @@ impl Decoder {
         ];
         products(x, &mut parts, scratch);
         if let Some(rotary) = &self.rotary {
-            let reach = spans.iter().map(|span| span.first() + span.rows.len());
-            let table = rotary.table(reach.max().unwrap_or(0));
+            let table = rotary.table(reach(spans));
             for span in spans.iter() {
                 for (t, row) in span.rows.clone().enumerate() {
                     let position = span.first() + t;

@@ -1,13 +1,13 @@
 //! One step, or as many as there are tokens, over the state where it stands.
 
-use candle_core::{DType, Tensor};
-
 use super::{Mamba2, Mamba2Config, NORM_EPS};
 use crate::Result;
 use crate::mixer::memory::{Keeps, Span};
 use crate::mixer::work::Work;
+use crate::op::cpu::entries;
 use crate::op::linear::{Part, Stored, products};
 use crate::op::rms_norm::gated_row;
+use crate::op::team::fill;
 use crate::op::{causal_conv, ssd};
 
 /// What decoding needs of the layer.
@@ -28,19 +28,15 @@ pub struct Decoder {
 
 impl Mamba2 {
     pub(in crate::mixer) fn decoder(&self) -> Result<Decoder> {
-        let flat = |x: &Tensor| -> Result<Vec<f32>> {
-            let x = x.to_dtype(DType::F32)?.contiguous()?;
-            Ok(x.flatten_all()?.to_vec1()?)
-        };
         Ok(Decoder {
             config: self.config.clone(),
             z_proj: self.z_proj.stored()?,
             xbc_proj: self.xbc_proj.stored()?,
             dt_proj: self.dt_proj.stored()?,
-            taps: flat(&self.conv_weight.t()?)?,
-            bias: flat(&self.conv_bias)?,
-            params: flat(&self.params)?,
-            norm: flat(&self.norm)?,
+            taps: entries(&self.conv_weight.t()?)?,
+            bias: entries(&self.conv_bias)?,
+            params: entries(&self.params)?,
+            norm: entries(&self.norm)?,
             out_proj: self.out_proj.stored()?,
         })
     }
@@ -129,10 +125,7 @@ impl Decoder {
                 NORM_EPS as f32,
             );
         };
-        match n * di < ALONE {
-            true => y.chunks_mut(di).enumerate().for_each(|(i, y)| gate(i, y)),
-            false => crate::op::team::team().fill(y, di, gate),
-        }
+        fill(n * di >= ALONE, y, di, gate);
         products(
             y,
             &mut [Part {

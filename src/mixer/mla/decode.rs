@@ -6,16 +6,17 @@ use std::sync::Arc;
 
 use super::{LORA_NORM_EPS, Mla, MlaConfig};
 use crate::Result;
-use crate::mixer::memory::{Keeps, Span};
+use crate::mixer::memory::{Keeps, Span, reach};
 use crate::mixer::paged::{Heads, attend};
 use crate::mixer::rotary::Rotary;
 use crate::mixer::work::Work;
 use crate::op::attention::online::add_products;
+use crate::op::cpu::entries;
 use crate::op::isa::Isa;
 use crate::op::linear::{Part, Stored, products};
 use crate::op::rms_norm::norm_row;
 use crate::op::rope::{RopeLayout, turn_head};
-use crate::op::team::team;
+use crate::op::team::fill;
 
 /// What decoding needs of the layer.
 #[derive(Debug)]
@@ -36,12 +37,8 @@ pub struct Decoder {
 
 impl Mla {
     pub(in crate::mixer) fn decoder(&self) -> Result<Decoder> {
-        let flat = |x: &candle_core::Tensor| -> Result<Vec<f32>> {
-            let x = x.to_dtype(candle_core::DType::F32)?.contiguous()?;
-            Ok(x.flatten_all()?.to_vec1()?)
-        };
         let norms = match &self.norms {
-            Some((q, kv)) => Some([flat(q)?, flat(kv)?]),
+            Some((q, kv)) => Some([entries(q)?, entries(kv)?]),
             None => None,
         };
         Ok(Decoder {
@@ -50,8 +47,8 @@ impl Mla {
             q_b_proj: self.q_b_proj.stored()?,
             latent_proj: self.latent_proj.stored()?,
             rope_proj: self.rope_proj.as_ref().map(|w| w.stored()).transpose()?,
-            key_up: flat(&self.key_up)?,
-            value_up: flat(&self.value_up.transpose(1, 2)?)?,
+            key_up: entries(&self.key_up)?,
+            value_up: entries(&self.value_up.transpose(1, 2)?)?,
             out_proj: self.out_proj.stored()?,
             norms,
             rotary: self.key_rotary.clone(),
@@ -128,8 +125,7 @@ impl Decoder {
             }],
             scratch,
         );
-        let reach = spans.iter().map(|span| span.first() + span.rows.len());
-        let table = self.rotary.table(reach.max().unwrap_or(0));
+        let table = self.rotary.table(reach(spans));
         for span in spans.iter_mut() {
             let first = span.first();
             for (t, row) in span.rows.clone().enumerate() {
@@ -167,7 +163,7 @@ impl Decoder {
                 out[r..].copy_from_slice(&q[head * qk + nope..][..rope]);
             }
         };
-        by_groups(absorbed, g, n * h * nope * r, absorb);
+        fill(n * h * nope * r >= ALONE, absorbed, n * rep * wide, absorb);
         let rows = (1..=TOGETHER).rev().find(|rows| h.is_multiple_of(*rows));
         let rows = rows.unwrap_or(1);
         let heads = Heads {
@@ -200,7 +196,7 @@ impl Decoder {
             let up = &self.value_up[group * r * v..][..r * v];
             add_products(Isa::here(), &weights, up, v, v, out);
         };
-        by_groups(values, g, n * h * r * v, leave);
+        fill(n * h * r * v >= ALONE, values, n * rep * v, leave);
         for (i, value) in values.chunks_exact(rep * v).enumerate() {
             let (group, row) = (i / n, i % n);
             y[(row * h + group * rep) * v..][..rep * v].copy_from_slice(value);
@@ -223,16 +219,5 @@ fn norm(x: &mut [f32], weight: &[f32], room: &mut [f32]) {
     for x in x.chunks_exact_mut(d) {
         norm_row(x, weight, LORA_NORM_EPS as f32, room);
         x.copy_from_slice(room);
-    }
-}
-
-fn by_groups(out: &mut [f32], groups: usize, cost: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    let size = out.len() / groups;
-    match cost < ALONE {
-        true => out
-            .chunks_mut(size)
-            .enumerate()
-            .for_each(|(i, out)| work(i, out)),
-        false => team().fill(out, size, work),
     }
 }

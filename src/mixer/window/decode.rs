@@ -11,7 +11,7 @@ use crate::mixer::memory::{Keeps, Span};
 use crate::mixer::work::Work;
 use crate::op::attention::online::{Block, Online};
 use crate::op::isa::Isa;
-use crate::op::team::team;
+use crate::op::team::fill;
 
 /// What decoding needs of the layer.
 #[derive(Debug)]
@@ -121,12 +121,7 @@ impl Decoder {
                             });
                         };
                         let y = &mut y[row * h * hd..][..h * hd];
-                        match 2 * h * plane < ALONE {
-                            true => {
-                                (y.chunks_mut(rep * hd).enumerate()).for_each(|(i, y)| task(i, y))
-                            }
-                            false => team().fill(y, rep * hd, task),
-                        }
+                        fill(2 * h * plane >= ALONE, y, rep * hd, task);
                     }
                 }
             });

@@ -95,7 +95,6 @@ impl Window {
         let sight = Sight {
             documents: documents.cloned(),
             window: Some(self.reach),
-            past: None,
         };
         self.attention.attend(&q, &k, &v, &sight)
     }

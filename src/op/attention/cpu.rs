@@ -73,13 +73,14 @@ impl Problem<'_> {
         (QUERIES / self.heads_per_group()).max(1)
     }
 
-    fn past(&self, b: usize) -> usize {
-        self.sight.past(b, self.q_dims[1], self.k.dims[1])
+    /// Keys before those of the first query.
+    fn past(&self) -> usize {
+        self.k.dims[1] - self.q_dims[1]
     }
 
     /// The span of keys that queries of the block see.
     fn keys(&self, block: Block) -> (usize, usize) {
-        let past = self.past(block.b);
+        let past = self.past();
         // Starts and windows move along a row, so the first query reaches back the furthest.
         let start = self.sight.start(block.b, block.first);
         let from = match self.sight.bounds(start, past + block.first) {
@@ -111,7 +112,7 @@ impl Problem<'_> {
         let queries = View::rows(queries, rows, self.q_dims[3]);
         let keys = self.k.block(block.b, block.g, from, to);
         matmul(&mut scores, queries, keys.transposed(), false, parallel);
-        let past = self.past(block.b);
+        let past = self.past();
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
             let position = block.first + row / rep;
             let (start, at) = (self.sight.start(block.b, position), past + position);

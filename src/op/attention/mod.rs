@@ -8,7 +8,7 @@ mod plain;
 mod tests;
 
 use crate::op::route::{Kernels, Route};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use super::Documents;
 use crate::op::cpu::{host, slice};
@@ -22,8 +22,6 @@ const KERNELS: Kernels = Kernels::f32("attention");
 pub struct Sight {
     /// Of packed sequences: from the document's start on. Needs `S = T`.
     pub documents: Option<Documents>,
-    /// Where each row's first query stands among the keys, `[B]`; not said: query `t` stands at `S − T + t`.
-    pub past: Option<Arc<[usize]>>,
     /// The nearest keys and the first ones only.
     pub window: Option<Window>,
 }
@@ -47,11 +45,6 @@ impl From<Option<&Documents>> for Sight {
 }
 
 impl Sight {
-    /// The past of row `b`, of `t` queries and `s` keys.
-    fn past(&self, b: usize, t: usize, s: usize) -> usize {
-        self.past.as_ref().map_or(s - t, |past| past[b])
-    }
-
     /// Where the document of query `t` of row `b` starts.
     fn start(&self, b: usize, t: usize) -> usize {
         let row = |d: &Documents| d.row(b)[t] as usize;
@@ -71,7 +64,7 @@ impl Sight {
     }
 }
 
-/// `q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` → `[B, T, H, V]`, `H` a multiple of `G`.
+/// `q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` → `[B, T, H, V]`, `H` a multiple of `G`; query `t` stands at key `S − T + t`.
 /// Views with contiguous heads are read where they stand.
 pub fn causal_attention(
     q: &Tensor,
@@ -90,11 +83,6 @@ pub fn causal_attention(
             k.shape(),
             v.shape()
         );
-    }
-    if let Some(past) = &sight.past
-        && (past.len() != b || past.iter().any(|past| past + t > s))
-    {
-        bail!("attention: {t} queries behind {past:?} keys do not fit {b} rows of {s} keys");
     }
     if let Some(d) = &sight.documents
         && ((d.batch(), d.len()) != (b, t) || s != t)

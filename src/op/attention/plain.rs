@@ -42,7 +42,7 @@ fn mask(
     let mut mask = Vec::with_capacity(b * t * s);
     for row in 0..b {
         for i in 0..t {
-            let (start, at) = (sight.start(row, i), sight.past(row, t, s) + i);
+            let (start, at) = (sight.start(row, i), s - t + i);
             let (far, near) = sight.bounds(start, at);
             let seen = |j: usize| (start..far).contains(&j) || (near..=at).contains(&j);
             mask.extend((0..s).map(|j| if seen(j) { 0f32 } else { -1e30 }));

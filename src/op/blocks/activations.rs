@@ -5,8 +5,8 @@ pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
 pub(super) const PADDED: usize = 64;
 
-#[derive(Default)]
 /// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row.
+#[derive(Default)]
 pub struct Activations {
     pub rows: usize,
     pub width: usize,

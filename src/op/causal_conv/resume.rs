@@ -1,7 +1,7 @@
 //! The convolution over the next inputs of one sequence.
 
 use super::cpu::{add_product, sigmoid};
-use crate::op::team::team;
+use crate::op::team::fill;
 
 /// Entries of work below which other threads are not worth waking.
 const ALONE: usize = 1 << 15;
@@ -35,13 +35,7 @@ pub fn resume(x: &[f32], taps: &[f32], bias: &[f32], state: &mut [f32], y: &mut 
             y.iter_mut().for_each(|y| *y *= sigmoid(*y));
         }
     };
-    match x.len() < ALONE {
-        true => y
-            .chunks_mut(BLOCK * c)
-            .enumerate()
-            .for_each(|(i, y)| work(i, y)),
-        false => team().fill(y, BLOCK * c, work),
-    }
+    fill(x.len() >= ALONE, y, BLOCK * c, work);
     let new = x.len() / c;
     match new < before {
         true => {

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::observer::Observer;
 use super::stored::Stored;
+use crate::op::cpu::entries;
 
 /// `[N, K]`, the weight of `y = x Wᵀ`. Models and mixers know no more of how it is kept.
 #[derive(Debug, Clone)]
@@ -75,8 +76,7 @@ impl Matrix {
 
     /// The entries, row after row.
     pub fn to_host(&self) -> Result<Vec<f32>> {
-        let w = self.to_tensor()?.to_device(&Device::Cpu)?;
-        w.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+        entries(&self.to_tensor()?)
     }
 
     /// The same matrix, and what sees the inputs of its products (and of those of its rows).

@@ -3,7 +3,7 @@
 use super::RopeLayout;
 use rayon::prelude::*;
 
-/// `x [B, T, H, K]` with `dims = [H, K]`, tables `[T, K/2]` or `[B, T, K/2]`; `sign` −1 turns back.
+/// `x [B, T, H, K]` with `dims = [H, K]`, tables `[T, K/2]`; `sign` −1 turns back.
 pub fn rope(
     x: &[f32],
     cos: &[f32],

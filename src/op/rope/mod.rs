@@ -22,12 +22,11 @@ pub enum RopeLayout {
     Interleaved,
 }
 
-/// `x [B, T, H, K]`, `cos, sin [T, K/2]` or, where rows stand at different positions, `[B, T, K/2]` → `[B, T, H, K]`, every dim staying where it was: each pair
+/// `x [B, T, H, K]`, `cos, sin [T, K/2]` → `[B, T, H, K]`, every dim staying where it was: each pair
 /// `(a, b)` becomes `(a cos − b sin, b cos + a sin)`. The tables get no gradient.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
-    let (b, t, _, k) = x.dims4()?;
-    let fits = cos.dims() == [t, k / 2] || cos.dims() == [b, t, k / 2];
-    if k % 2 != 0 || !fits || sin.dims() != cos.dims() {
+    let (_, t, _, k) = x.dims4()?;
+    if k % 2 != 0 || cos.dims() != [t, k / 2] || sin.dims() != cos.dims() {
         bail!(
             "rope: x {:?} wants tables [{t}, {}], not {:?} and {:?}",
             x.shape(),

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
     let (b, t, h, k) = x.dims4()?;
-    let table = |table: &Tensor| table.reshape(((), t, 1, k / 2));
+    let table = |table: &Tensor| table.reshape((t, 1, k / 2));
     let (cos, sin) = (table(cos)?, table(sin)?);
     let turned = |first: Tensor, second: Tensor| -> Result<[Tensor; 2]> {
         let one = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
