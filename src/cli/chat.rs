@@ -3,16 +3,11 @@
 use std::io::{BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 
-use super::arg::device::DeviceArg;
-use super::arg::memory::MemoryArg;
+use super::arg::engine::EngineArg;
 use super::arg::sampling::SamplingArg;
 use super::show::{check_file, interrupt, note, print};
-use crate::checkpoint::Checkpoint;
-use crate::data::Tokenizer;
 use crate::data::chat::{CHATML, ChatTemplate, Message};
-use crate::generate::{
-    Engine, EngineOptions, Event, Generation, Request, SamplingParams, Scheduler, Session,
-};
+use crate::generate::{Engine, Event, Generation, Request, SamplingParams, Scheduler, Session};
 use crate::mixer::Memory;
 use crate::{Error, Result};
 
@@ -41,9 +36,7 @@ pub struct Args {
     #[command(flatten)]
     sampling: SamplingArg,
     #[command(flatten)]
-    memory: MemoryArg,
-    #[command(flatten)]
-    device: DeviceArg,
+    engine: EngineArg,
 }
 
 /// The checkpoint's template, or the one that was asked for.
@@ -80,14 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let params = args.sampling.params()?;
     let template = template(&args.checkpoint, args.chat_template.as_deref())?;
     args.session.iter().try_for_each(|path| check_file(path))?;
-    let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
-    let options = EngineOptions {
-        cache_type: args.memory.cache_type,
-        cache_memory: args.memory.cache_memory,
-        ..EngineOptions::default()
-    };
-    let engine = Engine::with(&lm, tokenizer, options)?;
+    let engine = args.engine.open(&args.checkpoint)?;
     let system = args.system.iter().map(|text| Message {
         role: "system".into(),
         content: text.clone(),
@@ -196,6 +182,7 @@ impl Talk<'_> {
             for event in scheduler.step()? {
                 match event {
                     Event::Text { text, .. } => print(text)?,
+                    Event::Failed { error, .. } => return Err(error.into()),
                     Event::Done { finish, .. } => {
                         let answer = finish.generation.text.clone();
                         let messages = std::mem::take(&mut self.session.messages);

@@ -3,15 +3,12 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::arg::device::DeviceArg;
-use super::arg::memory::MemoryArg;
+use super::arg::engine::EngineArg;
 use super::arg::sampling::SamplingArg;
 use super::positive;
 use super::show::interrupt;
 use super::show::{print, print_json};
-use crate::checkpoint::Checkpoint;
-use crate::data::Tokenizer;
-use crate::generate::{Engine, EngineOptions, Generation};
+use crate::generate::Generation;
 use crate::{Error, Result};
 
 /// Continue prompts.
@@ -20,6 +17,8 @@ use crate::{Error, Result};
     zebroid generate ./teacher --prompt \"Once upon a time\" --max-tokens 100\n  \
     zebroid generate ./hybrid --temperature 0.8 --top-p 0.9 --seed 7 -n 3\n  \
     zebroid generate model.gguf --prompt-file prompt.txt --cache-type int8\n  \
+    zebroid generate ./hybrid --prompt \"A person: \" --json-schema person.json\n  \
+    zebroid generate ./llama-8b --draft ./hybrid-1b --prompt-file prompt.txt\n  \
     cat prompts.txt | zebroid generate ./hybrid --prompts - --json")]
 pub struct Args {
     /// Checkpoint folder of any format, with its tokenizer, or a .gguf file.
@@ -39,9 +38,7 @@ pub struct Args {
     #[command(flatten)]
     sampling: SamplingArg,
     #[command(flatten)]
-    memory: MemoryArg,
-    #[command(flatten)]
-    device: DeviceArg,
+    engine: EngineArg,
     /// One JSON object (of several answers a list of them) with text and timings instead of streaming.
     #[arg(long)]
     json: bool,
@@ -85,15 +82,7 @@ fn read(path: &Path) -> Result<String> {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let params = args.sampling.params()?;
     let texts = args.texts()?;
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let lm = checkpoint.model(&args.device.place()?)?;
-    let options = EngineOptions {
-        cache_type: args.memory.cache_type,
-        cache_memory: args.memory.cache_memory,
-        ..EngineOptions::default()
-    };
-    let engine = Engine::with(&lm, tokenizer, options)?;
+    let engine = args.engine.open(&args.checkpoint)?;
     interrupt::install();
     let prompts: Vec<&str> = texts.iter().map(String::as_str).collect();
     // One text is shown as it grows; several would grow into each other.
@@ -127,6 +116,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             completion_tokens = generation.completion_tokens,
             ttft_s = generation.ttft_s,
             tokens_per_s = generation.decode_tokens_per_s,
+            drafted = generation.drafted_tokens,
+            accepted = generation.accepted_tokens,
             "generated"
         );
     }

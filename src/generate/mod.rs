@@ -2,23 +2,29 @@
 //! pass over the weights; [`score`] says how likely a text is.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use crate::data::Tokenizer;
 use crate::mixer::{CacheType, Pool};
 use crate::model::{Decoder, Lm};
 use crate::{Error, Result};
 
+mod constraint;
 mod prefix;
 mod sampler;
 mod scheduler;
 pub mod score;
 mod session;
+mod speculation;
 #[cfg(test)]
 mod tests;
+pub use constraint::Format;
+use constraint::{Constraint, Constraints};
 pub use prefix::PrefixCache;
 pub use sampler::{Logprob, MAX_TOKENS, Sampler, SamplingParams};
 pub use scheduler::{Event, Finish, Request, Scheduler, Statistics};
 pub use session::Session;
+pub use speculation::Drafter;
 
 /// How an engine uses the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +58,9 @@ pub struct Engine {
     pub tokenizer: Tokenizer,
     pub pool: Pool,
     pub options: EngineOptions,
+    /// Who guesses at the next tokens.
+    pub drafter: Option<Drafter>,
+    constraints: OnceLock<Constraints>,
 }
 
 /// How a generation went.
@@ -68,6 +77,9 @@ pub struct Generation {
     pub ttft_s: f64,
     /// Decoded tokens a second after the first.
     pub decode_tokens_per_s: f64,
+    /// Tokens that a drafter guessed, and those of them that were right.
+    pub drafted_tokens: usize,
+    pub accepted_tokens: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<Logprob>,
 }
@@ -110,6 +122,8 @@ impl Engine {
             decoder,
             tokenizer,
             options,
+            drafter: None,
+            constraints: OnceLock::new(),
         })
     }
 
@@ -209,12 +223,29 @@ impl Engine {
                         }
                     }
                     Event::Done { id, finish } => found.push((id, finish.generation)),
+                    Event::Failed { error, .. } => return Err(error),
                 }
             }
         }
         found.sort_by_key(|(id, _)| *id);
         let found: Vec<Generation> = found.into_iter().map(|(_, found)| found).collect();
         Ok(found.chunks(n.max(1)).map(<[Generation]>::to_vec).collect())
+    }
+
+    /// # Errors
+    /// A form that cannot be compiled, or a tokenizer whose tokens are not known by their bytes.
+    fn constraint(&self, format: Option<&Format>) -> Result<Option<Constraint>> {
+        let Some(format) = format else {
+            return Ok(None);
+        };
+        let constraints = match self.constraints.get() {
+            Some(constraints) => constraints,
+            None => {
+                let made = Constraints::new(&self.tokenizer)?;
+                self.constraints.get_or_init(|| made)
+            }
+        };
+        constraints.compile(format).map(Some)
     }
 
     fn is_eos(&self, token: u32) -> bool {

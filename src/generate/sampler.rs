@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::constraint::{Constraint, Format};
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +34,8 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Say each token's log-probability, and those of so many likeliest.
     pub logprobs: Option<usize>,
+    /// What the whole answer must look like.
+    pub format: Option<Format>,
 }
 
 /// Where nobody says how many.
@@ -53,6 +56,7 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             logprobs: None,
+            format: None,
         }
     }
 }
@@ -102,10 +106,21 @@ pub struct Logprob {
     pub top: Vec<(u32, f64)>,
 }
 
+/// A token that was chosen.
+#[derive(Debug)]
+pub struct Drawn {
+    pub token: u32,
+    /// Where it was asked for.
+    pub logprob: Option<Logprob>,
+    /// With it the answer is whole: its form allows nothing more.
+    pub last: bool,
+}
+
 #[derive(Debug, Clone)]
 pub struct Sampler {
     params: SamplingParams,
     random: ChaCha8Rng,
+    constraint: Option<Constraint>,
     /// How often the answer has each token.
     counts: BTreeMap<u32, usize>,
     /// Tokens of the prompt, where they matter.
@@ -117,17 +132,37 @@ impl Sampler {
         let matter = params.repetition_penalty != 1.0;
         Self {
             random: ChaCha8Rng::seed_from_u64(params.seed),
+            constraint: None,
             params: params.clone(),
             counts: BTreeMap::new(),
             prompt: prompt.iter().filter(|_| matter).copied().collect(),
         }
     }
 
+    pub(super) fn constrained(self, constraint: Option<Constraint>) -> Self {
+        Self { constraint, ..self }
+    }
+
+    /// The same, before its first token, with random numbers of its own.
+    pub(super) fn seeded(&self, seed: u64) -> Self {
+        Self {
+            random: ChaCha8Rng::seed_from_u64(seed),
+            ..self.clone()
+        }
+    }
+
+    /// The same, to guess what it will draw.
+    pub(super) fn to_guess(&self) -> Self {
+        let mut guess = self.clone();
+        guess.params.logprobs = None;
+        guess
+    }
+
     /// The next token of `logits [V]`, which are changed on the way; `-inf` is never drawn.
     ///
     /// # Errors
-    /// Logits of which one is not a number or infinite: the weights are broken.
-    pub fn sample(&mut self, logits: &mut [f32]) -> Result<(u32, Option<Logprob>)> {
+    /// Logits of which one is not a number or infinite: the weights are broken. A form that cannot be followed any further.
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<Drawn> {
         if let Some(token) = logits
             .iter()
             .position(|l| l.is_nan() || *l == f32::INFINITY)
@@ -140,17 +175,28 @@ impl Sampler {
         }
         let plain = self.params.logprobs.map(|top| (log_softmax(logits), top));
         self.penalise(logits);
+        if let Some(constraint) = &mut self.constraint {
+            constraint.apply(logits)?;
+        }
         let token = match self.params.temperature == 0.0 {
             true => argmax(logits),
             false => self.draw(logits),
         };
         *self.counts.entry(token).or_default() += 1;
+        let last = match &mut self.constraint {
+            Some(constraint) => constraint.take(token)?,
+            None => false,
+        };
         let logprob = plain.map(|(logprobs, top)| Logprob {
             token,
             logprob: logprobs[token as usize],
             top: likeliest(&logprobs, top),
         });
-        Ok((token, logprob))
+        Ok(Drawn {
+            token,
+            logprob,
+            last,
+        })
     }
 
     fn penalise(&self, logits: &mut [f32]) {
@@ -287,7 +333,7 @@ mod tests {
         let mut sampler = Sampler::new(&params, &[]);
         let mut counts = [0; 4];
         for _ in 0..4000 {
-            counts[sampler.sample(&mut LOGITS.clone()).unwrap().0 as usize] += 1;
+            counts[sampler.sample(&mut LOGITS.clone()).unwrap().token as usize] += 1;
         }
         counts
     }
@@ -310,7 +356,7 @@ mod tests {
                 let message = sample(&[0.0, bad, 1.0]).unwrap_err().to_string();
                 assert!(message.contains("for token 1"), "{message}");
             }
-            assert_eq!(sample(&[f32::NEG_INFINITY, 0.0]).unwrap().0, 1);
+            assert_eq!(sample(&[f32::NEG_INFINITY, 0.0]).unwrap().token, 1);
         }
     }
 
@@ -359,7 +405,7 @@ mod tests {
         let draw = || {
             let mut sampler = Sampler::new(&params, &[]);
             (0..50)
-                .map(|_| sampler.sample(&mut LOGITS.clone()).unwrap().0)
+                .map(|_| sampler.sample(&mut LOGITS.clone()).unwrap().token)
                 .collect::<Vec<_>>()
         };
         assert_eq!(draw(), draw());
@@ -371,7 +417,7 @@ mod tests {
             let mut params = SamplingParams::default();
             change(&mut params);
             let mut sampler = Sampler::new(&params, prompt);
-            let drawn = (0..=before).map(|_| sampler.sample(&mut LOGITS.clone()).unwrap().0);
+            let drawn = (0..=before).map(|_| sampler.sample(&mut LOGITS.clone()).unwrap().token);
             drawn.last().unwrap()
         };
         assert_eq!(next(&|p| p.repetition_penalty = 2.0, &[1], 0), 2);
@@ -391,7 +437,7 @@ mod tests {
             ..Default::default()
         };
         let mut sampler = Sampler::new(&params, &[]);
-        let (token, logprob) = sampler.sample(&mut LOGITS.clone()).unwrap();
+        let Drawn { token, logprob, .. } = sampler.sample(&mut LOGITS.clone()).unwrap();
         let logprob = logprob.unwrap();
         let total: f64 = LOGITS.iter().map(|l| f64::from(*l).exp()).sum();
         assert_eq!((token, logprob.token), (0, 0));

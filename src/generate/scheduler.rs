@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::prefix::{PrefixCache, PrefixStatistics};
+use super::sampler::Drawn;
+use super::speculation::{self, Draft, Drafter, Pace, Want};
 use super::{Engine, Generation, Logprob, Sampler, SamplingParams};
 use crate::data::DecodeStream;
 use crate::mixer::{Memory, Span};
@@ -48,6 +50,11 @@ pub enum Event {
         id: u64,
         finish: Box<Finish>,
     },
+    /// It cannot go on; the others do.
+    Failed {
+        id: u64,
+        error: Error,
+    },
 }
 
 /// How a request ended.
@@ -69,6 +76,9 @@ pub struct Statistics {
     pub read_tokens: usize,
     /// Sequences that had to leave and be read again.
     pub preempted: usize,
+    /// Tokens that were guessed, and those of them that were right.
+    pub drafted: usize,
+    pub accepted: usize,
     pub prefix: PrefixStatistics,
 }
 
@@ -80,6 +90,8 @@ pub struct Scheduler<'e> {
     crowded: bool,
     prefix: Option<PrefixCache>,
     reading: Reading,
+    pace: Pace,
+    draft_reading: Reading,
     statistics: Statistics,
 }
 
@@ -100,7 +112,14 @@ struct Sequence {
     unsaid: Vec<Logprob>,
     params: SamplingParams,
     siblings: Vec<(u64, u64)>,
+    draft: Option<Draft>,
+    /// What it remembered before it read guesses, where that cannot be cut back to.
+    before: Option<Memory>,
+    failed: Option<Error>,
 }
+
+/// Unread tokens that are read beside any prompt: the last one, or what is read again after a wrong guess.
+const FEW: usize = speculation::MOST + 1;
 
 /// At a snapshot's border less than this is left of a prompt, so that the same prompt is read quickly the next time.
 const BORDER: usize = 64;
@@ -114,9 +133,21 @@ impl<'e> Scheduler<'e> {
             running: Vec::new(),
             crowded: false,
             reading: Reading::default(),
+            pace: Pace::default(),
+            draft_reading: Reading::default(),
             statistics: Statistics::default(),
             engine,
         }
+    }
+
+    pub fn engine(&self) -> &'e Engine {
+        self.engine
+    }
+
+    /// Guesses whether it pays or not: to test with.
+    #[cfg(test)]
+    pub(super) fn guess_always(&mut self) {
+        self.pace = Pace::always();
     }
 
     pub fn is_idle(&self) -> bool {
@@ -140,7 +171,7 @@ impl<'e> Scheduler<'e> {
     }
 
     /// # Errors
-    /// Settings out of range, or a prompt that there is no room for.
+    /// Settings out of range, a form that cannot be compiled, or a prompt that there is no room for.
     pub fn submit(&mut self, request: Request) -> Result<()> {
         let Request {
             id,
@@ -151,11 +182,12 @@ impl<'e> Scheduler<'e> {
         } = request;
         params.validate()?;
         let most = self.engine.most(prompt.len(), params.max_tokens)?;
+        let constraint = self.engine.constraint(params.format.as_ref())?;
         let memory = memory.filter(|memory| memory.len() < prompt.len());
         let memory = memory.unwrap_or_else(|| self.engine.pool.sequence());
         self.waiting.push_back(Sequence {
             id,
-            sampler: Sampler::new(&params, &prompt),
+            sampler: Sampler::new(&params, &prompt).constrained(constraint),
             stream: self.engine.tokenizer.decode_stream(&prompt),
             stops: Stops::new(params.stop.clone()),
             most,
@@ -169,11 +201,16 @@ impl<'e> Scheduler<'e> {
                 finish_reason: "length",
                 ttft_s: 0.0,
                 decode_tokens_per_s: 0.0,
+                drafted_tokens: 0,
+                accepted_tokens: 0,
                 logprobs: Vec::new(),
             },
             unsaid: Vec::new(),
             params,
             siblings,
+            draft: self.engine.drafter.as_ref().map(Drafter::draft),
+            before: None,
+            failed: None,
             prompt: prompt.len(),
             tokens: prompt,
             memory,
@@ -201,12 +238,20 @@ impl<'e> Scheduler<'e> {
     /// One pass over the weights.
     ///
     /// # Errors
-    /// A model that gives no numbers, or memory that others hold.
+    /// Memory that others hold.
     pub fn step(&mut self) -> Result<Vec<Event>> {
+        let begun = Instant::now();
         let mut events = Vec::new();
         self.take_out(&mut events)?;
         self.admit();
+        // Passes that continue every sequence are alike, but for guesses.
+        let even = self.engine.drafter.is_some() && self.running.iter().all(|s| s.is_continued());
+        if even && self.pace.pays(self.running.len()) {
+            self.guess()?;
+        }
         let counts = self.share_out()?;
+        let (sequences, drafted) = (self.running.len(), self.statistics.drafted);
+        let tokens_before: usize = self.running.iter().map(|s| s.tokens.len()).sum();
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         let mut spans = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
@@ -218,6 +263,13 @@ impl<'e> Scheduler<'e> {
             tokens.extend_from_slice(&sequence.tokens[read..read + count]);
             if read + count == sequence.tokens.len() {
                 wanted.push(tokens.len() - 1);
+                // What follows the guesses is wanted too.
+                for guess in sequence.draft.iter().flat_map(|draft| &draft.tokens) {
+                    tokens.push(*guess);
+                    wanted.push(tokens.len() - 1);
+                    sequence.so_far.drafted_tokens += 1;
+                    self.statistics.drafted += 1;
+                }
             }
             spans.push(Span {
                 memory: &mut sequence.memory,
@@ -244,18 +296,46 @@ impl<'e> Scheduler<'e> {
             if at_border && let Some(prefix) = &mut self.prefix {
                 prefix.insert(&sequence.tokens[..sequence.memory.len()], &sequence.memory);
             }
-            if sequence.memory.len() == sequence.tokens.len() {
-                let logits = rows.next().expect("one for each that has read all it has");
-                for mut sibling in sequence.split() {
-                    sibling.take(engine, &mut logits.to_vec(), &mut events)?;
-                    siblings.push(sibling);
-                }
-                sequence.take(engine, logits, &mut events)?;
+            if sequence.memory.len() < sequence.tokens.len() {
+                continue;
             }
+            let first = rows.next().expect("one for each that has read all it has");
+            for mut sibling in sequence.split() {
+                sibling.take(engine, &mut first.to_vec(), &mut events);
+                siblings.push(sibling);
+            }
+            let rows = std::iter::once(first).chain(&mut rows);
+            self.statistics.accepted += sequence.take_all(engine, rows, &mut events);
+        }
+        if even {
+            let guessed = self.statistics.drafted > drafted;
+            let tokens: usize = self.running.iter().map(|s| s.tokens.len()).sum();
+            let seconds = begun.elapsed().as_secs_f64();
+            self.pace
+                .tell(sequences, tokens - tokens_before, guessed, seconds);
         }
         self.running.extend(siblings);
         self.take_out(&mut events)?;
         Ok(events)
+    }
+
+    /// Guesses at what follows each sequence.
+    fn guess(&mut self) -> Result<()> {
+        let engine = self.engine;
+        let Some(drafter) = &engine.drafter else {
+            return Ok(());
+        };
+        let wants = self.running.iter_mut().filter_map(|s| {
+            Some(Want {
+                // The pass itself brings one more.
+                most: (s.most - s.so_far.completion_tokens).saturating_sub(1),
+                tokens: &s.tokens,
+                sampler: &s.sampler,
+                draft: s.draft.as_mut()?,
+            })
+        });
+        let chunk = engine.options.prefill_chunk;
+        drafter.guess(wants.collect(), chunk, &mut self.draft_reading)
     }
 
     /// Lets go of what is done.
@@ -316,17 +396,15 @@ impl<'e> Scheduler<'e> {
             let mut counts = Vec::with_capacity(self.running.len());
             let mut full = false;
             for sequence in &mut self.running {
-                let count = match sequence.tokens.len() - sequence.memory.len() {
-                    1 => 1,
-                    unread => {
-                        let border = sequence.border().checked_sub(sequence.memory.len());
-                        let border = border.filter(|n| *n > 0).unwrap_or(usize::MAX);
-                        let count = unread.min(left).min(border);
-                        left -= count;
-                        count
-                    }
-                };
-                full = count > 0 && sequence.memory.reserve(count).is_err();
+                let unread = sequence.tokens.len() - sequence.memory.len();
+                let border = sequence.border().checked_sub(sequence.memory.len());
+                let border = border.filter(|n| *n > 0).unwrap_or(usize::MAX);
+                let mut count = unread.min(border);
+                if unread > FEW {
+                    count = count.min(left);
+                    left -= count;
+                }
+                full = count > 0 && !sequence.reserve(count, self.engine.pool.has_state());
                 if full {
                     break;
                 }
@@ -335,7 +413,10 @@ impl<'e> Scheduler<'e> {
             if !full {
                 return Ok(counts);
             }
-            if self.prefix.as_mut().is_some_and(PrefixCache::evict) {
+            let guesses = self.running.iter_mut().map(Sequence::give_up_guesses);
+            if guesses.fold(false, |any, some| any | some)
+                || self.prefix.as_mut().is_some_and(PrefixCache::evict)
+            {
                 continue;
             }
             if self.running.len() == 1 {
@@ -349,6 +430,9 @@ impl<'e> Scheduler<'e> {
             self.statistics.preempted += 1;
             self.crowded = true;
             youngest.memory = self.engine.pool.sequence();
+            if let (Some(draft), Some(drafter)) = (&mut youngest.draft, &self.engine.drafter) {
+                draft.forget(drafter);
+            }
             self.waiting.push_front(youngest);
         }
     }
@@ -356,7 +440,34 @@ impl<'e> Scheduler<'e> {
 
 impl Sequence {
     fn is_done(&self) -> bool {
-        self.so_far.finish_reason != "length" || self.so_far.completion_tokens >= self.most
+        self.so_far.finish_reason != "length"
+            || self.so_far.completion_tokens >= self.most
+            || self.failed.is_some()
+    }
+
+    /// Its prompt has been read, and its answer but for the last few tokens.
+    fn is_continued(&self) -> bool {
+        self.so_far.completion_tokens > 0 && self.tokens.len() - self.memory.len() <= FEW
+    }
+
+    /// Whether there is room for so many tokens more, and for the guesses, which are let go of where there is none.
+    fn reserve(&mut self, count: usize, has_state: bool) -> bool {
+        let guesses = self.draft.as_ref().map_or(0, |draft| draft.tokens.len());
+        if guesses > 0 {
+            self.before = has_state.then(|| self.memory.clone());
+            if self.memory.reserve(count + guesses).is_ok() {
+                return true;
+            }
+            self.give_up_guesses();
+        }
+        self.memory.reserve(count).is_ok()
+    }
+
+    /// Whether there were some.
+    fn give_up_guesses(&mut self) -> bool {
+        self.before = None;
+        let draft = self.draft.as_mut();
+        draft.is_some_and(|draft| !std::mem::take(&mut draft.tokens).is_empty())
     }
 
     /// The further answers, which share all that has been read.
@@ -369,7 +480,7 @@ impl Sequence {
             };
             Sequence {
                 id,
-                sampler: Sampler::new(&params, &self.tokens),
+                sampler: self.sampler.seeded(seed),
                 stops: Stops::new(params.stop.clone()),
                 tokens: self.tokens.clone(),
                 memory: self.memory.clone(),
@@ -377,6 +488,9 @@ impl Sequence {
                 so_far: self.so_far.clone(),
                 unsaid: Vec::new(),
                 siblings: Vec::new(),
+                draft: self.draft.clone(),
+                before: None,
+                failed: None,
                 params,
                 ..*self
             }
@@ -389,9 +503,58 @@ impl Sequence {
         (self.prompt - 1) / BORDER * BORDER
     }
 
+    /// The tokens that follow what has been read: those guesses that were right, and the one behind them. How many were.
+    fn take_all<'l>(
+        &mut self,
+        engine: &Engine,
+        mut rows: impl Iterator<Item = &'l mut [f32]>,
+        events: &mut Vec<Event>,
+    ) -> usize {
+        let read = self.tokens.len();
+        let guesses = self.draft.as_ref().map_or(&[][..], |draft| &draft.tokens);
+        let guesses = guesses.to_vec();
+        let mut right = 0;
+        for i in 0..=guesses.len() {
+            let logits = rows.next().expect("one for each, and for what follows");
+            // Once a guess was wrong, what follows the next ones is of no use.
+            if right == i && !self.is_done() {
+                self.take(engine, logits, events);
+                let drawn = self.tokens.get(read + i);
+                right += usize::from(drawn.is_some() && drawn == guesses.get(i));
+            }
+        }
+        let before = self.before.take();
+        if right < guesses.len() {
+            match before {
+                Some(before) => self.memory = before,
+                None => self.memory.truncate(read + right),
+            }
+        }
+        if let Some(draft) = self.draft.as_mut().filter(|draft| !draft.tokens.is_empty()) {
+            draft.judged(right);
+            self.so_far.accepted_tokens += right;
+        }
+        right
+    }
+
     /// The next token from its logits.
-    fn take(&mut self, engine: &Engine, logits: &mut [f32], events: &mut Vec<Event>) -> Result<()> {
-        let (token, logprob) = self.sampler.sample(logits)?;
+    fn take(&mut self, engine: &Engine, logits: &mut [f32], events: &mut Vec<Event>) {
+        if let Err(error) = self.try_take(engine, logits, events) {
+            self.failed = Some(error);
+        }
+    }
+
+    fn try_take(
+        &mut self,
+        engine: &Engine,
+        logits: &mut [f32],
+        events: &mut Vec<Event>,
+    ) -> Result<()> {
+        let Drawn {
+            token,
+            logprob,
+            last,
+        } = self.sampler.sample(logits)?;
         if self.so_far.completion_tokens == 0 {
             self.ttft_s = self.submitted.elapsed().as_secs_f64();
         }
@@ -404,7 +567,7 @@ impl Sequence {
         self.unsaid.extend(logprob);
         let piece = self.stream.push(token)?;
         let (text, stopped) = self.stops.push(&piece);
-        if stopped {
+        if stopped || last {
             self.so_far.finish_reason = "stop";
         }
         self.say(text, events);
@@ -426,6 +589,10 @@ impl Sequence {
     }
 
     fn finish(mut self, events: &mut Vec<Event>) -> Result<()> {
+        if let Some(error) = self.failed {
+            events.push(Event::Failed { id: self.id, error });
+            return Ok(());
+        }
         if !self.stops.stopped {
             let rest = self.stream.clone().finish()?;
             let (mut text, stopped) = self.stops.push(&rest);

@@ -361,3 +361,194 @@ fn a_session_goes_on_where_it_was_saved() {
         assert!(refused(&second).contains("not a session"));
     }
 }
+
+/// Guesses change when a text is there, never what it says: drawn greedily or by chance, alone or together, in a narrow room or a wide one.
+#[test]
+fn texts_do_not_depend_on_who_guesses() {
+    let [teacher, hybrid] = models();
+    let long = PROMPTS[1].repeat(6);
+    let prompts = [PROMPTS[0], &long, PROMPTS[2], PROMPTS[1]];
+    let tokenizer = Tokenizer::open(Path::new("assets/teacher")).unwrap();
+    let drafter =
+        |lm: &Lm| Drafter::model(lm, &tokenizer, &tokenizer, CacheType::F16, 1 << 28).unwrap();
+    for (lm, other) in [(&teacher, &hybrid), (&hybrid, &teacher)] {
+        for temperature in [0.0, 0.8] {
+            let params = |i: u64| SamplingParams {
+                temperature,
+                seed: i,
+                ..greedy(60)
+            };
+            let plain = engine(lm, |_| ());
+            let mut scheduler = Scheduler::new(&plain);
+            submit(&mut scheduler, &prompts, params);
+            let texts = ended(&mut scheduler);
+            let one = plain.pool.bytes(plain.prompt(&long).unwrap().len() + 61);
+            for (name, guesses, chunk, batch, memory) in [
+                ("ngrams", Drafter::Ngrams, 512, 64, None),
+                ("other", drafter(other), 512, 64, None),
+                ("itself", drafter(lm), 33, 2, None),
+                ("narrow", Drafter::Ngrams, 64, 64, Some(one + one / 3)),
+                ("alone", drafter(lm), 512, 1, None),
+            ] {
+                let mut engine = engine(lm, |options| {
+                    options.prefill_chunk = chunk;
+                    options.max_batch = batch;
+                    options.prefix_cache = batch == 2;
+                    options.cache_memory = memory;
+                });
+                engine.drafter = Some(guesses);
+                let mut scheduler = Scheduler::new(&engine);
+                scheduler.guess_always();
+                submit(&mut scheduler, &prompts, params);
+                let found = ended(&mut scheduler);
+                for (id, generation) in &found {
+                    let text = &texts[id].text;
+                    assert_eq!(&generation.text, text, "{name} {temperature} {id}");
+                    assert_eq!(
+                        generation.completion_tokens, texts[id].completion_tokens,
+                        "{name} {temperature}"
+                    );
+                }
+                let Statistics {
+                    drafted, accepted, ..
+                } = scheduler.statistics();
+                assert!(drafted > 0 && accepted <= drafted, "{name}");
+                if name == "alone" {
+                    // A model guesses all that it would say itself.
+                    assert_eq!(accepted, drafted, "{temperature}");
+                }
+                drop(scheduler);
+                assert_eq!(engine.pool.used(), 0, "{name}");
+            }
+        }
+    }
+}
+
+fn submit(scheduler: &mut Scheduler, prompts: &[&str], params: impl Fn(u64) -> SamplingParams) {
+    for (i, prompt) in prompts.iter().enumerate() {
+        let prompt = scheduler.engine().prompt(prompt).unwrap();
+        let request = Request::new(i as u64, prompt, params(i as u64));
+        scheduler.submit(request).unwrap();
+    }
+}
+
+#[test]
+fn a_draft_model_of_other_tokens_is_refused() {
+    let [lm, _] = models();
+    let tokenizer = Tokenizer::open(Path::new("assets/teacher")).unwrap();
+    let mut json = tokenizer.to_json().unwrap();
+    json["added_tokens"]
+        .as_array_mut()
+        .unwrap()
+        .push(serde_json::json!({
+            "id": tokenizer.vocab_size(), "content": "<more>", "special": true,
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        }));
+    let other = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+    let refused = Drafter::model(&lm, &other, &tokenizer, CacheType::F16, 1 << 20);
+    let said = refused.err().unwrap().to_string();
+    assert!(said.contains("same vocabulary"), "{said}");
+}
+
+#[test]
+fn answers_have_the_form_that_was_asked_for() {
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "name": {"enum": ["Tom", "Mia"]},
+            "age": {"type": "integer", "minimum": 1, "maximum": 99},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": false,
+    });
+    for mut engine in engines() {
+        let answers = |engine: &Engine, format: Format, temperature: f64| {
+            let params = SamplingParams {
+                temperature,
+                format: Some(format),
+                logprobs: Some(0),
+                ..greedy(300)
+            };
+            let found = engine.generate(&PROMPTS[1..2], 3, &params, &mut |_, _| true);
+            found.unwrap().remove(0)
+        };
+        for temperature in [0.0, 1.0] {
+            for answer in answers(&engine, Format::JsonSchema(schema.clone()), temperature) {
+                let json: serde_json::Value = serde_json::from_str(&answer.text).unwrap();
+                assert!(["Tom", "Mia"].contains(&json["name"].as_str().unwrap()));
+                assert!((1..100).contains(&json["age"].as_i64().unwrap()));
+                assert_eq!(answer.finish_reason, "stop");
+                assert_eq!(answer.logprobs.len(), answer.completion_tokens);
+            }
+            let form = Format::Regex("(red|blue) [0-9]{3}".into());
+            for answer in answers(&engine, form, temperature) {
+                let (color, number) = answer.text.split_once(' ').unwrap();
+                assert!(["red", "blue"].contains(&color) && number.len() == 3);
+                number.parse::<u32>().unwrap();
+            }
+            let lark = "start: \"(\" start \")\" | \"x\"".to_owned();
+            for answer in answers(&engine, Format::Lark(lark), temperature) {
+                let depth = answer.text.len() / 2;
+                let whole = format!("{}x{}", "(".repeat(depth), ")".repeat(depth));
+                let cut = answer.finish_reason == "length" && answer.text.starts_with("((");
+                assert!(answer.text == whole || cut, "{}", answer.text);
+            }
+        }
+        let plain = answers(&engine, Format::JsonSchema(schema.clone()), 1.0);
+        engine.drafter = Some(Drafter::Ngrams);
+        let guessed = answers(&engine, Format::JsonSchema(schema.clone()), 1.0);
+        assert_eq!(plain[1].text, guessed[1].text);
+    }
+}
+
+#[test]
+fn a_form_that_cannot_be_compiled_is_an_error() {
+    let [engine, _] = engines();
+    for (format, wanted) in [
+        (
+            Format::JsonSchema(serde_json::json!({"type": "ghost"})),
+            "JSON schema",
+        ),
+        (
+            Format::JsonSchema(serde_json::json!({"$ref": "#/nowhere"})),
+            "JSON schema",
+        ),
+        (Format::Regex("(".into()), "regular expression"),
+        (Format::Lark("start: nothing".into()), "grammar"),
+        (Format::Lark("\u{0}".into()), "grammar"),
+    ] {
+        let params = SamplingParams {
+            format: Some(format),
+            ..greedy(5)
+        };
+        let said = engine.generate(&PROMPTS[..1], 1, &params, &mut |_, _| true);
+        let said = said.unwrap_err().to_string();
+        assert!(said.contains(wanted) && !said.contains('\n'), "{said}");
+    }
+}
+
+#[test]
+fn one_sequence_that_fails_leaves_the_others_alone() {
+    let [engine, _] = engines();
+    let mut scheduler = Scheduler::new(&engine);
+    submit(&mut scheduler, &PROMPTS[..2], |i| SamplingParams {
+        // Nothing is left that may come next.
+        format: (i == 0).then(|| Format::Regex("a+".into())),
+        logit_bias: match i {
+            0 => (0..1000).map(|token| (token, f32::NEG_INFINITY)).collect(),
+            _ => Vec::new(),
+        },
+        ..greedy(10)
+    });
+    let (mut failed, mut done) = (Vec::new(), Vec::new());
+    while !scheduler.is_idle() {
+        for event in scheduler.step().unwrap() {
+            match event {
+                Event::Failed { id, .. } => failed.push(id),
+                Event::Done { id, .. } => done.push(id),
+                Event::Text { .. } => (),
+            }
+        }
+    }
+    assert_eq!((failed, done), (vec![0], vec![1]));
+}

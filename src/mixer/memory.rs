@@ -383,6 +383,13 @@ impl Memory {
         bytemuck::cast_slice_mut(&mut state.entries[range])
     }
 
+    /// Goes back to its first `len` positions: where nothing but pages is kept.
+    pub fn truncate(&mut self, len: usize) {
+        debug_assert!(self.state.is_none() && len <= self.len);
+        self.len = len;
+        self.pages.truncate(len.div_ceil(PAGE));
+    }
+
     /// The whole pages among the first `len` positions, without a state.
     pub fn pages_of(&self, len: usize) -> Self {
         let whole = len.min(self.len) / PAGE;

@@ -2,6 +2,7 @@
 
 pub mod cache;
 pub mod device;
+pub mod engine;
 pub mod init;
 pub mod memory;
 pub mod sampling;

@@ -1,6 +1,9 @@
 //! How the next token is drawn.
 
-use crate::generate::SamplingParams;
+use std::path::{Path, PathBuf};
+
+use crate::generate::{Format, SamplingParams};
+use crate::{Error, Result};
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct SamplingArg {
@@ -37,12 +40,45 @@ pub struct SamplingArg {
     /// Tell each token's log-probability (with --json), and those of so many likeliest.
     #[arg(long)]
     logprobs: Option<usize>,
+    /// The answer is JSON that the schema in this file allows; a text that begins with { is the schema itself.
+    #[arg(long, value_name = "FILE", group = "form")]
+    json_schema: Option<String>,
+    /// The whole answer matches this regular expression.
+    #[arg(long, group = "form")]
+    regex: Option<String>,
+    /// The whole answer is of the grammar in this file, in Lark's syntax, from its rule start.
+    #[arg(long, value_name = "FILE", group = "form")]
+    grammar: Option<PathBuf>,
+}
+
+fn text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(Error::io("cannot read", path))
 }
 
 impl SamplingArg {
+    fn format(&self) -> Result<Option<Format>> {
+        if let Some(schema) = &self.json_schema {
+            let bad =
+                |e: serde_json::Error| Error::invalid(format!("the JSON schema is no JSON: {e}"));
+            if schema.trim_start().starts_with('{') {
+                return Ok(Some(Format::JsonSchema(
+                    serde_json::from_str(schema).map_err(bad)?,
+                )));
+            }
+            let path = Path::new(schema);
+            let json = serde_json::from_str(&text(path)?);
+            let json = json.map_err(|e| Error::file(path, bad(e).to_string()))?;
+            return Ok(Some(Format::JsonSchema(json)));
+        }
+        if let Some(path) = &self.grammar {
+            return Ok(Some(Format::Lark(text(path)?)));
+        }
+        Ok(self.regex.clone().map(Format::Regex))
+    }
+
     /// # Errors
-    /// A setting out of range.
-    pub fn params(&self) -> crate::Result<SamplingParams> {
+    /// A setting out of range, or a file that cannot be read.
+    pub fn params(&self) -> Result<SamplingParams> {
         let params = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
@@ -56,6 +92,7 @@ impl SamplingArg {
             frequency_penalty: self.frequency_penalty,
             logit_bias: Vec::new(),
             logprobs: self.logprobs,
+            format: self.format()?,
         };
         params.validate()?;
         Ok(params)

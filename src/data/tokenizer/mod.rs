@@ -173,6 +173,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// Whether every id means the same token to both.
+    pub fn same_tokens(&self, other: &Self) -> bool {
+        self.hash == other.hash || self.inner.get_vocab(true) == other.inner.get_vocab(true)
+    }
+
     /// The token that begins a text.
     pub fn bos(&self) -> Option<u32> {
         self.bos
@@ -181,6 +186,15 @@ impl Tokenizer {
     /// The tokens that end a text, the main one first; empty where the checkpoint names none.
     pub fn eos(&self) -> &[u32] {
         &self.eos
+    }
+
+    /// As `tokenizer.json` holds it.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be written.
+    pub fn to_json(&self) -> Result<Value> {
+        serde_json::to_value(&*self.inner)
+            .map_err(|e| Error::invalid(format!("the tokenizer cannot be written ({e})")))
     }
 
     /// Hash of `tokenizer.json`.
