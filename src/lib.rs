@@ -32,7 +32,7 @@
 //! | `op/matmul.rs` | the product of matrices, by pointers into checked slices |
 //! | `op/ssd/cpu.rs` | columns of one buffer that threads write apart |
 //! | `op/ssd/backward.rs`, `op/ssd/resume.rs` | the same, for gradients and for decoding |
-//! | `op/attention/online.rs` | the choice of instructions that the processor has |
+//! | `op/isa.rs` | the choice of instructions that the processor has |
 //! | `op/linear/dot/mod.rs` | the choice of instructions that the processor has |
 //! | `op/linear/dot/x86.rs` | vector loads from checked slices |
 //! | `op/linear/product.rs` | places of one buffer that threads write apart |

@@ -9,6 +9,7 @@ mod golden;
 mod input;
 mod output;
 mod pipeline;
+mod processors;
 mod readme;
 mod recipes;
 mod watch;

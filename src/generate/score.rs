@@ -7,6 +7,7 @@ use crate::data::Tokenizer;
 use crate::mixer::{CacheType, Memory, Pool, Span};
 use crate::model::{Decoder, Lm, Reading};
 use crate::op::cpu::exp;
+use crate::op::isa::vectorised;
 use crate::op::team::team;
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -280,7 +281,13 @@ impl Scorer {
             let logits = &logits[i * vocab..][..vocab];
             let best = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
             let likeliest = logits.iter().position(|l| *l == best);
-            let sum: f64 = logits.iter().map(|l| f64::from(exp(l - best))).sum();
+            let sum = vectorised!({
+                let mut sum = 0f64;
+                for l in logits {
+                    sum += f64::from(exp(l - best));
+                }
+                sum
+            });
             found[0] = (asked[i].1.iter())
                 .map(|token| {
                     let logit = logits[*token as usize];

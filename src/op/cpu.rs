@@ -2,14 +2,10 @@
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
 
-/// `a · b + c`, fused where the processor can.
+/// `a · b + c`, rounded once: the same on every processor, and slow on those that cannot (x86-64 before 2013).
 #[inline(always)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
-    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
-        a.mul_add(b, c)
-    } else {
-        a * b + c
-    }
+    a.mul_add(b, c)
 }
 
 /// `e^x` to about one unit in the last place, without branches: 0 below −87.7, infinite above 88.4.

@@ -51,6 +51,18 @@ impl Level {
     }
 }
 
+/// Compiles a block for the widest vectors of this processor too, and runs it there: as far as it is written out, or calls what is
+/// `#[inline(always)]`.
+macro_rules! vectorised {
+    ($work:expr) => {
+        $crate::op::isa::Isa::here().run(
+            #[inline(always)]
+            || $work,
+        )
+    };
+}
+pub(crate) use vectorised;
+
 /// Instructions that this processor has: there is no other `Isa`, so whoever holds one may use them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Isa(Level);
@@ -60,6 +72,23 @@ impl Isa {
     pub fn found() -> impl Iterator<Item = Self> {
         let levels = Level::ALL.into_iter().filter(|level| level.is_here());
         levels.map(Self)
+    }
+
+    /// What [`vectorised`] is.
+    #[inline(always)]
+    pub fn run<R>(self, work: impl FnOnce() -> R) -> R {
+        match self.0 {
+            Level::Portable => portable(work),
+            // SAFETY: an `Isa` is of this processor.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Level::Avx2 => unsafe { avx2(work) },
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Level::Avx512 => unsafe { avx512(work) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("not on this architecture"),
+        }
     }
 
     pub fn level(self) -> Level {
@@ -85,5 +114,45 @@ impl Isa {
                 widest
             })
         })
+    }
+}
+
+#[inline(never)]
+fn portable<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline(never)]
+fn avx2<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+#[inline(never)]
+fn avx512<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The laws of all ops and mixers, once more for each set of instructions that this processor has.
+    #[test]
+    fn every_level_keeps_the_laws() {
+        if std::env::var_os(VARIABLE).is_some() {
+            return;
+        }
+        for isa in Isa::found().filter(|isa| *isa != Isa::here()) {
+            let mut tests = std::process::Command::new(std::env::current_exe().unwrap());
+            tests.args(["op::", "mixer::tests"]);
+            let output = tests.env(VARIABLE, isa.level().name()).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{:?}: {said}", isa.level());
+            assert!(!said.contains("running 0 tests"), "{said}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The update over slices, threads over fixed blocks.
 
+use crate::op::isa::vectorised;
 use rayon::prelude::*;
 
 /// Entries a task: fixed, so that sums do not depend on the threads.
@@ -21,11 +22,13 @@ pub(super) fn update_moments(
         .zip(second.par_chunks_mut(BLOCK))
         .zip(grad.par_chunks(BLOCK))
         .for_each(|((first, second), grad)| {
-            for ((first, second), &grad) in first.iter_mut().zip(second).zip(grad) {
-                let grad = grad * grad_scale;
-                *first = betas[0] * *first + rests[0] * grad;
-                *second = betas[1] * *second + rests[1] * grad * grad;
-            }
+            vectorised!({
+                for ((first, second), &grad) in first.iter_mut().zip(second).zip(grad) {
+                    let grad = grad * grad_scale;
+                    *first = betas[0] * *first + rests[0] * grad;
+                    *second = betas[1] * *second + rests[1] * grad * grad;
+                }
+            })
         });
 }
 
@@ -53,22 +56,26 @@ pub(super) fn update_param(param: &mut [f32], moments: &[f32], factors: &Factors
         .zip(first.par_chunks(BLOCK))
         .zip(second.par_chunks(BLOCK))
         .for_each(|((param, first), second)| {
-            for ((param, &first), &second) in param.iter_mut().zip(first).zip(second) {
-                *param = keep * *param - rate * first / (second.sqrt() * deviation + eps);
-            }
+            vectorised!({
+                for ((param, &first), &second) in param.iter_mut().zip(first).zip(second) {
+                    *param = keep * *param - rate * first / (second.sqrt() * deviation + eps);
+                }
+            })
         });
 }
 
 pub(super) fn sum_of_squares(x: &[f32]) -> f64 {
     let block_sum = |block: &[f32]| {
-        let (full, rest) = block.as_chunks::<LANES>();
-        let mut lanes = [0f64; LANES];
-        for entries in full {
-            for (lane, &x) in lanes.iter_mut().zip(entries) {
-                *lane += x as f64 * x as f64;
+        vectorised!({
+            let (full, rest) = block.as_chunks::<LANES>();
+            let mut lanes = [0f64; LANES];
+            for entries in full {
+                for (lane, &x) in lanes.iter_mut().zip(entries) {
+                    *lane += x as f64 * x as f64;
+                }
             }
-        }
-        lanes.iter().sum::<f64>() + rest.iter().map(|&x| x as f64 * x as f64).sum::<f64>()
+            lanes.iter().sum::<f64>() + rest.iter().map(|&x| x as f64 * x as f64).sum::<f64>()
+        })
     };
     let sums: Vec<f64> = x.par_chunks(BLOCK).map(block_sum).collect();
     sums.iter().sum()

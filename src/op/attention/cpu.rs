@@ -3,6 +3,7 @@
 
 use super::Sight;
 use crate::op::cpu::exp;
+use crate::op::isa::vectorised;
 use crate::op::matmul::{View, matmul};
 use candle_core::{CpuStorage, Layout, Result, bail};
 use rayon::prelude::*;
@@ -164,7 +165,7 @@ impl Problem<'_> {
         let (from, to) = self.keys(block);
         let rows = block.count * rep;
         let mut sums = Vec::with_capacity(rows);
-        for scores in scores.chunks_exact_mut(to - from) {
+        vectorised!(for scores in scores.chunks_exact_mut(to - from) {
             let largest = scores.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
             let mut sum = 0.;
             for block in scores.chunks_mut(LANES) {
@@ -176,7 +177,7 @@ impl Problem<'_> {
                 sum += lanes.iter().sum::<f32>();
             }
             sums.push((sum, largest));
-        }
+        });
         let mut out = vec![0.; rows * v_dim];
         let values = self.v.block(block.b, block.g, from, to);
         matmul(
@@ -250,11 +251,13 @@ impl Problem<'_> {
             let outs = self.gather(y, v_dim, block, 1.);
             let log_sums = self.gather(log_sums, 1, block, 1.);
             let mut weights = self.scores(&queries, block, false);
-            for (weights, log_sum) in weights.chunks_exact_mut(width).zip(&log_sums) {
-                for w in weights {
-                    *w = exp(*w - log_sum);
+            vectorised!(
+                for (weights, log_sum) in weights.chunks_exact_mut(width).zip(&log_sums) {
+                    for w in weights {
+                        *w = exp(*w - log_sum);
+                    }
                 }
-            }
+            );
             let dout = View::rows(&douts, rows, v_dim);
             let dv = &mut dv[from * v_dim..to * v_dim];
             matmul(
@@ -267,7 +270,7 @@ impl Problem<'_> {
             let mut dscores = vec![0.; rows * width];
             let values = self.v.block(b, g, from, to);
             matmul(&mut dscores, dout, values.transposed(), false, false);
-            for row in 0..rows {
+            vectorised!(for row in 0..rows {
                 let at = row * v_dim..(row + 1) * v_dim;
                 let along: f32 = douts[at.clone()]
                     .iter()
@@ -278,7 +281,7 @@ impl Problem<'_> {
                 for (d, w) in dscores[row * width..][..width].iter_mut().zip(weights) {
                     *d = w * (*d - along);
                 }
-            }
+            });
             let dscores = View::rows(&dscores, rows, width);
             let mut dqueries = vec![0.; rows * dim];
             matmul(

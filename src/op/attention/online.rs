@@ -1,8 +1,8 @@
 //! Attention over keys and values that come a block at a time (Milakov & Gimelshein 2018, arXiv 1805.02867): what decoding does over
 //! the pages of a cache. A query's result depends on the blocks alone, not on the queries beside it.
 
-use crate::op::cpu::exp;
-use crate::op::isa::{Isa, Level};
+use crate::op::cpu::{exp, fma};
+use crate::op::isa::Isa;
 use crate::op::linear::Storage;
 use crate::op::linear::dot::{SPAN, tile};
 
@@ -63,29 +63,34 @@ impl Online {
         self.weights.clear();
         self.weights.resize(rows * most, 0.);
         self.scores(isa, block, most);
-        for row in 0..rows {
-            let seen = seen(row);
-            let weights = &mut self.weights[row * most..][..most];
-            let (weights, unseen) = weights.split_at_mut(seen);
-            unseen.fill(0.);
-            let before = self.largest[row];
-            let largest = weights.iter().fold(before, |m, w| m.max(*w));
-            if largest > before {
-                let factor = exp(before - largest);
-                self.sums[row] *= factor;
-                let totals = &mut self.totals[row * self.v_dim..][..self.v_dim];
-                totals.iter_mut().for_each(|total| *total *= factor);
-                self.largest[row] = largest;
-            }
-            let mut sum = 0.;
-            for weight in weights.iter_mut() {
-                *weight = exp(*weight - largest);
-            }
-            for weight in weights.iter() {
-                sum += *weight;
-            }
-            self.sums[row] += sum;
-        }
+        isa.run(
+            #[inline(always)]
+            || {
+                for row in 0..rows {
+                    let seen = seen(row);
+                    let weights = &mut self.weights[row * most..][..most];
+                    let (weights, unseen) = weights.split_at_mut(seen);
+                    unseen.fill(0.);
+                    let before = self.largest[row];
+                    let largest = weights.iter().fold(before, |m, w| m.max(*w));
+                    if largest > before {
+                        let factor = exp(before - largest);
+                        self.sums[row] *= factor;
+                        let totals = &mut self.totals[row * self.v_dim..][..self.v_dim];
+                        totals.iter_mut().for_each(|total| *total *= factor);
+                        self.largest[row] = largest;
+                    }
+                    let mut sum = 0.;
+                    for weight in weights.iter_mut() {
+                        *weight = exp(*weight - largest);
+                    }
+                    for weight in weights.iter() {
+                        sum += *weight;
+                    }
+                    self.sums[row] += sum;
+                }
+            },
+        );
         let (values, stride) = (block.values, block.value_stride);
         add_products(
             isa,
@@ -177,43 +182,17 @@ pub fn add_products(
     v_dim: usize,
     totals: &mut [f32],
 ) {
-    match isa.level() {
-        Level::Portable => by_lanes::<false>(weights, values, stride, v_dim, totals),
-        // SAFETY: an `Isa` is of this processor.
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        Level::Avx2 => unsafe { avx2(weights, values, stride, v_dim, totals) },
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        Level::Avx512 => unsafe { avx512(weights, values, stride, v_dim, totals) },
-        #[cfg(not(target_arch = "x86_64"))]
-        _ => unreachable!("not on this architecture"),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn avx2(weights: &[f32], values: &[f32], stride: usize, v_dim: usize, totals: &mut [f32]) {
-    by_lanes::<true>(weights, values, stride, v_dim, totals);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-fn avx512(weights: &[f32], values: &[f32], stride: usize, v_dim: usize, totals: &mut [f32]) {
-    by_lanes::<true>(weights, values, stride, v_dim, totals);
+    isa.run(
+        #[inline(always)]
+        || by_lanes(weights, values, stride, v_dim, totals),
+    );
 }
 
 /// Entries of a value that stay in registers.
 const LANES: usize = 16;
 
 #[inline(always)]
-fn by_lanes<const FUSED: bool>(
-    weights: &[f32],
-    values: &[f32],
-    stride: usize,
-    v_dim: usize,
-    totals: &mut [f32],
-) {
+fn by_lanes(weights: &[f32], values: &[f32], stride: usize, v_dim: usize, totals: &mut [f32]) {
     let rows = totals.len() / v_dim;
     let positions = weights.len() / rows;
     let whole = v_dim / LANES * LANES;
@@ -223,10 +202,10 @@ fn by_lanes<const FUSED: bool>(
         for at in (0..whole).step_by(LANES) {
             let values = &values[at..];
             match rows - first {
-                1 => tile_of::<FUSED, 1>(weights, positions, values, stride, v_dim, at, totals),
-                2 => tile_of::<FUSED, 2>(weights, positions, values, stride, v_dim, at, totals),
-                3 => tile_of::<FUSED, 3>(weights, positions, values, stride, v_dim, at, totals),
-                _ => tile_of::<FUSED, 4>(weights, positions, values, stride, v_dim, at, totals),
+                1 => tile_of::<1>(weights, positions, values, stride, v_dim, at, totals),
+                2 => tile_of::<2>(weights, positions, values, stride, v_dim, at, totals),
+                3 => tile_of::<3>(weights, positions, values, stride, v_dim, at, totals),
+                _ => tile_of::<4>(weights, positions, values, stride, v_dim, at, totals),
             }
         }
         for row in 0..4.min(rows - first) {
@@ -234,7 +213,7 @@ fn by_lanes<const FUSED: bool>(
                 let total = &mut totals[row * v_dim + at];
                 for p in 0..positions {
                     let (a, b) = (weights[row * positions + p], values[p * stride + at]);
-                    *total = product::<FUSED>(a, b, *total);
+                    *total = fma(a, b, *total);
                 }
             }
         }
@@ -242,15 +221,7 @@ fn by_lanes<const FUSED: bool>(
 }
 
 #[inline(always)]
-fn product<const FUSED: bool>(a: f32, b: f32, sum: f32) -> f32 {
-    match FUSED {
-        true => a.mul_add(b, sum),
-        false => a * b + sum,
-    }
-}
-
-#[inline(always)]
-fn tile_of<const FUSED: bool, const Q: usize>(
+fn tile_of<const Q: usize>(
     weights: &[f32],
     positions: usize,
     values: &[f32],
@@ -268,7 +239,7 @@ fn tile_of<const FUSED: bool, const Q: usize>(
         for (q, sums) in sums.iter_mut().enumerate() {
             let weight = weights[q * positions + p];
             for (sum, value) in sums.iter_mut().zip(value) {
-                *sum = product::<FUSED>(weight, *value, *sum);
+                *sum = fma(weight, *value, *sum);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Activations rounded to 8 bits, as products with blocks take them.
 
+use crate::op::isa::vectorised;
+
 /// Entries that share a scale.
 pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
@@ -57,7 +59,7 @@ impl Activations {
         clear(&mut self.scales, rows * padded / GROUP);
         clear(&mut self.sums, rows * padded / GROUP);
         clear(&mut self.negated, rows * padded / 4);
-        for (row, x) in x.chunks_exact(width).enumerate() {
+        vectorised!(for (row, x) in x.chunks_exact(width).enumerate() {
             for (g, x) in x.chunks_exact(GROUP).enumerate() {
                 let at = row * padded / GROUP + g;
                 let codes = &mut self.codes[at * GROUP..][..GROUP];
@@ -83,7 +85,7 @@ impl Activations {
                 };
                 self.sums[at] = self.scales[at] * sum as f32;
             }
-        }
+        });
     }
 
     pub(super) fn row(&self, row: usize) -> Row<'_> {

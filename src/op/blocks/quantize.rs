@@ -5,6 +5,7 @@ use half::f16;
 
 use super::BlockType;
 use super::plain::half;
+use crate::op::isa::vectorised;
 
 /// Codes a row of whole blocks; `importance`, one a weight, says what a squared error there costs (the energy of the
 /// activation that it is multiplied by), the same everywhere if there is none.
@@ -31,25 +32,28 @@ pub fn quantize(kind: BlockType, row: &[f32], importance: Option<&[f32]>, out: &
         let size = |x: &f32| (energy + x * x).sqrt().sqrt();
         let w: Vec<f32> = x.iter().zip(w).map(|(x, w)| w * size(x)).collect();
         let w = w.as_slice();
-        match kind {
+        vectorised!(match kind {
             BlockType::Q8_0 => q8_0(x, w, out),
             BlockType::Q4_0 => q4_0(x, w, out),
             BlockType::Q4K => q4_k(x, w, out),
             BlockType::Q6K => q6_k(x, w, out),
-        }
+        })
     }
 }
 
 /// Stores `x` in the first two bytes; gives what is stored.
+#[inline(always)]
 fn put(out: &mut [u8], x: f32) -> f32 {
     out[..2].copy_from_slice(&f16::from_f32(x).to_le_bytes());
     half(out)
 }
 
+#[inline(always)]
 fn code(x: f32, inverse: f32, low: i32, high: i32) -> i32 {
     ((x * inverse).round_ties_even() as i32).clamp(low, high)
 }
 
+#[inline(always)]
 fn inverse(scale: f32) -> f32 {
     match scale == 0. {
         true => 0.,
@@ -59,6 +63,7 @@ fn inverse(scale: f32) -> f32 {
 
 /// The `d` of least `Σ w (x − d q)²`, `q` in `low..=high`: the largest weight is put near the end of the codes in
 /// several places, and each time `d` is fitted to the codes that come of it.
+#[inline(always)]
 fn symmetric(x: &[f32], w: &[f32], low: i32, high: i32) -> f32 {
     let largest = x
         .iter()
@@ -95,6 +100,7 @@ fn symmetric(x: &[f32], w: &[f32], low: i32, high: i32) -> f32 {
 }
 
 /// `Σ w (x − (s q − m))²`, each `q` of 0 to 15 as near as it can be.
+#[inline(always)]
 fn affine_error(x: &[f32], w: &[f32], s: f32, m: f32) -> f32 {
     let inverse = inverse(s);
     let pairs = x.iter().zip(w);
@@ -107,6 +113,7 @@ fn affine_error(x: &[f32], w: &[f32], s: f32, m: f32) -> f32 {
 }
 
 /// The scale and minimum, neither below 0, of least weighted error with codes of 0 to 15.
+#[inline(always)]
 fn affine(x: &[f32], w: &[f32]) -> (f32, f32) {
     let low = x.iter().copied().fold(0f32, f32::min);
     let high = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -152,6 +159,7 @@ fn affine(x: &[f32], w: &[f32]) -> (f32, f32) {
     best
 }
 
+#[inline(always)]
 fn q8_0(x: &[f32], w: &[f32], out: &mut [u8]) {
     let d = put(out, symmetric(x, w, -127, 127).abs());
     let inverse = inverse(d);
@@ -160,6 +168,7 @@ fn q8_0(x: &[f32], w: &[f32], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn q4_0(x: &[f32], w: &[f32], out: &mut [u8]) {
     let d = put(out, symmetric(x, w, -8, 7));
     let inverse = inverse(d);
@@ -169,6 +178,7 @@ fn q4_0(x: &[f32], w: &[f32], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn q4_k(x: &[f32], w: &[f32], out: &mut [u8]) {
     let parts: Vec<_> = x.chunks_exact(32).zip(w.chunks_exact(32)).collect();
     let ideal: Vec<(f32, f32)> = parts.iter().map(|(x, w)| affine(x, w)).collect();
@@ -210,6 +220,7 @@ fn q4_k(x: &[f32], w: &[f32], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn q6_k(x: &[f32], w: &[f32], out: &mut [u8]) {
     let parts: Vec<_> = x.chunks_exact(16).zip(w.chunks_exact(16)).collect();
     let ideal: Vec<f32> = parts

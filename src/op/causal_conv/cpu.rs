@@ -2,6 +2,7 @@
 
 use super::Documents;
 use crate::op::cpu::{Rows, exp, fma};
+use crate::op::isa::vectorised;
 use rayon::prelude::*;
 
 /// Positions a task: fixed, so that sums over positions do not depend on the threads.
@@ -19,6 +20,7 @@ pub(super) struct Conv<'a> {
 
 impl Conv<'_> {
     /// The taps that position `t` of row `b` reaches, from the present back: (input position, tap).
+    #[inline(always)]
     fn reach(&self, b: usize, t: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
         let last = self.taps.len() / self.bias.len() - 1;
         let start = self
@@ -27,11 +29,13 @@ impl Conv<'_> {
         (0..=last.min(t - start)).map(move |back| (t - back, last - back))
     }
 
+    #[inline(always)]
     fn tap(&self, tap: usize) -> &[f32] {
         let c = self.bias.len();
         &self.taps[tap * c..][..c]
     }
 
+    #[inline(always)]
     fn before_activation(&self, b: usize, t: usize, out: &mut [f32]) {
         out.copy_from_slice(self.bias);
         for (from, tap) in self.reach(b, t) {
@@ -46,13 +50,13 @@ impl Conv<'_> {
         y.par_chunks_mut(BLOCK * c)
             .enumerate()
             .for_each(|(block, rows)| {
-                for (i, y) in rows.chunks_exact_mut(c).enumerate() {
+                vectorised!(for (i, y) in rows.chunks_exact_mut(c).enumerate() {
                     let position = block * BLOCK + i;
                     self.before_activation(position / t, position % t, y);
                     if self.silu {
                         y.iter_mut().for_each(|y| *y *= sigmoid(*y));
                     }
-                }
+                })
             });
         y
     }
@@ -80,7 +84,7 @@ impl Conv<'_> {
             .into_par_iter()
             .map(|(b, first, dx)| {
                 let dy = &dy[b * t * c..][..t * c];
-                self.backward_block(b, first, dx, dy, want_x, want_taps)
+                vectorised!(self.backward_block(b, first, dx, dy, want_x, want_taps))
             })
             .collect();
         let mut dtaps = vec![0f32; self.taps.len() + c];
@@ -94,6 +98,7 @@ impl Conv<'_> {
     }
 
     /// Fills `dx` of the positions from `first` on; returns their part of the sums over positions.
+    #[inline(always)]
     fn backward_block(
         &self,
         b: usize,

@@ -1,6 +1,7 @@
 //! The convolution over the next inputs of one sequence.
 
 use super::cpu::{add_product, sigmoid};
+use crate::op::isa::vectorised;
 use crate::op::team::fill;
 
 /// Entries of work below which other threads are not worth waking.
@@ -22,7 +23,7 @@ pub fn resume(x: &[f32], taps: &[f32], bias: &[f32], state: &mut [f32], y: &mut 
         false => &x[(i - before) * c..][..c],
     };
     let work = |block: usize, y: &mut [f32]| {
-        for (i, y) in y.chunks_exact_mut(c).enumerate() {
+        vectorised!(for (i, y) in y.chunks_exact_mut(c).enumerate() {
             let t = block * BLOCK + i;
             y.copy_from_slice(bias);
             for back in 0..=before {
@@ -33,7 +34,7 @@ pub fn resume(x: &[f32], taps: &[f32], bias: &[f32], state: &mut [f32], y: &mut 
                 );
             }
             y.iter_mut().for_each(|y| *y *= sigmoid(*y));
-        }
+        })
     };
     fill(x.len() >= ALONE, y, BLOCK * c, work);
     let new = x.len() / c;

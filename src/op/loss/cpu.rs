@@ -2,6 +2,7 @@
 
 use super::Divergence;
 use crate::op::cpu::exp;
+use crate::op::isa::vectorised;
 use rayon::prelude::*;
 
 const LANES: usize = 16;
@@ -18,6 +19,7 @@ pub(super) struct Softmax {
 }
 
 impl Softmax {
+    #[inline(always)]
     fn of(row: &[f32], scale: f32) -> Self {
         let max = scale * max(row);
         let [sum] = sums(row, row, |[sum], x, _| {
@@ -42,7 +44,7 @@ pub(super) fn cross_entropy(logits: &[f32], v: usize, targets: &[u32]) -> (Vec<f
         .zip(targets)
         .with_min_len(TASK / v + 1);
     rows.map(|(row, &target)| {
-        let softmax = Softmax::of(row, 1.);
+        let softmax = vectorised!(Softmax::of(row, 1.));
         (softmax.log_sum - row[target as usize], softmax)
     })
     .unzip()
@@ -63,9 +65,9 @@ pub(super) fn cross_entropy_backward(
         .zip(targets.par_iter().zip(softmaxes).zip(dloss))
         .with_min_len(TASK / v + 1)
         .for_each(|((drow, row), ((&target, softmax), &dloss))| {
-            for (d, &x) in drow.iter_mut().zip(row) {
+            vectorised!(for (d, &x) in drow.iter_mut().zip(row) {
                 *d = softmax.probability(x) * dloss;
-            }
+            });
             drow[target as usize] -= dloss;
         });
     dlogits
@@ -82,24 +84,26 @@ pub(super) fn forward_kl(
     let rows = teacher.par_chunks_exact(v).zip(student.par_chunks_exact(v));
     rows.with_min_len(TASK / v + 1)
         .map(|(teacher, student)| {
-            let (max_t, max_s) = (scale * max(teacher), scale * max(student));
-            // Σp(ln p − ln q), each logit relative to its row's greatest: small numbers stay exact.
-            let [sum_t, sum_s, difference] =
-                sums(teacher, student, |[sum_t, sum_s, difference], t, s| {
-                    for l in 0..LANES {
-                        let (t, s) = (scale * t[l] - max_t, scale * s[l] - max_s);
-                        let p = exp(t);
-                        sum_t[l] += p;
-                        sum_s[l] += exp(s);
-                        difference[l] += p * (t - s);
-                    }
-                });
-            let kl = difference / sum_t - sum_t.ln() + sum_s.ln();
-            let softmax = |max: f32, sum: f64| Softmax {
-                scale,
-                log_sum: max + sum.ln() as f32,
-            };
-            (kl as f32, [softmax(max_t, sum_t), softmax(max_s, sum_s)])
+            vectorised!({
+                let (max_t, max_s) = (scale * max(teacher), scale * max(student));
+                // Σp(ln p − ln q), each logit relative to its row's greatest: small numbers stay exact.
+                let [sum_t, sum_s, difference] =
+                    sums(teacher, student, |[sum_t, sum_s, difference], t, s| {
+                        for l in 0..LANES {
+                            let (t, s) = (scale * t[l] - max_t, scale * s[l] - max_s);
+                            let p = exp(t);
+                            sum_t[l] += p;
+                            sum_s[l] += exp(s);
+                            difference[l] += p * (t - s);
+                        }
+                    });
+                let kl = difference / sum_t - sum_t.ln() + sum_s.ln();
+                let softmax = |max: f32, sum: f64| Softmax {
+                    scale,
+                    log_sum: max + sum.ln() as f32,
+                };
+                (kl as f32, [softmax(max_t, sum_t), softmax(max_s, sum_s)])
+            })
         })
         .unzip()
 }
@@ -120,9 +124,11 @@ pub(super) fn forward_kl_backward(
         .with_min_len(TASK / v + 1)
         .for_each(|((drow, (teacher, student)), ([p, q], &dloss))| {
             let factor = dloss * q.scale;
-            for ((d, &t), &s) in drow.iter_mut().zip(teacher).zip(student) {
-                *d = (q.probability(s) - p.probability(t)) * factor;
-            }
+            vectorised!(
+                for ((d, &t), &s) in drow.iter_mut().zip(teacher).zip(student) {
+                    *d = (q.probability(s) - p.probability(t)) * factor;
+                }
+            )
         });
     dstudent
 }
@@ -139,11 +145,14 @@ pub(super) fn divergence(
     let rows = teacher.par_chunks_exact(v).zip(student.par_chunks_exact(v));
     rows.with_min_len(TASK / v + 1)
         .map(|(teacher, student)| {
-            let both = [Softmax::of(teacher, scale), Softmax::of(student, scale)];
-            let sum: f64 = pairs(teacher, student, both)
-                .map(|(p, q, log_ratio)| f64::from(term(kind, p, q, log_ratio)))
-                .sum();
-            (sum as f32, both)
+            vectorised!({
+                let both = [Softmax::of(teacher, scale), Softmax::of(student, scale)];
+                let mut sum = 0f64;
+                for (p, q, log_ratio) in pairs(teacher, student, both) {
+                    sum += f64::from(term(kind, p, q, log_ratio));
+                }
+                (sum as f32, both)
+            })
         })
         .unzip()
 }
@@ -164,40 +173,48 @@ pub(super) fn divergence_backward(
         .zip(softmaxes.par_iter().zip(dloss))
         .with_min_len(TASK / v + 1)
         .for_each(|((drow, (teacher, student)), (both, &dloss))| {
-            let (mut sum, mut mass) = (0f64, 0f64);
-            for (d, (p, q, log_ratio)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
-                *d = slope(kind, p, q, log_ratio);
-                sum += f64::from(q) * f64::from(*d);
-                mass += f64::from(q);
-            }
-            // Where the mean is all but one slope, what is left is as exact as the probabilities.
-            let mean = sum / mass;
-            let factor = dloss * both[1].scale;
-            for (d, (_, q, _)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
-                *d = q * (f64::from(*d) - mean) as f32 * factor;
-            }
+            vectorised!({
+                let (mut sum, mut mass) = (0f64, 0f64);
+                for (d, (p, q, log_ratio)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
+                    *d = slope(kind, p, q, log_ratio);
+                    sum += f64::from(q) * f64::from(*d);
+                    mass += f64::from(q);
+                }
+                // Where the mean is all but one slope, what is left is as exact as the probabilities.
+                let mean = sum / mass;
+                let factor = dloss * both[1].scale;
+                for (d, (_, q, _)) in drow.iter_mut().zip(pairs(teacher, student, *both)) {
+                    *d = q * (f64::from(*d) - mean) as f32 * factor;
+                }
+            })
         });
     dstudent
 }
 
 /// `(p, q, ln q − ln p)` of every entry.
+#[inline(always)]
 fn pairs(
     teacher: &[f32],
     student: &[f32],
     [p, q]: [Softmax; 2],
 ) -> impl Iterator<Item = (f32, f32, f32)> {
-    teacher.iter().zip(student).map(move |(&t, &s)| {
-        let (log_p, log_q) = (p.scale * t - p.log_sum, q.scale * s - q.log_sum);
-        (exp(log_p), exp(log_q), log_q - log_p)
-    })
+    teacher.iter().zip(student).map(
+        #[inline(always)]
+        move |(&t, &s)| {
+            let (log_p, log_q) = (p.scale * t - p.log_sum, q.scale * s - q.log_sum);
+            (exp(log_p), exp(log_q), log_q - log_p)
+        },
+    )
 }
 
 /// `ln((1 + eʳ) / 2)`.
+#[inline(always)]
 fn log_mean(r: f32) -> f32 {
     r.max(0.) + (-r.abs()).exp().ln_1p() - std::f32::consts::LN_2
 }
 
 /// An entry's part of the divergence.
+#[inline(always)]
 fn term(kind: Divergence, p: f32, q: f32, log_ratio: f32) -> f32 {
     match kind {
         Divergence::ForwardKl => -p * log_ratio,
@@ -213,6 +230,7 @@ fn term(kind: Divergence, p: f32, q: f32, log_ratio: f32) -> f32 {
 }
 
 /// `∂D/∂q` of an entry, up to a constant that the softmax takes out.
+#[inline(always)]
 fn slope(kind: Divergence, p: f32, q: f32, log_ratio: f32) -> f32 {
     match kind {
         Divergence::ForwardKl => -(-log_ratio).exp(),
@@ -229,12 +247,12 @@ pub(super) fn squared_errors(x: &[f32], target: &[f32], d: usize) -> Vec<[f64; 2
     let rows = x.par_chunks_exact(d).zip(target.par_chunks_exact(d));
     rows.with_min_len(TASK / d + 1)
         .map(|(x, target)| {
-            sums(x, target, |[error, size], x, t| {
+            vectorised!(sums(x, target, |[error, size], x, t| {
                 for l in 0..LANES {
                     error[l] += (x[l] - t[l]) * (x[l] - t[l]);
                     size[l] += t[l] * t[l];
                 }
-            })
+            }))
         })
         .collect()
 }
@@ -247,13 +265,14 @@ pub(super) fn scaled_difference(x: &[f32], target: &[f32], d: usize, factors: &[
         .zip(factors)
         .with_min_len(TASK / d + 1)
         .for_each(|((out, (x, target)), &factor)| {
-            for ((out, &x), &t) in out.iter_mut().zip(x).zip(target) {
+            vectorised!(for ((out, &x), &t) in out.iter_mut().zip(x).zip(target) {
                 *out = (x - t) * factor;
-            }
+            })
         });
     out
 }
 
+#[inline(always)]
 fn max(row: &[f32]) -> f32 {
     let (blocks, rest) = row.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];

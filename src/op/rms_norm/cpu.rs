@@ -2,6 +2,7 @@
 //! are added in order, so that sums do not depend on the number of threads.
 
 use crate::op::cpu::exp;
+use crate::op::isa::vectorised;
 use rayon::prelude::*;
 
 /// Rows a task.
@@ -44,24 +45,28 @@ pub fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 /// One row of the norm.
 #[inline]
 pub fn norm_row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let r = inverse_rms(x, eps);
-    for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-        *y = x * r * w;
-    }
+    vectorised!({
+        let r = inverse_rms(x, eps);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = x * r * w;
+        }
+    })
 }
 
 /// One row of the gated norm: `y` in, the norm of its groups out.
 #[inline]
 pub fn gated_row(y: &mut [f32], z: &[f32], weight: &[f32], group: usize, eps: f32) {
-    for (y, z) in y.iter_mut().zip(z) {
-        *y = *y * z * sigmoid(*z);
-    }
-    for (y, w) in y.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
-        let r = inverse_rms(y, eps);
-        for (y, w) in y.iter_mut().zip(w) {
-            *y *= r * w;
+    vectorised!({
+        for (y, z) in y.iter_mut().zip(z) {
+            *y = *y * z * sigmoid(*z);
         }
-    }
+        for (y, w) in y.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
+            let r = inverse_rms(y, eps);
+            for (y, w) in y.iter_mut().zip(w) {
+                *y *= r * w;
+            }
+        }
+    })
 }
 
 /// Adds the blocks' partial sums in order.
@@ -82,21 +87,23 @@ pub fn backward(x: &[f32], weight: &[f32], dy: &[f32], eps: f32) -> (Vec<f32>, V
         .par_chunks_mut(ROWS * d)
         .zip(x.par_chunks(ROWS * d).zip(dy.par_chunks(ROWS * d)))
         .map(|(dx, (x, dy))| {
-            let mut dw = vec![0.; d];
-            let rows = dx
-                .chunks_exact_mut(d)
-                .zip(x.chunks_exact(d))
-                .zip(dy.chunks_exact(d));
-            for ((dx, x), dy) in rows {
-                let r = inverse_rms(x, eps);
-                // Along the row itself the norm takes the gradient away.
-                let along = sum(d, |i| dy[i] * weight[i] * x[i]) * r * r / d as f32;
-                for i in 0..d {
-                    dx[i] = r * (dy[i] * weight[i] - x[i] * along);
-                    dw[i] += dy[i] * x[i] * r;
+            vectorised!({
+                let mut dw = vec![0.; d];
+                let rows = dx
+                    .chunks_exact_mut(d)
+                    .zip(x.chunks_exact(d))
+                    .zip(dy.chunks_exact(d));
+                for ((dx, x), dy) in rows {
+                    let r = inverse_rms(x, eps);
+                    // Along the row itself the norm takes the gradient away.
+                    let along = sum(d, |i| dy[i] * weight[i] * x[i]) * r * r / d as f32;
+                    for i in 0..d {
+                        dx[i] = r * (dy[i] * weight[i] - x[i] * along);
+                        dw[i] += dy[i] * x[i] * r;
+                    }
                 }
-            }
-            dw
+                dw
+            })
         })
         .collect();
     (dx, total(blocks, d))
@@ -141,31 +148,33 @@ pub fn gated_backward(
                 .zip(dout.par_chunks(ROWS * d)),
         )
         .map(|((dy, dz), ((y, z), dout))| {
-            let mut dw = vec![0.; d];
-            // dy holds v = y · silu(z), then dv; dz holds silu(z), then its own gradient.
-            for i in 0..y.len() {
-                dz[i] = z[i] * sigmoid(z[i]);
-                dy[i] = y[i] * dz[i];
-            }
-            for (at, v) in dy.chunks_exact_mut(group).enumerate() {
-                let channel = at * group % d;
-                let w = &weight[channel..][..group];
-                let dout = &dout[at * group..][..group];
-                let dw = &mut dw[channel..][..group];
-                let r = inverse_rms(v, eps);
-                let along = sum(group, |i| dout[i] * w[i] * v[i]) * r * r / group as f32;
-                for i in 0..group {
-                    dw[i] += dout[i] * v[i] * r;
-                    v[i] = r * (dout[i] * w[i] - v[i] * along);
+            vectorised!({
+                let mut dw = vec![0.; d];
+                // dy holds v = y · silu(z), then dv; dz holds silu(z), then its own gradient.
+                for i in 0..y.len() {
+                    dz[i] = z[i] * sigmoid(z[i]);
+                    dy[i] = y[i] * dz[i];
                 }
-            }
-            for i in 0..y.len() {
-                let s = sigmoid(z[i]);
-                let silu = dz[i];
-                dz[i] = dy[i] * y[i] * (s + silu * (1. - s));
-                dy[i] *= silu;
-            }
-            dw
+                for (at, v) in dy.chunks_exact_mut(group).enumerate() {
+                    let channel = at * group % d;
+                    let w = &weight[channel..][..group];
+                    let dout = &dout[at * group..][..group];
+                    let dw = &mut dw[channel..][..group];
+                    let r = inverse_rms(v, eps);
+                    let along = sum(group, |i| dout[i] * w[i] * v[i]) * r * r / group as f32;
+                    for i in 0..group {
+                        dw[i] += dout[i] * v[i] * r;
+                        v[i] = r * (dout[i] * w[i] - v[i] * along);
+                    }
+                }
+                for i in 0..y.len() {
+                    let s = sigmoid(z[i]);
+                    let silu = dz[i];
+                    dz[i] = dy[i] * y[i] * (s + silu * (1. - s));
+                    dy[i] *= silu;
+                }
+                dw
+            })
         })
         .collect();
     [dy, dz, total(blocks, d)]

@@ -1,6 +1,7 @@
 //! Rotation over slices.
 
 use super::RopeLayout;
+use crate::op::isa::vectorised;
 use rayon::prelude::*;
 
 /// `x [B, T, H, K]` with `dims = [H, K]`, tables `[T, K/2]`; `sign` −1 turns back.
@@ -26,20 +27,20 @@ pub fn rope(
         .enumerate()
         .for_each(|(i, (y, x))| {
             let tokens = y.chunks_exact_mut(h * k).zip(x.chunks_exact(h * k));
-            for (j, (y, x)) in tokens.enumerate() {
+            vectorised!(for (j, (y, x)) in tokens.enumerate() {
                 let at = (i * positions + j) % rows * (k / 2);
                 let (cos, sin) = (&cos[at..][..k / 2], &sin[at..][..k / 2]);
                 for (y, x) in y.chunks_exact_mut(k).zip(x.chunks_exact(k)) {
                     turn(y, x, cos, sin, layout, sign);
                 }
-            }
+            })
         });
     y
 }
 
 /// One head where it stands.
 pub fn turn_head(x: &mut [f32], cos: &[f32], sin: &[f32], layout: RopeLayout) {
-    match layout {
+    vectorised!(match layout {
         RopeLayout::Halves => {
             let (a, b) = x.split_at_mut(cos.len());
             for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
@@ -52,7 +53,7 @@ pub fn turn_head(x: &mut [f32], cos: &[f32], sin: &[f32], layout: RopeLayout) {
                 (x[0], x[1]) = (a * cos - b * sin, b * cos + a * sin);
             }
         }
-    }
+    })
 }
 
 /// One head.

@@ -4,6 +4,7 @@ use super::SsdShape;
 use super::cpu::{Columns, Head, Ssd, gather};
 use super::lanes::{self, Inputs, LANES, Lanes, Panel, Tile};
 use crate::op::cpu::{Rows, fma};
+use crate::op::isa::vectorised;
 use rayon::prelude::*;
 
 pub(super) struct Gradients {
@@ -39,7 +40,9 @@ impl Ssd<'_> {
         let parts: Vec<Vec<[f64; 3]>> = chunk_starts
             .par_chunks_exact(h / g)
             .enumerate()
-            .map(|(task, starts)| self.backward_group(task / g, task % g, dy, starts, &outputs))
+            .map(|(task, starts)| {
+                vectorised!(self.backward_group(task / g, task % g, dy, starts, &outputs))
+            })
             .collect();
         // Sums over sequences, always in their order.
         let mut dparams = vec![0f64; 3 * h];
@@ -63,6 +66,7 @@ impl Ssd<'_> {
     /// of the decay, `decay_t ⟨G_t, S_{t−1}⟩`. (The last also follows without a product of states from
     /// those of x and C, but as a small difference of large sums: too inexact where decay is strong.)
     #[allow(unsafe_code)]
+    #[inline(always)]
     fn backward_group(
         &self,
         b: usize,
@@ -182,6 +186,7 @@ impl Ssd<'_> {
 }
 
 /// `u = Δ x`
+#[inline(always)]
 fn scale(u: &mut Panel, x: &Panel, delta: &[f32]) {
     for (i, &delta) in delta.iter().enumerate() {
         for (u, x) in u.row_mut(i).iter_mut().zip(x.row(i)) {

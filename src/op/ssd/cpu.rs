@@ -5,6 +5,7 @@
 use super::lanes::{self, Inputs, LANES, Lanes, Panel, Tile};
 use super::{Documents, SsdShape};
 use crate::op::cpu::{Rows, exp, fma};
+use crate::op::isa::vectorised;
 use rayon::prelude::*;
 use std::{marker::PhantomData, ops::Range};
 
@@ -44,6 +45,7 @@ pub(super) struct Head {
 }
 
 impl Ssd<'_> {
+    #[inline(always)]
     pub(super) fn head(&self, b: usize, h: usize) -> Head {
         let SsdShape {
             heads,
@@ -56,9 +58,11 @@ impl Ssd<'_> {
         let [a_log, dt_bias, skip] = [0, 1, 2].map(|row| self.params[row * heads + h]);
         let a = -a_log.exp();
         let g = h / (heads / groups);
-        let raw: Vec<f32> = (0..t).map(|i| self.dt.row(b, i)[h] + dt_bias).collect();
-        let (delta, slope): (Vec<f32>, Vec<f32>) = raw.iter().map(|&raw| softplus(raw)).unzip();
-        let mut decay: Vec<f32> = delta.iter().map(|&delta| exp(a * delta)).collect();
+        let (mut delta, mut slope, mut decay) = (vec![0.; t], vec![0.; t], vec![0.; t + 1]);
+        for i in 0..t {
+            (delta[i], slope[i]) = softplus(self.dt.row(b, i)[h] + dt_bias);
+            decay[i] = exp(a * delta[i]);
+        }
         if let Some(documents) = self.documents {
             for (position, (decay, &start)) in decay.iter_mut().zip(documents.row(b)).enumerate() {
                 if position == start as usize {
@@ -66,7 +70,6 @@ impl Ssd<'_> {
                 }
             }
         }
-        decay.push(0.);
         let columns = [g * p, groups * p + g * n, groups * (p + n) + h * n];
         Head {
             a,
@@ -90,13 +93,14 @@ impl Ssd<'_> {
         let columns = Columns::of(&mut y, h * p);
         let chunk_starts = (0..b * h)
             .into_par_iter()
-            .map(|task| self.forward_head(task / h, task % h, keep, &columns))
+            .map(|task| vectorised!(self.forward_head(task / h, task % h, keep, &columns)))
             .collect();
         Forward { y, chunk_starts }
     }
 
     /// Returns the states before every chunk if they are to be kept.
     #[allow(unsafe_code)]
+    #[inline(always)]
     fn forward_head(&self, b: usize, h: usize, keep: bool, y_columns: &Columns) -> Vec<Tile> {
         let SsdShape {
             head_dim: p,
@@ -145,6 +149,7 @@ impl Ssd<'_> {
 }
 
 /// Panel rows from 0 ← `k` columns of the `positions` of sequence `b`.
+#[inline(always)]
 pub(super) fn gather(
     panel: &mut Panel,
     rows: Rows,

@@ -1,6 +1,7 @@
 //! The one loop of the recurrence, forward and backward: a decaying state in vector registers.
 
 use crate::op::cpu::fma;
+use crate::op::isa::vectorised;
 
 pub(super) const LANES: usize = 16;
 
@@ -170,7 +171,6 @@ fn sweep(
 
 // The sweeps in use, each compiled alone: inlined side by side they lose their registers.
 
-#[inline(never)]
 pub(super) fn forward(
     tile: &mut Tile,
     at: [usize; 2],
@@ -178,22 +178,26 @@ pub(super) fn forward(
     inputs: Inputs,
     out: &mut Panel,
 ) {
-    sweep(tile, at, 0..len, inputs, out, |_, _| {});
+    vectorised!(sweep(tile, at, 0..len, inputs, out, |_, _| {}))
 }
 
 /// Keeps the states: `trace[t + 1]` after position `t`, with the first `trace[0]` before it.
-#[inline(never)]
 pub(super) fn forward_tracing(trace: &mut [Tile], at: [usize; 2], inputs: Inputs, out: &mut Panel) {
     let Some((first, trace)) = trace.split_first_mut() else {
         return;
     };
     let mut state = *first;
-    sweep(&mut state, at, 0..trace.len(), inputs, out, |t, state| {
-        trace[t] = *state
-    });
+    vectorised!(sweep(
+        &mut state,
+        at,
+        0..trace.len(),
+        inputs,
+        out,
+        #[inline(always)]
+        |t, state| trace[t] = *state
+    ))
 }
 
-#[inline(never)]
 pub(super) fn backward(
     tile: &mut Tile,
     at: [usize; 2],
@@ -201,11 +205,10 @@ pub(super) fn backward(
     inputs: Inputs,
     out: &mut Panel,
 ) {
-    sweep(tile, at, (0..len).rev(), inputs, out, |_, _| {});
+    vectorised!(sweep(tile, at, (0..len).rev(), inputs, out, |_, _| {}))
 }
 
 /// Adds to `products[t]` the product of the tile with `trace[t]`, in lanes.
-#[inline(never)]
 pub(super) fn backward_against(
     trace: &[Tile],
     products: &mut [Lanes],
@@ -214,12 +217,13 @@ pub(super) fn backward_against(
     inputs: Inputs,
     out: &mut Panel,
 ) {
-    sweep(
+    vectorised!(sweep(
         tile,
         at,
         (0..products.len()).rev(),
         inputs,
         out,
+        #[inline(always)]
         |t, state| {
             let mut sums = [products[t], Lanes::ZERO];
             for row in 0..LANES {
@@ -227,9 +231,10 @@ pub(super) fn backward_against(
             }
             products[t] = sums[0].with(sums[1], |a, b| a + b);
         },
-    );
+    ))
 }
 
+#[inline(always)]
 pub(super) fn transposed(tile: &Tile) -> Tile {
     std::array::from_fn(|i| Lanes(std::array::from_fn(|j| tile[j].0[i])))
 }

@@ -7,6 +7,7 @@ use super::SsdShape;
 use super::cpu::softplus;
 use super::lanes::{self, Inputs, LANES, Lanes, Panel, Tile};
 use crate::op::cpu::exp;
+use crate::op::isa::vectorised;
 use crate::op::team::{Scatter, team};
 
 /// Entries of a tile.
@@ -32,6 +33,16 @@ struct Panels {
     decay: Vec<f32>,
 }
 
+thread_local! {
+    static PANELS: RefCell<Panels> = RefCell::new(Panels {
+        x: Panel::zeros(0, 1),
+        y: Panel::zeros(0, 1),
+        b: Panel::zeros(0, 1),
+        c: Panel::zeros(0, 1),
+        decay: Vec::new(),
+    });
+}
+
 /// `xbc [T, G·P + G·N + H·N]`, `dt [T, H]`, `params [3, H]`, `state [H, kept]` moves on → `y [T, H·P]`.
 ///
 /// # Panics
@@ -53,11 +64,14 @@ pub fn resume(
         // SAFETY: a head's state, and its columns of `y`, are one task's.
         #[allow(unsafe_code)]
         let state = unsafe { states.slice(head * kept, kept) };
-        one(xbc, dt, params, shape, head, state, |t, panel, i| {
+        let write = |t: usize, panel: &Panel, i: usize| {
             // SAFETY: as above.
             #[allow(unsafe_code)]
             let place = unsafe { ys.slice((t * h + head) * p, p) };
             panel.store(i, place);
+        };
+        PANELS.with_borrow_mut(|panels| {
+            vectorised!(one(xbc, dt, params, shape, head, state, write, panels))
         });
     };
     match h * t < ALONE {
@@ -67,6 +81,7 @@ pub fn resume(
 }
 
 /// One head; `write` gets every position's row of a panel.
+#[inline(always)]
 fn one(
     xbc: &[f32],
     dt: &[f32],
@@ -75,16 +90,8 @@ fn one(
     head: usize,
     state: &mut [f32],
     write: impl Fn(usize, &Panel, usize),
+    panels: &mut Panels,
 ) {
-    thread_local! {
-        static PANELS: RefCell<Panels> = RefCell::new(Panels {
-            x: Panel::zeros(0, 1),
-            y: Panel::zeros(0, 1),
-            b: Panel::zeros(0, 1),
-            c: Panel::zeros(0, 1),
-            decay: Vec::new(),
-        });
-    }
     let SsdShape {
         heads: h,
         groups,
@@ -97,44 +104,42 @@ fn one(
     let a = -a_log.exp();
     let g = head / (h / groups);
     let columns = [g * p, groups * p + g * n, groups * (p + n) + head * n];
-    PANELS.with_borrow_mut(|panels| {
-        let Panels { x, y, b, c, decay } = panels;
-        for first in (0..t).step_by(CHUNK) {
-            let len = CHUNK.min(t - first);
-            x.resize(len, p);
-            y.resize(len, p);
-            b.resize(len, n);
-            c.resize(len, n);
-            decay.clear();
-            for i in 0..len {
-                let row = &xbc[(first + i) * channels..][..channels];
-                x.load(i, &row[columns[0]..][..p]);
-                b.load(i, &row[columns[1]..][..n]);
-                c.load(i, &row[columns[2]..][..n]);
-                let (delta, _) = softplus(dt[(first + i) * h + head] + dt_bias);
-                decay.push(exp(a * delta));
-                for (x, y) in x.row_mut(i).iter_mut().zip(y.row_mut(i)) {
-                    *y = x.scaled(skip);
-                    *x = x.scaled(delta);
-                }
-            }
-            let inputs = Inputs {
-                decay,
-                outer: b,
-                spread: x,
-                read: c,
-            };
-            for (k, kept) in state.chunks_exact_mut(TILE).enumerate() {
-                let (rows, _) = kept.as_chunks_mut::<LANES>();
-                let mut tile: Tile = std::array::from_fn(|row| Lanes(rows[row]));
-                lanes::forward(&mut tile, [k / x.width, k % x.width], len, inputs, y);
-                for (row, lanes) in rows.iter_mut().zip(tile) {
-                    *row = lanes.0;
-                }
-            }
-            for i in 0..len {
-                write(first + i, y, i);
+    let Panels { x, y, b, c, decay } = panels;
+    for first in (0..t).step_by(CHUNK) {
+        let len = CHUNK.min(t - first);
+        x.resize(len, p);
+        y.resize(len, p);
+        b.resize(len, n);
+        c.resize(len, n);
+        decay.clear();
+        for i in 0..len {
+            let row = &xbc[(first + i) * channels..][..channels];
+            x.load(i, &row[columns[0]..][..p]);
+            b.load(i, &row[columns[1]..][..n]);
+            c.load(i, &row[columns[2]..][..n]);
+            let (delta, _) = softplus(dt[(first + i) * h + head] + dt_bias);
+            decay.push(exp(a * delta));
+            for (x, y) in x.row_mut(i).iter_mut().zip(y.row_mut(i)) {
+                *y = x.scaled(skip);
+                *x = x.scaled(delta);
             }
         }
-    });
+        let inputs = Inputs {
+            decay,
+            outer: b,
+            spread: x,
+            read: c,
+        };
+        for (k, kept) in state.chunks_exact_mut(TILE).enumerate() {
+            let (rows, _) = kept.as_chunks_mut::<LANES>();
+            let mut tile: Tile = std::array::from_fn(|row| Lanes(rows[row]));
+            lanes::forward(&mut tile, [k / x.width, k % x.width], len, inputs, y);
+            for (row, lanes) in rows.iter_mut().zip(tile) {
+                *row = lanes.0;
+            }
+        }
+        for i in 0..len {
+            write(first + i, y, i);
+        }
+    }
 }

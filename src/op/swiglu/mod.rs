@@ -5,6 +5,7 @@ mod plain;
 mod tests;
 
 use crate::op::cpu::{exp, host, slice};
+use crate::op::isa::vectorised;
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -29,9 +30,9 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// Any entries: `gate` in, `silu(gate) · up` out.
 #[inline]
 pub fn swiglu_row(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
+    vectorised!(for (gate, up) in gate.iter_mut().zip(up) {
         *gate = *gate / (1. + exp(-*gate)) * up;
-    }
+    })
 }
 
 /// Entries a task.
@@ -85,12 +86,12 @@ impl CustomOp2 for Swiglu {
                     .zip(dy.par_chunks(BLOCK)),
             )
             .for_each(|((dg, du), ((g, u), dy))| {
-                for i in 0..g.len() {
+                vectorised!(for i in 0..g.len() {
                     let sigmoid = 1. / (1. + exp(-g[i]));
                     let silu = g[i] * sigmoid;
                     du[i] = dy[i] * silu;
                     dg[i] = dy[i] * u[i] * (sigmoid + silu * (1. - sigmoid));
-                }
+                })
             });
         Ok((
             Some(Tensor::from_vec(dg, gate.shape(), &Device::Cpu)?),
