@@ -1,12 +1,12 @@
 //! Text from a model: requests in, tokens out. A [`Scheduler`] reads prompts and continues sequences, all that are under way in one
 //! pass over the weights; [`score`] says how likely a text is.
 
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use crate::data::Tokenizer;
 use crate::mixer::{CacheType, Pool};
 use crate::model::{Decoder, Lm};
+use crate::op::runtime;
 use crate::{Error, Result};
 
 mod constraint;
@@ -87,14 +87,6 @@ pub struct Generation {
 /// Told of every piece of text as soon as it is certain, and of which prompt; false ends that sequence.
 pub type Emit<'a> = &'a mut dyn FnMut(usize, &str) -> bool;
 
-/// Free memory, where the system tells it.
-fn free_memory() -> Option<usize> {
-    let text = std::fs::read_to_string(PathBuf::from("/proc/meminfo")).ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
-}
-
 /// Where the system does not tell what is free.
 const FALLBACK_MEMORY: usize = 2 << 30;
 
@@ -115,7 +107,7 @@ impl Engine {
         let decoder = lm.decoder()?;
         let limit = match options.cache_memory {
             Some(bytes) => bytes,
-            None => free_memory().map_or(FALLBACK_MEMORY, |free| free / 2),
+            None => runtime::free_memory().map_or(FALLBACK_MEMORY, |free| free / 2),
         };
         Ok(Self {
             pool: Pool::new(&decoder.keeps(), options.cache_type, limit, 1)?,

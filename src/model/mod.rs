@@ -157,12 +157,14 @@ impl Lm {
         Ok(rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
     }
 
+    /// `[V, D]`
+    pub fn head_matrix(&self) -> &Matrix {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
     /// The head over final-normed hidden states: `[.., D]` → `[.., V]`.
     pub fn head(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(linear(
-            x,
-            self.lm_head.as_ref().unwrap_or(&self.embed_tokens),
-        )?)
+        Ok(linear(x, self.head_matrix())?)
     }
 
     /// `ids [B, T]` → logits `[B, T, V]`.

@@ -16,6 +16,10 @@ use crate::{Error, Result};
 pub enum OptimizerName {
     #[default]
     Adamw,
+    /// AdamW whose moments take a byte each (blockwise dynamic quantisation, arXiv 2110.02861).
+    #[value(name = "adamw_8bit")]
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
     /// Muon for the layers' matrices, AdamW for all else.
     Muon,
 }
@@ -171,7 +175,10 @@ impl TrainSettings {
             lr: self.lr,
             optimizer: match (self.optimizer, self.adamw_lr) {
                 (OptimizerName::Adamw, None) => OptimizerConfig::Adamw,
-                (OptimizerName::Adamw, Some(_)) => return unread("adamw_lr", "optimizer muon"),
+                (OptimizerName::Adamw8bit, None) => OptimizerConfig::Adamw8bit,
+                (OptimizerName::Adamw | OptimizerName::Adamw8bit, Some(_)) => {
+                    return unread("adamw_lr", "optimizer muon");
+                }
                 (OptimizerName::Muon, rate) => OptimizerConfig::Muon {
                     adamw_lr: rate.unwrap_or(self.lr),
                 },
@@ -244,6 +251,8 @@ pub enum Length {
 #[serde(tag = "name", rename_all = "snake_case")]
 pub enum OptimizerConfig {
     Adamw,
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
     /// The peak learning rate of what Muon leaves to AdamW.
     Muon {
         adamw_lr: f64,
@@ -344,12 +353,14 @@ impl TrainConfig {
             weight_decay: self.weight_decay,
         };
         match self.optimizer {
-            OptimizerConfig::Adamw => Optimizer {
+            OptimizerConfig::Adamw | OptimizerConfig::Adamw8bit => Optimizer {
                 adamw: adamw(lr),
+                eight_bit: self.optimizer == OptimizerConfig::Adamw8bit,
                 muon: None,
             },
             OptimizerConfig::Muon { adamw_lr } => Optimizer {
                 adamw: adamw(adamw_lr * self.share_at(step, steps)),
+                eight_bit: false,
                 muon: Some(Muon {
                     lr,
                     momentum: MUON_MOMENTUM,

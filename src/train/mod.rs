@@ -119,7 +119,7 @@ pub fn train(
         if let (Some(validation), Some(student)) = (&options.validation, stage.student())
             && (run.step.is_multiple_of(validation.every.max(1)) || run.step == steps)
         {
-            let found = (validation.measure)(&student.snapshot()?)?;
+            let found = (validation.measure)(student.snapshot())?;
             terms.extend(found.into_iter().map(|(name, value)| (name, value.into())));
         }
         recent.push((tokens, elapsed));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::op::adamw::{AdamW, adamw_step, sum_of_squares};
+use crate::op::adamw::{self, AdamW, adamw_8bit, adamw_step, sum_of_squares};
 use crate::op::muon::{Muon, muon_step};
 use crate::weights::{Place, Weights};
 use crate::{Error, Result};
@@ -14,6 +14,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy)]
 pub struct Optimizer {
     pub adamw: AdamW,
+    /// AdamW's moments of large tensors in 8 bits.
+    pub eight_bit: bool,
     /// For weight matrices, where it is given; all else follows AdamW.
     pub muon: Option<Muon>,
 }
@@ -27,14 +29,49 @@ impl Optimizer {
 
 struct Param {
     var: Var,
-    /// First and second moments, `[2, ..]`; Muon uses the first for its momentum.
-    moments: Tensor,
+    moments: Moments,
     grad: Option<Tensor>,
     /// Updates so far: AdamW's bias correction counts a parameter's own.
     steps: u64,
     /// Of the matrices in it ([`MixerConfig::stacked`](crate::mixer::MixerConfig::stacked)).
     rows: Vec<usize>,
 }
+
+/// What an optimizer remembers of a parameter's gradients.
+enum Moments {
+    /// No step yet.
+    None,
+    /// First and second, `[2, ..]`; Muon uses the first for its momentum.
+    Full(Tensor),
+    EightBit(adamw::Moments),
+}
+
+impl Moments {
+    /// Those in full, zeros before the first step.
+    fn full(&mut self, of: &Tensor) -> Result<&mut Tensor> {
+        if !matches!(self, Self::Full(_)) {
+            let shape: Vec<usize> = [2].into_iter().chain(of.dims().iter().copied()).collect();
+            *self = Self::Full(Tensor::zeros(shape, DType::F32, of.device())?);
+        }
+        match self {
+            Self::Full(moments) => Ok(moments),
+            _ => unreachable!("just made"),
+        }
+    }
+
+    fn eight_bit(&mut self, of: &Tensor) -> &mut adamw::Moments {
+        if !matches!(self, Self::EightBit(_)) {
+            *self = Self::EightBit(adamw::Moments::zeros(of.elem_count()));
+        }
+        match self {
+            Self::EightBit(moments) => moments,
+            _ => unreachable!("just made"),
+        }
+    }
+}
+
+/// Entries below which a tensor's moments stay in full under 8 bits (bitsandbytes' `min_8bit_size`).
+const SMALL: usize = 4096;
 
 /// A weight that maps activations to activations: Muon's. Embedding and head map tokens.
 fn is_matrix(name: &str, var: &Var) -> bool {
@@ -73,13 +110,11 @@ impl ParamGroup {
             // A copy: the source (the teacher) must stay as it is.
             let tensor = weight.to_tensor()?.to_dtype(DType::F32)?.copy()?;
             let var = Var::from_tensor(&tensor.to_device(&place.device)?)?;
-            let mut shape = tensor.dims().to_vec();
-            shape.insert(0, 2);
             seen.insert(name.clone(), var.as_tensor().clone().into());
             params.insert(
                 name.clone(),
                 Param {
-                    moments: Tensor::zeros(shape, DType::F32, &place.device)?,
+                    moments: Moments::None,
                     var,
                     grad: None,
                     steps: 0,
@@ -88,6 +123,41 @@ impl ParamGroup {
             );
         }
         Ok((Self { params }, seen.into()))
+    }
+
+    pub fn is_trained(&self, name: &str) -> bool {
+        self.params.contains_key(name)
+    }
+
+    fn param(&mut self, name: &str) -> Result<&mut Param> {
+        let found = self.params.get_mut(name);
+        found.ok_or_else(|| Error::invalid(format!("{name} is not trained")))
+    }
+
+    /// # Errors
+    /// A name that is not trained.
+    pub fn value(&mut self, name: &str) -> Result<&Tensor> {
+        Ok(self.param(name)?.var.as_tensor())
+    }
+
+    #[cfg(test)]
+    pub fn grads(&self) -> BTreeMap<String, Tensor> {
+        let grads = self.params.iter();
+        let grads = grads.filter_map(|(name, p)| Some((name.clone(), p.grad.clone()?)));
+        grads.collect()
+    }
+
+    /// Adds a gradient.
+    ///
+    /// # Errors
+    /// A name that is not trained.
+    pub fn add_to(&mut self, name: &str, grad: Tensor) -> Result<()> {
+        let param = self.param(name)?;
+        param.grad = Some(match param.grad.take() {
+            Some(sum) => (sum + grad)?,
+            None => grad,
+        });
+        Ok(())
     }
 
     /// Adds the group's gradients of one backward pass.
@@ -142,16 +212,27 @@ impl ParamGroup {
             param.steps += 1;
             match optimizer.muon.filter(|_| is_matrix(name, &param.var)) {
                 Some(hyper) => {
-                    let momentum = param.moments.get(0)?;
                     let before = param.var.as_tensor();
+                    let moments = param.moments.full(before)?;
+                    let momentum = moments.get(0)?;
                     let (value, momentum) =
                         muon_step(before, &grad, &momentum, &param.rows, scale, &hyper)?;
+                    *moments = Tensor::stack(&[&momentum, &momentum.zeros_like()?], 0)?;
                     param.var.set(&value)?;
-                    param.moments = Tensor::stack(&[&momentum, &momentum.zeros_like()?], 0)?;
                 }
                 None => {
-                    let (value, moments) = (param.var.as_tensor(), &param.moments);
-                    adamw_step(value, &grad, moments, scale, param.steps, &optimizer.adamw)?;
+                    let (value, steps, rules) =
+                        (param.var.as_tensor(), param.steps, &optimizer.adamw);
+                    match optimizer.eight_bit && value.elem_count() >= SMALL {
+                        true => {
+                            let moments = param.moments.eight_bit(value);
+                            adamw_8bit(value, &grad, moments, scale, steps, rules)?;
+                        }
+                        false => {
+                            let moments = param.moments.full(value)?;
+                            adamw_step(value, &grad, moments, scale, steps, rules)?;
+                        }
+                    }
                 }
             }
         }
@@ -165,14 +246,23 @@ impl ParamGroup {
             .map(|(name, p)| (name.as_str(), p.var.as_tensor()))
     }
 
-    /// Values, moments and counts of updates under `prefix`, to be saved.
+    /// Values, moments and counts of updates under `prefix`, to be saved before anything goes on: they share the group's memory.
     pub(super) fn save(&self, prefix: &str, into: &mut BTreeMap<String, Tensor>) -> Result<()> {
         for (name, param) in &self.params {
-            into.insert(
-                format!("{prefix}.param.{name}"),
-                param.var.as_tensor().copy()?,
-            );
-            into.insert(format!("{prefix}.moments.{name}"), param.moments.copy()?);
+            let value = param.var.as_tensor().detach();
+            into.insert(format!("{prefix}.param.{name}"), value);
+            match &param.moments {
+                Moments::None => {}
+                Moments::Full(moments) => {
+                    into.insert(format!("{prefix}.moments.{name}"), moments.clone());
+                }
+                Moments::EightBit(adamw::Moments { codes, scales }) => {
+                    let codes = Tensor::from_slice(codes, codes.len(), &Device::Cpu)?;
+                    let scales = Tensor::from_slice(scales, scales.len(), &Device::Cpu)?;
+                    into.insert(format!("{prefix}.codes.{name}"), codes);
+                    into.insert(format!("{prefix}.scales.{name}"), scales);
+                }
+            }
         }
         let steps: Vec<i64> = self.params.values().map(|p| p.steps as i64).collect();
         let steps = Tensor::from_vec(steps, self.params.len(), &Device::Cpu)?;
@@ -200,22 +290,40 @@ impl ParamGroup {
             steps: find(format!("{prefix}.steps"), &[self.params.len()])?.to_vec1()?,
             tensors: Vec::new(),
         };
-        for (name, param) in &self.params {
+        for ((name, param), steps) in self.params.iter().zip(&saved.steps) {
             let value = find(format!("{prefix}.param.{name}"), param.var.dims())?;
-            let moments = find(format!("{prefix}.moments.{name}"), param.moments.dims())?;
+            let entries = param.var.elem_count();
+            let codes = format!("{prefix}.codes.{name}");
+            let moments = if from.contains_key(&codes) {
+                let scales = 2 * entries.div_ceil(adamw::BLOCK);
+                let scales = find(format!("{prefix}.scales.{name}"), &[scales])?;
+                Moments::EightBit(adamw::Moments {
+                    codes: find(codes, &[2 * entries])?.to_vec1()?,
+                    scales: scales.to_vec1()?,
+                })
+            } else if *steps > 0 {
+                let shape = [2].into_iter().chain(param.var.dims().iter().copied());
+                let shape: Vec<usize> = shape.collect();
+                Moments::Full(find(format!("{prefix}.moments.{name}"), &shape)?)
+            } else {
+                Moments::None
+            };
             saved.tensors.push((value, moments));
         }
         Ok(saved)
     }
 
     /// Goes back to what was saved.
-    pub(super) fn restore(&mut self, saved: &Saved) -> Result<()> {
-        let saved = saved.tensors.iter().zip(&saved.steps);
+    pub(super) fn restore(&mut self, saved: Saved) -> Result<()> {
+        let saved = saved.tensors.into_iter().zip(saved.steps);
         for (param, ((value, moments), steps)) in self.params.values_mut().zip(saved) {
             let device = param.var.device().clone();
             param.var.set(&value.to_device(&device)?)?;
-            param.moments = moments.to_device(&device)?.copy()?;
-            param.steps = *steps as u64;
+            param.moments = match moments {
+                Moments::Full(moments) => Moments::Full(moments.to_device(&device)?),
+                other => other,
+            };
+            param.steps = steps as u64;
         }
         Ok(())
     }
@@ -224,6 +332,5 @@ impl ParamGroup {
 /// A group's parameters as a save has them, in the order of their names.
 pub(super) struct Saved {
     steps: Vec<i64>,
-    /// Values and moments.
-    tensors: Vec<(Tensor, Tensor)>,
+    tensors: Vec<(Tensor, Moments)>,
 }

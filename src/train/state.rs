@@ -36,7 +36,7 @@ impl Run {
         match read_state(&folder.join(STATE), &key, stage) {
             Ok(Some((at, groups))) => {
                 step = at;
-                for (group, saved) in stage.groups_mut().into_iter().zip(&groups) {
+                for (group, saved) in stage.groups_mut().into_iter().zip(groups) {
                     group.restore(saved)?;
                 }
             }

@@ -639,3 +639,105 @@ fn frozen_log_probabilities_are_computed_once() {
         1
     );
 }
+
+/// Logits in pieces and activations made anew give what candle's graph of the whole gives.
+#[test]
+fn pieces_give_the_gradients_of_the_whole() {
+    let setting = Setting::new();
+    let kinds = [LayerKind::MLA, LayerKind::Mamba2];
+    for tied in [true, false] {
+        for trained in [Trained::Everything, Trained::Mixers] {
+            let mut parts = student(kinds);
+            if !tied {
+                parts.config.tie_word_embeddings = false;
+                let mut all = parts.weights.to_map();
+                let head = all["model.embed_tokens.weight"].to_tensor().unwrap();
+                all.insert("lm_head.weight".into(), (head * 0.5).unwrap().into());
+                parts.weights = all.into();
+            }
+            let config = KdConfig {
+                trained,
+                ..KdConfig::default()
+            };
+            let kd = || {
+                let kd = Kd::new(teacher(), "t".into(), &parts, &[], config, &Place::cpu());
+                kd.unwrap()
+            };
+            let batch = setting.corpus.batch(3, 0, 2, 32).unwrap();
+            let whole = kd();
+            let ids = stage::ids(&batch, &Device::Cpu).unwrap();
+            let documents = Some(&batch.documents);
+            let flat = |x: Tensor| x.reshape((64, ())).unwrap();
+            let taught = flat(teacher().forward(&ids, documents).unwrap());
+            let logits = flat(whole.student.lm.forward(&ids, documents).unwrap());
+            let loss = crate::op::loss::forward_kl(&taught, &logits, 1.0).unwrap();
+            let loss = loss.mean_all().unwrap();
+            let mut truth = whole.student;
+            truth.params.add(&loss.backward().unwrap()).unwrap();
+            let truth = truth.params.grads();
+            let loss = f64::from(loss.to_scalar::<f32>().unwrap());
+            let mut kept = None;
+            for checkpointing in [false, true] {
+                for logits in [500 * 64, 500 * 7] {
+                    let mut kd = kd();
+                    kd.student.checkpointing = Some(checkpointing);
+                    kd.student.logits = logits;
+                    let terms = kd.backward(&batch, &Shares::alone()).unwrap();
+                    assert!((terms.loss - loss).abs() < 1e-6 * loss);
+                    let grads = kd.student.params.grads();
+                    assert!(grads.keys().eq(truth.keys()));
+                    for (name, grad) in &grads {
+                        let [a, b] = [grad, &truth[name]]
+                            .map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+                        let most = b.iter().fold(0f32, |m, x| m.max(x.abs()));
+                        let off = a
+                            .iter()
+                            .zip(&b)
+                            .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+                        assert!(off <= 1e-5 * most, "{name}: {off} of {most}");
+                    }
+                    if logits == 500 * 64 {
+                        // Made anew they are the same bits.
+                        let bits = grads.iter().map(|(n, g)| {
+                            (
+                                n.clone(),
+                                g.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+                            )
+                        });
+                        let bits: BTreeMap<_, _> = bits.collect();
+                        assert_eq!(kept.get_or_insert_with(|| bits.clone()), &bits);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn moments_of_8_bits_learn_and_go_on_as_those_in_full_do() {
+    let setting = Setting::new();
+    let run = |optimizer: OptimizerName, name: &str, stop: u64| {
+        let config = TrainSettings {
+            optimizer,
+            ..config(8)
+        };
+        let run = |stop| {
+            setting.run(
+                &mut stage(&setting, "pretrain"),
+                &config,
+                &setting.out(name),
+                stop,
+            )
+        };
+        if stop > 0 {
+            assert!(matches!(run(stop), Err(Error::Interrupted(_))));
+        }
+        run(0).unwrap()
+    };
+    let full = run(OptimizerName::Adamw, "full", 0);
+    let eight = run(OptimizerName::Adamw8bit, "eight", 0);
+    let (full, last) = (full.last().unwrap().loss, eight.last().unwrap().loss);
+    assert!((last - full).abs() < 0.02 * full, "{last} for {full}");
+    run(OptimizerName::Adamw8bit, "again", 4);
+    assert_eq!(files(&setting.out("eight")), files(&setting.out("again")));
+}

@@ -15,7 +15,7 @@ use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing};
 use crate::op::adamw::AdamW;
-use crate::train::stage::kd::{Kd, KdConfig};
+use crate::train::stage::kd::{Kd, KdConfig, Trained};
 use crate::train::{Optimizer, Stage, check_batch, take_step};
 use crate::watch::Watch;
 
@@ -40,6 +40,15 @@ pub struct Args {
     /// Steps before the counted ones.
     #[arg(long, default_value_t = 2)]
     warmup: usize,
+    /// What is trained.
+    #[arg(long, value_enum, default_value_t)]
+    trained: Trained,
+    /// AdamW's moments in 8 bits.
+    #[arg(long)]
+    eight_bit: bool,
+    /// Compute a layer's activations anew on the way back (true or false) [default: where they would not fit].
+    #[arg(long)]
+    gradient_checkpointing: Option<bool>,
     /// CPU threads [default: all cores].
     #[arg(long, value_parser = positive)]
     threads: Option<usize>,
@@ -74,8 +83,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let watch = Progress::default();
     let init = Init::Published { seed: 0 };
     let composed = compose(&teacher, &student, &init, &watch)?;
-    let (lm, config) = (teacher.lm(&place)?, KdConfig::default());
-    let kd = Kd::new(lm, String::new(), &composed, &[], config, &place)?;
+    let config = KdConfig {
+        trained: args.trained,
+        ..KdConfig::default()
+    };
+    let lm = teacher.lm(&place)?;
+    let mut kd = Kd::new(lm, String::new(), &composed, &[], config, &place)?;
+    kd.student.checkpointing = args.gradient_checkpointing;
+    drop((teacher, composed));
     let all = args.warmup + args.steps;
     let text = random_text(all * rows * len, student.vocab_size);
     let mut stage = Stage::Kd(Box::new(kd), &text);
@@ -86,7 +101,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         eps: 1e-8,
         weight_decay: 0.0,
     };
-    let rules = Optimizer { adamw, muon: None };
+    let rules = Optimizer {
+        adamw,
+        eight_bit: args.eight_bit,
+        muon: None,
+    };
     watch.start("bench", all);
     let mut seconds = Vec::new();
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();

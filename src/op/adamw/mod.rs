@@ -1,6 +1,7 @@
 //! Decoupled weight decay Adam (Loshchilov & Hutter 2019), in place.
 
 mod cpu;
+mod eight_bit;
 mod plain;
 #[cfg(test)]
 mod tests;
@@ -8,6 +9,8 @@ mod tests;
 use crate::op::cpu::{host, slice};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, bail};
+
+pub use eight_bit::{BLOCK, Moments, adamw_8bit_step};
 
 const KERNELS: Kernels = Kernels::f32("adamw");
 
@@ -56,14 +59,75 @@ pub fn adamw_step(
     if KERNELS.route(&[param, grad, moments]) == Route::Plain {
         return plain::adamw_step(param, grad, moments, grad_scale, step, hyper);
     }
-    let factors = cpu::Factors {
+    moments.inplace_op2(&grad.contiguous()?, &UpdateMoments { grad_scale, hyper })?;
+    param.inplace_op2(moments, &UpdateParam(factors(step, hyper)))
+}
+
+fn factors(step: u64, hyper: &AdamW) -> cpu::Factors {
+    cpu::Factors {
         keep: (1. - hyper.lr * hyper.weight_decay) as f32,
         rate: (hyper.lr / (1. - hyper.beta1.powf(step as f64))) as f32,
         deviation: (1. / (1. - hyper.beta2.powf(step as f64)).sqrt()) as f32,
         eps: hyper.eps as f32,
+    }
+}
+
+/// [`adamw_step`] with moments in 8 bits.
+///
+/// # Errors
+/// A parameter that is not f32 on the CPU.
+pub fn adamw_8bit(
+    param: &Tensor,
+    grad: &Tensor,
+    moments: &mut Moments,
+    grad_scale: f64,
+    step: u64,
+    hyper: &AdamW,
+) -> Result<()> {
+    if KERNELS.route(&[param, grad]) != Route::Cpu {
+        bail!("adamw_8bit: moments in 8 bits are for f32 parameters on the CPU so far");
+    }
+    let moments = std::sync::Mutex::new(moments);
+    let update = Update8 {
+        moments,
+        grad_scale,
+        step,
+        hyper,
     };
-    moments.inplace_op2(&grad.contiguous()?, &UpdateMoments { grad_scale, hyper })?;
-    param.inplace_op2(moments, &UpdateParam(factors))
+    param.inplace_op2(&grad.contiguous()?, &update)
+}
+
+struct Update8<'a> {
+    moments: std::sync::Mutex<&'a mut Moments>,
+    grad_scale: f64,
+    step: u64,
+    hyper: &'a AdamW,
+}
+
+impl InplaceOp2 for Update8<'_> {
+    fn name(&self) -> &'static str {
+        "adamw with moments in 8 bits"
+    }
+
+    fn cpu_fwd(
+        &self,
+        param: &mut CpuStorage,
+        param_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<()> {
+        let (param, grad) = (slice_mut(param, param_layout)?, slice(grad, grad_layout)?);
+        let mut moments = self.moments.lock().expect("held by this step alone");
+        adamw_8bit_step(
+            param,
+            grad,
+            &mut moments,
+            self.grad_scale,
+            self.step,
+            self.hyper,
+        );
+        Ok(())
+    }
 }
 
 /// Sum of squares of a tensor of any layout, accumulated in f64 (f32 on Metal) in a fixed order.

@@ -1,6 +1,7 @@
 //! `y = x Wᵀ`: of a [`Matrix`] that is trained, or of one as a file has it.
 
 pub mod dot;
+mod gradient;
 mod matrix;
 mod observer;
 mod plain;
@@ -16,6 +17,7 @@ use crate::op::matmul::{View, matmul};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
+pub use gradient::{WeightGradient, back};
 pub use matrix::Matrix;
 pub use observer::Observer;
 pub use product::{Part, Scratch, products, products_by};

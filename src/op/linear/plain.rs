@@ -12,3 +12,8 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
         .matmul(&w.t()?)?
         .reshape(dims)
 }
+
+/// `dy W`
+pub fn back(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+    dy.matmul(w)
+}

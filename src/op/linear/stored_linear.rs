@@ -68,7 +68,7 @@ impl Stored {
     }
 
     /// `dy [M, N]` → `dx [M, K] = dy W`.
-    fn back(&self, dy: &[f32]) -> Vec<f32> {
+    pub(super) fn back(&self, dy: &[f32]) -> Vec<f32> {
         let m = dy.len() / self.rows();
         let mut dx = vec![0.; m * self.width()];
         if let Some(w) = self.entries() {

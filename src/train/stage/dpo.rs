@@ -149,7 +149,7 @@ impl Dpo {
         let log_probs = match log_probs {
             Some(log_probs) => log_probs,
             None => {
-                let log_probs = frozen(&student.snapshot()?, pairs, watch)?;
+                let log_probs = frozen(student.snapshot(), pairs, watch)?;
                 let tensors = [(LOG_PROBS.to_owned(), log_probs.clone())];
                 keep(stored, &key, pairs.len() as u64, &tensors.into())?;
                 log_probs

@@ -8,11 +8,10 @@ use std::ops::Range;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::student::Student;
-use super::{Laps, Shares, Terms, ids, masked_mean, rows, scalar};
+use super::student::{Student, Summand};
+use super::{Laps, Shares, Terms, ids, masked_sum, rows};
 use crate::data::Batch;
 use crate::model::{Lm, ModelConfig, Parts, through};
-use crate::op::Documents;
 use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -151,8 +150,14 @@ impl KdConfig {
         Ok(())
     }
 
-    /// The divergence of a batch's logits, both `[M, V]`, a scalar without its weight.
-    fn divergence(&self, teacher: &Tensor, student: &Tensor, batch: &Batch) -> Result<Tensor> {
+    /// The part of rows `range` in a batch's divergence, logits `[rows, V]` both, a scalar without its weight.
+    fn divergence(
+        &self,
+        teacher: &Tensor,
+        student: &Tensor,
+        batch: &Batch,
+        range: Range<usize>,
+    ) -> Result<Tensor> {
         let tau = self.temperature;
         let rows = match self.top_k {
             None => divergence(self.divergence, teacher, student, tau)?,
@@ -162,20 +167,24 @@ impl KdConfig {
             }
         };
         match self.mask_prompts {
-            true => masked_mean(&rows, batch),
-            false => Ok(rows.mean_all()?),
+            true => masked_sum(&rows, batch, range),
+            false => Ok((rows.sum_all()? / batch.targets.len() as f64)?),
         }
     }
 
-    /// The cross-entropy of the student's logits `[M, V]`, a scalar without its weight.
-    fn cross_entropy(&self, teacher: &Tensor, student: &Tensor, batch: &Batch) -> Result<Tensor> {
+    /// The same of its cross-entropy.
+    fn cross_entropy(
+        &self,
+        teacher: &Tensor,
+        student: &Tensor,
+        batch: &Batch,
+        range: Range<usize>,
+    ) -> Result<Tensor> {
         let targets = match self.labels {
-            Labels::Text => {
-                Tensor::from_slice(&batch.targets, batch.targets.len(), student.device())?
-            }
+            Labels::Text => Tensor::new(&batch.targets[range.clone()], student.device())?,
             Labels::Teacher => teacher.argmax(1)?,
         };
-        masked_mean(&cross_entropy(student, &targets)?, batch)
+        masked_sum(&cross_entropy(student, &targets)?, batch, range)
     }
 }
 
@@ -250,56 +259,59 @@ impl Kd {
         turn.map_or(0..steps, |turn| start(turn)..start(turn + 1))
     }
 
-    /// The student's logits, with the teacher's layers where the student's have not come yet.
-    fn forward(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let student = &self.student.lm;
-        let waiting = &self.late[self.placed..];
-        let layers = student.layers.iter().enumerate();
-        let layers = layers.map(|(i, layer)| match waiting.contains(&i) {
-            true => &self.teacher.layers[i],
-            false => layer,
-        });
-        let x = through(layers, student.embed(ids)?, documents)?;
-        student.head(&student.normed(&x)?)
-    }
-
-    pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
-        let ids = ids(batch, self.student.lm.device())?;
-        let documents = Some(&batch.documents);
-        let config = &self.config;
+    pub(in crate::train) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
+        let Self {
+            teacher,
+            student,
+            config,
+            late,
+            placed,
+            ..
+        } = self;
+        let ids = ids(batch, student.lm.device())?;
         let mut laps = Laps::new();
-        let mut phases = Vec::new();
-        let target = rows(&self.teacher.forward(&ids, documents)?)?;
-        phases.push(("teacher forward", laps.lap()));
-        let logits = rows(&self.forward(&ids, documents)?)?;
-        let mut parts = Vec::new();
-        let mut named = Vec::new();
-        if config.kl_weight > 0.0 {
-            let share = match config.mask_prompts {
-                true => shares.learned,
-                false => shares.positions,
-            };
-            let kl = (config.divergence(&target, &logits, batch)? * share)?;
-            named.push(("kl".to_owned(), scalar(&kl)?));
-            parts.push((kl * (config.kl_weight * config.temperature.powi(2)))?);
-        }
-        if config.ce_weight > 0.0 {
-            let ce = (config.cross_entropy(&target, &logits, batch)? * shares.learned)?;
-            named.push(("ce".to_owned(), scalar(&ce)?));
-            parts.push((ce * config.ce_weight)?);
-        }
-        let loss = match parts.as_slice() {
-            [kl, ce] => (kl + ce)?,
-            // One of the weights is above 0, as validated.
-            one => one[0].clone(),
+        let x = through(
+            &teacher.layers,
+            teacher.embed(&ids)?,
+            Some(&batch.documents),
+        )?;
+        let taught = rows(&teacher.normed(&x)?)?;
+        drop(x);
+        let teacher_forward = ("teacher forward", laps.lap());
+        // The teacher's layers stand where the student's have not come yet.
+        let waiting = &late[*placed..];
+        let stand_in = |i: usize| waiting.contains(&i).then(|| &teacher.layers[i]);
+        let loss = |range: Range<usize>, logits: &Tensor| {
+            let target = teacher.head(&taught.narrow(0, range.start, range.len())?)?;
+            let mut summands = Vec::new();
+            if config.kl_weight > 0.0 {
+                let share = match config.mask_prompts {
+                    true => shares.learned,
+                    false => shares.positions,
+                };
+                let kl = config.divergence(&target, logits, batch, range.clone())?;
+                summands.push(Summand {
+                    name: "kl",
+                    value: (kl * share)?,
+                    weight: config.kl_weight * config.temperature.powi(2),
+                });
+            }
+            if config.ce_weight > 0.0 {
+                let ce = config.cross_entropy(&target, logits, batch, range)?;
+                summands.push(Summand {
+                    name: "ce",
+                    value: (ce * shares.learned)?,
+                    weight: config.ce_weight,
+                });
+            }
+            Ok(summands)
         };
-        phases.push(("student forward and loss", laps.lap()));
-        let grads = loss.backward()?;
-        self.student.params.add(&grads)?;
-        phases.push(("backward", laps.lap()));
+        let learned = student.learn(&ids, &batch.documents, stand_in, loss)?;
+        let mut phases = vec![teacher_forward];
+        phases.extend(learned.phases);
         Ok(Terms {
-            loss: scalar(&loss)?,
-            named,
+            loss: learned.loss,
+            named: learned.named,
             phases,
         })
     }
@@ -310,6 +322,7 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
+    use crate::op::Documents;
     use crate::op::laws::random;
 
     /// Every variant's loss, through its own code path, against finite differences in f64.
@@ -358,9 +371,17 @@ mod tests {
         }
         for config in variants {
             let loss = |x: &Tensor| -> Tensor {
-                let kl = config.divergence(&teacher, x, &batch).unwrap();
-                let ce = config.cross_entropy(&teacher, x, &batch).unwrap();
-                ((kl * config.kl_weight).unwrap() + (ce * config.ce_weight).unwrap()).unwrap()
+                // In two pieces, as logits come.
+                let piece = |range: Range<usize>| {
+                    let of = |x: &Tensor| x.narrow(0, range.start, range.len()).unwrap();
+                    let (teacher, x) = (of(&teacher), of(x));
+                    let kl = config
+                        .divergence(&teacher, &x, &batch, range.clone())
+                        .unwrap();
+                    let ce = config.cross_entropy(&teacher, &x, &batch, range).unwrap();
+                    ((kl * config.kl_weight).unwrap() + (ce * config.ce_weight).unwrap()).unwrap()
+                };
+                (piece(0..1) + piece(1..m)).unwrap()
             };
             let x = Var::from_tensor(&inputs[1]).unwrap();
             let grads = loss(x.as_tensor()).backward().unwrap();

@@ -205,10 +205,10 @@ fn scalar(x: &Tensor) -> Result<f64> {
     Ok(x.to_dtype(candle_core::DType::F64)?.to_scalar()?)
 }
 
-/// The mean of per-row losses `[M]` over the positions whose next token is to be learned.
-fn masked_mean(rows: &Tensor, batch: &Batch) -> Result<Tensor> {
+/// The part of rows `range` in the mean of a batch's per-row losses over the positions whose next token is to be learned.
+fn masked_sum(rows: &Tensor, batch: &Batch, range: Range<usize>) -> Result<Tensor> {
     let count = batch.mask.iter().sum::<f32>().max(1.0) as f64;
-    let mask = Tensor::from_slice(&batch.mask, batch.mask.len(), rows.device())?;
+    let mask = Tensor::new(&batch.mask[range], rows.device())?;
     let mask = mask.to_dtype(rows.dtype())?;
     Ok(((rows * mask)?.sum_all()? / count)?)
 }

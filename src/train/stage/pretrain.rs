@@ -1,14 +1,15 @@
 //! A Llama from scratch: next-token cross-entropy inside each document.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::student::Student;
-use super::{Shares, Terms, ids, masked_mean, rows, scalar};
+use super::student::{Student, Summand};
+use super::{Shares, Terms, ids, masked_sum};
 use crate::Result;
 use crate::checkpoint::Format;
 use crate::data::Batch;
@@ -36,14 +37,20 @@ impl Pretrain {
 
     pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let ids = ids(batch, self.student.lm.device())?;
-        let logits = rows(&self.student.lm.forward(&ids, Some(&batch.documents))?)?;
-        let targets = Tensor::from_slice(&batch.targets, batch.targets.len(), logits.device())?;
-        let loss = (masked_mean(&cross_entropy(&logits, &targets)?, batch)? * shares.learned)?;
-        let grads = loss.backward()?;
-        self.student.params.add(&grads)?;
+        let loss = |range: Range<usize>, logits: &Tensor| {
+            let targets = Tensor::new(&batch.targets[range.clone()], logits.device())?;
+            let value = masked_sum(&cross_entropy(logits, &targets)?, batch, range)?;
+            Ok(vec![Summand {
+                name: "ce",
+                value: (value * shares.learned)?,
+                weight: 1.0,
+            }])
+        };
+        let learned = self.student.learn(&ids, &batch.documents, |_| None, loss)?;
         Ok(Terms {
-            loss: scalar(&loss)?,
-            ..Terms::default()
+            loss: learned.loss,
+            named: Vec::new(),
+            phases: learned.phases,
         })
     }
 
