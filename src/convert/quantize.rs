@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::checkpoint::{as_kept, storage_of};
 use crate::data::Corpus;
-use crate::model::Parts;
+use crate::model::{LOGITS, Parts, pieces};
 use crate::op::blocks::{self, BlockType};
 use crate::op::linear::{Matrix, Storage};
 use crate::watch::Watch;
@@ -68,7 +68,10 @@ pub fn importance(
     while done < windows {
         let batch = corpus.ordered(done, CHUNK.min(windows - done), seq_len)?;
         let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, batch.len), lm.device())?;
-        lm.forward(&ids, Some(&batch.documents))?;
+        let hidden = lm.hidden(&ids, Some(&batch.documents))?;
+        for range in pieces(batch.targets.len(), lm.config.vocab_size, LOGITS) {
+            lm.logits(&hidden, &range)?;
+        }
         done += batch.rows;
         watch.reached(done, windows, "windows")?;
     }

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Corpus};
-use crate::model::Lm;
+use crate::model::{LOGITS, Lm, pieces};
 use crate::op::loss::{cross_entropy, forward_kl};
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -111,21 +111,20 @@ impl<'a> Sums<'a> {
         let device = self.student.device();
         let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, batch.len), device)?;
         let rows = batch.rows * batch.len;
-        let logits = |lm: &Lm| -> Result<Tensor> {
-            let logits = lm.forward(&ids, Some(&batch.documents))?;
-            Ok(logits
-                .reshape((rows, lm.config.vocab_size))?
-                .to_dtype(DType::F32)?)
-        };
-        let (teacher, student) = (logits(self.teacher)?, logits(self.student)?);
-        let targets = Tensor::from_slice(&batch.targets, rows, device)?;
-        let mask = Tensor::from_slice(&batch.mask, rows, device)?;
-        let masked = |x: Tensor| sum(&(x * &mask)?);
-        self.kl += sum(&forward_kl(&teacher, &student, 1.0)?)?;
-        self.ce_teacher += masked(cross_entropy(&teacher, &targets)?)?;
-        self.ce_student += masked(cross_entropy(&student, &targets)?)?;
-        let same = teacher.argmax(1)?.eq(&student.argmax(1)?)?;
-        self.agreed += sum(&same.to_dtype(DType::F32)?)?;
+        let hidden = |lm: &Lm| lm.hidden(&ids, Some(&batch.documents));
+        let (taught, learned) = (hidden(self.teacher)?, hidden(self.student)?);
+        for range in pieces(rows, self.student.config.vocab_size, LOGITS) {
+            let teacher = self.teacher.logits(&taught, &range)?;
+            let student = self.student.logits(&learned, &range)?;
+            let targets = Tensor::new(&batch.targets[range.clone()], device)?;
+            let mask = Tensor::new(&batch.mask[range], device)?;
+            let masked = |x: Tensor| sum(&(x * &mask)?);
+            self.kl += sum(&forward_kl(&teacher, &student, 1.0)?)?;
+            self.ce_teacher += masked(cross_entropy(&teacher, &targets)?)?;
+            self.ce_student += masked(cross_entropy(&student, &targets)?)?;
+            let same = teacher.argmax(1)?.eq(&student.argmax(1)?)?;
+            self.agreed += sum(&same.to_dtype(DType::F32)?)?;
+        }
         self.tokens += rows;
         self.scored += batch.mask.iter().sum::<f32>() as f64;
         Ok(())

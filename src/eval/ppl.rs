@@ -1,10 +1,10 @@
 //! Perplexity of any text: every token once, with as much context as a window allows.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Tokenizer};
-use crate::model::Lm;
+use crate::model::{LOGITS, Lm, pieces};
 use crate::op::loss::cross_entropy;
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -122,12 +122,13 @@ fn score(lm: &Lm, windows: &[Window], len: usize) -> Result<(f64, usize)> {
     }
     let batch = Batch::new(ids, vec![0; windows.len() * len], &learned, len);
     let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, len), lm.device())?;
-    let logits = lm
-        .forward(&ids, Some(&batch.documents))?
-        .to_dtype(DType::F32)?;
-    let logits = logits.reshape((batch.rows * len, lm.config.vocab_size))?;
-    let targets = Tensor::from_slice(&batch.targets, batch.targets.len(), lm.device())?;
-    let losses = cross_entropy(&logits, &targets)?.to_vec1::<f32>()?;
+    let hidden = lm.hidden(&ids, Some(&batch.documents))?;
+    let mut losses = Vec::with_capacity(batch.targets.len());
+    for range in pieces(batch.targets.len(), lm.config.vocab_size, LOGITS) {
+        let logits = lm.logits(&hidden, &range)?;
+        let targets = Tensor::new(&batch.targets[range], lm.device())?;
+        losses.extend(cross_entropy(&logits, &targets)?.to_vec1::<f32>()?);
+    }
     let scored = losses
         .iter()
         .zip(&batch.mask)

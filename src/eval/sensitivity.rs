@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Corpus;
-use crate::model::{Layer, Lm, through};
+use crate::model::{LOGITS, Layer, Lm, pieces, through};
 use crate::op::loss::forward_kl;
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -55,15 +55,18 @@ pub fn sensitivity(
         let batch = corpus.ordered(window, 1, seq_len)?;
         let documents = Some(&batch.documents);
         let ids = Tensor::from_slice(&batch.input_ids, (1, batch.len), teacher.device())?;
-        let rows =
-            |logits: Tensor| -> Result<Tensor> { Ok(logits.squeeze(0)?.to_dtype(DType::F32)?) };
-        let target = rows(teacher.forward(&ids, documents)?)?;
+        let taught = teacher.hidden(&ids, documents)?;
         // From `hidden` on, through `layers`, to the KL.
         let kl = |hidden: Tensor, layers: &[Layer]| -> Result<f64> {
             let hidden = through(layers, hidden, documents)?;
-            let logits = rows(model.head(&model.normed(&hidden)?)?)?;
-            let kl = forward_kl(&target, &logits, 1.0)?.mean_all()?;
-            Ok(kl.to_dtype(DType::F64)?.to_scalar()?)
+            let own = model.normed(&hidden)?.squeeze(0)?;
+            let mut sum = 0.0;
+            for range in pieces(batch.len, model.config.vocab_size, LOGITS) {
+                let target = teacher.logits(&taught, &range)?;
+                let kl = forward_kl(&target, &model.logits(&own, &range)?, 1.0)?;
+                sum += kl.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            }
+            Ok(sum / batch.len as f64)
         };
         // The layers before the replaced one are the same for all: walk them once.
         let mut hidden = model.embed(&ids)?;

@@ -3,6 +3,8 @@
 //! A Llama is the model whose layers all have the `attention` mixer, so teachers and hybrids are one
 //! type. `x ← x + mixer(norm(x))`, `x ← x + mlp(norm(x))` (Llama, arXiv 2302.13971).
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 
 use crate::Result;
@@ -106,6 +108,17 @@ impl Layer {
     }
 }
 
+/// Logits of a model that are there at once: enough to be worth the threads.
+pub const LOGITS: usize = 1 << 24;
+
+/// Rows `0..rows` in pieces of at most `logits` logits of `vocab` words.
+pub fn pieces(rows: usize, vocab: usize, logits: usize) -> impl Iterator<Item = Range<usize>> {
+    let most = (logits / vocab).max(1);
+    (0..rows)
+        .step_by(most)
+        .map(move |from| from..rows.min(from + most))
+}
+
 /// A causal language model.
 #[derive(Debug)]
 pub struct Lm {
@@ -165,6 +178,18 @@ impl Lm {
     /// The head over final-normed hidden states: `[.., D]` → `[.., V]`.
     pub fn head(&self, x: &Tensor) -> Result<Tensor> {
         Ok(linear(x, self.head_matrix())?)
+    }
+
+    /// `ids [B, T]` → final-normed hidden states `[B·T, D]`.
+    pub fn hidden(&self, ids: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        let x = through(&self.layers, self.embed(ids)?, documents)?;
+        Ok(self.normed(&x)?.flatten(0, 1)?)
+    }
+
+    /// Of rows `range` of hidden states `[M, D]`: logits `[rows, V]` in f32.
+    pub fn logits(&self, hidden: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+        let rows = hidden.narrow(0, range.start, range.len())?;
+        Ok(self.head(&rows)?.to_dtype(DType::F32)?)
     }
 
     /// `ids [B, T]` → logits `[B, T, V]`.

@@ -67,9 +67,12 @@ fn encoded(x: f32, bits: u32) -> u32 {
             inverse
         };
     }
-    let j = ((x * inverse - 0.1) * (first / 0.9)).clamp(0., first - 1.);
-    let code = first as u32 + j as u32;
-    if x > 0. { code } else { 0 }
+    let j = (x * inverse - 0.1) * (first / 0.9);
+    // Adding 1.5 · 2²³ rounds to an integer, which the low bits of the sum then hold.
+    const ROUND: f32 = 12_582_912.;
+    let code = first + (j - 0.5).clamp(0., first - 1.) + ROUND;
+    let code = if x > 0. { code } else { ROUND };
+    code.to_bits() & 255
 }
 
 /// Decodes are looked up.

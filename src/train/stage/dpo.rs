@@ -2,16 +2,17 @@
 //! what it was at the start. The log-probabilities of that frozen model are computed once, before the first step,
 //! and stored, so that no second model is resident.
 
+use std::ops::Range;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::student::Student;
-use super::{Shares, Terms, ids, rows, scalar};
+use super::student::{Student, Summand};
+use super::{Shares, Terms, ids, scalar};
 use crate::checkpoint::{Kept, Key, keep, kept};
 use crate::data::{Batch, Batches, Preferences};
-use crate::model::{Lm, Parts};
+use crate::model::{LOGITS, Lm, Parts, pieces};
 use crate::numerics;
 use crate::op::loss::cross_entropy;
 use crate::watch::Watch;
@@ -175,16 +176,34 @@ impl Dpo {
     }
 
     pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
-        let lm = &self.student.lm;
-        let (log_probs, lengths) = answers(lm, batch)?;
+        let device = self.student.lm.device().clone();
+        let ids = ids(batch, &device)?;
+        let pass = self.student.forward(&ids, &batch.documents, |_| None)?;
+        let mut answers = Answers::new(batch);
+        self.student
+            .look(&pass, |range, logits| answers.add(range, logits))?;
+        let (log_probs, lengths) = answers.of_rows(&device)?;
         let frozen: Vec<f32> = (batch.examples.iter().enumerate())
             .map(|(row, pair)| self.frozen[*pair][row % 2])
             .collect();
-        let frozen = Tensor::from_vec(frozen, batch.rows, lm.device())?;
+        let frozen = Tensor::from_vec(frozen, batch.rows, &device)?;
+        let log_probs = Var::from_tensor(&log_probs)?;
         let (rewards, losses) = self.config.loss(&log_probs, &frozen, &lengths)?;
         let loss = (losses.mean_all()? * shares.rows)?;
+        // The loss is one of the rows' sums: what a token's log-probability is worth is what its row's is.
         let grads = loss.backward()?;
-        self.student.params.add(&grads)?;
+        let worth = grads.get(&log_probs).map(|g| g.to_vec1::<f32>());
+        let worth = worth.transpose()?.unwrap_or_else(|| vec![0.0; batch.rows]);
+        let by_token = |range: Range<usize>, logits: &Tensor| {
+            let weights = range.clone().map(|i| -worth[i / batch.len] * batch.mask[i]);
+            let weights = Tensor::from_iter(weights, &device)?;
+            Ok(vec![Summand {
+                name: "",
+                value: (losses_of(batch, range, logits)? * weights)?.sum_all()?,
+                weight: 1.0,
+            }])
+        };
+        (self.student).back(pass, &batch.documents, |_| None, by_token)?;
         let rewards = rewards.reshape(((), 2))?.to_vec2::<f32>()?;
         let mean = |of: &dyn Fn(&Vec<f32>) -> f32| {
             shares.rows * f64::from(rewards.iter().map(of).sum::<f32>()) / rewards.len() as f64
@@ -203,14 +222,42 @@ impl Dpo {
     }
 }
 
-/// Of every row: the summed log-probability of its answer, and the answer's tokens; both `[rows]`.
-fn answers(lm: &Lm, batch: &Batch) -> Result<(Tensor, Tensor)> {
-    let logits = rows(&lm.forward(&ids(batch, lm.device())?, Some(&batch.documents))?)?;
-    let shape = (batch.rows, batch.len);
-    let targets = Tensor::from_slice(&batch.targets, batch.targets.len(), lm.device())?;
-    let mask = Tensor::from_slice(&batch.mask, shape, lm.device())?;
-    let losses = cross_entropy(&logits, &targets)?.reshape(shape)?;
-    Ok(((losses * &mask)?.sum(1)?.neg()?, mask.sum(1)?))
+/// `−ln p` of the next tokens of rows `range` of a batch, `[rows]`.
+fn losses_of(batch: &Batch, range: Range<usize>, logits: &Tensor) -> Result<Tensor> {
+    let targets = Tensor::new(&batch.targets[range], logits.device())?;
+    Ok(cross_entropy(logits, &targets)?)
+}
+
+/// Summed log-probabilities of a batch's answers.
+struct Answers<'a> {
+    batch: &'a Batch,
+    sums: Vec<f64>,
+}
+
+impl<'a> Answers<'a> {
+    fn new(batch: &'a Batch) -> Self {
+        Self {
+            batch,
+            sums: vec![0.0; batch.rows],
+        }
+    }
+
+    /// The logits of some positions.
+    fn add(&mut self, range: Range<usize>, logits: &Tensor) -> Result<()> {
+        let losses = losses_of(self.batch, range.clone(), logits)?.to_vec1::<f32>()?;
+        for (i, loss) in range.zip(losses) {
+            self.sums[i / self.batch.len] -= f64::from(loss * self.batch.mask[i]);
+        }
+        Ok(())
+    }
+
+    /// Of every row: the sum, and the answer's tokens; both `[rows]`.
+    fn of_rows(&self, device: &Device) -> Result<(Tensor, Tensor)> {
+        let sums = Tensor::from_iter(self.sums.iter().map(|sum| *sum as f32), device)?;
+        let rows = self.batch.mask.chunks(self.batch.len);
+        let lengths = Tensor::from_iter(rows.map(|mask| mask.iter().sum::<f32>()), device)?;
+        Ok((sums, lengths))
+    }
 }
 
 /// Pairs a forward pass of the frozen model.
@@ -222,9 +269,14 @@ fn frozen(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Tensor> {
     let order: Vec<usize> = (0..pairs.len()).collect();
     let mut found = Vec::with_capacity(2 * order.len());
     for chunk in order.chunks(CHUNK) {
-        let (log_probs, _) = answers(lm, &pairs.rows(chunk))?;
-        let values = log_probs.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        found.extend(values);
+        let batch = pairs.rows(chunk);
+        let hidden = lm.hidden(&ids(&batch, lm.device())?, Some(&batch.documents))?;
+        let mut answers = Answers::new(&batch);
+        for range in pieces(batch.targets.len(), lm.config.vocab_size, LOGITS) {
+            let logits = lm.logits(&hidden, &range)?;
+            answers.add(range, &logits)?;
+        }
+        found.extend(answers.sums.iter().map(|sum| *sum as f32));
         watch.reached(found.len() / 2, order.len(), "pairs")?;
     }
     Ok(Tensor::from_vec(

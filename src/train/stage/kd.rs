@@ -9,9 +9,9 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::student::{Student, Summand};
-use super::{Laps, Shares, Terms, ids, masked_sum, rows};
+use super::{Laps, Shares, Terms, ids, masked_sum};
 use crate::data::Batch;
-use crate::model::{Lm, ModelConfig, Parts, through};
+use crate::model::{Lm, ModelConfig, Parts};
 use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -270,19 +270,13 @@ impl Kd {
         } = self;
         let ids = ids(batch, student.lm.device())?;
         let mut laps = Laps::new();
-        let x = through(
-            &teacher.layers,
-            teacher.embed(&ids)?,
-            Some(&batch.documents),
-        )?;
-        let taught = rows(&teacher.normed(&x)?)?;
-        drop(x);
+        let taught = teacher.hidden(&ids, Some(&batch.documents))?;
         let teacher_forward = ("teacher forward", laps.lap());
         // The teacher's layers stand where the student's have not come yet.
         let waiting = &late[*placed..];
         let stand_in = |i: usize| waiting.contains(&i).then(|| &teacher.layers[i]);
         let loss = |range: Range<usize>, logits: &Tensor| {
-            let target = teacher.head(&taught.narrow(0, range.start, range.len())?)?;
+            let target = teacher.logits(&taught, &range)?;
             let mut summands = Vec::new();
             if config.kl_weight > 0.0 {
                 let share = match config.mask_prompts {

@@ -10,7 +10,7 @@ use candle_core::{Tensor, Var};
 use super::{Laps, rows, scalar};
 use crate::Result;
 use crate::checkpoint::{self, Format};
-use crate::model::{Layer, Lm, ModelConfig, Parts, through};
+use crate::model::{LOGITS, Layer, Lm, ModelConfig, Parts, pieces, through};
 use crate::op::Documents;
 use crate::op::linear::{WeightGradient, back, linear};
 use crate::op::runtime::free_memory;
@@ -47,8 +47,16 @@ pub struct Learned {
     pub phases: Vec<(&'static str, f64)>,
 }
 
-/// Enough of them to be worth the threads.
-const LOGITS: usize = 1 << 24;
+/// A batch on its way through the model.
+pub struct Pass {
+    /// `[B·T]`
+    ids: Tensor,
+    segments: Vec<Segment>,
+    /// What the last layer made, and its final norm: `[B, T, D]`.
+    last: Tensor,
+    normed: Tensor,
+    laps: Laps,
+}
 
 /// Layers on the way back.
 struct Segment {
@@ -84,27 +92,34 @@ impl Student {
         &self.plain
     }
 
-    /// Adds the gradients of a loss of the logits that follow `ids [B, T]`. `stand_in`: another layer in the place of one of its own.
-    /// `loss` gets some rows of `B·T`, in their order, with their logits `[rows, V]`; its weighted summands are the loss.
-    pub fn learn<'l>(
-        &'l mut self,
+    /// Forward and back: adds the gradients of a loss of the logits that follow `ids [B, T]`. `stand_in`: another layer in the place of
+    /// one of its own. `loss` gets some rows of `B·T`, in their order, with their logits `[rows, V]`; its weighted summands are the loss.
+    pub fn learn<'s>(
+        &mut self,
         ids: &Tensor,
         documents: &Documents,
-        stand_in: impl Fn(usize) -> Option<&'l Layer>,
+        stand_in: impl Fn(usize) -> Option<&'s Layer>,
         loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
     ) -> Result<Learned> {
-        let mut laps = Laps::new();
+        let pass = self.forward(ids, documents, &stand_in)?;
+        self.back(pass, documents, stand_in, loss)
+    }
+
+    /// `ids [B, T]` up to the final norm.
+    pub fn forward<'s>(
+        &mut self,
+        ids: &Tensor,
+        documents: &Documents,
+        stand_in: impl Fn(usize) -> Option<&'s Layer>,
+    ) -> Result<Pass> {
+        let laps = Laps::new();
         let count = self.lm.layers.len();
         let needed = activation_bytes(&self.lm.config, ids.elem_count());
         let short = || free_memory().is_some_and(|free| needed > free / 2);
         let checkpointing = *self.checkpointing.get_or_insert_with(short);
         let together = if checkpointing { 1 } else { count };
-        let through = |lm: &'l Lm, layers: Range<usize>, x: &Tensor| {
-            let own = layers.map(|i| stand_in(i).unwrap_or(&lm.layers[i]));
-            through(own, x.clone(), Some(documents))
-        };
-        let (lm, plain, params) = (&self.lm, &self.plain, &mut self.params);
-        let embedded = params.is_trained(EMBEDDING);
+        let (lm, plain) = (&self.lm, &self.plain);
+        let embedded = self.params.is_trained(EMBEDDING);
         let mut x = plain.embed(ids)?;
         let mut segments = Vec::new();
         for first in (0..count).step_by(together) {
@@ -114,13 +129,14 @@ impl Student {
                 true => x.clone(),
                 false => Var::from_tensor(&x)?.into_inner(),
             };
+            let of = |lm, x| through_own(lm, &stand_in, layers.clone(), x, documents);
             let output = match checkpointing {
                 true => None,
-                false => Some(through(lm, layers.clone(), &input)?),
+                false => Some(of(lm, &input)?),
             };
             x = match &output {
                 Some(output) => output.detach(),
-                None => through(plain, layers.clone(), &x)?,
+                None => of(plain, &x)?,
             };
             segments.push(Segment {
                 layers,
@@ -129,21 +145,50 @@ impl Student {
             });
         }
         let last = Var::from_tensor(&x)?.into_inner();
-        let normed = lm.normed(&last)?;
+        Ok(Pass {
+            ids: ids.flatten_all()?,
+            segments,
+            normed: lm.normed(&last)?,
+            last,
+            laps,
+        })
+    }
+
+    /// The logits of a pass, some rows of `B·T` at a time, in their order.
+    pub fn look(
+        &self,
+        pass: &Pass,
+        mut at: impl FnMut(Range<usize>, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let x = rows(&pass.normed.detach())?;
+        for range in pieces(x.dim(0)?, self.lm.config.vocab_size, self.logits) {
+            let x = x.narrow(0, range.start, range.len())?;
+            at(range, &self.plain.head(&x)?)?;
+        }
+        Ok(())
+    }
+
+    /// The way back of a pass, which `stand_in` was the same for.
+    pub fn back<'s>(
+        &mut self,
+        pass: Pass,
+        documents: &Documents,
+        stand_in: impl Fn(usize) -> Option<&'s Layer>,
+        loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
+    ) -> Result<Learned> {
+        let Pass {
+            ids,
+            mut segments,
+            last,
+            normed,
+            mut laps,
+        } = pass;
         let mut learned = Learned::default();
-        let mut embedding = None;
-        let dnormed = through_head(
-            plain,
-            params,
-            self.logits,
-            &rows(&normed)?,
-            loss,
-            &mut embedding,
-            &mut learned,
-        )?;
+        let (dnormed, embedding) = self.through_head(&rows(&normed)?, loss, &mut learned)?;
         learned
             .phases
             .push(("student forward and loss", laps.lap()));
+        let (lm, params) = (&self.lm, &mut self.params);
         let mut down = |output: &Tensor, dout: &Tensor, input: &Tensor| -> Result<Option<Tensor>> {
             // Its gradient by the output is `dout`.
             let grads = (output * dout)?.sum_all()?.backward()?;
@@ -151,7 +196,7 @@ impl Student {
             Ok(grads.get(input).cloned())
         };
         let mut dx = down(&normed, &dnormed.reshape(normed.shape())?, &last)?;
-        drop((normed, last, x));
+        drop((normed, last));
         while let (Some(dout), Some(segment)) = (&dx, segments.pop()) {
             let Segment {
                 layers,
@@ -160,20 +205,76 @@ impl Student {
             } = segment;
             let output = match output {
                 Some(output) => output,
-                None => through(lm, layers, &input)?,
+                None => through_own(lm, &stand_in, layers, &input, documents)?,
             };
             dx = down(&output, dout, &input)?;
         }
-        if let (true, Some(dx)) = (embedded, dx) {
+        if let (true, Some(dx)) = (params.is_trained(EMBEDDING), dx) {
             let mut gradient = match embedding {
                 Some(gradient) => gradient,
                 None => WeightGradient::new(params.value(EMBEDDING)?)?,
             };
-            gradient.add_rows(&ids.flatten_all()?, &rows(&dx)?)?;
+            gradient.add_rows(&ids, &rows(&dx)?)?;
             params.add_to(EMBEDDING, gradient.finish()?)?;
         }
         learned.phases.push(("backward", laps.lap()));
         Ok(learned)
+    }
+
+    /// The loss of the logits of `x [M, D]`, some rows at a time: its gradient by `x`. That of the head is added, or given too
+    /// where the head is the embedding.
+    fn through_head(
+        &mut self,
+        x: &Tensor,
+        loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
+        learned: &mut Learned,
+    ) -> Result<(Tensor, Option<WeightGradient>)> {
+        let (plain, params) = (&self.plain, &mut self.params);
+        let tied = plain.config.tie_word_embeddings;
+        let name = if tied { EMBEDDING } else { HEAD };
+        let head = plain.head_matrix();
+        let mut gradient = match params.is_trained(name) {
+            true => Some(WeightGradient::new(params.value(name)?)?),
+            false => None,
+        };
+        let x = x.detach();
+        let mut dx = Vec::new();
+        for range in pieces(x.dim(0)?, plain.config.vocab_size, self.logits) {
+            let x = x.narrow(0, range.start, range.len())?;
+            let logits = Var::from_tensor(&linear(&x, head)?)?;
+            let mut total: Option<Tensor> = None;
+            for summand in loss(range, logits.as_tensor())? {
+                let value = scalar(&summand.value)?;
+                learned.loss += summand.weight * value;
+                match learned.named.iter_mut().find(|n| n.0 == summand.name) {
+                    Some((_, sum)) => *sum += value,
+                    None => learned.named.push((summand.name.to_owned(), value)),
+                }
+                let weighted = (summand.value * summand.weight)?;
+                total = Some(match total {
+                    Some(total) => (total + weighted)?,
+                    None => weighted,
+                });
+            }
+            let grads = total.map(|total| total.backward()).transpose()?;
+            let dlogits = match grads.and_then(|mut grads| grads.remove(&logits)) {
+                Some(dlogits) => dlogits,
+                None => logits.zeros_like()?,
+            };
+            drop(logits);
+            if let Some(gradient) = &mut gradient {
+                gradient.add_product(&dlogits, &x)?;
+            }
+            dx.push(back(&dlogits, head)?);
+        }
+        let dx = Tensor::cat(&dx, 0)?;
+        match (gradient, tied) {
+            (Some(gradient), false) => {
+                params.add_to(name, gradient.finish()?)?;
+                Ok((dx, None))
+            }
+            (gradient, _) => Ok((dx, gradient)),
+        }
     }
 
     pub fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
@@ -194,63 +295,15 @@ impl Student {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// The loss of the logits of `x [M, D]`, some rows at a time: its gradient by `x`. That of the head is added, or left in `embedding`
-/// where it is the embedding.
-fn through_head(
-    plain: &Lm,
-    params: &mut ParamGroup,
-    logits: usize,
+fn through_own<'s>(
+    lm: &Lm,
+    stand_in: impl Fn(usize) -> Option<&'s Layer>,
+    layers: Range<usize>,
     x: &Tensor,
-    loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
-    embedding: &mut Option<WeightGradient>,
-    learned: &mut Learned,
+    documents: &Documents,
 ) -> Result<Tensor> {
-    let tied = plain.config.tie_word_embeddings;
-    let name = if tied { EMBEDDING } else { HEAD };
-    let head = plain.head_matrix();
-    let mut gradient = match params.is_trained(name) {
-        true => Some(WeightGradient::new(params.value(name)?)?),
-        false => None,
-    };
-    let x = x.detach();
-    let (m, _) = x.dims2()?;
-    let most = (logits / plain.config.vocab_size).max(1);
-    let mut dx = Vec::new();
-    for from in (0..m).step_by(most) {
-        let range = from..m.min(from + most);
-        let x = x.narrow(0, from, range.len())?;
-        let logits = Var::from_tensor(&linear(&x, head)?)?;
-        let mut total: Option<Tensor> = None;
-        for summand in loss(range, logits.as_tensor())? {
-            let value = scalar(&summand.value)?;
-            learned.loss += summand.weight * value;
-            match learned.named.iter_mut().find(|n| n.0 == summand.name) {
-                Some((_, sum)) => *sum += value,
-                None => learned.named.push((summand.name.to_owned(), value)),
-            }
-            let weighted = (summand.value * summand.weight)?;
-            total = Some(match total {
-                Some(total) => (total + weighted)?,
-                None => weighted,
-            });
-        }
-        let grads = total.map(|total| total.backward()).transpose()?;
-        let dlogits = match grads.and_then(|mut grads| grads.remove(&logits)) {
-            Some(dlogits) => dlogits,
-            None => logits.zeros_like()?,
-        };
-        drop(logits);
-        if let Some(gradient) = &mut gradient {
-            gradient.add_product(&dlogits, &x)?;
-        }
-        dx.push(back(&dlogits, head)?);
-    }
-    match (gradient, tied) {
-        (Some(gradient), true) => *embedding = Some(gradient),
-        (Some(gradient), false) => params.add_to(name, gradient.finish()?)?,
-        (None, _) => {}
-    }
-    Ok(Tensor::cat(&dx, 0)?)
+    let own = layers.map(|i| stand_in(i).unwrap_or(&lm.layers[i]));
+    through(own, x.clone(), Some(documents))
 }
 
 /// What the graph of a pass over so many tokens holds, about: the residual stream, norms, mixers and MLPs of all layers, in f32.
