@@ -124,14 +124,21 @@ impl Checkpoint {
         }
         match config["model_type"].as_str() {
             Some(ModelConfig::MODEL_TYPE) => Ok((own(&file, config)?, Format::Zebroid)),
-            Some("llama") => Ok((family::llama::read(&file, &config)?, Format::Llama)),
-            other => Err(Error::file(
-                &file,
-                format!(
-                    "model_type {} is not supported: llama, zebroid, or llama with hybrid_config.json",
-                    other.unwrap_or("(none)")
-                ),
-            )),
+            other => {
+                let known = family::ALL.iter().find(|(name, _)| other == Some(name));
+                if let Some((_, read)) = known {
+                    return Ok((read(&file, &config)?, Format::Llama));
+                }
+                let names: Vec<&str> = family::ALL.iter().map(|(name, _)| *name).collect();
+                Err(Error::file(
+                    &file,
+                    format!(
+                        "model_type {} is not supported: {}, zebroid, or llama with hybrid_config.json",
+                        other.unwrap_or("(none)"),
+                        names.join(", ")
+                    ),
+                ))
+            }
         }
     }
 

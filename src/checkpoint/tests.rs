@@ -334,6 +334,19 @@ fn damage_anywhere_never_panics() {
 }
 
 #[test]
+fn a_mistral_is_a_llama_unless_its_attention_is_within_a_window() {
+    let folder = Folder::whole();
+    let llama = Checkpoint::open(&folder.path).unwrap().config;
+    folder.set("model_type", serde_json::json!("mistral"));
+    for window in [serde_json::Value::Null, serde_json::json!(32)] {
+        folder.set("sliding_window", window);
+        assert_eq!(Checkpoint::open(&folder.path).unwrap().config, llama);
+    }
+    folder.set("sliding_window", serde_json::json!(16));
+    assert!(folder.error().contains("set sliding_window to null"));
+}
+
+#[test]
 fn configs_that_cannot_work_are_named() {
     for (field, value, part) in [
         (

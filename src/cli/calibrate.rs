@@ -21,7 +21,7 @@ use crate::pipeline::Base;
 pub struct Args {
     /// Llama checkpoint folder.
     teacher: PathBuf,
-    /// JSON lines with a text field.
+    /// A file of texts (train kd --help says in what forms).
     data: PathBuf,
     #[command(flatten)]
     config: CalibrationConfig,

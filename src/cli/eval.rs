@@ -38,7 +38,7 @@ pub struct KlArgs {
     /// Checkpoint folder of the student.
     #[arg(long)]
     student: PathBuf,
-    /// JSON lines with a text field.
+    /// A file of texts (train kd --help says in what forms).
     #[arg(long)]
     data: PathBuf,
     /// Tokens a window.

@@ -6,7 +6,7 @@ use super::arg::device::DeviceArg;
 use super::positive;
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
-use crate::data::{Tokenizer, read_texts};
+use crate::data::{Records, Text, Tokenizer, texts};
 use crate::eval::ppl::{PplMode, ppl};
 use crate::{Error, Result};
 
@@ -18,13 +18,13 @@ use crate::{Error, Result};
 pub struct Args {
     /// Checkpoint folder.
     checkpoint: PathBuf,
-    /// JSON lines with a text field, or any text file (one document).
+    /// A file of texts (train kd --help says in what forms); any other file is one document.
     #[arg(long)]
     data: PathBuf,
     /// Whether the context is reset at each document.
     #[arg(long, value_enum, default_value = "documents")]
     mode: PplMode,
-    /// Tokens a window [default: the model's max_position_embeddings].
+    /// Tokens a window [default: the model's max_position_embeddings, at most 4096].
     #[arg(long, value_parser = positive)]
     window: Option<usize>,
     /// Tokens from a window's beginning to the next one's [default: half a window].
@@ -44,8 +44,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     tokenizer.check(lm.config.vocab_size)?;
-    let texts = texts(&args.data)?;
-    let window = args.window.unwrap_or(lm.config.max_position_embeddings);
+    let texts = documents(&args.data, &tokenizer)?;
+    let context = lm.config.max_position_embeddings;
+    let window = args.window.unwrap_or(context.min(WINDOW));
     let stride = args.stride.unwrap_or(window / 2);
     let watch = Progress::default();
     let report = ppl(
@@ -74,14 +75,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The documents of a file.
-fn texts(path: &Path) -> Result<Vec<String>> {
-    if path.extension().is_some_and(|e| e == "jsonl") {
-        return Ok(read_texts(path)?.into_iter().map(|t| t.text).collect());
+/// Tokens a window at most where nobody says: activations grow with it.
+const WINDOW: usize = 4096;
+
+/// The documents of a file; one that is no file of records is one document.
+fn documents(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Text>> {
+    if Records::is_named(path) {
+        return texts(path, tokenizer)?.collect();
     }
     let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
     match text.is_empty() {
         true => Err(Error::file(path, "the file is empty")),
-        false => Ok(vec![text]),
+        false => Ok(vec![Text::whole(text)]),
     }
 }

@@ -11,14 +11,14 @@ use crate::model::{FORMAT_VERSION, ModelConfig};
 use crate::train::Stage;
 use crate::train::stage::pretrain::Pretrain;
 
-/// Train a small Llama from scratch on JSON lines of text.
+/// Train a small Llama from scratch on texts.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  \
     zebroid pretrain ./teacher --data stories.jsonl --tokenizer ./tokenizer --hidden-size 128 --num-layers 5 --tokens 20000000")]
 pub struct Args {
     /// Folder of the result (a Hugging Face Llama checkpoint); must not exist.
     out: PathBuf,
-    /// JSON lines with a text field.
+    /// A file of texts (train kd --help says in what forms).
     #[arg(long)]
     data: PathBuf,
     /// Folder with tokenizer.json.

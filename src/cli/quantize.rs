@@ -30,7 +30,7 @@ pub struct Args {
     /// Type of the blocks: q8_0, q6_k, q4_k or q4_0.
     #[arg(long = "type", value_name = "TYPE")]
     kind: BlockType,
-    /// Text (JSON lines) that says what an error in each weight is worth.
+    /// Texts that say what an error in each weight is worth.
     #[arg(long)]
     calibration: Option<PathBuf>,
     /// Tokens of it that are read.
@@ -39,7 +39,7 @@ pub struct Args {
     /// Where to keep the mean square of every input of every matrix, as JSON (llama.cpp's importance matrix).
     #[arg(long, requires = "calibration")]
     save_importance: Option<PathBuf>,
-    /// Text (JSON lines) that the result is measured on [default: not measured].
+    /// Texts that the result is measured on [default: not measured].
     #[arg(long)]
     validation: Option<PathBuf>,
     /// Tokens per window of either text.

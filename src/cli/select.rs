@@ -35,7 +35,7 @@ pub struct Args {
     /// Result of train ild, whose candidates are chosen from; budget goes without.
     #[arg(long)]
     bank: Option<PathBuf>,
-    /// JSON lines to score on.
+    /// Texts to score on.
     #[arg(long, required_unless_present = "scores")]
     data: Option<PathBuf>,
     /// Scores that an earlier call saved, instead of scoring.

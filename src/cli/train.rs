@@ -56,7 +56,8 @@ struct IldArgs {
     /// Align this hybrid, instead of training a bank.
     #[arg(long)]
     student: Option<PathBuf>,
-    /// JSON lines: text, or prompt and completion.
+    /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
+    /// template), or .txt (one text); .gz and .zst are unpacked.
     #[arg(long)]
     data: PathBuf,
     /// Folder of the result, a bank (a folder a candidate) or with --student a checkpoint; must not exist.
@@ -87,7 +88,8 @@ struct KdArgs {
     /// Hybrid checkpoint folder to start from.
     #[arg(long)]
     student: PathBuf,
-    /// JSON lines: text, or prompt and completion.
+    /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
+    /// template), or .txt (one text); .gz and .zst are unpacked.
     #[arg(long)]
     data: PathBuf,
     /// Folder of the result, a checkpoint; must not exist.
@@ -105,7 +107,7 @@ struct DpoArgs {
     /// Checkpoint folder to start from.
     #[arg(long)]
     student: PathBuf,
-    /// JSON lines of prompt, chosen and rejected.
+    /// Pairs: JSON lines, a JSON list or parquet of prompt, chosen and rejected, strings or messages; .gz and .zst are unpacked.
     #[arg(long)]
     data: PathBuf,
     /// Folder of the result, a checkpoint; must not exist.

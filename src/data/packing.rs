@@ -7,7 +7,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{Tokenizer, read_texts};
+use super::{Tokenizer, texts};
 use crate::hash::Hash;
 use crate::op::Documents;
 use crate::{Error, Result};
@@ -80,24 +80,14 @@ pub struct Batch {
 }
 
 impl Corpus {
-    /// Reads JSON lines and tokenises each text.
+    /// Reads a file of texts and tokenises each.
     ///
     /// # Errors
-    /// Names the line that cannot be used.
+    /// Names the record that cannot be used.
     pub fn load(path: &Path, tokenizer: &Tokenizer, packing: Packing) -> Result<Self> {
         let mut corpus = Self::empty();
-        for example in read_texts(path)? {
-            if example.prompt == 0 {
-                let ids = tokenizer.encode(&example.text)?;
-                corpus.push(ids.into_iter().map(|id| (id, true)), packing);
-            } else {
-                let ids = tokenizer.encode_with_offsets(&example.text)?;
-                // A token across the border holds the completion's beginning.
-                let learned = ids
-                    .into_iter()
-                    .map(|(id, at)| (id, at.end > example.prompt));
-                corpus.push(learned, packing);
-            }
+        for text in texts(path, tokenizer)? {
+            corpus.push(text?.tokens(tokenizer)?.into_iter(), packing);
         }
         Ok(corpus)
     }

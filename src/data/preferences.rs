@@ -1,18 +1,21 @@
-//! Preference pairs: a prompt, the answer that was chosen, and the one that was rejected (TRL's standard
-//! format: `prompt`, `chosen`, `rejected` strings).
+//! Preference pairs: a prompt, the answer that was chosen, and the one that was rejected (TRL's formats: `prompt`, `chosen`, `rejected` are
+//! strings, or lists of messages; without a `prompt` it is what both conversations begin with).
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::Tokenizer;
-use super::jsonl::read_lines;
+use super::chat::ChatTemplate;
 use super::packing::{Batch, Batches, shuffled};
+use super::records::Records;
+use super::text::{conversation, template_of};
 use crate::hash::Hash;
 use crate::op::Documents;
 use crate::{Error, Result};
 
-/// One line of a preference file.
+/// One record of a preference file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Preference {
     pub prompt: String,
@@ -36,7 +39,7 @@ pub struct Preferences {
 }
 
 impl Preferences {
-    /// Reads JSON lines. Each answer ends with the tokenizer's first end token, if it has one. Of a prompt the last
+    /// Each answer ends with the tokenizer's first end token, if it has one and no template has written the end. Of a prompt the last
     /// `max_prompt` tokens are kept (TRL's `max_prompt_length`); a pair that is still longer than `max_length`
     /// tokens loses more of its prompt's beginning, then the end of its answer.
     ///
@@ -48,32 +51,38 @@ impl Preferences {
         max_prompt: usize,
         max_length: usize,
     ) -> Result<Self> {
-        const WANTED: &str = "a JSON object with \"prompt\", \"chosen\" and \"rejected\" strings";
+        const WANTED: &str = "a JSON object with \"prompt\", \"chosen\" and \"rejected\", strings or lists of messages";
         if max_length < 2 {
             return Err(Error::invalid(format!(
                 "max_length {max_length} has no room for a prompt and an answer"
             )));
         }
-        let lines: Vec<Preference> = read_lines(path, WANTED)?;
-        let pairs = lines.iter().enumerate().map(|(i, line)| {
-            let wrong = |message: &str| Error::Line {
-                path: path.to_owned(),
-                line: i + 1,
-                message: message.into(),
+        let mut records = Records::open(path, WANTED)?;
+        let (mut template, mut pairs) = (None, Vec::new());
+        while let Some(record) = records.next().transpose()? {
+            let pair = || -> Result<[Answer; 2]> {
+                let (line, templated) = match record["chosen"].is_array() {
+                    true => (templated(&record, tokenizer, &mut template)?, true),
+                    false => {
+                        let line = serde_json::from_value(record.clone());
+                        let line =
+                            line.map_err(|e| Error::invalid(format!("not {WANTED}: {e}")))?;
+                        (line, false)
+                    }
+                };
+                if line.chosen.is_empty() || line.rejected.is_empty() {
+                    return Err(Error::invalid("an empty answer"));
+                }
+                if line.chosen == line.rejected {
+                    return Err(Error::invalid("the chosen answer is the rejected one"));
+                }
+                let lengths = (max_prompt, max_length);
+                let answer = |text| Answer::new(tokenizer, &line.prompt, text, templated, lengths);
+                Ok([answer(&line.chosen)?, answer(&line.rejected)?])
             };
-            if line.chosen.is_empty() || line.rejected.is_empty() {
-                return Err(wrong("an empty answer"));
-            }
-            if line.chosen == line.rejected {
-                return Err(wrong("the chosen answer is the rejected one"));
-            }
-            let answer =
-                |text: &str| Answer::new(tokenizer, &line.prompt, text, (max_prompt, max_length));
-            Ok([answer(&line.chosen)?, answer(&line.rejected)?])
-        });
-        Ok(Self {
-            pairs: pairs.collect::<Result<_>>()?,
-        })
+            pairs.push({ pair }().map_err(|e| records.wrong(e.to_string()))?);
+        }
+        Ok(Self { pairs })
     }
 
     /// Pairs.
@@ -113,22 +122,65 @@ impl Preferences {
     }
 }
 
+/// Conversations as the template writes them: what both begin with, and how each ends.
+fn templated(
+    record: &Value,
+    tokenizer: &Tokenizer,
+    template: &mut Option<ChatTemplate>,
+) -> Result<Preference> {
+    let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
+    let [prompt, mut chosen, mut rejected] = ["prompt", "chosen", "rejected"].map(list);
+    for (name, messages) in [("chosen", &chosen), ("rejected", &rejected)] {
+        if messages.is_empty() {
+            return Err(Error::invalid(format!("{name} is no list of messages")));
+        }
+    }
+    let mut asked = prompt;
+    if asked.is_empty() {
+        let same = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b);
+        let same = same.count().min(chosen.len().saturating_sub(1));
+        asked = chosen[..same].to_vec();
+        (chosen, rejected) = (
+            chosen.split_off(same),
+            rejected.split_off(same.min(rejected.len())),
+        );
+    }
+    let template = template_of(tokenizer, template)?;
+    let tools = &record["tools"];
+    let prompt = template.render_json(&Value::from(asked.clone()), tools, true)?;
+    let answer = |messages: Vec<Value>| {
+        let all = [asked.clone(), messages].concat();
+        let text = conversation(template, &all, tools, asked.len())?.text;
+        let answer = text.strip_prefix(&prompt).map(str::to_owned);
+        answer.ok_or_else(|| {
+            Error::invalid("the chat template writes the prompt otherwise when it is answered")
+        })
+    };
+    let (chosen, rejected) = (answer(chosen)?, answer(rejected)?);
+    Ok(Preference {
+        chosen,
+        rejected,
+        prompt,
+    })
+}
+
 impl Answer {
     fn new(
         tokenizer: &Tokenizer,
         prompt: &str,
         answer: &str,
+        templated: bool,
         (max_prompt, max_length): (usize, usize),
     ) -> Result<Self> {
         let text = format!("{prompt}{answer}");
-        let tokens = tokenizer.encode_with_offsets(&text)?;
+        let tokens = tokenizer.encode_with_offsets(&text, !templated)?;
         // A token across the border holds the answer's beginning.
         let mut from = tokens
             .iter()
             .take_while(|(_, at)| at.end <= prompt.len())
             .count();
         let mut ids: Vec<u32> = tokens.into_iter().map(|(id, _)| id).collect();
-        ids.extend(tokenizer.eos().first());
+        ids.extend(tokenizer.eos().first().filter(|_| !templated));
         // One token stays before the answer, so that its first can be predicted.
         let too_long = from.saturating_sub(max_prompt);
         let cut = (ids.len().saturating_sub(max_length))
@@ -217,6 +269,41 @@ mod tests {
             expected.extend(tokenizer.eos().first());
             assert_eq!(learned, expected);
         }
+    }
+
+    #[test]
+    fn pairs_of_messages_are_written_by_the_template() {
+        let folder = tempfile::tempdir().unwrap();
+        stories::write_tokenizer(folder.path()).unwrap();
+        let template = "{% for m in messages %}{{ m.content }} {% endfor %}";
+        std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let path = folder.path().join("pairs.jsonl");
+        let said = |role: &str, text: &str| format!(r#"{{"role":"{role}","content":"{text}"}}"#);
+        let (user, good, bad) = (
+            said("user", "Tom had a"),
+            said("assistant", "ball."),
+            said("assistant", "kite."),
+        );
+        let apart = format!(r#"{{"prompt":[{user}],"chosen":[{good}],"rejected":[{bad}]}}"#);
+        let whole = format!(r#"{{"chosen":[{user},{good}],"rejected":[{user},{bad}]}}"#);
+        std::fs::write(&path, [apart, whole].join("\n")).unwrap();
+        let pairs = Preferences::load(&path, &tokenizer, 100, 100).unwrap();
+        for pair in 0..2 {
+            let batch = pairs.rows(&[pair]);
+            let words = ["ball. ", "kite. "].map(|text| tokenizer.encode_plain(text).unwrap());
+            for (row, words) in words.iter().enumerate() {
+                let places = row * batch.len..(row + 1) * batch.len;
+                let learned = places.filter(|at| batch.mask[*at] == 1.0);
+                let learned: Vec<u32> = learned.map(|at| batch.targets[at]).collect();
+                let text = tokenizer.decode(&learned).unwrap();
+                assert_eq!(text.trim(), tokenizer.decode(words).unwrap().trim());
+            }
+        }
+        let same = r#"{"chosen":[{"role":"user","content":"a"}],"rejected":[{"role":"user","content":"a"}]}"#;
+        std::fs::write(&path, same).unwrap();
+        let said = Preferences::load(&path, &tokenizer, 100, 100).unwrap_err();
+        assert!(said.to_string().contains("line 1"), "{said}");
     }
 
     #[test]

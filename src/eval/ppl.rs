@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Batch, Tokenizer};
+use crate::data::{Batch, Text, Tokenizer};
 use crate::model::{LOGITS, Lm, pieces};
 use crate::op::loss::cross_entropy;
 use crate::watch::Watch;
@@ -50,7 +50,7 @@ struct Window {
 pub fn ppl(
     lm: &Lm,
     tokenizer: &Tokenizer,
-    texts: &[String],
+    texts: &[Text],
     mode: PplMode,
     (window, stride): (usize, usize),
     batch_tokens: usize,
@@ -61,7 +61,10 @@ pub fn ppl(
             "windows of {window} tokens every {stride}: a window needs two tokens, and a stride below it"
         )));
     }
-    let ids = texts.iter().map(|text| tokenizer.encode(text));
+    let ids = texts.iter().map(|text| {
+        let tokens = text.tokens(tokenizer)?;
+        Ok(tokens.into_iter().map(|(id, _)| id).collect::<Vec<u32>>())
+    });
     let ids = ids.collect::<Result<Vec<_>>>()?;
     let streams = match mode {
         PplMode::Documents => ids,
@@ -98,8 +101,9 @@ pub fn ppl(
             "the text has no token with another before it",
         ));
     }
-    let bytes: usize = texts.iter().map(String::len).sum();
-    let words: usize = texts.iter().map(|t| t.split_whitespace().count()).sum();
+    let bytes: usize = texts.iter().map(|t| t.text.len()).sum();
+    let words = texts.iter().map(|t| t.text.split_whitespace().count());
+    let words: usize = words.sum();
     Ok(PplReport {
         perplexity: (sum / tokens as f64).exp(),
         bits_per_byte: sum / bytes as f64 / std::f64::consts::LN_2,
@@ -154,14 +158,15 @@ mod tests {
         let lm = lm.model(&crate::weights::Place::cpu()).unwrap();
         let tokenizer = Tokenizer::open(folder).unwrap();
         let texts = [
-            "Tom had a red ball. Mia had a blue kite. Tom loved the red ball.".to_owned(),
-            "Mia had a drum.".to_owned(),
+            "Tom had a red ball. Mia had a blue kite. Tom loved the red ball.",
+            "Mia had a drum.",
         ];
+        let documents = texts.map(|text| Text::whole(text.to_owned()));
         let run = |mode, window, stride, batch| {
             ppl(
                 &lm,
                 &tokenizer,
-                &texts,
+                &documents,
                 mode,
                 (window, stride),
                 batch,

@@ -1,7 +1,7 @@
 //! Answers of a given form: a JSON schema, a regular expression or a grammar, held to token by token (`llguidance`).
 
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use llguidance::api::TopLevelGrammar;
 use llguidance::panic_utils::catch_unwind;
@@ -43,6 +43,8 @@ const WHITESPACE: &str = r" |\n[ \t]{0,32}";
 /// Makes constraints for the answers of one tokenizer.
 pub(super) struct Constraints {
     factory: ParserFactory,
+    /// Most requests ask for what the one before asked for.
+    last: Mutex<Option<(Format, Constraint)>>,
 }
 
 impl Constraints {
@@ -71,7 +73,10 @@ impl Constraints {
             let mut factory = ParserFactory::new_simple(&environment)?;
             factory.quiet();
             factory.limits_mut().verbose_errors = false;
-            Ok(Self { factory })
+            Ok(Self {
+                factory,
+                last: Mutex::new(None),
+            })
         };
         catch_unwind(AssertUnwindSafe(make)).map_err(failed)
     }
@@ -79,6 +84,12 @@ impl Constraints {
     /// # Errors
     /// A form that cannot be compiled.
     pub fn compile(&self, format: &Format) -> Result<Constraint> {
+        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((of, constraint)) = &*last
+            && of == format
+        {
+            return Ok(constraint.clone());
+        }
         let failed =
             |said: String| Error::invalid(format!("the {} cannot be used: {said}", format.name()));
         let make = || {
@@ -101,7 +112,11 @@ impl Constraints {
         let matcher = Matcher::new(Ok(parser));
         match matcher.get_error() {
             Some(said) => Err(failed(said)),
-            None => Ok(Constraint { matcher }),
+            None => {
+                let made = Constraint { matcher };
+                *last = Some((format.clone(), made.clone()));
+                Ok(made)
+            }
         }
     }
 }

@@ -52,6 +52,14 @@ impl Default for EngineOptions {
     }
 }
 
+impl EngineOptions {
+    /// Bytes for the caches and states of all sequences.
+    pub fn memory_limit(&self) -> usize {
+        self.cache_memory
+            .unwrap_or_else(|| runtime::free_memory().map_or(FALLBACK_MEMORY, |free| free / 2))
+    }
+}
+
 /// A model with its tokenizer, and memory for its sequences.
 pub struct Engine {
     pub decoder: Decoder,
@@ -105,10 +113,7 @@ impl Engine {
     pub fn with(lm: &Lm, tokenizer: Tokenizer, options: EngineOptions) -> Result<Self> {
         tokenizer.check(lm.config.vocab_size)?;
         let decoder = lm.decoder()?;
-        let limit = match options.cache_memory {
-            Some(bytes) => bytes,
-            None => runtime::free_memory().map_or(FALLBACK_MEMORY, |free| free / 2),
-        };
+        let limit = options.memory_limit();
         Ok(Self {
             pool: Pool::new(&decoder.keeps(), options.cache_type, limit, 1)?,
             decoder,

@@ -62,7 +62,7 @@ pub struct Finish {
     pub generation: Generation,
     /// Prompt and answer.
     pub tokens: Vec<u32>,
-    /// What has read all of them but the last.
+    /// What has read a beginning of them.
     pub memory: Memory,
     /// A stop text ended it: the tokens go on where the text has ended.
     pub stopped: bool,
@@ -118,8 +118,10 @@ struct Sequence {
     failed: Option<Error>,
 }
 
+/// Unread tokens beside which a sequence guesses; more, after wrong guesses, are read again first, so that they do not add up.
+const CLOSE: usize = 4;
 /// Unread tokens that are read beside any prompt: the last one, or what is read again after a wrong guess.
-const FEW: usize = speculation::MOST + 1;
+const FEW: usize = CLOSE + speculation::MOST;
 
 /// At a snapshot's border less than this is left of a prompt, so that the same prompt is read quickly the next time.
 const BORDER: usize = 64;
@@ -246,11 +248,10 @@ impl<'e> Scheduler<'e> {
         self.admit();
         // Passes that continue every sequence are alike, but for guesses.
         let even = self.engine.drafter.is_some() && self.running.iter().all(|s| s.is_continued());
-        if even && self.pace.pays(self.running.len()) {
-            self.guess()?;
-        }
+        let guesses = even && self.pace.pays(self.running.len());
+        let catching_up = guesses && self.guess()?;
         let counts = self.share_out()?;
-        let (sequences, drafted) = (self.running.len(), self.statistics.drafted);
+        let sequences = self.running.len();
         let tokens_before: usize = self.running.iter().map(|s| s.tokens.len()).sum();
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         let mut spans = Vec::new();
@@ -307,35 +308,40 @@ impl<'e> Scheduler<'e> {
             let rows = std::iter::once(first).chain(&mut rows);
             self.statistics.accepted += sequence.take_all(engine, rows, &mut events);
         }
-        if even {
-            let guessed = self.statistics.drafted > drafted;
+        // What reads something again does so because it has guessed.
+        let guesses = guesses || counts.iter().any(|count| *count > 1);
+        if even && !catching_up {
             let tokens: usize = self.running.iter().map(|s| s.tokens.len()).sum();
             let seconds = begun.elapsed().as_secs_f64();
             self.pace
-                .tell(sequences, tokens - tokens_before, guessed, seconds);
+                .tell(sequences, tokens - tokens_before, guesses, seconds);
         }
         self.running.extend(siblings);
         self.take_out(&mut events)?;
         Ok(events)
     }
 
-    /// Guesses at what follows each sequence.
-    fn guess(&mut self) -> Result<()> {
+    /// Guesses at what follows each sequence; whether the drafter had to catch up with a text.
+    fn guess(&mut self) -> Result<bool> {
         let engine = self.engine;
         let Some(drafter) = &engine.drafter else {
-            return Ok(());
+            return Ok(false);
         };
         let wants = self.running.iter_mut().filter_map(|s| {
-            Some(Want {
+            let draft = s.draft.as_mut()?;
+            draft.clear();
+            let close = s.tokens.len() - s.memory.len() <= CLOSE;
+            close.then(|| Want {
                 // The pass itself brings one more.
                 most: (s.most - s.so_far.completion_tokens).saturating_sub(1),
                 tokens: &s.tokens,
                 sampler: &s.sampler,
-                draft: s.draft.as_mut()?,
+                draft,
             })
         });
+        let vocab = engine.decoder.config.vocab_size;
         let chunk = engine.options.prefill_chunk;
-        drafter.guess(wants.collect(), chunk, &mut self.draft_reading)
+        drafter.guess(wants.collect(), vocab, chunk, &mut self.draft_reading)
     }
 
     /// Lets go of what is done.
@@ -447,7 +453,9 @@ impl Sequence {
 
     /// Its prompt has been read, and its answer but for the last few tokens.
     fn is_continued(&self) -> bool {
-        self.so_far.completion_tokens > 0 && self.tokens.len() - self.memory.len() <= FEW
+        self.so_far.completion_tokens > 0
+            && self.memory.len() >= self.border()
+            && self.tokens.len() - self.memory.len() <= FEW
     }
 
     /// Whether there is room for so many tokens more, and for the guesses, which are let go of where there is none.

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
-use crate::data::stories;
+use crate::data::{Records, stories};
 use crate::{Error, Result};
 
 /// A file of JSON lines, or `stories:SEED:COUNT`, which the program writes itself; with `#K/N` behind it every N-th line,
@@ -72,9 +72,16 @@ impl Text {
         let Some(Part { number, of }) = self.part else {
             return Ok(path);
         };
-        let text = std::fs::read_to_string(&path).map_err(Error::io("cannot read", &path))?;
-        let lines = text.lines().skip(number - 1).step_by(of);
-        let lines = lines.fold(String::new(), |all, line| all + line + "\n");
+        let records = Records::open(&path, "a JSON object")?;
+        let mut lines = String::new();
+        for (i, record) in records.enumerate() {
+            // What another part has must be whole too.
+            let record = record?;
+            if i % of == number - 1 {
+                lines += &record.to_string();
+                lines.push('\n');
+            }
+        }
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
         write(format!("part-{stem}-{number}-{of}"), lines)
     }

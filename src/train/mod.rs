@@ -95,6 +95,12 @@ pub fn train(
     let data = stage.data();
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
+    let device = stage.student().map(|student| student.lm.device().clone());
+    if config.optimizer == OptimizerConfig::Adamw8bit && device.is_some_and(|d| !d.is_cpu()) {
+        return Err(Error::invalid(
+            "optimizer adamw_8bit is for the CPU so far: choose adamw, or --device cpu",
+        ));
+    }
     let mut run = Run::open(&options.out, stage.key(config)?, options.force, stage)?;
     let mut recent: Vec<(u64, Duration)> = Vec::new();
     while run.step < steps {

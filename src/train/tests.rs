@@ -741,3 +741,39 @@ fn moments_of_8_bits_learn_and_go_on_as_those_in_full_do() {
     run(OptimizerName::Adamw8bit, "again", 4);
     assert_eq!(files(&setting.out("eight")), files(&setting.out("again")));
 }
+
+/// What is trained is what computes: the model that learns, its snapshot and the checkpoint that is written are one.
+#[test]
+fn the_model_that_learns_is_the_one_that_is_written() {
+    let setting = Setting::new();
+    let kinds = [LayerKind::Mamba2, LayerKind::MLA];
+    let config = KdConfig::default();
+    let kd = Kd::new(
+        teacher(),
+        "t".into(),
+        &student(kinds),
+        &[],
+        config,
+        &Place::cpu(),
+    );
+    let mut stage = Stage::Kd(Box::new(kd.unwrap()), &setting.corpus);
+    let train = TrainSettings {
+        lr: 0.05,
+        ..self::config(4)
+    };
+    let out = setting.out("learned");
+    setting.run(&mut stage, &train, &out, 0).unwrap();
+    let written = Checkpoint::open(&out)
+        .unwrap()
+        .model(&Place::cpu())
+        .unwrap();
+    let batch = setting.corpus.batch(3, 0, 2, 32).unwrap();
+    let ids = stage::ids(&batch, &Device::Cpu).unwrap();
+    let logits = |lm: &Lm| {
+        let logits = lm.forward(&ids, Some(&batch.documents)).unwrap();
+        logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let student = stage.student().unwrap();
+    assert_eq!(logits(&student.lm), logits(&written));
+    assert_eq!(logits(student.snapshot()), logits(&written));
+}

@@ -8,6 +8,11 @@ use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::generate::{Drafter, Engine, EngineOptions};
+use crate::mixer::Pool;
+use crate::model::Lm;
+
+/// Tokens of a text by which memory is shared out.
+const TEXT: usize = 1024;
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct EngineArg {
@@ -28,23 +33,34 @@ impl EngineArg {
         let place = self.device.place()?;
         let tokenizer = Tokenizer::open(checkpoint)?;
         let lm = Checkpoint::open(checkpoint)?.model(&place)?;
-        let options = EngineOptions {
+        let mut options = EngineOptions {
             cache_type: self.memory.cache_type,
             cache_memory: self.memory.cache_memory,
             ..EngineOptions::default()
         };
-        let mut engine = Engine::with(&lm, tokenizer, options)?;
-        engine.drafter = match self.draft.as_deref() {
-            None => None,
-            Some("ngram") => Some(Drafter::Ngrams),
+        let mut drafter = None;
+        match self.draft.as_deref() {
+            None => {}
+            Some("ngram") => drafter = Some(Drafter::Ngrams),
             Some(path) => {
                 let path = Path::new(path);
                 let own = Tokenizer::open(path)?;
-                let lm = Checkpoint::open(path)?.model(&place)?;
-                let (kind, limit) = (engine.pool.kind(), engine.pool.limit());
-                Some(Drafter::model(&lm, &own, &engine.tokenizer, kind, limit)?)
+                let draft = Checkpoint::open(path)?.model(&place)?;
+                // What both remember of a token shares the memory.
+                let limit = options.memory_limit();
+                let bytes = |lm: &Lm| -> Result<usize> {
+                    let keeps = lm.decoder()?.keeps();
+                    Ok(Pool::new(&keeps, options.cache_type, usize::MAX, 1)?.bytes(TEXT))
+                };
+                let (model, guesser) = (bytes(&lm)?, bytes(&draft)?);
+                let part = (limit as f64 * guesser as f64 / (model + guesser) as f64) as usize;
+                options.cache_memory = Some(limit - part);
+                let kind = options.cache_type;
+                drafter = Some(Drafter::model(&draft, &own, &tokenizer, kind, part)?);
             }
-        };
+        }
+        let mut engine = Engine::with(&lm, tokenizer, options)?;
+        engine.drafter = drafter;
         Ok(engine)
     }
 }

@@ -15,7 +15,7 @@ pub struct InitArgs {
     #[arg(long, value_enum, default_value = "refined")]
     init: InitName,
     /// Text that the refined initialisation is fitted to, and that ranks and the report are measured on:
-    /// JSON lines [train: --data].
+    /// Texts [train: --data].
     #[arg(long)]
     calibration: Option<PathBuf>,
     #[command(flatten)]

@@ -29,7 +29,7 @@ pub struct Story {
 impl Story {
     /// The story's tokens, and the index of the token that is each answer.
     pub fn encode(&self, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<usize>)> {
-        let tokens = tokenizer.encode_with_offsets(&self.text)?;
+        let tokens = tokenizer.encode_with_offsets(&self.text, true)?;
         let index = |start: usize| {
             tokens
                 .iter()

@@ -1,9 +1,11 @@
 //! The checkpoint's own tokenizer, as Hugging Face `tokenizers` runs it.
 
-use std::{fs, io, ops::Range, path::Path, sync::Arc};
+use std::path::{Path, PathBuf};
+use std::{fs, io, ops::Range, sync::Arc};
 
 use serde_json::Value;
 
+use super::chat::ChatTemplate;
 use crate::gguf::{self, Gguf};
 use crate::hash::Hash;
 use crate::{Error, Result};
@@ -15,6 +17,8 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Vec<u32>,
     hash: Hash,
+    /// The checkpoint that it came with.
+    source: Option<PathBuf>,
 }
 
 impl Tokenizer {
@@ -26,7 +30,10 @@ impl Tokenizer {
     /// A missing or garbled file, and an id outside the vocabulary, by file and field.
     pub fn open(folder: &Path) -> Result<Self> {
         if Gguf::is_named(folder) {
-            return Self::of_gguf(&Gguf::open(folder)?);
+            return Ok(Self {
+                source: Some(folder.to_owned()),
+                ..Self::of_gguf(&Gguf::open(folder)?)?
+            });
         }
         let path = folder.join("tokenizer.json");
         let bytes = fs::read(&path).map_err(|e| match e.kind() {
@@ -38,6 +45,7 @@ impl Tokenizer {
         })?;
         let mut tokenizer = Self::from_json(&bytes)
             .map_err(|e| Error::file(&path, format!("{e}: fetch or save the file again")))?;
+        tokenizer.source = Some(folder.to_owned());
         for name in ["generation_config.json", "config.json"] {
             let path = folder.join(name);
             if let Some(json) = read_optional(&path)? {
@@ -103,6 +111,7 @@ impl Tokenizer {
             bos: None,
             eos: Vec::new(),
             hash: Hash::of(json),
+            source: None,
         })
     }
 
@@ -121,10 +130,14 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// [`encode`](Self::encode), each id with the bytes of `text` it stands for (empty for a token that
-    /// was added).
-    pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = self.inner.encode(text, true).map_err(failed)?;
+    /// [`encode`](Self::encode) (or, without `special`, [`encode_plain`](Self::encode_plain)), each id with the bytes of `text` it stands
+    /// for (empty for a token that was added).
+    pub fn encode_with_offsets(
+        &self,
+        text: &str,
+        special: bool,
+    ) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = self.inner.encode(text, special).map_err(failed)?;
         let offsets = encoding
             .get_offsets()
             .iter()
@@ -176,6 +189,17 @@ impl Tokenizer {
     /// Whether every id means the same token to both.
     pub fn same_tokens(&self, other: &Self) -> bool {
         self.hash == other.hash || self.inner.get_vocab(true) == other.inner.get_vocab(true)
+    }
+
+    /// The chat template of the checkpoint that it came with, if that has one.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::open`].
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        match &self.source {
+            Some(path) => ChatTemplate::open(path),
+            None => Ok(None),
+        }
     }
 
     /// The token that begins a text.

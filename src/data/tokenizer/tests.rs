@@ -54,7 +54,7 @@ fn encode_adds_bos_and_ignores_truncation() {
     assert_eq!(tokenizer.encode("ab ab").unwrap(), [1, 7, 7]);
     assert_eq!(tokenizer.encode_plain("ab").unwrap(), [7]);
     assert_eq!(tokenizer.encode("a a a a a a a").unwrap().len(), 8);
-    let offsets = tokenizer.encode_with_offsets("ab ab").unwrap();
+    let offsets = tokenizer.encode_with_offsets("ab ab", true).unwrap();
     assert_eq!(offsets, [(1, 0..0), (7, 0..2), (7, 2..5)]);
 }
 

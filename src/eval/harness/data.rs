@@ -3,11 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
 use super::hub::Hub;
-use crate::data::read_lines;
+use crate::data::read_records;
 use crate::eval::task::Task;
 use crate::hash::Hash;
 use crate::{Error, Result};
@@ -54,10 +53,7 @@ impl Dataset {
         for file in &files {
             let bytes = fs::read(file).map_err(Error::io("cannot read", file))?;
             hash = hash.with(&bytes);
-            match file.extension().is_some_and(|e| e == "parquet") {
-                true => rows.extend(read_parquet(file)?),
-                false => rows.extend(read_lines::<Value>(file, "a JSON object")?),
-            }
+            rows.extend(read_records::<Value>(file, "a JSON object")?);
         }
         if rows.is_empty() {
             return Err(Error::invalid(format!(
@@ -123,16 +119,6 @@ fn files(folder: &Path, task: &Task, split: &str) -> Result<Vec<PathBuf>> {
             ),
         )),
     }
-}
-
-fn read_parquet(path: &Path) -> Result<Vec<Value>> {
-    let file = fs::File::open(path).map_err(Error::io("cannot read", path))?;
-    let reader = SerializedFileReader::new(file).map_err(|e| Error::file(path, e))?;
-    let rows = reader
-        .get_row_iter(None)
-        .map_err(|e| Error::file(path, e))?;
-    rows.map(|row| Ok(row.map_err(|e| Error::file(path, e))?.to_json_value()))
-        .collect()
 }
 
 /// Data files of a folder whose names begin so, sorted.

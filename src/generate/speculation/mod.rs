@@ -62,16 +62,18 @@ impl Drafter {
         }
     }
 
-    /// Guesses for all who want some; none where there is no room.
+    /// Guesses for all who want some, among the model's `vocab` words; none where there is no room. Whether the drafter had to catch up
+    /// with a text, whose time tells nothing of what guesses cost.
     ///
     /// # Errors
-    /// A token outside of the draft model's vocabulary.
+    /// Those of [`Decoder::read`].
     pub(super) fn guess(
         &self,
         wants: Vec<Want>,
+        vocab: usize,
         chunk: usize,
         reading: &mut Reading,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         match self {
             Self::Ngrams => {
                 for want in wants {
@@ -80,9 +82,9 @@ impl Drafter {
                         want.draft.tokens = ngrams.follow(want.tokens, most);
                     }
                 }
-                Ok(())
+                Ok(false)
             }
-            Self::Model(model) => model.guess(wants, chunk, reading),
+            Self::Model(model) => model.guess(wants, vocab, chunk, reading),
         }
     }
 }
@@ -91,6 +93,8 @@ impl Drafter {
 const FIRST: usize = 4;
 /// At most.
 pub(super) const MOST: usize = 8;
+/// Unread tokens that a drafter has at most, unless a text is new to it.
+const CLOSE: usize = MOST + 1;
 
 /// A sequence's guesses.
 #[derive(Clone)]
@@ -119,6 +123,11 @@ impl Draft {
         self.tokens.clear();
     }
 
+    /// No guesses for the next pass.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+    }
+
     /// Lets go of what it remembers.
     pub fn forget(&mut self, drafter: &Drafter) {
         *self = drafter.draft();
@@ -139,11 +148,21 @@ struct Guessing<'a> {
     /// Of the sequence and the guesses read so far.
     memory: Memory,
     most: usize,
+    /// Of the model that is guessed for.
+    vocab: usize,
     draft: &'a mut Vec<u32>,
 }
 
 impl DraftModel {
-    fn guess(&self, wants: Vec<Want>, chunk: usize, reading: &mut Reading) -> Result<()> {
+    fn guess(
+        &self,
+        wants: Vec<Want>,
+        vocab: usize,
+        chunk: usize,
+        reading: &mut Reading,
+    ) -> Result<bool> {
+        let mut behind = false;
+        let own_vocab = self.decoder.config.vocab_size;
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         let (mut spans, mut guessing) = (Vec::new(), Vec::new());
         for Want {
@@ -156,7 +175,13 @@ impl DraftModel {
             let Source::Model(memory) = &mut draft.source else {
                 continue;
             };
-            let unread = all.len() - memory.len();
+            let unread = &all[memory.len()..];
+            // A model may have rows that the other's padding lacks.
+            if unread.is_empty() || unread.iter().any(|token| *token as usize >= own_vocab) {
+                continue;
+            }
+            let unread = unread.len();
+            behind |= unread > CLOSE;
             // A long prompt is caught up with piece by piece, before there are guesses.
             let count = unread.min(chunk.max(1));
             if memory.reserve(count).is_err() {
@@ -181,17 +206,17 @@ impl DraftModel {
             }
         }
         if tokens.is_empty() {
-            return Ok(());
+            return Ok(behind);
         }
-        let vocab = self.decoder.config.vocab_size;
         let logits = self.decoder.read(&tokens, &mut spans, &wanted, reading)?;
-        let guessing = guessing.into_iter().zip(logits.chunks_exact_mut(vocab));
+        let guessing = guessing.into_iter().zip(logits.chunks_exact_mut(own_vocab));
         let mut guessing: Vec<Guessing> = guessing
             .filter_map(|((span, sampler, most, draft), logits)| {
                 let mut guessing = Guessing {
                     sampler: sampler.to_guess(),
                     memory: spans[span].memory.clone(),
                     most,
+                    vocab,
                     draft,
                 };
                 guessing.take(logits).then_some(guessing)
@@ -199,6 +224,9 @@ impl DraftModel {
             .collect();
         while !guessing.is_empty() {
             guessing.retain_mut(|g| g.memory.reserve(1).is_ok());
+            if guessing.is_empty() {
+                break;
+            }
             let tokens: Vec<u32> = guessing
                 .iter()
                 .filter_map(|g| g.draft.last().copied())
@@ -212,10 +240,10 @@ impl DraftModel {
                 })
                 .collect();
             let logits = self.decoder.read(&tokens, &mut spans, &wanted, reading)?;
-            let mut rows = logits.chunks_exact_mut(vocab);
+            let mut rows = logits.chunks_exact_mut(own_vocab);
             guessing.retain_mut(|g| rows.next().is_some_and(|row| g.take(row)));
         }
-        Ok(())
+        Ok(behind)
     }
 }
 
@@ -226,6 +254,9 @@ impl Guessing<'_> {
         let Ok(drawn) = self.sampler.sample(logits) else {
             return false;
         };
+        if drawn.token as usize >= self.vocab {
+            return false;
+        }
         self.draft.push(drawn.token);
         self.draft.len() < self.most && !drawn.last
     }

@@ -35,7 +35,7 @@ impl Mamba2 {
             dt_proj: self.dt_proj.stored()?,
             taps: entries(&self.conv_weight.t()?)?,
             bias: entries(&self.conv_bias)?,
-            params: entries(&self.params)?,
+            params: entries(&self.params()?)?,
             norm: entries(&self.norm)?,
             out_proj: self.out_proj.stored()?,
         })

@@ -184,8 +184,8 @@ pub struct Mamba2 {
     dt_proj: Matrix,
     conv_weight: Tensor,
     conv_bias: Tensor,
-    /// `A_log`, `dt_bias`, `D`, `[3, H]`.
-    params: Tensor,
+    /// `A_log`, `dt_bias`, `D`, `[H]` each: apart, as they are trained.
+    per_head: [Tensor; 3],
     norm: Tensor,
     out_proj: Matrix,
 }
@@ -195,24 +195,27 @@ impl Mamba2 {
         let in_proj = weights.matrix("in_proj.weight")?;
         let (di, h) = (c.d_inner(), c.num_heads);
         let xbc: usize = c.widths().iter().sum();
-        let per_head = ["A_log", "dt_bias", "D"].map(|name| weights.get(name));
-        let [a_log, dt_bias, d] = per_head;
+        let [a_log, dt_bias, d] = ["A_log", "dt_bias", "D"].map(|name| weights.get(name));
         Ok(Self {
             z_proj: in_proj.rows(0, di)?,
             xbc_proj: in_proj.rows(di, xbc)?,
             dt_proj: in_proj.rows(di + xbc, h)?,
             conv_weight: weights.get("conv1d.weight")?.squeeze(1)?,
             conv_bias: weights.get("conv1d.bias")?,
-            params: Tensor::stack(&[&a_log?, &dt_bias?, &d?], 0)?.to_dtype(
-                match in_proj.dtype() {
-                    DType::F64 => DType::F64,
-                    _ => DType::F32,
-                },
-            )?,
+            per_head: [a_log?, dt_bias?, d?],
             norm: weights.get("norm.weight")?,
             out_proj: weights.matrix("out_proj.weight")?,
             config: c.clone(),
         })
+    }
+
+    /// `A_log`, `dt_bias`, `D` as they are now, `[3, H]`; in f32 unless the model is in f64.
+    fn params(&self) -> Result<Tensor> {
+        let dtype = match self.z_proj.dtype() {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        Ok(Tensor::stack(&self.per_head, 0)?.to_dtype(dtype)?)
     }
 
     /// x, B and C before the convolution, `[B, T, C]`.
@@ -253,9 +256,10 @@ impl Mamba2 {
         let xbc = self.project(u)?;
         let xbc = causal_conv(&xbc, &self.conv_weight, &self.conv_bias, true, documents)?;
         let dt = linear(u, &self.dt_proj)?;
-        let dtype = self.params.dtype();
+        let params = self.params()?;
+        let dtype = params.dtype();
         let (xbc, dt) = (xbc.to_dtype(dtype)?, dt.to_dtype(dtype)?);
-        let y = ssd(&xbc, &dt, &self.params, self.config.ssd_shape(), documents)?;
+        let y = ssd(&xbc, &dt, &params, self.config.ssd_shape(), documents)?;
         self.output(u, &y)
     }
 }

@@ -8,6 +8,8 @@ use crate::op::isa::vectorised;
 
 /// Entries that share a scale.
 pub const BLOCK: usize = 256;
+/// Sums and maxima are kept in so many.
+const LANES: usize = 16;
 /// Blocks a task: fixed, so that a step does not depend on the threads.
 const TASK: usize = 64;
 
@@ -134,30 +136,57 @@ pub fn adamw_8bit_step(
                     .zip(first_scales.iter_mut().zip(second_scales));
                 for (((param, grad), (first, second)), (first_scale, second_scale)) in blocks {
                     let count = param.len();
+                    // Whole blocks of a known length are what vectors are made of.
+                    let (mut p, mut g) = ([0f32; BLOCK], [0f32; BLOCK]);
+                    p[..count].copy_from_slice(param);
+                    g[..count].copy_from_slice(grad);
                     let (mut m, mut v) = ([0f32; BLOCK], [0f32; BLOCK]);
-                    let (mut most_m, mut most_v) = (0f32, 0f32);
                     for i in 0..count {
-                        let g = grad[i] * grad_scale;
-                        m[i] =
-                            betas[0] * first_table[first[i] as usize] * *first_scale + rests[0] * g;
-                        v[i] = betas[1] * second_table[second[i] as usize] * *second_scale
-                            + rests[1] * g * g;
+                        m[i] = first_table[first[i] as usize];
+                        v[i] = second_table[second[i] as usize];
                     }
-                    for i in 0..count {
-                        most_m = most_m.max(m[i].abs());
-                        most_v = most_v.max(v[i]);
+                    let (m_scale, v_scale) = (*first_scale, *second_scale);
+                    let (mut most_m, mut most_v) = ([0f32; LANES], [0f32; LANES]);
+                    for i in 0..BLOCK {
+                        let g = g[i] * grad_scale;
+                        m[i] = betas[0] * (m[i] * m_scale) + rests[0] * g;
+                        v[i] = betas[1] * (v[i] * v_scale) + rests[1] * g * g;
                         let deviation = v[i].sqrt() * factors.deviation + factors.eps;
-                        param[i] = factors.keep * param[i] - factors.rate * m[i] / deviation;
+                        p[i] = factors.keep * p[i] - factors.rate * m[i] / deviation;
                     }
-                    *first_scale = scale(most_m, first_table, 127);
-                    *second_scale = scale(most_v, second_table, 255);
+                    for (m, v) in m
+                        .as_chunks::<LANES>()
+                        .0
+                        .iter()
+                        .zip(v.as_chunks::<LANES>().0)
+                    {
+                        for l in 0..LANES {
+                            most_m[l] = most_m[l].max(m[l].abs());
+                            most_v[l] = most_v[l].max(v[l]);
+                        }
+                    }
+                    let most = |lanes: [f32; LANES]| lanes.iter().fold(0f32, |a, b| a.max(*b));
+                    *first_scale = scale(most(most_m), first_table, 127);
+                    *second_scale = scale(most(most_v), second_table, 255);
                     let inverse = |scale: f32| if scale > 0. { 1. / scale } else { 0. };
                     let (inverse_m, inverse_v) = (inverse(*first_scale), inverse(*second_scale));
-                    for i in 0..count {
-                        let sign = if m[i] < 0. { 128 } else { 0 };
-                        first[i] = (encoded(m[i].abs() * inverse_m, SIGNED) | sign) as u8;
-                        second[i] = encoded(v[i] * inverse_v, UNSIGNED) as u8;
+                    let mut codes = [0u32; BLOCK];
+                    for i in 0..BLOCK {
+                        let sign = (m[i].to_bits() >> 31) << SIGNED;
+                        codes[i] = encoded(m[i].abs() * inverse_m, SIGNED) | sign;
                     }
+                    first
+                        .iter_mut()
+                        .zip(&codes)
+                        .for_each(|(to, code)| *to = *code as u8);
+                    for i in 0..BLOCK {
+                        codes[i] = encoded(v[i] * inverse_v, UNSIGNED);
+                    }
+                    second
+                        .iter_mut()
+                        .zip(&codes)
+                        .for_each(|(to, code)| *to = *code as u8);
+                    param.copy_from_slice(&p[..count]);
                 }
             })
         },

@@ -25,6 +25,8 @@ pub struct Student {
     weights: Weights,
     /// Whether activations are computed anew on the way back; none: where they would not fit.
     pub checkpointing: Option<bool>,
+    /// Tokens of the largest batch that fitted without.
+    fitting: usize,
     /// Of a model, there at once.
     pub(in crate::train) logits: usize,
 }
@@ -83,6 +85,7 @@ impl Student {
             params,
             weights,
             checkpointing: None,
+            fitting: 0,
             logits: LOGITS,
         })
     }
@@ -114,9 +117,7 @@ impl Student {
     ) -> Result<Pass> {
         let laps = Laps::new();
         let count = self.lm.layers.len();
-        let needed = activation_bytes(&self.lm.config, ids.elem_count());
-        let short = || free_memory().is_some_and(|free| needed > free / 2);
-        let checkpointing = *self.checkpointing.get_or_insert_with(short);
+        let checkpointing = self.is_short(ids.elem_count());
         let together = if checkpointing { 1 } else { count };
         let (lm, plain) = (&self.lm, &self.plain);
         let embedded = self.params.is_trained(EMBEDDING);
@@ -152,6 +153,22 @@ impl Student {
             last,
             laps,
         })
+    }
+
+    /// Whether activations of so many tokens are to be computed anew. Asked of the system only for more tokens than ever: what a pass has
+    /// freed the allocator keeps for the next.
+    fn is_short(&mut self, tokens: usize) -> bool {
+        if let Some(asked) = self.checkpointing {
+            return asked;
+        }
+        if tokens > self.fitting {
+            let needed = activation_bytes(&self.lm.config, tokens);
+            if free_memory().is_some_and(|free| needed > free / 2) {
+                return true;
+            }
+            self.fitting = tokens;
+        }
+        false
     }
 
     /// The logits of a pass, some rows of `B·T` at a time, in their order.
@@ -193,7 +210,8 @@ impl Student {
             // Its gradient by the output is `dout`.
             let grads = (output * dout)?.sum_all()?.backward()?;
             params.add(&grads)?;
-            Ok(grads.get(input).cloned())
+            // Off the CPU candle's gradients have graphs of their own.
+            Ok(grads.get(input).map(Tensor::detach))
         };
         let mut dx = down(&normed, &dnormed.reshape(normed.shape())?, &last)?;
         drop((normed, last));
@@ -258,7 +276,7 @@ impl Student {
             }
             let grads = total.map(|total| total.backward()).transpose()?;
             let dlogits = match grads.and_then(|mut grads| grads.remove(&logits)) {
-                Some(dlogits) => dlogits,
+                Some(dlogits) => dlogits.detach(),
                 None => logits.zeros_like()?,
             };
             drop(logits);

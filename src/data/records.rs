@@ -1,0 +1,297 @@
+//! Records of a data file: JSON lines, a JSON list, parquet or plain text, as they are or packed by gzip or zstd. One is read after the
+//! other; a file is never in memory whole unless it is a list, or one text.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use parquet::file::reader::SerializedFileReader;
+use parquet::record::reader::RowIter;
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::{Error, Result};
+
+/// The records of a file, in their order.
+pub struct Records {
+    path: PathBuf,
+    /// Records so far; lines are counted too when they are empty.
+    number: usize,
+    source: Source,
+    /// What is wrong with a record.
+    wanted: String,
+}
+
+enum Source {
+    Lines(Box<dyn BufRead>),
+    List(std::vec::IntoIter<Value>),
+    Parquet(RowIter<'static>),
+    Nothing,
+}
+
+impl Records {
+    /// By the file's name: `.parquet`, `.txt` (one record with the whole as `text`), `.json` (a list, or lines), else JSON lines; `.gz`
+    /// and `.zst` behind any of these but parquet. `wanted` says in messages what a record should be.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is empty, or is not what its name says.
+    pub fn open(path: &Path, wanted: &str) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("cannot read", path))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let mut name = name.to_lowercase();
+        let bad = |e: &dyn std::fmt::Display| Error::file(path, e.to_string());
+        let records = |source| Self {
+            path: path.to_owned(),
+            number: 0,
+            source,
+            wanted: wanted.to_owned(),
+        };
+        if name.ends_with(".parquet") {
+            let reader = SerializedFileReader::new(file).map_err(|e| bad(&e))?;
+            let rows = RowIter::from_file_into(Box::new(reader));
+            return Ok(records(Source::Parquet(rows)));
+        }
+        if name.ends_with(".arrow") || name.ends_with(".feather") {
+            return Err(bad(&"arrow files are not read: save the data as parquet"));
+        }
+        let packed: Box<dyn Read> = match name.rsplit_once('.') {
+            Some((stem, "gz")) => {
+                name = stem.to_owned();
+                Box::new(flate2::read::MultiGzDecoder::new(file))
+            }
+            Some((stem, "zst" | "zstd")) => {
+                name = stem.to_owned();
+                Box::new(Zstd::Between(BufReader::new(file)))
+            }
+            _ => Box::new(file),
+        };
+        let mut reader = BufReader::with_capacity(1 << 18, packed);
+        let begin = reader.fill_buf();
+        let begin = begin.map_err(|e| bad(&format!("cannot be unpacked: {e}")))?;
+        if begin.is_empty() {
+            return Err(records(Source::Nothing).empty());
+        }
+        if name.ends_with(".txt") {
+            let mut text = String::new();
+            let read = reader.read_to_string(&mut text);
+            read.map_err(|e| bad(&format!("not a text: {e}")))?;
+            let whole = vec![json!({ "text": text })];
+            return Ok(records(Source::List(whole.into_iter())));
+        }
+        let list = begin.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
+        if name.ends_with(".json") && list {
+            let all: Vec<Value> = serde_json::from_reader(reader).map_err(|e| bad(&e))?;
+            return Ok(records(Source::List(all.into_iter())));
+        }
+        Ok(records(Source::Lines(Box::new(reader))))
+    }
+
+    /// Whether a file's name says that it holds records.
+    pub fn is_named(path: &Path) -> bool {
+        const ENDINGS: [&str; 7] = ["jsonl", "ndjson", "json", "parquet", "gz", "zst", "zstd"];
+        let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase());
+        ending.is_some_and(|ending| ENDINGS.contains(&ending.as_str()))
+    }
+
+    fn empty(&self) -> Error {
+        let message = format!("the file is empty; each line is to be {}", self.wanted);
+        Error::file(&self.path, message)
+    }
+
+    /// What is wrong with the record that came last.
+    pub fn wrong(&self, message: impl Into<String>) -> Error {
+        Error::Line {
+            path: self.path.clone(),
+            line: self.number,
+            message: message.into(),
+        }
+    }
+
+    fn line(&mut self) -> Result<Option<Value>> {
+        let Source::Lines(reader) = &mut self.source else {
+            return Ok(None);
+        };
+        let mut line = Vec::new();
+        let mut empty = None;
+        loop {
+            line.clear();
+            let read = reader.read_until(b'\n', &mut line);
+            let read =
+                read.map_err(|e| Error::file(&self.path, format!("cannot be unpacked: {e}")))?;
+            if read == 0 {
+                // Empty lines are allowed at the end only, and not alone.
+                return match self.number == empty.map_or(0, |(_, count)| count) {
+                    true => Err(self.empty()),
+                    false => Ok(None),
+                };
+            }
+            self.number += 1;
+            if !line.trim_ascii().is_empty() {
+                break;
+            }
+            let (first, count) = empty.unwrap_or((self.number, 0));
+            empty = Some((first, count + 1));
+        }
+        if let Some((first, _)) = empty {
+            self.number = first;
+            return Err(self.wrong("an empty line; give one JSON object a line"));
+        }
+        let text = std::str::from_utf8(&line).map_err(|e| self.wrong(format!("not UTF-8: {e}")))?;
+        let value = serde_json::from_str(text);
+        value
+            .map(Some)
+            .map_err(|e| self.wrong(format!("not {}: {e}", self.wanted)))
+    }
+
+    fn take(&mut self) -> Result<Option<Value>> {
+        let next = match &mut self.source {
+            Source::Lines(_) => return self.line(),
+            Source::List(all) => all.next(),
+            Source::Parquet(rows) => {
+                let row = rows.next().transpose();
+                let row = row.map_err(|e| {
+                    let said = format!("{e}; if it is packed by other than snappy, write it anew");
+                    Error::file(&self.path, said)
+                })?;
+                row.map(|row| row.to_json_value())
+            }
+            Source::Nothing => None,
+        };
+        self.number += 1;
+        match (&next, self.number) {
+            (None, 1) => Err(self.empty()),
+            _ => Ok(next),
+        }
+    }
+}
+
+impl Iterator for Records {
+    type Item = Result<Value>;
+
+    fn next(&mut self) -> Option<Result<Value>> {
+        let next = self.take().transpose();
+        if matches!(next, None | Some(Err(_))) {
+            self.source = Source::Nothing;
+            self.number = self.number.max(1);
+        }
+        next
+    }
+}
+
+/// A file packed by zstd: any number of frames, one after the other.
+enum Zstd {
+    Between(BufReader<File>),
+    Inside(Box<StreamingDecoder<BufReader<File>, FrameDecoder>>),
+    Ended,
+}
+
+impl Read for Zstd {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            match std::mem::replace(self, Self::Ended) {
+                Self::Ended => return Ok(0),
+                Self::Between(mut file) => {
+                    if file.fill_buf()?.is_empty() {
+                        return Ok(0);
+                    }
+                    let mut header = [0; 8];
+                    let magic = file.fill_buf()?.get(..4).and_then(|b| b.try_into().ok());
+                    let magic = magic.map_or(0, u32::from_le_bytes);
+                    if magic & !15 == SKIPPABLE {
+                        // Something else's, of the length that follows.
+                        file.read_exact(&mut header)?;
+                        let length = u32::from_le_bytes(header[4..].try_into().expect("four"));
+                        std::io::copy(&mut (&mut file).take(length.into()), &mut std::io::sink())?;
+                        *self = Self::Between(file);
+                        continue;
+                    }
+                    let decoder = StreamingDecoder::new(file).map_err(std::io::Error::other)?;
+                    *self = Self::Inside(Box::new(decoder));
+                }
+                Self::Inside(mut decoder) => {
+                    let read = decoder.read(to)?;
+                    if read == 0 && !to.is_empty() {
+                        *self = Self::Between(decoder.into_inner());
+                        continue;
+                    }
+                    *self = Self::Inside(decoder);
+                    return Ok(read);
+                }
+            }
+        }
+    }
+}
+
+/// First word of a frame that zstd passes over, but for its last four bits.
+const SKIPPABLE: u32 = 0x184D_2A50;
+
+/// All records of a file.
+///
+/// # Errors
+/// Names the file and the record (from 1) that is not what is `wanted`.
+pub fn read_records<T: DeserializeOwned>(path: &Path, wanted: &str) -> Result<Vec<T>> {
+    let mut records = Records::open(path, wanted)?;
+    let mut all = Vec::new();
+    while let Some(value) = records.next().transpose()? {
+        let value = serde_json::from_value(value);
+        all.push(value.map_err(|e| records.wrong(format!("not {wanted}: {e}")))?);
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// Files of the same two records in every form.
+    #[test]
+    fn every_form_gives_the_same_records() {
+        let folder = tempfile::tempdir().unwrap();
+        let lines = "{\"text\":\"a\"}\n{\"text\":\"b\"}\n";
+        let write = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            path
+        };
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(lines.as_bytes()).unwrap();
+        let gz = gz.finish().unwrap();
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        let frame = |text: &str| ruzstd::encoding::compress_to_vec(text.as_bytes(), level);
+        let skipped = [&SKIPPABLE.to_le_bytes()[..], &3u32.to_le_bytes(), b"xyz"].concat();
+        let (first, second) = lines.split_at(13);
+        let frames = [skipped, frame(first), frame(second)].concat();
+        let files = [
+            write("two.jsonl.zstd", &frames),
+            write("a.jsonl", lines.as_bytes()),
+            write("a.json", lines.as_bytes()),
+            write("b.json", b" [{\"text\":\"a\"}, {\"text\":\"b\"}]"),
+            write("a.jsonl.gz", &gz),
+            write("a.jsonl.zst", &frame(lines)),
+        ];
+        let wanted = [json!({"text": "a"}), json!({"text": "b"})];
+        for file in files {
+            let found: Vec<Value> = read_records(&file, "an object").unwrap();
+            assert_eq!(found, wanted, "{}", file.display());
+        }
+        let text = write("c.txt", b"all of it\n");
+        let found: Vec<Value> = read_records(&text, "an object").unwrap();
+        assert_eq!(found, [json!({"text": "all of it\n"})]);
+        for (name, bytes, said) in [
+            ("cut.jsonl.gz", &gz[..gz.len() / 2], "cannot be unpacked"),
+            ("no.jsonl.zst", b"nothing of the kind", "no.jsonl.zst"),
+            ("no.parquet", b"PAR0", "no.parquet"),
+            ("no.arrow", b"ARROW1", "parquet"),
+            ("cut.json", b"[{", "cut.json"),
+            ("none.json", b"[]", "the file is empty"),
+            ("none.txt", b"", "the file is empty"),
+        ] {
+            let file = write(name, bytes);
+            let message = read_records::<Value>(&file, "an object").unwrap_err();
+            assert!(message.to_string().contains(said), "{name}: {message}");
+        }
+    }
+}
