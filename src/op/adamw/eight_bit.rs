@@ -72,7 +72,8 @@ fn encoded(x: f32, bits: u32) -> u32 {
     let j = (x * inverse - 0.1) * (first / 0.9);
     // Adding 1.5 · 2²³ rounds to an integer, which the low bits of the sum then hold.
     const ROUND: f32 = 12_582_912.;
-    let code = first + (j - 0.5).clamp(0., first - 1.) + ROUND;
+    // Not `clamp`, which may panic, and so makes no vectors.
+    let code = first + (j - 0.5).max(0.).min(first - 1.) + ROUND;
     let code = if x > 0. { code } else { ROUND };
     code.to_bits() & 255
 }
