@@ -20,7 +20,7 @@ fn furnish(folder: &Path) -> [(String, &'static str); 6] {
         (text(folder).to_owned(), "directory"),
         (write("latin.jsonl", b"{\"text\": \"\xe9\"}\n"), "not UTF-8"),
         (write("empty.jsonl", b""), "the file is empty"),
-        (write("chat.jsonl", chat), "chat messages are not read yet"),
+        (write("chat.jsonl", chat), "no chat template"),
         (write("list.jsonl", b"[1, 2]\n"), "not a JSON object"),
     ]
 }

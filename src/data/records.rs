@@ -19,8 +19,10 @@ pub struct Records {
     /// Records so far; lines are counted too when they are empty.
     number: usize,
     source: Source,
-    /// What is wrong with a record.
+    /// What a record should be.
     wanted: String,
+    /// What is said where reading fails.
+    failed: &'static str,
 }
 
 enum Source {
@@ -41,11 +43,19 @@ impl Records {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let mut name = name.to_lowercase();
         let bad = |e: &dyn std::fmt::Display| Error::file(path, e.to_string());
+        let packed = [".gz", ".zst", ".zstd"]
+            .iter()
+            .any(|end| name.ends_with(end));
+        let failed = match packed {
+            true => "cannot be unpacked",
+            false => "cannot be read",
+        };
         let records = |source| Self {
             path: path.to_owned(),
             number: 0,
             source,
             wanted: wanted.to_owned(),
+            failed,
         };
         if name.ends_with(".parquet") {
             let reader = SerializedFileReader::new(file).map_err(|e| bad(&e))?;
@@ -68,7 +78,7 @@ impl Records {
         };
         let mut reader = BufReader::with_capacity(1 << 18, packed);
         let begin = reader.fill_buf();
-        let begin = begin.map_err(|e| bad(&format!("cannot be unpacked: {e}")))?;
+        let begin = begin.map_err(|e| bad(&format!("{failed}: {e}")))?;
         if begin.is_empty() {
             return Err(records(Source::Nothing).empty());
         }
@@ -118,7 +128,7 @@ impl Records {
             line.clear();
             let read = reader.read_until(b'\n', &mut line);
             let read =
-                read.map_err(|e| Error::file(&self.path, format!("cannot be unpacked: {e}")))?;
+                read.map_err(|e| Error::file(&self.path, format!("{}: {e}", self.failed)))?;
             if read == 0 {
                 // Empty lines are allowed at the end only, and not alone.
                 return match self.number == empty.map_or(0, |(_, count)| count) {

@@ -31,8 +31,9 @@ impl EngineArg {
     /// A checkpoint that cannot be used, a draft model of other tokens, or too little memory.
     pub fn open(&self, checkpoint: &Path) -> Result<Engine> {
         let place = self.device.place()?;
+        let opened = Checkpoint::open(checkpoint)?;
         let tokenizer = Tokenizer::open(checkpoint)?;
-        let lm = Checkpoint::open(checkpoint)?.model(&place)?;
+        let lm = opened.model(&place)?;
         let mut options = EngineOptions {
             cache_type: self.memory.cache_type,
             cache_memory: self.memory.cache_memory,
@@ -44,8 +45,9 @@ impl EngineArg {
             Some("ngram") => drafter = Some(Drafter::Ngrams),
             Some(path) => {
                 let path = Path::new(path);
+                let opened = Checkpoint::open(path)?;
                 let own = Tokenizer::open(path)?;
-                let draft = Checkpoint::open(path)?.model(&place)?;
+                let draft = opened.model(&place)?;
                 // What both remember of a token shares the memory.
                 let limit = options.memory_limit();
                 let bytes = |lm: &Lm| -> Result<usize> {
