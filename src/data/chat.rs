@@ -66,7 +66,8 @@ impl ChatTemplate {
             let Some(gguf::Value::Text(source)) = gguf.header.metadata.get(GGUF_KEY) else {
                 return Ok(None);
             };
-            let template = Self::new(source, Vec::new());
+            let named = gguf::tokenizer::special(&gguf.header.metadata);
+            let template = Self::new(source, named);
             return template
                 .map(Some)
                 .map_err(|e| Error::file(path, e.to_string()));

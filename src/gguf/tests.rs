@@ -88,3 +88,23 @@ fn errors_say_what_is_wrong() {
     assert!(say(&|f| f.truncate(f.len() - 1)).contains("tensor head: bytes"));
     assert!(say(&|f| f[at("large") + 4 + 8] = 0xff).len() > 10);
 }
+
+#[test]
+fn special_tokens_are_named_as_templates_name_them() {
+    let text = |text: &str| Value::Text(text.into());
+    let metadata = BTreeMap::from([
+        (
+            "tokenizer.ggml.tokens".to_owned(),
+            Value::Array(vec![text("<unk>"), text("<s>"), text("</s>")]),
+        ),
+        ("tokenizer.ggml.bos_token_id".to_owned(), Value::Unsigned(1)),
+        ("tokenizer.ggml.eos_token_id".to_owned(), Value::Unsigned(2)),
+        (
+            "tokenizer.ggml.padding_token_id".to_owned(),
+            Value::Unsigned(9),
+        ),
+    ]);
+    let found = tokenizer::special(&metadata);
+    let pair = |name: &str, text: &str| (name.to_owned(), text.to_owned());
+    assert_eq!(found, [pair("bos_token", "<s>"), pair("eos_token", "</s>")]);
+}

@@ -77,6 +77,30 @@ pub fn read(metadata: &BTreeMap<String, Value>) -> Result<Found> {
     Ok(Found { json, bos, eos })
 }
 
+/// `bos_token` and what else chat templates name, with their texts.
+pub fn special(metadata: &BTreeMap<String, Value>) -> Vec<(String, String)> {
+    let Some(Value::Array(tokens)) = metadata.get("tokenizer.ggml.tokens") else {
+        return Vec::new();
+    };
+    // ggml's names: two are not those that templates have.
+    let names = [
+        ("bos_token", "bos_token_id"),
+        ("eos_token", "eos_token_id"),
+        ("unk_token", "unknown_token_id"),
+        ("pad_token", "padding_token_id"),
+    ];
+    let found = names.into_iter().filter_map(|(name, key)| {
+        let Some(Value::Unsigned(id)) = metadata.get(&format!("tokenizer.ggml.{key}")) else {
+            return None;
+        };
+        match tokens.get(usize::try_from(*id).ok()?)? {
+            Value::Text(text) => Some((name.to_owned(), text.clone())),
+            _ => None,
+        }
+    });
+    found.collect()
+}
+
 /// The parts that both kinds share.
 fn whole(mut json: Json, tokens: &[&str], kinds: &[u64], begin: Option<u32>) -> Json {
     let added = tokens
