@@ -9,12 +9,11 @@ use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::student::{Student, Summand};
-use super::{Shares, Terms, ids, scalar};
+use super::{Shares, Terms, ids, next_token_losses, scalar};
 use crate::checkpoint::{Kept, Key, keep, kept};
 use crate::data::{Batch, Batches, Preferences};
 use crate::model::{LOGITS, Lm, Parts, pieces};
 use crate::numerics;
-use crate::op::loss::cross_entropy;
 use crate::watch::Watch;
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -199,7 +198,7 @@ impl Dpo {
             let weights = Tensor::from_iter(weights, &device)?;
             Ok(vec![Summand {
                 name: "",
-                value: (losses_of(batch, range, logits)? * weights)?.sum_all()?,
+                value: (next_token_losses(batch, range, logits)? * weights)?.sum_all()?,
                 weight: 1.0,
             }])
         };
@@ -222,12 +221,6 @@ impl Dpo {
     }
 }
 
-/// `−ln p` of the next tokens of rows `range` of a batch, `[rows]`.
-fn losses_of(batch: &Batch, range: Range<usize>, logits: &Tensor) -> Result<Tensor> {
-    let targets = Tensor::new(&batch.targets[range], logits.device())?;
-    Ok(cross_entropy(logits, &targets)?)
-}
-
 /// Summed log-probabilities of a batch's answers.
 struct Answers<'a> {
     batch: &'a Batch,
@@ -244,7 +237,7 @@ impl<'a> Answers<'a> {
 
     /// The logits of some positions.
     fn add(&mut self, range: Range<usize>, logits: &Tensor) -> Result<()> {
-        let losses = losses_of(self.batch, range.clone(), logits)?.to_vec1::<f32>()?;
+        let losses = next_token_losses(self.batch, range.clone(), logits)?.to_vec1::<f32>()?;
         for (i, loss) in range.zip(losses) {
             self.sums[i / self.batch.len] -= f64::from(loss * self.batch.mask[i]);
         }

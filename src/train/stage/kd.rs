@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::student::{Student, Summand};
-use super::{Laps, Shares, Terms, ids, masked_sum};
+use super::{Laps, Shares, Terms, ids, masked_sum, next_token_losses};
 use crate::data::Batch;
 use crate::model::{Lm, ModelConfig, Parts};
 use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
@@ -180,11 +180,11 @@ impl KdConfig {
         batch: &Batch,
         range: Range<usize>,
     ) -> Result<Tensor> {
-        let targets = match self.labels {
-            Labels::Text => Tensor::new(&batch.targets[range.clone()], student.device())?,
-            Labels::Teacher => teacher.argmax(1)?,
+        let losses = match self.labels {
+            Labels::Text => next_token_losses(batch, range.clone(), student)?,
+            Labels::Teacher => cross_entropy(student, &teacher.argmax(1)?)?,
         };
-        masked_sum(&cross_entropy(student, &targets)?, batch, range)
+        masked_sum(&losses, batch, range)
     }
 }
 

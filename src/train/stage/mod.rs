@@ -11,6 +11,7 @@ use crate::Result;
 use crate::checkpoint::Key;
 use crate::data::{Batch, Batches, Corpus, Preferences};
 use crate::numerics;
+use crate::op::loss::cross_entropy;
 
 pub mod dpo;
 pub mod ild;
@@ -203,6 +204,12 @@ fn rows(x: &Tensor) -> Result<Tensor> {
 
 fn scalar(x: &Tensor) -> Result<f64> {
     Ok(x.to_dtype(candle_core::DType::F64)?.to_scalar()?)
+}
+
+/// `−ln p` of the text's next tokens behind rows `range` of a batch, whose logits `[rows, V]` are given: `[rows]`.
+fn next_token_losses(batch: &Batch, range: Range<usize>, logits: &Tensor) -> Result<Tensor> {
+    let targets = Tensor::new(&batch.targets[range], logits.device())?;
+    Ok(cross_entropy(logits, &targets)?)
 }
 
 /// The part of rows `range` in the mean of a batch's per-row losses over the positions whose next token is to be learned.

@@ -9,12 +9,11 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::student::{Student, Summand};
-use super::{Shares, Terms, ids, masked_sum};
+use super::{Shares, Terms, ids, masked_sum, next_token_losses};
 use crate::Result;
 use crate::checkpoint::Format;
 use crate::data::Batch;
 use crate::model::{ModelConfig, Parts};
-use crate::op::loss::cross_entropy;
 use crate::weights::Place;
 
 pub struct Pretrain {
@@ -38,8 +37,8 @@ impl Pretrain {
     pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let ids = ids(batch, self.student.lm.device())?;
         let loss = |range: Range<usize>, logits: &Tensor| {
-            let targets = Tensor::new(&batch.targets[range.clone()], logits.device())?;
-            let value = masked_sum(&cross_entropy(logits, &targets)?, batch, range)?;
+            let losses = next_token_losses(batch, range.clone(), logits)?;
+            let value = masked_sum(&losses, batch, range)?;
             Ok(vec![Summand {
                 name: "ce",
                 value: (value * shares.learned)?,

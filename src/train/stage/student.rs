@@ -12,7 +12,7 @@ use crate::Result;
 use crate::checkpoint::{self, Format};
 use crate::model::{LOGITS, Layer, Lm, ModelConfig, Parts, pieces, through};
 use crate::op::Documents;
-use crate::op::linear::{WeightGradient, back, linear};
+use crate::op::linear::{WeightGradient, back};
 use crate::op::runtime::free_memory;
 use crate::train::params::ParamGroup;
 use crate::weights::{Place, Weights};
@@ -179,8 +179,8 @@ impl Student {
     ) -> Result<()> {
         let x = rows(&pass.normed.detach())?;
         for range in pieces(x.dim(0)?, self.lm.config.vocab_size, self.logits) {
-            let x = x.narrow(0, range.start, range.len())?;
-            at(range, &self.plain.head(&x)?)?;
+            let logits = self.plain.logits(&x, &range)?;
+            at(range, &logits)?;
         }
         Ok(())
     }
@@ -259,7 +259,7 @@ impl Student {
         let mut dx = Vec::new();
         for range in pieces(x.dim(0)?, plain.config.vocab_size, self.logits) {
             let x = x.narrow(0, range.start, range.len())?;
-            let logits = Var::from_tensor(&linear(&x, head)?)?;
+            let logits = Var::from_tensor(&plain.head(&x)?)?;
             let mut total: Option<Tensor> = None;
             for summand in loss(range, logits.as_tensor())? {
                 let value = scalar(&summand.value)?;
