@@ -364,7 +364,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
 #[test]
 fn parity_names_the_first_layer_that_departs() {
     let folder = tempfile::tempdir().unwrap();
-    let golden = "tests/golden/llama/plain";
+    let golden = "tests/golden/transformers/plain";
     let expected = format!("{golden}/expected.safetensors");
     let said = succeeds(&["parity", golden, &expected, "--json"]);
     assert_eq!(

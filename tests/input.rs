@@ -268,7 +268,7 @@ fn outputs_are_tried_before_the_work() {
 #[test]
 fn a_tokenizer_of_another_model_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let model = "tests/golden/llama/plain";
+    let model = "tests/golden/transformers/plain";
     for name in ["config.json", "model.safetensors"] {
         std::fs::copy(Path::new(model).join(name), folder.path().join(name)).unwrap();
     }

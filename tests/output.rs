@@ -83,7 +83,7 @@ fn furnish(folder: &Path) {
     let here = |path: &str| std::path::absolute(path).unwrap();
     for (from, name) in [
         ("assets/teacher", "teacher"),
-        ("tests/golden/llama/plain", "golden"),
+        ("tests/golden/transformers/plain", "golden"),
         ("tests/golden/harness/data", "data"),
     ] {
         std::os::unix::fs::symlink(here(from), folder.join(name)).unwrap();
@@ -232,7 +232,7 @@ fn results_outlive_the_reader() {
 #[test]
 #[cfg(unix)]
 fn a_departure_is_told_to_a_closed_pipe() {
-    let golden = "tests/golden/llama/plain";
+    let golden = "tests/golden/transformers/plain";
     let args = [
         "parity",
         golden,

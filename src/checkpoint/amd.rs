@@ -93,6 +93,7 @@ fn mla(path: &Path, f: &Fields, attention: &AttentionConfig) -> Result<MlaConfig
         qk_rope_head_dim: f.size("qk_rope_head_dim")?,
         v_head_dim: f.size("v_head_dim")?,
         use_lora_layer_norm: f.flag("use_lora_layer_norm")?,
+        attention_bias: false,
         rope: RopeConfig {
             theta: f.number("rope_theta", 10_000.0)?,
             scaling,
@@ -148,11 +149,17 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
             config.layers[i].name()
         )))
     };
+    if let Some((name, value)) = config.multipliers().iter().find(|(_, value)| *value != 1.0) {
+        return Err(Error::invalid(format!(
+            "{name} is {value}: AMD's format cannot say it, use --format zebroid"
+        )));
+    }
     for (i, layer) in config.layers.iter().enumerate() {
         let odd = match layer {
             MixerConfig::Mla(c) if c.rope.inv_freq.is_some() => {
                 return refuse(i, "has frequencies of its own");
             }
+            MixerConfig::Mla(c) if c.attention_bias => return refuse(i, "has biases"),
             MixerConfig::Mla(c) => mla != Some(c),
             MixerConfig::Mamba2(c) if c.d_conv != D_CONV => {
                 return refuse(i, "has another d_conv than 4");
@@ -183,12 +190,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
             c.kv_heads()
         )));
     }
-    let attention = AttentionConfig {
-        num_attention_heads: heads,
-        num_key_value_heads: kv_heads,
-        head_dim,
-        rope: None,
-    };
+    let attention = AttentionConfig::new(heads, kv_heads, head_dim, None);
     let standard = MlaConfig {
         num_attention_heads: heads,
         num_key_value_heads: kv_heads,
@@ -199,6 +201,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<(Value, Value)> {
         qk_rope_head_dim: head_dim - head_dim / 2,
         v_head_dim: head_dim,
         use_lora_layer_norm: false,
+        attention_bias: false,
         rope: RopeConfig::new(10_000.0),
     };
     let m = mla.unwrap_or(&standard);

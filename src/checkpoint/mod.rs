@@ -50,7 +50,7 @@ pub enum Format {
     Zebroid,
     /// AMD's Zebra-Llama release: `config.json` of the base beside `hybrid_config.json`.
     Amd,
-    /// Hugging Face Llama.
+    /// Hugging Face's, of the family that has such models: Llama, Qwen2, Qwen3, SmolLM3 or Granite.
     Llama,
     /// llama.cpp's, one file: a Llama as llama.cpp has it, a hybrid with keys of our own.
     Gguf,
@@ -125,16 +125,19 @@ impl Checkpoint {
         match config["model_type"].as_str() {
             Some(ModelConfig::MODEL_TYPE) => Ok((own(&file, config)?, Format::Zebroid)),
             other => {
-                let known = family::ALL.iter().find(|(name, _)| other == Some(name));
-                if let Some((_, read)) = known {
-                    return Ok((read(&file, &config)?, Format::Llama));
+                let known = family::ALL.iter().find(|f| other == Some(f.model_type));
+                if let Some(family) = known {
+                    return Ok(((family.read)(&file, &config)?, Format::Llama));
                 }
-                let names: Vec<&str> = family::ALL.iter().map(|(name, _)| *name).collect();
+                let name = other.unwrap_or("(none)");
+                let refused = family::REFUSED.iter().find(|(p, _)| name.starts_with(p));
+                let why = refused.map(|(_, why)| format!(" (it has {why})"));
+                let names: Vec<&str> = family::ALL.iter().map(|f| f.model_type).collect();
                 Err(Error::file(
                     &file,
                     format!(
-                        "model_type {} is not supported: {}, zebroid, or llama with hybrid_config.json",
-                        other.unwrap_or("(none)"),
+                        "model_type {name} is not supported{}: {}, zebroid, or llama with hybrid_config.json",
+                        why.unwrap_or_default(),
                         names.join(", ")
                     ),
                 ))

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::atomic::{parent, private, usual, write_atomic};
-use super::family::llama;
+use super::family;
 use super::files::{INDEX, bytes_of, write_matrices};
 use super::output::{COMPANIONS, check_output};
 use super::{Format, amd, gguf, replace};
@@ -53,7 +53,7 @@ pub fn save(
             );
         }
         Format::Zebroid => vec![("config.json", json!(config))],
-        Format::Llama => vec![("config.json", llama::write(config)?)],
+        Format::Llama => vec![("config.json", family::write(config)?)],
         Format::Amd => {
             let (base, hybrid) = amd::write(config)?;
             vec![("config.json", base), ("hybrid_config.json", hybrid)]

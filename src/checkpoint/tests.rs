@@ -12,12 +12,7 @@ use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
 use crate::op::linear::Matrix;
 
 fn config(tied: bool) -> ModelConfig {
-    let attention = AttentionConfig {
-        num_attention_heads: 2,
-        num_key_value_heads: 1,
-        head_dim: 4,
-        rope: Some(RopeConfig::new(10_000.0)),
-    };
+    let attention = AttentionConfig::new(2, 1, 4, Some(RopeConfig::new(10_000.0)));
     ModelConfig {
         model_type: ModelConfig::MODEL_TYPE.into(),
         format_version: FORMAT_VERSION,
@@ -27,6 +22,9 @@ fn config(tied: bool) -> ModelConfig {
         max_position_embeddings: 32,
         rms_norm_eps: 1e-5,
         tie_word_embeddings: tied,
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logits_scaling: 1.0,
         bos_token_id: Some(1),
         eos_token_id: vec![2, 3],
         layers: vec![MixerConfig::Attention(attention); 2],
@@ -429,6 +427,56 @@ fn configs_that_cannot_work_are_named() {
         assert!(
             message.contains(part) && message.contains("config.json"),
             "{field}: {message}"
+        );
+    }
+}
+
+/// Of a family: what is set in its `config.json`, and what is said.
+#[test]
+fn what_a_family_has_that_no_layer_computes_is_named() {
+    let cases = [
+        ("gemma2", "use_cache", serde_json::json!(true), "soft caps"),
+        ("qwen3_moe", "use_cache", serde_json::json!(true), "experts"),
+        (
+            "qwen2",
+            "layer_types",
+            serde_json::json!(["full_attention", "sliding_attention"]),
+            "sliding_window 8 is below max_position_embeddings 32",
+        ),
+        (
+            "qwen3",
+            "use_sliding_window",
+            serde_json::json!(true),
+            "sliding_window 8 is below",
+        ),
+        (
+            "smollm3",
+            "no_rope_layers",
+            serde_json::json!([1]),
+            "no_rope_layers must be a list of 2 numbers, 0 or 1, not [1]",
+        ),
+        (
+            "granite",
+            "logits_scaling",
+            serde_json::json!(0),
+            "logits_scaling 0 must be between",
+        ),
+        (
+            "granite",
+            "attention_multiplier",
+            serde_json::json!(-1),
+            "attention_multiplier -1 must be above 0",
+        ),
+    ];
+    for (family, field, value, part) in cases {
+        let folder = Folder::whole();
+        folder.set("model_type", serde_json::json!(family));
+        folder.set("sliding_window", serde_json::json!(8));
+        folder.set(field, value);
+        let message = folder.error();
+        assert!(
+            message.contains(part) && message.contains("config.json"),
+            "{family}: {message}"
         );
     }
 }

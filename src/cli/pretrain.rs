@@ -52,14 +52,13 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (settings, _lock) = (args.train).claim(&args.out, &[&args.tokenizer, &args.data])?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
-    let attention = AttentionConfig {
-        num_attention_heads: args.num_heads,
-        num_key_value_heads: args.num_kv_heads,
-        head_dim: args
-            .head_dim
+    let attention = AttentionConfig::new(
+        args.num_heads,
+        args.num_kv_heads,
+        args.head_dim
             .unwrap_or(args.hidden_size / args.num_heads.max(1)),
-        rope: Some(RopeConfig::new(args.rope_theta)),
-    };
+        Some(RopeConfig::new(args.rope_theta)),
+    );
     bounded("--num-layers", args.num_layers, MAX_LAYERS)?;
     let config = ModelConfig {
         model_type: ModelConfig::MODEL_TYPE.into(),
@@ -70,6 +69,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         max_position_embeddings: settings.seq_len,
         rms_norm_eps: 1e-5,
         tie_word_embeddings: true,
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logits_scaling: 1.0,
         bos_token_id: tokenizer.bos(),
         eos_token_id: tokenizer.eos().to_vec(),
         layers: vec![MixerConfig::Attention(attention); args.num_layers],

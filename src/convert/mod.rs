@@ -154,7 +154,7 @@ impl Teaching {
         let layer = &self.lm.layers[index];
         let input = layer.mixer_input(&self.before)?;
         let output = layer.mixer.forward(&input, Some(&self.documents))?;
-        self.between = (&self.before + &output)?;
+        self.between = layer.joined(&self.before, &output)?;
         self.before = layer.finish(&self.before, &output)?;
         Ok(Sample {
             input,
@@ -183,7 +183,7 @@ impl Teaching {
         let layer = &self.lm.layers[index];
         let input = layer.mixer_input(&self.own)?;
         let sample = Sample {
-            output: (&self.between - &self.own)?,
+            output: layer.missing(&self.between, &self.own)?,
             input,
             documents: self.documents.clone(),
         };

@@ -134,12 +134,7 @@ mod tests {
     use crate::mixer::{AttentionConfig, RopeConfig};
 
     fn llama(layers: usize, d: usize, h: usize, g: usize, hd: usize, ff: usize) -> ModelConfig {
-        let attention = AttentionConfig {
-            num_attention_heads: h,
-            num_key_value_heads: g,
-            head_dim: hd,
-            rope: Some(RopeConfig::new(500_000.0)),
-        };
+        let attention = AttentionConfig::new(h, g, hd, Some(RopeConfig::new(500_000.0)));
         ModelConfig {
             model_type: ModelConfig::MODEL_TYPE.into(),
             format_version: crate::model::FORMAT_VERSION,
@@ -149,6 +144,9 @@ mod tests {
             max_position_embeddings: 131_072,
             rms_norm_eps: 1e-5,
             tie_word_embeddings: d < 4096,
+            embedding_multiplier: 1.0,
+            residual_multiplier: 1.0,
+            logits_scaling: 1.0,
             bos_token_id: Some(128_000),
             eos_token_id: vec![128_009],
             layers: vec![MixerConfig::Attention(attention); layers],

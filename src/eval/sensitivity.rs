@@ -115,12 +115,7 @@ mod tests {
     /// Two tokens, embedded as (1, 1) and (1, -1); two layers, whose values multiply the first and second dim by these
     /// factors and whose MLPs give 0; the logits are the normed hidden state itself.
     fn model(layers: [[f32; 2]; 2]) -> Lm {
-        let attention = AttentionConfig {
-            num_attention_heads: 1,
-            num_key_value_heads: 1,
-            head_dim: 2,
-            rope: None,
-        };
+        let attention = AttentionConfig::new(1, 1, 2, None);
         let config = ModelConfig {
             model_type: ModelConfig::MODEL_TYPE.into(),
             format_version: crate::model::FORMAT_VERSION,
@@ -130,6 +125,9 @@ mod tests {
             max_position_embeddings: 8,
             rms_norm_eps: 1e-12,
             tie_word_embeddings: false,
+            embedding_multiplier: 1.0,
+            residual_multiplier: 1.0,
+            logits_scaling: 1.0,
             bos_token_id: None,
             eos_token_id: Vec::new(),
             layers: vec![MixerConfig::Attention(attention); 2],

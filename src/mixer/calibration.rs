@@ -47,26 +47,42 @@ impl Statistics {
         let mean = |t: &Tensor| -> Result<Vec<f64>> {
             Ok((t.to_dtype(DType::F64)? / tokens as f64)?.to_vec1()?)
         };
-        let input_moment = matrix(&(products / tokens as f64)?)?;
+        let mut statistics = Self {
+            input_mean: mean(input)?,
+            input_moment: matrix(&(products / tokens as f64)?)?,
+            output_mean: mean(output)?,
+            output_square: mean(squares)?,
+            query_energy: Mat::new(),
+            key_energy: Mat::new(),
+        };
+        let moment = statistics.moment(attention);
+        let [q, k, _] = attention.linear(Some(&moment))?.matrices()?;
         let hd = attention.config.head_dim;
-        let energy = |w: &Tensor| -> Result<Mat<f64>> {
-            let w = matrix(w)?;
-            let spread = &w * &input_moment;
+        let energy = |w: Mat<f64>| -> Mat<f64> {
+            let spread = &w * &moment;
             let square = |row: usize| -> f64 {
                 (0..w.ncols()).map(|n| spread[(row, n)] * w[(row, n)]).sum()
             };
-            Ok(Mat::from_fn(w.nrows() / hd, hd / 2, |head, pair| {
+            Mat::from_fn(w.nrows() / hd, hd / 2, |head, pair| {
                 let row = head * hd + pair;
                 square(row) + square(row + hd / 2)
-            }))
+            })
         };
-        Ok(Self {
-            input_mean: mean(input)?,
-            output_mean: mean(output)?,
-            output_square: mean(squares)?,
-            query_energy: energy(&attention.q)?,
-            key_energy: energy(&attention.k)?,
-            input_moment,
+        statistics.query_energy = energy(q);
+        statistics.key_energy = energy(k);
+        Ok(statistics)
+    }
+
+    /// `E[x' x'ᵀ]` of what the projections of `attention` read: `x' = x`, or, where they have biases, `x` with a 1 behind it.
+    pub(super) fn moment(&self, attention: &AttentionWeights) -> Mat<f64> {
+        let (moment, mean) = (&self.input_moment, &self.input_mean);
+        let d = mean.len();
+        let wide = d + usize::from(attention.biases.is_some());
+        Mat::from_fn(wide, wide, |i, j| match (i < d, j < d) {
+            (true, true) => moment[(i, j)],
+            (true, false) => mean[i],
+            (false, true) => mean[j],
+            (false, false) => 1.0,
         })
     }
 

@@ -23,13 +23,11 @@ pub(super) fn teacher(g: usize) -> (AttentionWeights, Sample) {
 }
 
 fn turning_teacher(g: usize, rope: RopeConfig) -> (AttentionWeights, Sample) {
+    teacher_of(AttentionConfig::new(2, g, 8, Some(rope)))
+}
+
+fn teacher_of(config: AttentionConfig) -> (AttentionWeights, Sample) {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
-    let config = AttentionConfig {
-        num_attention_heads: 2,
-        num_key_value_heads: g,
-        head_dim: 8,
-        rope: Some(rope),
-    };
     let params = MixerConfig::Attention(config.clone()).params(HIDDEN);
     let tensors = params
         .into_iter()
@@ -57,6 +55,7 @@ fn mla(g: usize, rope: usize, rank: usize) -> MlaConfig {
         qk_rope_head_dim: rope,
         v_head_dim: 8,
         use_lora_layer_norm: false,
+        attention_bias: false,
         rope: RopeConfig::new(100.0),
     }
 }
@@ -114,6 +113,49 @@ fn full_rank_mla_of_one_key_head_equals_the_attention() {
     }
 }
 
+/// Biases and a scale of scores are taken over whole, with one key head and full ranks.
+#[test]
+fn full_rank_mla_has_biases_and_scale_of_the_attention() {
+    let (attention, sample) = teacher_of(AttentionConfig {
+        attention_bias: true,
+        attention_multiplier: Some(0.7),
+        ..AttentionConfig::new(2, 1, 8, Some(RopeConfig::new(100.0)))
+    });
+    let statistics = Statistics::of(&attention, &sample).unwrap();
+    let config = MlaConfig {
+        attention_bias: true,
+        ..mla(1, 8, 9)
+    };
+    let (_, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
+    assert!(fitted.error < 1e-5, "{}", fitted.error);
+    let without = mla::refined(&mla(1, 8, 8), &attention, &statistics, &sample).unwrap_err();
+    assert!(without.to_string().contains("attention_bias"), "{without}");
+}
+
+/// Norms on heads become factors: most of such an attention is there with full ranks.
+#[test]
+fn norms_on_heads_become_factors() {
+    let (attention, sample) = teacher_of(AttentionConfig {
+        qk_norm_eps: Some(1e-6),
+        ..AttentionConfig::new(2, 1, 8, Some(RopeConfig::new(100.0)))
+    });
+    let error = |attention: &AttentionWeights| {
+        let statistics = Statistics::of(attention, &sample).unwrap();
+        let (_, fitted) = mla::refined(&mla(1, 8, 8), attention, &statistics, &sample).unwrap();
+        fitted.error
+    };
+    let bare = AttentionWeights {
+        config: AttentionConfig {
+            qk_norm_eps: None,
+            ..attention.config.clone()
+        },
+        norms: None,
+        ..attention.clone()
+    };
+    let (folded, bare) = (error(&attention), error(&bare));
+    assert!(folded < 0.5 * bare, "{folded} for {bare} without them");
+}
+
 /// Cut ranks and pairs: the start is the same with as without a scaling of its own.
 #[test]
 fn refined_starts_as_well_with_as_without_scaling() {
@@ -166,7 +208,9 @@ fn refined_beats_reference_with_the_same_fit() {
 /// On a random teacher there is little to explain; that the hybrid gains is for `tests/pipeline.rs`.
 #[test]
 fn refined_mamba2_has_all_its_tensors() {
-    for repeat_kv_before_conv in [false, true] {
+    for (repeat_kv_before_conv, attention_bias) in
+        [(false, false), (true, false), (false, true), (true, true)]
+    {
         let config = Mamba2Config {
             num_heads: 2,
             num_kv_heads: 1,
@@ -176,7 +220,10 @@ fn refined_mamba2_has_all_its_tensors() {
             repeat_kv_before_conv,
             chunk_size: 64,
         };
-        let (attention, sample) = teacher(1);
+        let (attention, sample) = teacher_of(AttentionConfig {
+            attention_bias,
+            ..AttentionConfig::new(2, 1, 8, Some(RopeConfig::new(100.0)))
+        });
         let statistics = Statistics::of(&attention, &sample).unwrap();
         let fitted = mamba2::refined(&config, &attention, &statistics, &sample).unwrap();
         assert!(fitted.error < 1.0, "{}", fitted.error);

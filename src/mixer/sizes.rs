@@ -58,14 +58,10 @@ mod tests {
             qk_rope_head_dim: 4,
             v_head_dim: 8,
             use_lora_layer_norm: false,
+            attention_bias: false,
             rope: RopeConfig::new(100.0),
         });
-        let attention = MixerConfig::Attention(AttentionConfig {
-            num_attention_heads: 4,
-            num_key_value_heads: 2,
-            head_dim: 8,
-            rope: None,
-        });
+        let attention = MixerConfig::Attention(AttentionConfig::new(4, 2, 8, None));
         let mamba2 = MixerConfig::Mamba2(Mamba2Config {
             num_heads: 4,
             num_kv_heads: 2,

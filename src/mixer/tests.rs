@@ -26,12 +26,7 @@ fn variants() -> Vec<MixerConfig> {
         ..rope(100.0)
     };
     let attention = |g: usize, rope: Option<RopeConfig>| {
-        MixerConfig::Attention(AttentionConfig {
-            num_attention_heads: 4,
-            num_key_value_heads: g,
-            head_dim: 6,
-            rope,
-        })
+        MixerConfig::Attention(AttentionConfig::new(4, g, 6, rope))
     };
     let mla = |g: usize, nope: usize, rope_dims: usize, norm: bool, rope: RopeConfig| {
         MixerConfig::Mla(MlaConfig {
@@ -44,15 +39,20 @@ fn variants() -> Vec<MixerConfig> {
             qk_rope_head_dim: rope_dims,
             v_head_dim: 6,
             use_lora_layer_norm: norm,
+            attention_bias: false,
             rope,
         })
     };
+    let biased_mla = || match mla(2, 2, 4, true, rope(100.0)) {
+        MixerConfig::Mla(c) => MixerConfig::Mla(MlaConfig {
+            attention_bias: true,
+            ..c
+        }),
+        _ => unreachable!(),
+    };
     let window = |g: usize, rope: Option<RopeConfig>, size: usize, sinks: usize| {
         MixerConfig::Window(WindowConfig {
-            num_attention_heads: 4,
-            num_key_value_heads: g,
-            head_dim: 6,
-            rope,
+            attention: AttentionConfig::new(4, g, 6, rope),
             sliding_window: size,
             num_sink_tokens: sinks,
         })
@@ -72,6 +72,14 @@ fn variants() -> Vec<MixerConfig> {
         attention(4, Some(rope(10_000.0))),
         attention(2, Some(yarn.clone())),
         attention(1, None),
+        // As Qwen2, Qwen3 and Granite have it.
+        MixerConfig::Attention(AttentionConfig {
+            attention_bias: true,
+            qk_norm_eps: Some(1e-6),
+            attention_multiplier: Some(0.3),
+            ..AttentionConfig::new(4, 2, 6, Some(rope(100.0)))
+        }),
+        biased_mla(),
         mla(2, 2, 4, false, yarn),
         mla(4, 4, 2, true, rope(100.0)),
         mla(2, 6, 0, false, rope(100.0)),
@@ -491,12 +499,7 @@ fn kernel_gradients_agree_with_plain_ones() {
 /// With every singular value kept and nothing rotated, the published initialisation is the attention.
 #[test]
 fn full_rank_mla_without_rotary_dims_equals_attention_without_rope() {
-    let attention = AttentionConfig {
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 6,
-        rope: None,
-    };
+    let attention = AttentionConfig::new(4, 2, 6, None);
     let config = MixerConfig::Attention(attention.clone());
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let tensors = weights(&config, &mut rng);
@@ -513,6 +516,7 @@ fn full_rank_mla_without_rotary_dims_equals_attention_without_rope() {
         qk_rope_head_dim: 0,
         v_head_dim: 6,
         use_lora_layer_norm: false,
+        attention_bias: false,
         rope: RopeConfig::new(10_000.0),
     };
     let born = mla::published(&mla, &source).unwrap().into_iter().collect();

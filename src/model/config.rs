@@ -24,6 +24,15 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f64,
     pub tie_word_embeddings: bool,
+    /// What embeddings are multiplied by (Granite's name, as the two below).
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub embedding_multiplier: f64,
+    /// What a mixer and an MLP give is multiplied by where it joins the residual stream.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub residual_multiplier: f64,
+    /// What logits are divided by.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub logits_scaling: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bos_token_id: Option<u32>,
     #[serde(default)]
@@ -33,6 +42,14 @@ pub struct ModelConfig {
     /// Layers whose mixer stands in the place of a teacher's; not said: those that are not attention.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub converted: Option<Vec<usize>>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn is_one(x: &f64) -> bool {
+    *x == 1.0
 }
 
 impl ModelConfig {
@@ -53,6 +70,13 @@ impl ModelConfig {
             return Err(Error::invalid(format!(
                 "rms_norm_eps {eps:e} must be at least 1e-30 and below 1"
             )));
+        }
+        for (name, value) in self.multipliers() {
+            if !(1e-6..1e6).contains(&value) {
+                return Err(Error::invalid(format!(
+                    "{name} {value} must be between 1e-6 and 1e6"
+                )));
+            }
         }
         let bos = self.bos_token_id.iter().map(|id| ("bos_token_id", id));
         let eos = self.eos_token_id.iter().map(|id| ("eos_token_id", id));
@@ -76,6 +100,15 @@ impl ModelConfig {
                 .map_err(|e| Error::invalid(format!("layer {i} ({}): {e}", layer.name())))?;
         }
         Ok(())
+    }
+
+    /// What a Llama has no name for: all 1 there.
+    pub fn multipliers(&self) -> [(&'static str, f64); 3] {
+        [
+            ("embedding_multiplier", self.embedding_multiplier),
+            ("residual_multiplier", self.residual_multiplier),
+            ("logits_scaling", self.logits_scaling),
+        ]
     }
 
     /// Every tensor of the model and its shape, in reading order.

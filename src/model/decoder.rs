@@ -69,7 +69,10 @@ impl Lm {
             config: self.config.clone(),
             embed_tokens: self.embed_tokens.stored()?,
             layers: self.layers.iter().map(layer).collect::<Result<_>>()?,
-            norm: entries(&self.norm)?,
+            norm: match self.config.logits_scaling as f32 {
+                1.0 => entries(&self.norm)?,
+                scaling => entries(&self.norm)?.iter().map(|x| x / scaling).collect(),
+            },
             lm_head: self.lm_head.as_ref().map(|w| w.stored()).transpose()?,
         })
     }
@@ -138,10 +141,15 @@ impl Decoder {
             room.resize(n * width, 0.);
         }
         self.embed_tokens.gather_into(tokens, hidden)?;
+        let embedding_multiplier = self.config.embedding_multiplier as f32;
+        if embedding_multiplier != 1.0 {
+            hidden.iter_mut().for_each(|x| *x *= embedding_multiplier);
+        }
+        let join = self.config.residual_multiplier as f32;
         for (i, layer) in self.layers.iter().enumerate() {
             norm(hidden, &layer.input_layernorm, eps, normed);
             layer.mixer.mix(i, normed, spans, mixed, work);
-            add(hidden, mixed);
+            add(hidden, mixed, join);
             norm(hidden, &layer.post_attention_layernorm, eps, normed);
             let mut parts = [
                 Part {
@@ -160,7 +168,7 @@ impl Decoder {
                 y: &mut *mixed,
             };
             products(gate, &mut [down], &mut work.scratch);
-            add(hidden, mixed);
+            add(hidden, mixed, join);
         }
         for span in spans {
             span.memory.advance(span.rows.len());
@@ -191,6 +199,6 @@ fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     });
 }
 
-fn add(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+fn add(x: &mut [f32], y: &[f32], factor: f32) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += factor * y);
 }

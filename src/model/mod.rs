@@ -70,6 +70,7 @@ pub struct Layer {
     post_attention_layernorm: Tensor,
     mlp: Mlp,
     eps: f64,
+    residual_multiplier: f64,
 }
 
 impl Layer {
@@ -83,6 +84,7 @@ impl Layer {
             post_attention_layernorm: weights.get("post_attention_layernorm.weight")?,
             mlp: Mlp::new(&weights.at("mlp"))?,
             eps: config.rms_norm_eps,
+            residual_multiplier: config.residual_multiplier,
         })
     }
 
@@ -91,13 +93,23 @@ impl Layer {
         Ok(rms_norm(x, &self.input_layernorm, self.eps)?)
     }
 
+    /// The residual stream `x` with what a part of the layer gave.
+    pub fn joined(&self, x: &Tensor, given: &Tensor) -> Result<Tensor> {
+        Ok((x + scaled(given, self.residual_multiplier)?)?)
+    }
+
+    /// What would have to be given for the residual stream `x` to be `wanted`.
+    pub fn missing(&self, wanted: &Tensor, x: &Tensor) -> Result<Tensor> {
+        scaled(&(wanted - x)?, 1.0 / self.residual_multiplier)
+    }
+
     /// What follows the mixer: both residual additions and the MLP.
     pub fn finish(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
-        let x = (x + mixed)?;
+        let x = self.joined(x, mixed)?;
         let y = self
             .mlp
             .forward(&rms_norm(&x, &self.post_attention_layernorm, self.eps)?)?;
-        Ok((x + y)?)
+        self.joined(&x, &y)
     }
 
     /// `x [B, T, D]` → what the layer makes of it.
@@ -105,6 +117,14 @@ impl Layer {
         let mixed = self.mixer.forward(&self.mixer_input(x)?, documents)?;
         let hidden = self.finish(x, &mixed)?;
         Ok(LayerOutput { hidden, mixed })
+    }
+}
+
+/// `x` times `factor`; itself where that is 1.
+fn scaled(x: &Tensor, factor: f64) -> Result<Tensor> {
+    match factor == 1.0 {
+        true => Ok(x.clone()),
+        false => Ok((x * factor)?),
     }
 }
 
@@ -162,12 +182,14 @@ impl Lm {
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
         let rows = self.embed_tokens.gather(&ids.flatten_all()?)?;
-        Ok(rows.reshape((b, t, self.config.hidden_size))?)
+        let rows = rows.reshape((b, t, self.config.hidden_size))?;
+        scaled(&rows, self.config.embedding_multiplier)
     }
 
-    /// The final norm.
+    /// The final norm, over `logits_scaling`: what the head reads.
     pub fn normed(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
+        let normed = rms_norm(x, &self.norm, self.config.rms_norm_eps)?;
+        scaled(&normed, 1.0 / self.config.logits_scaling)
     }
 
     /// `[V, D]`

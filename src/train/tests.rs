@@ -22,12 +22,7 @@ use crate::weights::Place;
 use crate::weights::Weights;
 
 fn teacher_config() -> ModelConfig {
-    let attention = AttentionConfig {
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 8,
-        rope: Some(RopeConfig::new(10_000.0)),
-    };
+    let attention = AttentionConfig::new(4, 2, 8, Some(RopeConfig::new(10_000.0)));
     ModelConfig {
         model_type: ModelConfig::MODEL_TYPE.into(),
         format_version: FORMAT_VERSION,
@@ -37,6 +32,9 @@ fn teacher_config() -> ModelConfig {
         max_position_embeddings: 64,
         rms_norm_eps: 1e-5,
         tie_word_embeddings: true,
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logits_scaling: 1.0,
         bos_token_id: Some(0),
         eos_token_id: vec![1],
         layers: vec![MixerConfig::Attention(attention); 2],

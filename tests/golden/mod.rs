@@ -8,14 +8,17 @@ mod numerics;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use zebroid::checkpoint::{Checkpoint, Format, read_tensors, save};
-use zebroid::convert::{Init, PlanOptions, compose, plan};
+use zebroid::convert::{CalibrationConfig, Init, PlanOptions, calibrate, compose, plan};
+use zebroid::data::{Corpus, Packing};
+use zebroid::eval::kl::evaluate;
 use zebroid::eval::parity::{max_difference, parity};
+use zebroid::generate::score::{Tokens, log_likelihoods};
 use zebroid::mixer::mla::rank::RankRule;
 use zebroid::mixer::{MixerConfig, MixerOptions};
 use zebroid::model::{Lm, Trace};
-use zebroid::op::loss::forward_kl;
+use zebroid::op::loss::{cross_entropy, forward_kl};
 use zebroid::op::rms_norm::rms_norm;
 use zebroid::train::stage::ild::{Goal, IldLoss};
 use zebroid::watch::Quiet;
@@ -33,13 +36,125 @@ fn model(folder: &Path) -> Lm {
     checkpoint.model(&Place::cpu()).unwrap()
 }
 
-/// RoPE plain, linear, llama3 (with its own head_dim) and YaRN; heads tied and untied.
+/// Llamas with RoPE plain, linear, llama3 (with its own head_dim) and YaRN, heads tied and untied; the other families.
+const TRANSFORMERS: [&str; 9] = [
+    "plain", "linear", "llama3", "yarn", "mistral", "qwen2", "qwen3", "smollm3", "granite",
+];
+
 #[test]
-fn llama_logits_equal_transformers() {
-    for name in ["plain", "linear", "llama3", "yarn"] {
-        let folder = Path::new("tests/golden/llama").join(name);
-        let report = parity(&model(&folder), &folder.join("expected.safetensors")).unwrap();
+fn logits_equal_transformers() {
+    for name in TRANSFORMERS {
+        let folder = Path::new("tests/golden/transformers").join(name);
+        let (lm, expected) = (model(&folder), folder.join("expected.safetensors"));
+        let report = parity(&lm, &expected).unwrap();
         assert!(report.logits.unwrap() < 1e-4, "{name}: {report:?}");
+        // And as it decodes.
+        let recorded = read_tensors(&expected).unwrap();
+        let ids = recorded["input_ids"].to_dtype(DType::U32).unwrap();
+        let ids: Vec<u32> = ids.get(0).unwrap().to_vec1().unwrap();
+        let (context, continuation) = ids.split_at(10);
+        let request = Tokens {
+            context: context.to_vec(),
+            continuation: continuation.to_vec(),
+            cut: 0,
+        };
+        let found = log_likelihoods(&lm, &[request], 64, "", &Quiet::default()).unwrap();
+        let logits = recorded["logits"].get(0).unwrap().narrow(0, 9, 40).unwrap();
+        let targets = Tensor::new(&ids[10..], &Device::Cpu).unwrap();
+        let losses: Vec<f32> = cross_entropy(&logits, &targets).unwrap().to_vec1().unwrap();
+        let wanted = -losses.into_iter().map(f64::from).sum::<f64>();
+        assert!(
+            (found[0].0 - wanted).abs() < 1e-3,
+            "{name}: {} for {wanted}",
+            found[0].0
+        );
+    }
+}
+
+/// Every family becomes a hybrid, as published and refined, is written, read and written again as it was.
+#[test]
+fn all_families_are_composed_and_written() {
+    for name in TRANSFORMERS {
+        let folder = Path::new("tests/golden/transformers").join(name);
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let teacher = checkpoint.parts().unwrap();
+        let root = tempfile::tempdir().unwrap();
+        let copy = root.path().join("copy");
+        save(
+            &copy,
+            Format::Llama,
+            &teacher.config,
+            checkpoint.stored().unwrap(),
+            None,
+            false,
+        )
+        .unwrap();
+        let copied = Checkpoint::open(&copy).unwrap();
+        assert_eq!(copied.config, teacher.config, "{name}");
+        let type_of = |folder: &Path| {
+            let config = std::fs::read(folder.join("config.json")).unwrap();
+            let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+            config["model_type"].as_str().unwrap().to_owned()
+        };
+        // What a Mistral says a Llama can say.
+        if name != "mistral" {
+            assert_eq!(type_of(&copy), type_of(&folder));
+        }
+        assert!(
+            copied.parts().unwrap().hash().unwrap() == teacher.hash().unwrap(),
+            "{name}"
+        );
+
+        let mla = (0..teacher.config.layers.len()).step_by(3).collect();
+        let options = PlanOptions {
+            mla,
+            ..PlanOptions::default()
+        };
+        let student = plan(&teacher.config, &options).unwrap();
+        let documents: Vec<Vec<u32>> = (0..40)
+            .map(|i| (0..33).map(|j| (i * 7 + j * j * 3 + i * j) % 40).collect())
+            .collect();
+        let corpus = Corpus::new(&documents, Packing::Documents);
+        let config = CalibrationConfig {
+            tokens: 1024,
+            fit_tokens: 1024,
+            held_out_tokens: 32,
+            seq_len: 32,
+        };
+        let calibration = calibrate(
+            &teacher,
+            &Place::cpu(),
+            &corpus,
+            &config,
+            &root.path().join("statistics"),
+            &Quiet::default(),
+        )
+        .unwrap();
+        let inits = [
+            Init::Published { seed: 1 },
+            Init::Refined {
+                calibration: &calibration,
+                own_inputs: true,
+            },
+        ];
+        let divergences = inits.iter().enumerate().map(|(i, init)| {
+            let hybrid = compose(&teacher, &student, init, &Quiet::default()).unwrap();
+            let out = root.path().join(format!("hybrid{i}"));
+            save(
+                &out,
+                Format::Zebroid,
+                &hybrid.config,
+                &hybrid.weights,
+                None,
+                false,
+            )
+            .unwrap();
+            let (theirs, ours) = (teacher.lm(&Place::cpu()).unwrap(), model(&out));
+            let report = evaluate(&theirs, &ours, &corpus, 8, 32, &Quiet::default());
+            report.unwrap().kl
+        });
+        let divergences: Vec<f64> = divergences.collect();
+        assert!(divergences[1] < divergences[0], "{name}: {divergences:?}");
     }
 }
 

@@ -1,14 +1,23 @@
-//! Hugging Face's Llama `config.json`.
+//! Hugging Face's Llama `config.json`: what the other families' have too.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::{Family, Traits};
 use crate::checkpoint::Fields;
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
 use crate::model::{FORMAT_VERSION, ModelConfig};
 use crate::{Error, Result};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "llama",
+    architecture: "LlamaForCausalLM",
+    traits: Traits::NONE,
+    read,
+    fields: |_| json!({}),
+};
 
 /// # Errors
 /// Names the field that is missing, of a wrong type, or asks for what is not supported.
@@ -34,12 +43,8 @@ pub(in crate::checkpoint) fn read(path: &Path, value: &Value) -> Result<ModelCon
             ));
         }
     };
-    let attention = AttentionConfig {
-        num_attention_heads: heads,
-        num_key_value_heads: f.maybe_size("num_key_value_heads")?.unwrap_or(heads),
-        head_dim,
-        rope: Some(rope(path, value)?),
-    };
+    let kv_heads = f.maybe_size("num_key_value_heads")?.unwrap_or(heads);
+    let attention = AttentionConfig::new(heads, kv_heads, head_dim, Some(rope(path, value)?));
     let config = ModelConfig {
         model_type: ModelConfig::MODEL_TYPE.into(),
         format_version: FORMAT_VERSION,
@@ -49,6 +54,9 @@ pub(in crate::checkpoint) fn read(path: &Path, value: &Value) -> Result<ModelCon
         max_position_embeddings: f.maybe_size("max_position_embeddings")?.unwrap_or(2048),
         rms_norm_eps: f.number("rms_norm_eps", 1e-6)?,
         tie_word_embeddings: f.flag("tie_word_embeddings")?,
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logits_scaling: 1.0,
         bos_token_id: f.ids("bos_token_id")?.first().copied(),
         eos_token_id: f.ids("eos_token_id")?,
         layers: vec![MixerConfig::Attention(attention); layers],
@@ -166,32 +174,7 @@ pub(in crate::checkpoint) fn read_scaling(
     })
 }
 
-/// # Errors
-/// When a layer is not attention, or layers differ: a Llama has one kind.
-pub(in crate::checkpoint) fn write(config: &ModelConfig) -> Result<Value> {
-    let MixerConfig::Attention(attention) = &config.layers[0] else {
-        return Err(Error::invalid(format!(
-            "layer 0 ({}) is not attention, the one mixer that the llama format has: use --format zebroid",
-            config.layers[0].name()
-        )));
-    };
-    for (i, layer) in config.layers.iter().enumerate() {
-        if layer != &config.layers[0] {
-            return Err(Error::invalid(format!(
-                "layer {i} ({}) differs from layer 0: the llama format has attention of one size in all layers",
-                layer.name()
-            )));
-        }
-    }
-    let Some(rope) = attention.rope.as_ref().filter(|r| r.inv_freq.is_none()) else {
-        return Err(Error::invalid(
-            "the llama format needs RoPE with the standard frequencies",
-        ));
-    };
-    Ok(base(config, attention, rope.theta, json!(rope.scaling)))
-}
-
-/// The fields that AMD's `config.json` has too.
+/// The fields that those of other families and AMD's have too.
 pub(in crate::checkpoint) fn base(
     config: &ModelConfig,
     a: &AttentionConfig,

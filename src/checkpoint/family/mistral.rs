@@ -2,38 +2,35 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::llama;
+use super::{Family, Traits, check_window, llama};
 use crate::checkpoint::Fields;
 use crate::model::ModelConfig;
 use crate::{Error, Result};
 
-/// # Errors
-/// As [`llama::read`]; a window that is shorter than the context.
-pub(super) fn read(path: &Path, value: &Value) -> Result<ModelConfig> {
-    let config = llama::read(path, value)?;
-    let f = Fields {
-        path,
-        object: value,
-    };
-    let context = config.max_position_embeddings;
+pub(super) const FAMILY: Family = Family {
+    model_type: "mistral",
+    architecture: "MistralForCausalLM",
+    traits: Traits::NONE,
+    read,
+    fields: |_| json!({ "sliding_window": null }),
+};
+
+fn read(path: &Path, object: &Value) -> Result<ModelConfig> {
+    let config = llama::read(path, object)?;
+    let f = Fields { path, object };
     // Where it is missing transformers take 4,096.
-    if value.get("sliding_window").is_none() {
+    if object.get("sliding_window").is_none() {
         return Err(Error::file(
             path,
             "sliding_window is missing: add it, null if attention is not within a window",
         ));
     }
-    match f.maybe_size("sliding_window")? {
-        Some(window) if window < context => Err(Error::file(
-            path,
-            format!(
-                "sliding_window {window} is below max_position_embeddings {context}: attention within a window is not \
-                 supported in a teacher. Up to {window} tokens there is no difference: set sliding_window to null and \
-                 max_position_embeddings to {window}"
-            ),
-        )),
-        _ => Ok(config),
-    }
+    check_window(
+        &f,
+        f.maybe_size("sliding_window")?,
+        config.max_position_embeddings,
+    )?;
+    Ok(config)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::checkpoint::family::Traits;
 use crate::gguf::{Info, Value};
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
@@ -157,12 +158,12 @@ pub(super) fn read(
             )));
         }
     };
-    let attention = AttentionConfig {
-        num_attention_heads: heads,
-        num_key_value_heads: keys.size_or("attention.head_count_kv", heads)?,
+    let attention = AttentionConfig::new(
+        heads,
+        keys.size_or("attention.head_count_kv", heads)?,
         head_dim,
-        rope: Some(rope),
-    };
+        Some(rope),
+    );
     Ok(ModelConfig {
         model_type: ModelConfig::MODEL_TYPE.into(),
         format_version: FORMAT_VERSION,
@@ -172,6 +173,9 @@ pub(super) fn read(
         max_position_embeddings: keys.size("context_length")?,
         rms_norm_eps: decimal(keys.number("attention.layer_norm_rms_epsilon")?),
         tie_word_embeddings: !tensors.contains_key("output.weight"),
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logits_scaling: 1.0,
         bos_token_id: None,
         eos_token_id: Vec::new(),
         layers: vec![MixerConfig::Attention(attention); layers],
@@ -262,6 +266,9 @@ pub(super) fn write(config: &ModelConfig) -> Option<Written> {
         return None;
     };
     let rope = attention.rope.as_ref()?;
+    if Traits::of(config) != Traits::NONE {
+        return None;
+    }
     if config.layers.iter().any(|layer| *layer != config.layers[0]) {
         return None;
     }

@@ -8,7 +8,9 @@ use crate::mixer::memory::{Keeps, Span, reach};
 use crate::mixer::paged::{Heads, attend};
 use crate::mixer::rotary::{Rotary, Table};
 use crate::mixer::work::Work;
-use crate::op::linear::{Part, Stored, products};
+use crate::op::cpu::entries;
+use crate::op::linear::{Part, Stored, add_bias, products};
+use crate::op::rms_norm::norm_rows;
 use crate::op::rope::{RopeLayout, turn_head};
 
 /// What decoding needs of the layer.
@@ -19,6 +21,10 @@ pub struct Decoder {
     k_proj: Stored,
     v_proj: Stored,
     o_proj: Stored,
+    /// Of queries, keys and values.
+    biases: Option<[Vec<f32>; 3]>,
+    /// Of queries and keys.
+    norms: Option<[Vec<f32>; 2]>,
     rotary: Option<Arc<Rotary>>,
 }
 
@@ -33,6 +39,14 @@ impl Attention {
             k_proj: self.k_proj.stored()?,
             v_proj: self.v_proj.stored()?,
             o_proj: self.o_proj.stored()?,
+            biases: match &self.biases {
+                Some([q, k, v]) => Some([entries(q)?, entries(k)?, entries(v)?]),
+                None => None,
+            },
+            norms: match &self.norms {
+                Some([q, k]) => Some([entries(q)?, entries(k)?]),
+                None => None,
+            },
             rotary: self.rotary.clone(),
         })
     }
@@ -76,6 +90,16 @@ impl Decoder {
             },
         ];
         products(x, &mut parts, scratch);
+        if let Some([of_q, of_k, of_v]) = &self.biases {
+            add_bias(q, of_q);
+            add_bias(k, of_k);
+            add_bias(v, of_v);
+        }
+        if let (Some([of_q, of_k]), Some(eps)) = (&self.norms, c.qk_norm_eps) {
+            // What the heads are written to later is room until then.
+            norm_rows(q, of_q, eps as f32, y);
+            norm_rows(k, of_k, eps as f32, y);
+        }
         if let Some(rotary) = &self.rotary {
             let table = rotary.table(reach(spans));
             for span in spans.iter() {
@@ -124,7 +148,7 @@ impl Decoder {
                     dim: hd,
                     v_dim: hd,
                     values: Some(g),
-                    scale: (hd as f32).powf(-0.5),
+                    scale: c.scale() as f32,
                 };
                 let (start, len) = (span.rows.start, span.rows.len());
                 let query = |t: usize, head: usize| &q[((start + t) * h + head) * hd..][..hd];

@@ -1,4 +1,4 @@
-//! Grouped-query attention with RoPE, as Llama has it.
+//! Grouped-query attention with RoPE, as Llama has it; with the biases of Qwen2, the norms of Qwen3, the scale of Granite.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use super::{Cost, Param};
 use crate::op::Documents;
 use crate::op::attention::{Sight, causal_attention};
 use crate::op::linear::{Matrix, linear};
+use crate::op::rms_norm::rms_norm;
 use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -26,10 +27,21 @@ pub struct AttentionConfig {
     /// Absent: no position embedding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope: Option<RopeConfig>,
+    /// Queries, keys and values have a bias (Qwen2).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attention_bias: bool,
+    /// Of the RMSNorm over each head of the queries and keys, before they turn (Qwen3); absent: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qk_norm_eps: Option<f64>,
+    /// What scores are multiplied by (Granite); absent: `head_dim^-½`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_multiplier: Option<f64>,
 }
 
 mod decode;
+mod weights;
 pub use decode::Decoder;
+pub use weights::AttentionWeights;
 
 /// # Errors
 /// Names the head count that does not fit.
@@ -43,11 +55,38 @@ pub(super) fn validate_heads(heads: usize, kv_heads: usize) -> Result<()> {
 }
 
 impl AttentionConfig {
+    /// As Llama has it.
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize, rope: Option<RopeConfig>) -> Self {
+        Self {
+            num_attention_heads: heads,
+            num_key_value_heads: kv_heads,
+            head_dim,
+            rope,
+            attention_bias: false,
+            qk_norm_eps: None,
+            attention_multiplier: None,
+        }
+    }
+
+    /// What scores are multiplied by.
+    pub fn scale(&self) -> f64 {
+        let usual = || (self.head_dim as f64).powf(-0.5);
+        self.attention_multiplier.unwrap_or_else(usual)
+    }
+
     pub(super) fn validate(&self) -> Result<()> {
         at_most("num_attention_heads", self.num_attention_heads, MAX_HEADS)?;
         validate_heads(self.num_attention_heads, self.num_key_value_heads)?;
         bounded("head_dim", self.head_dim, MAX_WIDTH)?;
         bounded_heads("head_dim", self.num_attention_heads, self.head_dim)?;
+        for (name, value) in [
+            ("qk_norm_eps", self.qk_norm_eps),
+            ("attention_multiplier", self.attention_multiplier),
+        ] {
+            if let Some(value) = value.filter(|v| !(1e-30..1e30).contains(v)) {
+                return Err(Error::invalid(format!("{name} {value} must be above 0")));
+            }
+        }
         match &self.rope {
             Some(rope) => rope.validate(self.head_dim),
             None => Ok(()),
@@ -64,12 +103,22 @@ impl AttentionConfig {
     pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
         let q = self.num_attention_heads * self.head_dim;
         let kv = self.num_key_value_heads * self.head_dim;
-        vec![
+        let mut params: Vec<Param> = vec![
             ("q_proj.weight".into(), vec![q, hidden]),
             ("k_proj.weight".into(), vec![kv, hidden]),
             ("v_proj.weight".into(), vec![kv, hidden]),
             ("o_proj.weight".into(), vec![hidden, q]),
-        ]
+        ];
+        if self.attention_bias {
+            let rows = [("q", q), ("k", kv), ("v", kv)];
+            params.extend(rows.map(|(name, rows)| (format!("{name}_proj.bias"), vec![rows])));
+        }
+        if self.qk_norm_eps.is_some() {
+            params.extend(
+                ["q", "k"].map(|name| (format!("{name}_norm.weight"), vec![self.head_dim])),
+            );
+        }
+        params
     }
 
     pub(super) fn cost(&self, hidden: usize, length: usize) -> Cost {
@@ -78,50 +127,21 @@ impl AttentionConfig {
             self.num_key_value_heads,
             self.head_dim,
         );
+        let biases = if self.attention_bias {
+            (h + 2 * g) * hd
+        } else {
+            0
+        };
+        let norms = if self.qk_norm_eps.is_some() {
+            2 * hd
+        } else {
+            0
+        };
         Cost {
-            params: 2 * hidden * (h + g) * hd,
+            params: 2 * hidden * (h + g) * hd + biases + norms,
             cached: length.saturating_mul(2 * g * hd),
             state: 0,
         }
-    }
-}
-
-/// The projections of an attention layer: what other mixers are born from.
-#[derive(Debug, Clone)]
-pub struct AttentionWeights {
-    pub config: AttentionConfig,
-    /// `[H·hd, D]`
-    pub q: Tensor,
-    /// `[G·hd, D]`
-    pub k: Tensor,
-    /// `[G·hd, D]`
-    pub v: Tensor,
-    /// `[D, H·hd]`
-    pub o: Tensor,
-}
-
-impl AttentionWeights {
-    /// `weights` seen from the mixer's prefix.
-    pub fn new(config: &AttentionConfig, weights: &Weights) -> Result<Self> {
-        Ok(Self {
-            config: config.clone(),
-            q: weights.get("q_proj.weight")?,
-            k: weights.get("k_proj.weight")?,
-            v: weights.get("v_proj.weight")?,
-            o: weights.get("o_proj.weight")?,
-        })
-    }
-
-    /// Under their names after the prefix.
-    pub(super) fn tensors(&self) -> Vec<(String, Tensor)> {
-        let named = [
-            ("q", &self.q),
-            ("k", &self.k),
-            ("v", &self.v),
-            ("o", &self.o),
-        ];
-        let named = named.map(|(name, tensor)| (format!("{name}_proj.weight"), tensor.clone()));
-        named.into()
     }
 }
 
@@ -132,6 +152,10 @@ pub struct Attention {
     k_proj: Matrix,
     v_proj: Matrix,
     o_proj: Matrix,
+    /// Of queries, keys and values, where they have one.
+    biases: Option<[Tensor; 3]>,
+    /// Of queries and keys, `[hd]` each, where they are normed.
+    norms: Option<[Tensor; 2]>,
     rotary: Option<Arc<Rotary>>,
 }
 
@@ -143,6 +167,8 @@ impl Attention {
             k_proj: weights.matrix("k_proj.weight")?,
             v_proj: weights.matrix("v_proj.weight")?,
             o_proj: weights.matrix("o_proj.weight")?,
+            biases: config.biases(weights)?,
+            norms: config.norms(weights)?,
             rotary: config
                 .rope
                 .as_ref()
@@ -155,9 +181,21 @@ impl Attention {
         let (b, t, _) = x.dims3()?;
         let c = &self.config;
         let (h, g, hd) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
-        let q = linear(x, &self.q_proj)?.reshape((b, t, h, hd))?;
-        let k = linear(x, &self.k_proj)?.reshape((b, t, g, hd))?;
-        let v = linear(x, &self.v_proj)?.reshape((b, t, g, hd))?;
+        let mut q = linear(x, &self.q_proj)?;
+        let mut k = linear(x, &self.k_proj)?;
+        let mut v = linear(x, &self.v_proj)?;
+        if let Some([of_q, of_k, of_v]) = &self.biases {
+            q = q.broadcast_add(of_q)?;
+            k = k.broadcast_add(of_k)?;
+            v = v.broadcast_add(of_v)?;
+        }
+        let mut q = q.reshape((b, t, h, hd))?;
+        let mut k = k.reshape((b, t, g, hd))?;
+        let v = v.reshape((b, t, g, hd))?;
+        if let (Some([of_q, of_k]), Some(eps)) = (&self.norms, c.qk_norm_eps) {
+            q = rms_norm(&q, of_q, eps)?;
+            k = rms_norm(&k, of_k, eps)?;
+        }
         let Some(rotary) = &self.rotary else {
             return Ok([q, k, v]);
         };
@@ -177,7 +215,7 @@ impl Attention {
         sight: &Sight,
     ) -> Result<Tensor> {
         let (b, t, h, hd) = q.dims4()?;
-        let y = causal_attention(q, k, v, (hd as f64).powf(-0.5), sight)?;
+        let y = causal_attention(q, k, v, self.config.scale(), sight)?;
         Ok(linear(&y.reshape((b, t, h * hd))?, &self.o_proj)?)
     }
 

@@ -19,6 +19,7 @@ pub fn published(
     attention: &AttentionWeights,
     seed: u64,
 ) -> Result<Vec<(String, Tensor)>> {
+    let attention = &attention.linear(None)?;
     let a = &attention.config;
     let h = a.num_attention_heads;
     c.fits(a)?;
@@ -50,19 +51,40 @@ pub fn published(
         step + (-(-step).exp_m1()).ln()
     })?;
     let ones = |n: usize| Tensor::ones(n, candle_core::DType::F32, &Device::Cpu);
+    let conv = random.uniform(&[channels, 1, c.d_conv], tap)?;
+    let mut bias = random.uniform(&[channels], tap)?;
+    if let Some(projected) = channel_biases(c, attention)? {
+        // What the taps make of a constant.
+        bias = (bias + (conv.sum((1, 2))? * projected)?)?;
+    }
     Ok(vec![
         ("in_proj.weight".to_owned(), in_proj),
-        (
-            "conv1d.weight".to_owned(),
-            random.uniform(&[channels, 1, c.d_conv], tap)?,
-        ),
-        ("conv1d.bias".to_owned(), random.uniform(&[channels], tap)?),
+        ("conv1d.weight".to_owned(), conv),
+        ("conv1d.bias".to_owned(), bias),
         ("dt_bias".to_owned(), dt_bias),
         ("A_log".to_owned(), a_log),
         ("D".to_owned(), ones(h)?),
         ("norm.weight".to_owned(), ones(c.d_inner())?),
         ("out_proj.weight".to_owned(), attention.o.clone()),
     ])
+}
+
+/// The biases of values, keys and queries for the convolution's channels, `[C]`, where there are biases. The mixer's own projection has none: behind it
+/// stands the convolution's.
+pub(super) fn channel_biases(
+    c: &Mamba2Config,
+    attention: &AttentionWeights,
+) -> Result<Option<Tensor>> {
+    let Some([q, k, v]) = &attention.biases else {
+        return Ok(None);
+    };
+    let (g, groups) = (c.num_kv_heads, c.groups());
+    let repeated = |bias: &Tensor| -> Result<Tensor> {
+        let dim = bias.elem_count() / g;
+        let heads = bias.reshape((g, 1, dim))?;
+        Ok(heads.broadcast_as((g, groups / g, dim))?.flatten_all()?)
+    };
+    Ok(Some(Tensor::cat(&[&repeated(v)?, &repeated(k)?, q], 0)?))
 }
 
 struct Random(ChaCha8Rng);

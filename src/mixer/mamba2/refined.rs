@@ -9,6 +9,7 @@ use faer::Mat;
 use faer::linalg::solvers::Solve;
 
 use super::Mamba2Config;
+use super::init::channel_biases;
 use crate::Result;
 use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output};
 use crate::mixer::linalg::{matrix, tensor};
@@ -78,7 +79,8 @@ pub fn refined(
 }
 
 struct Teacher<'a> {
-    attention: &'a AttentionWeights,
+    /// Without norms on its heads.
+    attention: AttentionWeights,
     sample: &'a Sample,
     /// What every head reads from the past, `[B·T, H·hd]`.
     heads: Tensor,
@@ -95,32 +97,33 @@ impl<'a> Teacher<'a> {
     ) -> Result<Self> {
         let a = &attention.config;
         let width = a.num_attention_heads * a.head_dim;
-        let tensors = [
-            ("q_proj.weight", attention.q.clone()),
-            ("k_proj.weight", attention.k.clone()),
-            ("v_proj.weight", attention.v.clone()),
-            (
-                "o_proj.weight",
-                Tensor::eye(width, DType::F32, &Device::Cpu)?,
-            ),
-        ];
-        let weights = Weights::new(tensors.map(|(n, t)| (n.to_owned(), t)).into());
+        let open = AttentionWeights {
+            o: Tensor::eye(width, DType::F32, &Device::Cpu)?,
+            ..attention.clone()
+        };
+        let weights = Weights::new(open.tensors().into_iter().collect());
         let mixer = Mixer::new(&MixerConfig::Attention(a.clone()), &weights)?;
         let (b, t, d) = sample.input.dims3()?;
         let heads = mixer
             .forward(&sample.input, Some(&sample.documents))?
             .reshape((b * t, width))?;
-        let moment = &statistics.input_moment;
-        let size = |w: &Tensor| -> Result<Vec<f64>> {
-            let w = matrix(w)?;
+        let moment = &statistics.moment(attention);
+        let attention = attention.linear(Some(moment))?;
+        let size = |w: Mat<f64>| -> Vec<f64> {
             let spread = &w * moment;
-            let square = |row: usize| (0..d).map(|n| spread[(row, n)] * w[(row, n)]).sum::<f64>();
+            let square = |row: usize| {
+                (0..w.ncols())
+                    .map(|n| spread[(row, n)] * w[(row, n)])
+                    .sum::<f64>()
+            };
             let hd = a.head_dim;
             let of = |head: usize| {
                 ((head * hd..(head + 1) * hd).map(square).sum::<f64>() / hd as f64).sqrt()
             };
-            Ok((0..w.nrows() / hd).map(|head| of(head).max(1e-6)).collect())
+            (0..w.nrows() / hd).map(|head| of(head).max(1e-6)).collect()
         };
+        let sizes = attention.matrices()?.map(size);
+        let moment = &statistics.input_moment;
         // The projection of the input that is nearest to a constant: E[x xᵀ]⁻¹ E[x].
         let mean = Mat::from_fn(d, 1, |i, _| statistics.input_mean[i]);
         let floor = 1e-3 * (0..d).map(|i| moment[(i, i)]).sum::<f64>() / d as f64;
@@ -135,11 +138,7 @@ impl<'a> Teacher<'a> {
             attention,
             sample,
             heads,
-            sizes: [
-                size(&attention.q)?,
-                size(&attention.k)?,
-                size(&attention.v)?,
-            ],
+            sizes,
             gate: (0..d).map(|i| GATE * gate[(i, 0)]).collect(),
         })
     }
@@ -185,6 +184,13 @@ impl<'a> Teacher<'a> {
         let taps = Mat::from_fn(channels, c.d_conv, |i, tap| {
             if tap + 1 == c.d_conv { scales[i] } else { 0.0 }
         });
+        let bias = match channel_biases(c, &self.attention)? {
+            Some(projected) => {
+                let scales: Vec<f32> = scales.iter().map(|scale| *scale as f32).collect();
+                (projected * Tensor::new(scales, &Device::Cpu)?)?
+            }
+            None => Tensor::zeros(channels, DType::F32, &Device::Cpu)?,
+        };
         let each = |f: &dyn Fn(&Head) -> f64| {
             let data: Vec<f32> = heads.iter().map(|head| f(head) as f32).collect();
             Tensor::from_vec(data, h, &Device::Cpu)
@@ -198,10 +204,7 @@ impl<'a> Teacher<'a> {
                 "conv1d.weight".to_owned(),
                 tensor(&taps)?.reshape((channels, 1, c.d_conv))?,
             ),
-            (
-                "conv1d.bias".to_owned(),
-                Tensor::zeros(channels, DType::F32, &Device::Cpu)?,
-            ),
+            ("conv1d.bias".to_owned(), bias),
             ("dt_bias".to_owned(), dt_bias),
             ("A_log".to_owned(), a_log),
             ("D".to_owned(), each(&|_| 0.0)?),

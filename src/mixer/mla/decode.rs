@@ -13,8 +13,8 @@ use crate::mixer::work::Work;
 use crate::op::attention::online::add_products;
 use crate::op::cpu::entries;
 use crate::op::isa::Isa;
-use crate::op::linear::{Part, Stored, products};
-use crate::op::rms_norm::norm_row;
+use crate::op::linear::{Part, Stored, add_bias, products};
+use crate::op::rms_norm::norm_rows;
 use crate::op::rope::{RopeLayout, turn_head};
 use crate::op::team::fill;
 
@@ -31,6 +31,8 @@ pub struct Decoder {
     /// `[G, R, V]`
     value_up: Vec<f32>,
     out_proj: Stored,
+    /// Of the queries' latent, the latent and the rotary key.
+    biases: Option<[Vec<f32>; 3]>,
     norms: Option<[Vec<f32>; 2]>,
     rotary: Arc<Rotary>,
 }
@@ -50,6 +52,10 @@ impl Mla {
             key_up: entries(&self.key_up)?,
             value_up: entries(&self.value_up.transpose(1, 2)?)?,
             out_proj: self.out_proj.stored()?,
+            biases: match &self.biases {
+                Some([q, latent, key]) => Some([entries(q)?, entries(latent)?, entries(key)?]),
+                None => None,
+            },
             norms,
             rotary: self.key_rotary.clone(),
         })
@@ -113,9 +119,14 @@ impl Decoder {
             parts.push(Part { w, y: &mut *keys });
         }
         products(x, &mut parts, scratch);
+        if let Some([of_q, of_latent, of_key]) = &self.biases {
+            add_bias(low, of_q);
+            add_bias(latents, of_latent);
+            add_bias(keys, of_key);
+        }
         if let Some([q_norm, kv_norm]) = &self.norms {
-            norm(low, q_norm, y);
-            norm(latents, kv_norm, y);
+            norm_rows(low, q_norm, LORA_NORM_EPS as f32, y);
+            norm_rows(latents, kv_norm, LORA_NORM_EPS as f32, y);
         }
         products(
             low,
@@ -172,7 +183,7 @@ impl Decoder {
             dim: wide,
             v_dim: r,
             values: None,
-            scale: (qk as f32).powf(-0.5),
+            scale: c.scale() as f32,
         };
         for span in spans.iter_mut() {
             let (start, len) = (span.rows.start, span.rows.len());
@@ -209,15 +220,5 @@ impl Decoder {
             }],
             scratch,
         );
-    }
-}
-
-/// Every row of `x` where it stands.
-fn norm(x: &mut [f32], weight: &[f32], room: &mut [f32]) {
-    let d = weight.len();
-    let room = &mut room[..d.min(x.len())];
-    for x in x.chunks_exact_mut(d) {
-        norm_row(x, weight, LORA_NORM_EPS as f32, room);
-        x.copy_from_slice(room);
     }
 }

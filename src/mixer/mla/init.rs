@@ -1,12 +1,12 @@
 //! MLA from attention weights.
 
 use candle_core::{DType, Device, Tensor};
-use faer::Mat;
+use faer::{Mat, Scale};
 
 use super::{MlaConfig, Spectrum};
 use crate::Result;
 use crate::mixer::AttentionWeights;
-use crate::mixer::linalg::{matrix, svd, tensor};
+use crate::mixer::linalg::{svd, tensor};
 
 /// The published initialisation (the joint SVD of X-EcoMLA, arXiv 2503.11132): singular values in the
 /// down-projections, the first `nope` and last `rope` rows of each head, the shared rotary key as the
@@ -22,7 +22,11 @@ pub fn published(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
     let (_, hidden) = attention.q.dims2()?;
     c.fits(a, hidden)?;
 
-    let q = svd(&matrix(&attention.q)?)?;
+    let [mut q, k, v] = attention.linear(None)?.matrices()?;
+    if a.attention_multiplier.is_some() {
+        q *= Scale(a.scale() / c.scale());
+    }
+    let q = svd(&q)?;
     let q_down = scaled_rows(&q.s, &q.v, c.q_lora_rank);
     let q_rows: Vec<usize> = (0..h)
         .flat_map(|head| {
@@ -33,8 +37,8 @@ pub fn published(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
         .collect();
     let q_up = Mat::from_fn(q_rows.len(), c.q_lora_rank, |i, j| q.u[(q_rows[i], j)]);
 
-    let keys = repeat_heads(&matrix(&attention.k)?, g, c.kv_heads());
-    let values = repeat_heads(&matrix(&attention.v)?, g, c.kv_heads());
+    let keys = repeat_heads(&k, g, c.kv_heads());
+    let values = repeat_heads(&v, g, c.kv_heads());
     let (key_rows, d) = (keys.nrows(), keys.ncols());
     let joint = svd(&Mat::from_fn(2 * key_rows, d, |i, j| match i < key_rows {
         true => keys[(i, j)],
@@ -64,13 +68,31 @@ pub fn published(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
         }
     });
 
+    named(c, [&q_down, &q_up, &down, &kv_up], attention)
+}
+
+/// An MLA's tensors: its down- and up-projections of queries, of keys and values (where there are biases, those of a down-projection are
+/// its last column), and the attention's output.
+pub(super) fn named(
+    c: &MlaConfig,
+    [q_down, q_up, down, up]: [&Mat<f64>; 4],
+    attention: &AttentionWeights,
+) -> Result<Vec<(String, Tensor)>> {
+    let (d, _) = attention.o.dims2()?;
     let mut tensors = vec![
-        ("q_a_proj.weight".to_owned(), tensor(&q_down)?),
-        ("q_b_proj.weight".to_owned(), tensor(&q_up)?),
-        ("kv_a_proj_with_mqa.weight".to_owned(), tensor(&down)?),
-        ("kv_b_proj.weight".to_owned(), tensor(&kv_up)?),
+        ("q_b_proj.weight".to_owned(), tensor(q_up)?),
+        ("kv_b_proj.weight".to_owned(), tensor(up)?),
         ("out_proj.weight".to_owned(), attention.o.clone()),
     ];
+    for (name, m) in [("q_a_proj", q_down), ("kv_a_proj_with_mqa", down)] {
+        let all = tensor(m)?;
+        let weight = all.narrow(1, 0, d)?.contiguous()?;
+        tensors.push((format!("{name}.weight"), weight));
+        if c.attention_bias {
+            let bias = all.narrow(1, d, 1)?.flatten_all()?.contiguous()?;
+            tensors.push((format!("{name}.bias"), bias));
+        }
+    }
     tensors.extend(unit_norms(c)?);
     Ok(tensors)
 }
@@ -78,7 +100,7 @@ pub fn published(c: &MlaConfig, attention: &AttentionWeights) -> Result<Vec<(Str
 /// The energies (squared singular values) that X-EcoMLA chooses ranks by: of the joint keys and values,
 /// and of the queries, un-weighted.
 pub fn published_spectrum(attention: &AttentionWeights) -> Result<Spectrum> {
-    let (keys, values) = (matrix(&attention.k)?, matrix(&attention.v)?);
+    let [queries, keys, values] = attention.linear(None)?.matrices()?;
     let rows = keys.nrows();
     let joint = Mat::from_fn(2 * rows, keys.ncols(), |i, j| match i < rows {
         true => keys[(i, j)],
@@ -88,12 +110,12 @@ pub fn published_spectrum(attention: &AttentionWeights) -> Result<Spectrum> {
         |m: &Mat<f64>| -> Result<Vec<f64>> { Ok(svd(m)?.s.iter().map(|s| s * s).collect()) };
     Ok(Spectrum {
         kv: energies(&joint)?,
-        q: energies(&matrix(&attention.q)?)?,
+        q: energies(&queries)?,
     })
 }
 
 /// The latents' norms, if the config has them, at 1.
-pub(super) fn unit_norms(c: &MlaConfig) -> Result<Vec<(String, Tensor)>> {
+fn unit_norms(c: &MlaConfig) -> Result<Vec<(String, Tensor)>> {
     if !c.use_lora_layer_norm {
         return Ok(Vec::new());
     }

@@ -61,12 +61,20 @@ pub struct MlaConfig {
     /// RMSNorm on the two latents.
     #[serde(default)]
     pub use_lora_layer_norm: bool,
+    /// The two latents and the rotary key have a bias (DeepSeek's name; here the output has none).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attention_bias: bool,
     pub rope: RopeConfig,
 }
 
 impl MlaConfig {
     fn qk_head_dim(&self) -> usize {
         self.qk_nope_head_dim.saturating_add(self.qk_rope_head_dim)
+    }
+
+    /// What scores are multiplied by.
+    fn scale(&self) -> f64 {
+        (self.qk_head_dim() as f64).powf(-0.5)
     }
 
     /// `G`: heads of the un-rotated keys and the values.
@@ -142,6 +150,8 @@ impl MlaConfig {
                 "v_head_dim {} must be the teacher's head_dim {hd}",
                 self.v_head_dim
             )
+        } else if self.attention_bias != a.attention_bias {
+            "attention_bias must be that of the teacher".to_owned()
         } else if heads != h || (kv_heads != g && kv_heads != h) {
             format!(
                 "{heads} query and {kv_heads} key/value heads do not fit the teacher's {h} and {g}"
@@ -172,6 +182,11 @@ impl MlaConfig {
             params.push(("q_a_layernorm.weight".into(), vec![self.q_lora_rank]));
             params.push(("kv_a_layernorm.weight".into(), vec![self.kv_lora_rank]));
         }
+        if self.attention_bias {
+            let wide = self.kv_lora_rank + self.qk_rope_head_dim;
+            params.push(("q_a_proj.bias".into(), vec![self.q_lora_rank]));
+            params.push(("kv_a_proj_with_mqa.bias".into(), vec![wide]));
+        }
         params
     }
 
@@ -186,8 +201,13 @@ impl MlaConfig {
         let query = rq * (hidden + h * self.qk_head_dim());
         let key_value = (r + rope) * hidden + g * (self.qk_nope_head_dim + self.v_head_dim) * r;
         let norms = if self.use_lora_layer_norm { rq + r } else { 0 };
+        let biases = if self.attention_bias {
+            rq + r + rope
+        } else {
+            0
+        };
         Cost {
-            params: query + key_value + h * self.v_head_dim * hidden + norms,
+            params: query + key_value + h * self.v_head_dim * hidden + norms + biases,
             cached: length.saturating_mul(r + rope),
             state: 0,
         }
@@ -208,6 +228,8 @@ pub struct Mla {
     /// Value rows of `kv_b_proj`, `[G, V, R]`.
     value_up: Tensor,
     out_proj: Matrix,
+    /// Of the queries' latent, the latent and the rotary key.
+    biases: Option<[Tensor; 3]>,
     norms: Option<(Tensor, Tensor)>,
     /// Turns whole query heads: the first `nope` dims stand still.
     query_rotary: Rotary,
@@ -235,6 +257,14 @@ impl Mla {
             key_up: up.narrow(1, 0, nope)?,
             value_up: up.narrow(1, nope, v)?,
             out_proj: weights.matrix("out_proj.weight")?,
+            biases: match c.attention_bias {
+                true => {
+                    let down = weights.get("kv_a_proj_with_mqa.bias")?;
+                    let (latent, key) = (down.narrow(0, 0, r)?, down.narrow(0, r, rope)?);
+                    Some([weights.get("q_a_proj.bias")?, latent, key])
+                }
+                false => None,
+            },
             norms,
             query_rotary: Rotary::new(&c.rope, rope, nope),
             key_rotary: Arc::new(Rotary::new(&c.rope, rope, 0)),
@@ -242,14 +272,13 @@ impl Mla {
         })
     }
 
-    fn scale(&self) -> f64 {
-        (self.config.qk_head_dim() as f64).powf(-0.5)
-    }
-
     /// `[B, T, H, nope + rope]`, rotated.
     fn queries(&self, x: &Tensor) -> Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let mut low = linear(x, &self.q_a_proj)?;
+        if let Some([bias, _, _]) = &self.biases {
+            low = low.broadcast_add(bias)?;
+        }
         if let Some((norm, _)) = &self.norms {
             low = rms_norm(&low, norm, LORA_NORM_EPS)?;
         }
@@ -267,13 +296,20 @@ impl Mla {
     fn latent(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
         let mut latent = linear(x, &self.latent_proj)?;
+        if let Some([_, bias, _]) = &self.biases {
+            latent = latent.broadcast_add(bias)?;
+        }
         if let Some((_, norm)) = &self.norms {
             latent = rms_norm(&latent, norm, LORA_NORM_EPS)?;
         }
         let Some(rope_proj) = &self.rope_proj else {
             return Ok((latent, None));
         };
-        let key = linear(x, rope_proj)?.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
+        let mut key = linear(x, rope_proj)?;
+        if let Some([_, _, bias]) = &self.biases {
+            key = key.broadcast_add(bias)?;
+        }
+        let key = key.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
         let (cos, sin) = self.key_rotary.tables(t, x)?;
         let key = rope(&key, &cos, &sin, RopeLayout::Interleaved)?;
         Ok((latent, Some(key)))
@@ -301,7 +337,7 @@ impl Mla {
             .transpose()?;
         let parts: Vec<Tensor> = own.into_iter().chain(shared).collect();
         let keys = Tensor::cat(&parts, HEAD_DIM)?;
-        let y = causal_attention(q, &keys, &values, self.scale(), sight)?;
+        let y = causal_attention(q, &keys, &values, self.config.scale(), sight)?;
         self.output(&y)
     }
 

@@ -9,6 +9,9 @@ use super::rank::{RANK_STEP, RankRule};
 use crate::mixer::{AttentionConfig, MixerOptions, RopeConfig, RopeScaling};
 use crate::{Error, Result};
 
+/// Where nothing turns.
+const THETA: f64 = 10_000.0;
+
 /// `mla`, `mla:KV_RANK` or `mla:KV_RANK:Q_RANK`: with ranks of its own, or the plan's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MlaKind {
@@ -45,11 +48,6 @@ impl MlaKind {
         let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
         let rounded = |n: usize| n.div_ceil(RANK_STEP) * RANK_STEP;
         let full_q_rank = hidden.min(h * hd);
-        let Some(rope) = &a.rope else {
-            return Err(Error::invalid(
-                "the teacher's attention has no RoPE to take over",
-            ));
-        };
         let rank = |own: Option<usize>, rule: &Option<RankRule>, default: usize| match (own, rule) {
             (Some(rank), _) => Ok(rank),
             (None, Some(RankRule::Fixed(rank))) => Ok(*rank),
@@ -60,31 +58,41 @@ impl MlaKind {
         };
         let default_q = rounded(full_q_rank * 3 / 4).min(full_q_rank);
         let default_kv = rounded(2 * g * hd / 8).min(hidden);
-        let rope_dims = options
-            .qk_rope_head_dim
-            .unwrap_or_else(|| hd - options.qk_nope_head_dim.unwrap_or(hd / 2).min(hd));
+        let rope_dims = match &a.rope {
+            Some(_) => options
+                .qk_rope_head_dim
+                .unwrap_or_else(|| hd - options.qk_nope_head_dim.unwrap_or(hd / 2).min(hd)),
+            // A layer without positions (SmolLM3 has some) has nothing to turn.
+            None => 0,
+        };
+        let plain_dims = match &a.rope {
+            Some(_) => options.qk_nope_head_dim,
+            None => None,
+        };
         let config = MlaConfig {
             num_attention_heads: h,
             num_key_value_heads: g,
             use_full_kv_head: options.use_full_kv_head,
             q_lora_rank: rank(self.q_lora_rank, &options.q_lora_rank, default_q)?,
             kv_lora_rank: rank(self.kv_lora_rank, &options.kv_lora_rank, default_kv)?,
-            qk_nope_head_dim: options
-                .qk_nope_head_dim
-                .unwrap_or_else(|| hd.saturating_sub(rope_dims)),
+            qk_nope_head_dim: plain_dims.unwrap_or_else(|| hd.saturating_sub(rope_dims)),
             qk_rope_head_dim: rope_dims,
             v_head_dim: hd,
             use_lora_layer_norm: options.use_lora_layer_norm,
+            attention_bias: a.attention_bias,
             // Llama 3's own scaling is not carried into MLA layers, as published.
             rope: RopeConfig {
-                theta: rope.theta,
-                scaling: options.yarn.map(|(factor, window)| RopeScaling::Yarn {
-                    factor,
-                    original_max_position_embeddings: window,
-                    beta_fast: 32.0,
-                    beta_slow: 1.0,
-                    attention_factor: None,
-                }),
+                theta: a.rope.as_ref().map_or(THETA, |rope| rope.theta),
+                scaling: options
+                    .yarn
+                    .filter(|_| rope_dims > 0)
+                    .map(|(factor, window)| RopeScaling::Yarn {
+                        factor,
+                        original_max_position_embeddings: window,
+                        beta_fast: 32.0,
+                        beta_slow: 1.0,
+                        attention_factor: None,
+                    }),
                 inv_freq: None,
             },
         };

@@ -13,10 +13,11 @@ use candle_core::Tensor;
 use faer::prelude::ReborrowMut;
 use faer::{Mat, MatRef, Scale};
 
+use super::init::named;
 use super::{MlaConfig, Spectrum};
 use crate::Result;
 use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output};
-use crate::mixer::linalg::{eigen, floor, matrix, root, svd, tensor};
+use crate::mixer::linalg::{eigen, floor, matrix, root, svd};
 use crate::mixer::{AttentionWeights, MixerConfig, RopeConfig};
 
 /// Weights of the keys' block against the values' that are tried.
@@ -79,13 +80,6 @@ struct Heads {
 }
 
 impl Heads {
-    fn new(weight: &Tensor, dim: usize) -> Result<Self> {
-        Ok(Self {
-            rows: matrix(weight)?,
-            dim,
-        })
-    }
-
     fn head(&self, head: usize) -> MatRef<'_, f64> {
         self.rows.as_ref().subrows(head * self.dim, self.dim)
     }
@@ -95,9 +89,10 @@ impl Heads {
     }
 }
 
-/// A teacher's layer in matrices, and what all candidates need of them.
+/// A teacher's layer in matrices, and what all candidates need of them. Where it has biases they are the last column of queries, keys and
+/// values, and every input `x` has a 1 behind it.
 struct Teacher<'a> {
-    attention: &'a AttentionWeights,
+    attention: AttentionWeights,
     q: Heads,
     k: Heads,
     v: Heads,
@@ -118,16 +113,16 @@ struct Teacher<'a> {
 
 impl<'a> Teacher<'a> {
     fn new(attention: &'a AttentionWeights, statistics: &'a Statistics) -> Result<Self> {
+        let moment = &statistics.moment(attention);
+        let attention = attention.linear(Some(moment))?;
         let a = &attention.config;
-        let moment = &statistics.input_moment;
-        let [q, k, v] =
-            [&attention.q, &attention.k, &attention.v].map(|weight| Heads::new(weight, a.head_dim));
-        let (q, k, v) = (q?, k?, v?);
-        let o = Heads::new(&attention.o.t()?.contiguous()?, a.head_dim)?;
-        let spread = Heads {
-            rows: &q.rows * moment,
+        let heads = |rows: Mat<f64>| Heads {
+            rows,
             dim: a.head_dim,
         };
+        let [q, k, v] = attention.matrices()?.map(heads);
+        let o = heads(matrix(&attention.o.t()?.contiguous()?)?);
+        let spread = heads(&q.rows * moment);
         let mut lifted = moment.clone();
         let floor = floor(moment);
         (0..lifted.nrows()).for_each(|i| lifted[(i, i)] += floor);
@@ -136,7 +131,6 @@ impl<'a> Teacher<'a> {
             None => (vec![0.0; a.head_dim / 2], 1.0),
         };
         Ok(Self {
-            attention,
             asked: (spread.each().zip(q.each()))
                 .map(|(spread, q)| spread * q.transpose())
                 .collect(),
@@ -149,6 +143,7 @@ impl<'a> Teacher<'a> {
             moment: lifted,
             frequencies,
             magnitude,
+            attention,
         })
     }
 
@@ -157,7 +152,8 @@ impl<'a> Teacher<'a> {
         m * &self.moment * m.transpose()
     }
 
-    fn hidden(&self) -> usize {
+    /// `D`, and one more where there are biases.
+    fn inputs(&self) -> usize {
         self.moment.nrows()
     }
 
@@ -200,7 +196,7 @@ impl<'a> Teacher<'a> {
         pairs: &[usize],
         key_weight: f64,
     ) -> Result<(MlaConfig, Vec<(String, Tensor)>)> {
-        let d = self.hidden();
+        let d = self.inputs();
         let plain = self.plain_dims(pairs, c.qk_nope_head_dim);
         let (shared, factors) = self.shared_keys(pairs)?;
         let mut config = c.clone();
@@ -215,14 +211,7 @@ impl<'a> Teacher<'a> {
             true => latent[(i, n)],
             false => shared[(i - r, n)],
         });
-        let mut tensors = vec![
-            ("q_a_proj.weight".to_owned(), tensor(&q_down)?),
-            ("q_b_proj.weight".to_owned(), tensor(&q_up)?),
-            ("kv_a_proj_with_mqa.weight".to_owned(), tensor(&down)?),
-            ("kv_b_proj.weight".to_owned(), tensor(&kv_up)?),
-            ("out_proj.weight".to_owned(), self.attention.o.clone()),
-        ];
-        tensors.extend(super::init::unit_norms(c)?);
+        let tensors = named(c, [&q_down, &q_up, &down, &kv_up], &self.attention)?;
         Ok((config, tensors))
     }
 
@@ -247,10 +236,10 @@ impl<'a> Teacher<'a> {
         factors: &[Vec<(f64, f64)>],
     ) -> Mat<f64> {
         let (h, g, hd) = self.sizes();
-        let (nope, d) = (c.qk_nope_head_dim, self.hidden());
+        let (nope, d) = (c.qk_nope_head_dim, self.inputs());
         let magnitude = rope.frequencies(c.qk_rope_head_dim).1;
-        // The softmax scale of the student over the teacher's, whose dims all turn.
-        let scale = ((nope + c.qk_rope_head_dim) as f64 / hd as f64).sqrt();
+        // The teacher's scale of scores over the student's; of the teacher all dims turn.
+        let scale = self.attention.config.scale() / c.scale();
         let scale = scale * self.magnitude * self.magnitude;
         let mut queries = Mat::zeros(h * (nope + 2 * pairs.len()), d);
         for head in 0..h {
@@ -289,7 +278,7 @@ impl<'a> Teacher<'a> {
     #[allow(clippy::type_complexity)]
     fn shared_keys(&self, pairs: &[usize]) -> Result<(Mat<f64>, Vec<Vec<(f64, f64)>>)> {
         let (h, g, hd) = self.sizes();
-        let d = self.hidden();
+        let d = self.inputs();
         let mut rows = Mat::zeros(2 * pairs.len(), d);
         let mut factors = Vec::new();
         for (j, pair) in pairs.iter().enumerate() {
@@ -423,7 +412,7 @@ impl<'a> Teacher<'a> {
         let (h, g, hd) = self.sizes();
         let (heads, nope) = (c.kv_heads(), plain.len());
         let block = nope + hd;
-        let mut weighted = Mat::zeros(heads * block, self.hidden());
+        let mut weighted = Mat::zeros(heads * block, self.inputs());
         let mut unweight = Vec::new();
         for head in 0..heads {
             // With full kv heads each query head has a copy of its group's keys and values.
@@ -437,7 +426,12 @@ impl<'a> Teacher<'a> {
             let (key, value) = (self.k.head(group), self.v.head(group));
             let (key_root, key_unroot) = root(&asked)?;
             let (value_root, value_unroot) = root(&made)?;
-            let keys = Mat::from_fn(nope, key.ncols(), |i, n| key_weight * key[(plain[i], n)]);
+            // What a query makes of the bias of keys that do not turn is the same for all of them, and nothing to the softmax.
+            let bias = c.attention_bias.then(|| key.ncols() - 1);
+            let keys = Mat::from_fn(nope, key.ncols(), |i, n| match Some(n) == bias {
+                true => 0.0,
+                false => key_weight * key[(plain[i], n)],
+            });
             let mut rows = weighted.subrows_mut(head * block, block);
             rows.rb_mut()
                 .subrows_mut(0, nope)
@@ -492,16 +486,13 @@ mod tests {
         let [q, k, v, o, x] = inputs.collect::<Vec<_>>().try_into().unwrap();
         let rope = Some(RopeConfig::new(100.0));
         let attention = AttentionWeights {
-            config: AttentionConfig {
-                num_attention_heads: h,
-                num_key_value_heads: g,
-                head_dim: hd,
-                rope,
-            },
+            config: AttentionConfig::new(h, g, hd, rope),
             q,
             k,
             v,
             o,
+            biases: None,
+            norms: None,
         };
         let zeros = Tensor::zeros((9, d), candle_core::DType::F32, &Device::Cpu).unwrap();
         let [x, zeros] = [x, zeros].map(|t| t.unsqueeze(0).unwrap());

@@ -84,7 +84,7 @@ impl Decoder {
         let c = &self.attention.config;
         let (h, g, hd) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
         let (rep, plane) = (h / g, self.slots() * hd);
-        let scale = (hd as f32).powf(-0.5);
+        let scale = c.scale() as f32;
         self.attention
             .around(x, spans, out, work, |spans, [q, k, v, y]| {
                 for span in spans.iter_mut() {

@@ -4,9 +4,9 @@
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::attention::{Attention, AttentionConfig};
-use super::rotary::RopeConfig;
 use super::sizes::{MAX_POSITIONS, at_most, bounded};
 use super::{Cost, Param};
 use crate::Result;
@@ -18,33 +18,51 @@ mod decode;
 pub mod plan;
 pub use decode::Decoder;
 
+/// Its fields stand beside those of the attention, as in Mistral's `config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Map<String, Value>", into = "Map<String, Value>")]
 pub struct WindowConfig {
-    /// `H`
-    pub num_attention_heads: usize,
-    /// `G`, a divisor of `H`
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    /// Absent: no position embedding.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rope: Option<RopeConfig>,
+    pub attention: AttentionConfig,
     /// Nearest tokens that are seen, a token itself among them.
     pub sliding_window: usize,
     /// First tokens that are seen from everywhere.
     pub num_sink_tokens: usize,
 }
 
-impl WindowConfig {
-    fn attention(&self) -> AttentionConfig {
-        AttentionConfig {
-            num_attention_heads: self.num_attention_heads,
-            num_key_value_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
-            rope: self.rope.clone(),
-        }
-    }
+const OWN: [&str; 2] = ["sliding_window", "num_sink_tokens"];
 
+impl TryFrom<Map<String, Value>> for WindowConfig {
+    type Error = String;
+
+    fn try_from(mut fields: Map<String, Value>) -> std::result::Result<Self, String> {
+        let [sliding_window, num_sink_tokens] = OWN.map(|name| match fields.remove(name) {
+            Some(value) => serde_json::from_value(value).map_err(|e| format!("{name}: {e}")),
+            None => Err(format!("missing field `{name}`")),
+        });
+        let attention = serde_json::from_value(Value::Object(fields));
+        Ok(Self {
+            attention: attention.map_err(|e| e.to_string())?,
+            sliding_window: sliding_window?,
+            num_sink_tokens: num_sink_tokens?,
+        })
+    }
+}
+
+impl From<WindowConfig> for Map<String, Value> {
+    fn from(config: WindowConfig) -> Self {
+        let mut fields = match serde_json::to_value(&config.attention) {
+            Ok(Value::Object(fields)) => fields,
+            _ => unreachable!("configs serialise as objects"),
+        };
+        let own = OWN
+            .into_iter()
+            .zip([config.sliding_window, config.num_sink_tokens]);
+        fields.extend(own.map(|(name, size)| (name.to_owned(), size.into())));
+        fields
+    }
+}
+
+impl WindowConfig {
     fn reach(&self) -> Reach {
         Reach {
             size: self.sliding_window,
@@ -55,7 +73,7 @@ impl WindowConfig {
     pub(super) fn validate(&self) -> Result<()> {
         bounded("sliding_window", self.sliding_window, MAX_POSITIONS)?;
         at_most("num_sink_tokens", self.num_sink_tokens, MAX_POSITIONS)?;
-        self.attention().validate()
+        self.attention.validate()
     }
 
     pub(super) fn show(&self) -> String {
@@ -63,16 +81,16 @@ impl WindowConfig {
             "last {} first {}",
             self.sliding_window, self.num_sink_tokens
         );
-        format!("{}, {own}", self.attention().show())
+        format!("{}, {own}", self.attention.show())
     }
 
     pub(super) fn params(&self, hidden: usize) -> Vec<Param> {
-        self.attention().params(hidden)
+        self.attention.params(hidden)
     }
 
     pub(super) fn cost(&self, hidden: usize, length: usize) -> Cost {
         let most = self.sliding_window + self.num_sink_tokens;
-        self.attention().cost(hidden, length.min(most))
+        self.attention.cost(hidden, length.min(most))
     }
 }
 
@@ -85,7 +103,7 @@ pub struct Window {
 impl Window {
     pub(super) fn new(config: &WindowConfig, weights: &Weights) -> Result<Self> {
         Ok(Self {
-            attention: Attention::new(&config.attention(), weights)?,
+            attention: Attention::new(&config.attention, weights)?,
             reach: config.reach(),
         })
     }

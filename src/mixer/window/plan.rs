@@ -37,10 +37,7 @@ impl WindowKind {
     /// The config in the place of attention `a`.
     pub(crate) fn settle(&self, a: &AttentionConfig) -> WindowConfig {
         WindowConfig {
-            num_attention_heads: a.num_attention_heads,
-            num_key_value_heads: a.num_key_value_heads,
-            head_dim: a.head_dim,
-            rope: a.rope.clone(),
+            attention: a.clone(),
             sliding_window: self.sliding_window.unwrap_or(SIZE),
             num_sink_tokens: self.num_sink_tokens.unwrap_or(SINKS),
         }

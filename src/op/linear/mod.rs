@@ -52,6 +52,13 @@ pub fn linear(x: &Tensor, w: &Matrix) -> Result<Tensor> {
     }
 }
 
+/// Adds `bias` to every row of `y`.
+pub fn add_bias(y: &mut [f32], bias: &[f32]) {
+    for row in y.chunks_exact_mut(bias.len().max(1)) {
+        row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+    }
+}
+
 struct Linear;
 
 impl CustomOp2 for Linear {

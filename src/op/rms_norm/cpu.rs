@@ -53,6 +53,16 @@ pub fn norm_row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     })
 }
 
+/// Every row of `x` where it stands; `room` for one row.
+pub fn norm_rows(x: &mut [f32], weight: &[f32], eps: f32, room: &mut [f32]) {
+    let d = weight.len();
+    let room = &mut room[..d.min(x.len())];
+    for x in x.chunks_exact_mut(d) {
+        norm_row(x, weight, eps, room);
+        x.copy_from_slice(room);
+    }
+}
+
 /// One row of the gated norm: `y` in, the norm of its groups out.
 #[inline]
 pub fn gated_row(y: &mut [f32], z: &[f32], weight: &[f32], group: usize, eps: f32) {

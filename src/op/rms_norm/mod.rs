@@ -9,7 +9,7 @@ use crate::op::cpu::{host, slice};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 
-pub use cpu::{gated_row, norm_row};
+pub use cpu::{gated_row, norm_row, norm_rows};
 
 const KERNELS: Kernels = Kernels::f32("rms_norm");
 

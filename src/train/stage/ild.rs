@@ -12,7 +12,7 @@ use super::{Shares, Terms, ids, rows, scalar, share};
 use crate::checkpoint::Bank;
 use crate::data::Batch;
 use crate::mixer::LayerKind;
-use crate::model::{LayerOutput, Lm, ModelConfig, Parts, Trace};
+use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts, Trace};
 use crate::op::adamw::sum_of_squares;
 use crate::op::loss::{mean_l2, relative_mse};
 use crate::train::params::ParamGroup;
@@ -194,7 +194,7 @@ impl Ild {
                 let mut loss = (part(hidden)? + part(mixer)?)?;
                 if joint {
                     let alone = layer.forward(&own, documents)?;
-                    let (hidden, mixer) = goal.terms(&alone, &missing(&trace, i, &own)?)?;
+                    let (hidden, mixer) = goal.terms(&alone, &missing(layer, &trace, i, &own)?)?;
                     loss = ((loss + part(hidden)?)? + part(mixer)?)?.affine(0.5, 0.0)?;
                     own = alone.hidden.detach();
                 }
@@ -239,7 +239,7 @@ impl Ild {
                 let hidden = sum_of_squares(&trace.hidden[i + 1])?;
                 energies.extend([hidden, sum_of_squares(&trace.mixer_out[i])?]);
                 if self.config.inputs == IldInputs::Joint {
-                    energies.extend([hidden, sum_of_squares(&missing(&trace, i, &own)?)?]);
+                    energies.extend([hidden, sum_of_squares(&missing(layer, &trace, i, &own)?)?]);
                     own = layer.forward(&own, documents)?.hidden.detach();
                 }
             }
@@ -279,8 +279,8 @@ impl Ild {
 }
 
 /// What a student's mixer that reads `own` is to give: whatever is missing from it to the teacher's residual stream.
-fn missing(trace: &Trace, index: usize, own: &Tensor) -> Result<Tensor> {
-    Ok(((&trace.hidden[index] - own)? + &trace.mixer_out[index])?)
+fn missing(layer: &Layer, trace: &Trace, index: usize, own: &Tensor) -> Result<Tensor> {
+    Ok((layer.missing(&trace.hidden[index], own)? + &trace.mixer_out[index])?)
 }
 
 /// What the teacher's layer gave.

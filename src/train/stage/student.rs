@@ -232,6 +232,7 @@ impl Student {
                 Some(gradient) => gradient,
                 None => WeightGradient::new(params.value(EMBEDDING)?)?,
             };
+            let dx = (dx * self.plain.config.embedding_multiplier)?;
             gradient.add_rows(&ids, &rows(&dx)?)?;
             params.add_to(EMBEDDING, gradient.finish()?)?;
         }
