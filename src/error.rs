@@ -34,6 +34,9 @@ pub enum Error {
     /// A flag, field or combination that cannot work.
     #[error("{0}")]
     Invalid(String),
+    /// A step of training whose loss, gradient or weights cannot be gone on with.
+    #[error("{0}")]
+    Diverged(String),
     /// Whoever read standard output has left: no failure.
     #[error("standard output is closed")]
     Closed,

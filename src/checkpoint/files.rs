@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -54,6 +54,25 @@ impl TensorFile {
         })
     }
 
+    /// # Errors
+    /// Data that are not those that zebroid wrote; of another program's file nothing is known.
+    fn verify(&self) -> Result<()> {
+        let metadata = self.header.metadata().as_ref();
+        let Some(written) = metadata.and_then(|metadata| metadata.get(CHECKSUM)) else {
+            return Ok(());
+        };
+        let found = hex(checksum(&self.map[self.data_start..]));
+        match *written == found {
+            true => Ok(()),
+            false => Err(Error::file(
+                &self.path,
+                format!(
+                    "the data are damaged: their {CHECKSUM} is {found}, written was {written}; make or copy the file again"
+                ),
+            )),
+        }
+    }
+
     fn range(&self, info: &TensorInfo) -> Range<usize> {
         // The offsets were checked against the file when the header was read.
         let (from, to) = info.data_offsets;
@@ -94,6 +113,45 @@ impl TensorFile {
             &info.shape,
             &Device::Cpu,
         )?)
+    }
+}
+
+/// Of a file's data, in its metadata.
+const CHECKSUM: &str = "crc32";
+
+fn hex(checksum: u32) -> String {
+    format!("{checksum:08x}")
+}
+
+fn checksum(bytes: &[u8]) -> u32 {
+    // Work for a thread.
+    const PART: usize = 1 << 22;
+    let of = |part: &[u8]| {
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(part);
+        hasher
+    };
+    let parts: Vec<_> = bytes.par_chunks(PART).map(of).collect();
+    let mut whole = crc32fast::Hasher::new();
+    parts.iter().for_each(|part| whole.combine(part));
+    whole.finalize()
+}
+
+/// Counts what goes through it.
+struct Summed<W> {
+    inner: W,
+    hasher: crc32fast::Hasher,
+}
+
+impl<W: Write> Write for Summed<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
     }
 }
 
@@ -213,6 +271,12 @@ impl TensorFiles {
                 problems,
             }),
         }
+    }
+
+    /// # Errors
+    /// Names the file whose data are not those that were written.
+    pub fn verify(&self) -> Result<()> {
+        self.files.iter().try_for_each(TensorFile::verify)
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {
@@ -378,6 +442,7 @@ pub fn read_tensors_with_metadata(
     path: &Path,
 ) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
     let file = TensorFile::open(path)?;
+    file.verify()?;
     let mut tensors = BTreeMap::new();
     for (name, info) in file.header.tensors() {
         tensors.insert(name.clone(), file.load(&name, info)?);
@@ -435,6 +500,8 @@ pub(super) fn write_matrices(
     // The format hint that `transformers` asks for; in order, so that the same tensors give the same bytes.
     let mut metadata: BTreeMap<String, String> = metadata.into_iter().collect();
     metadata.insert("format".into(), "pt".into());
+    // Not known before all is written.
+    metadata.insert(CHECKSUM.into(), hex(0));
     // The widest types first: every tensor then stands at a multiple of its entries' size.
     let order = weights.iter().map(|(name, w)| (written_as(w), name, w));
     let mut order: Vec<_> = order.collect();
@@ -454,14 +521,28 @@ pub(super) fn write_matrices(
     }
     let mut header = serde_json::to_vec(&header).map_err(|e| Error::file(path, e))?;
     header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    let unknown = format!("\"{CHECKSUM}\":\"{}\"", hex(0));
+    let mut windows = header.windows(unknown.len());
+    let place = windows.position(|window| window == unknown.as_bytes());
+    let place = place.map(|at| size_of::<u64>() + at + CHECKSUM.len() + "\"\":\"".len());
     write_atomic_with(path, |file| {
-        let mut file = BufWriter::new(file);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
+        let mut data = BufWriter::new(Summed {
+            inner: &mut *file,
+            hasher: crc32fast::Hasher::new(),
+        });
         for (_, _, weight) in &order {
-            file.write_all(&bytes(weight).map_err(std::io::Error::other)?)?;
+            data.write_all(&bytes(weight).map_err(std::io::Error::other)?)?;
         }
-        file.flush()
+        data.flush()?;
+        let summed = data.into_inner().map_err(|e| e.into_error())?;
+        let checksum = hex(summed.hasher.finalize());
+        if let Some(place) = place {
+            file.seek(SeekFrom::Start(place as u64))?;
+            file.write_all(checksum.as_bytes())?;
+        }
+        Ok(())
     })
 }
 

@@ -150,6 +150,7 @@ impl Checkpoint {
     /// # Errors
     /// Names the tensor (and file) that holds a value which is not a finite number.
     pub fn parts(&self) -> Result<Parts> {
+        self.verify()?;
         let mut all = BTreeMap::new();
         for (name, _) in self.config.params() {
             let weight = match self.matrix(&name)? {
@@ -163,6 +164,7 @@ impl Checkpoint {
 
     /// All that is stored, as it is stored, a copy of a tied head included.
     pub fn stored(&self) -> Result<Weights> {
+        self.verify()?;
         let names: Vec<String> = match &self.source {
             Source::Folder(files) => files.names().map(str::to_owned).collect(),
             Source::Gguf(_) => self.config.params().into_iter().map(|p| p.0).collect(),
@@ -172,6 +174,13 @@ impl Checkpoint {
             Ok((name, weight))
         });
         Ok(all.collect::<Result<BTreeMap<_, _>>>()?.into())
+    }
+
+    fn verify(&self) -> Result<()> {
+        match &self.source {
+            Source::Folder(files) => files.verify(),
+            Source::Gguf(_) => Ok(()),
+        }
     }
 
     fn matrix(&self, name: &str) -> Result<Matrix> {

@@ -80,7 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let place = args.train.device.place()?;
     let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
     let pretrain = Pretrain::new(&config, settings.seed, &place)?;
-    let mut stage = Stage::Pretrain(pretrain, &corpus);
+    let stage = Stage::Pretrain(pretrain, &corpus);
     let run = TrainRun {
         name: "pretrain",
         config: &settings,
@@ -88,6 +88,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         tokenizer: &args.tokenizer,
         teacher: None,
     };
-    (args.train).finish(&run, &mut stage, Progress::default())?;
+    (args.train).finish(&run, stage.into(), Progress::default())?;
     Ok(())
 }

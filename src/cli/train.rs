@@ -1,11 +1,12 @@
 //! `zebroid train`: ILD, end-to-end or stepwise KD, preference optimisation.
 
 use std::cell::RefCell;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
-use super::show::{Progress, note, print_line};
+use super::show::{Progress, command_line, note, print_line};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
@@ -21,8 +22,8 @@ use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
 use crate::train::{
-    Figures, RunOptions, Stage, StepMetrics, TrainConfig, TrainSettings, Validation,
-    partial_folder, train,
+    Figures, RunOptions, StepMetrics, TrainConfig, TrainSettings, Training, Validation,
+    partial_folder,
 };
 use crate::watch::{Quiet, Watch};
 use crate::{Error, Result};
@@ -69,6 +70,21 @@ struct IldArgs {
     /// Kinds of layer to train side by side, as --layers spells them.
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND,..", default_values_t = CANDIDATES, help_heading = "Bank")]
     candidates: Vec<LayerKind>,
+    /// Layers to train at a time, with the memory that they take: the result is that of all at once.
+    #[arg(long, value_name = "COUNT", conflicts_with_all = ["only_layers", "pieces", "validation"], help_heading = "Memory")]
+    layers_at_once: Option<NonZeroUsize>,
+    /// Train these layers only; OUT is a piece, for --pieces (other processes or machines train the others).
+    #[arg(long, value_delimiter = ',', value_name = "I,J,..", conflicts_with_all = ["pieces", "validation"], help_heading = "Memory")]
+    only_layers: Option<Vec<usize>>,
+    /// Train nothing: OUT is made of pieces that the same command has made with --only-layers.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "PIECE,..",
+        conflicts_with = "validation",
+        help_heading = "Memory"
+    )]
+    pieces: Vec<PathBuf>,
     /// Sizes of the bank's candidates.
     #[command(flatten, next_help_heading = "Bank")]
     plan: PlanOptions,
@@ -135,6 +151,12 @@ pub struct TrainArgs {
     /// Steps between saves.
     #[arg(long, default_value_t = 200)]
     pub save_every: u64,
+    /// Saves to keep; one that is damaged is passed over for the one before.
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    pub keep_last: usize,
+    /// The result is the student with the lowest KL on --validation, not the last one.
+    #[arg(long, requires = "validation")]
+    pub keep_best: bool,
     #[command(flatten)]
     pub device: DeviceArg,
     /// Replace OUT, and drop an unfinished run with other settings.
@@ -164,7 +186,7 @@ impl TrainArgs {
     }
 
     /// Runs a stage and says how it ended.
-    pub fn finish(&self, run: &TrainRun, stage: &mut Stage, watch: Progress) -> Result<()> {
+    pub fn finish(&self, run: &TrainRun, training: Training, watch: Progress) -> Result<()> {
         let TrainRun { config, out, .. } = run;
         let held_out = match (&self.validation, run.teacher) {
             (None, _) => None,
@@ -192,7 +214,7 @@ impl TrainArgs {
                 ])
             }
         });
-        start_training(&watch, run.name, config, stage.data(), out)?;
+        start_training(&watch, run.name, config, &training, out)?;
         // Whoever reads the steps may leave, and the disk that they go to may fill: the run is saved then.
         let printed = RefCell::new(Ok(()));
         let mut observe = |metrics: &StepMetrics, _: u64| {
@@ -201,16 +223,17 @@ impl TrainArgs {
                 *printed.borrow_mut() = print_line(metrics);
             }
         };
-        let metrics = train(
-            stage,
+        let metrics = training.carry_out(
             config,
             RunOptions {
                 out: out.to_path_buf(),
                 tokenizer: run.tokenizer.to_owned(),
                 force: self.force,
                 save_every: self.save_every,
+                keep_last: self.keep_last,
                 validation: measure.as_ref().map(|measure| Validation {
                     every: self.eval_every,
+                    keep_best: self.keep_best,
                     measure,
                 }),
                 stop: &|| watch.stop() || printed.borrow().is_err(),
@@ -221,6 +244,13 @@ impl TrainArgs {
             (Err(saved @ Error::Interrupted(_)), Err(unprinted)) => {
                 note(saved);
                 Err(unprinted)
+            }
+            // Asked to stop, it has: all is saved.
+            (Err(saved @ Error::Interrupted(_)), Ok(())) => {
+                drop(watch);
+                note(saved);
+                note(format_args!("  {}", command_line()));
+                return Ok(());
             }
             (metrics, printed) => metrics.and_then(|metrics| printed.map(|()| metrics)),
         };
@@ -275,14 +305,23 @@ fn ild(args: &IldArgs) -> Result<()> {
         candidates: args.candidates.clone(),
         objective: args.ild,
         train: args.train.settings.clone(),
+        layers_at_once: args.layers_at_once,
     };
-    let mut stage = match &args.student {
-        Some(student) => stage.align(&base, &Checkpoint::open(student)?, &text)?,
+    let students = match &args.student {
+        Some(student) => vec![(None, Checkpoint::open(student)?.parts()?)],
         None => {
             let calibration = args.init.calibration(&base, Some(data), &watch)?;
             let init = args.init.init(&calibration, false, config.seed);
-            stage.bank(&base, &args.plan, &init, &text, &watch)?
+            stage.bank(&base, &args.plan, &init, &watch)?
         }
+    };
+    let training = match (&args.only_layers, args.pieces.as_slice()) {
+        (Some(layers), _) => stage.align(&base, &students, Some(layers), &text)?.into(),
+        (None, []) => stage.training(&base, students, &text)?,
+        (None, pieces) => Training::Joined {
+            stage: Box::new(stage.align(&base, &students, Some(&[]), &text)?),
+            pieces: pieces.to_vec(),
+        },
     };
     let run = TrainRun {
         name: "ild",
@@ -291,7 +330,7 @@ fn ild(args: &IldArgs) -> Result<()> {
         tokenizer: &args.teacher,
         teacher: Some(&base),
     };
-    args.train.finish(&run, &mut stage, watch)
+    args.train.finish(&run, training, watch)
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
@@ -304,7 +343,7 @@ fn kd(args: &KdArgs) -> Result<()> {
         train: args.train.settings.clone(),
         ..KdStage::default()
     };
-    let mut stage = stage.distil(&base, &Checkpoint::open(&args.student)?, &[], &text)?;
+    let stage = stage.distil(&base, &Checkpoint::open(&args.student)?, &[], &text)?;
     let run = TrainRun {
         name: "kd",
         config: &config,
@@ -312,7 +351,7 @@ fn kd(args: &KdArgs) -> Result<()> {
         tokenizer: &args.teacher,
         teacher: Some(&base),
     };
-    args.train.finish(&run, &mut stage, watch)
+    args.train.finish(&run, stage.into(), watch)
 }
 
 fn dpo(args: &DpoArgs) -> Result<()> {
@@ -331,7 +370,7 @@ fn dpo(args: &DpoArgs) -> Result<()> {
     };
     let stored = partial_folder(&args.out).join("frozen.safetensors");
     let place = args.train.device.place()?;
-    let mut stage = stage.align(&checkpoint, &pairs, &stored, &place, &watch)?;
+    let stage = stage.align(&checkpoint, &pairs, &stored, &place, &watch)?;
     let run = TrainRun {
         name: "dpo",
         config: &config,
@@ -339,5 +378,5 @@ fn dpo(args: &DpoArgs) -> Result<()> {
         tokenizer: student,
         teacher: None,
     };
-    args.train.finish(&run, &mut stage, watch)
+    args.train.finish(&run, stage.into(), watch)
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::params::Optimizer;
+use super::recovery::OnDivergence;
 use crate::op::adamw::AdamW;
 use crate::op::muon::Muon;
 use crate::{Error, Result};
@@ -39,6 +40,8 @@ pub enum LrScheduler {
 const MUON_MOMENTUM: f64 = 0.95;
 /// Share of the steps in which wsd falls, where nobody says.
 const WSD_DECAY: f64 = 0.5;
+/// Times the usual loss.
+const SPIKE: f64 = 10.0;
 /// A step's tokens are held in memory, as one large batch.
 const MOST_TOKENS: usize = 1 << 24;
 
@@ -101,6 +104,12 @@ pub struct TrainSettings {
     /// Global gradient norm is clipped to this; 0 never clips.
     #[arg(long, default_value_t = Self::default().clip)]
     pub clip: f64,
+    /// What follows a step whose loss or gradient is not finite, or whose loss is a spike.
+    #[arg(long, value_enum, default_value_t = Self::default().on_divergence)]
+    pub on_divergence: OnDivergence,
+    /// A loss is a spike above so many times the median of the last 50 steps, if it is above those of the beginning too; 0: never.
+    #[arg(long, value_name = "TIMES", default_value_t = Self::default().spike)]
+    pub spike: f64,
     /// Seed of the data order, and of what an initialisation draws.
     #[arg(long, default_value_t = Self::default().seed)]
     pub seed: u64,
@@ -127,6 +136,8 @@ impl Default for TrainSettings {
             beta2: 0.95,
             eps: 1e-8,
             clip: 1.0,
+            on_divergence: OnDivergence::default(),
+            spike: SPIKE,
             seed: 0,
         }
     }
@@ -154,6 +165,7 @@ impl TrainSettings {
             ("beta2", self.beta2, 0.0..=1.0 - f64::EPSILON),
             ("eps", self.eps, 0.0..=f64::MAX),
             ("clip", self.clip, 0.0..=f64::MAX),
+            ("spike", self.spike, 0.0..=f64::MAX),
         ];
         for (name, value, range) in numbers {
             if !range.contains(&value) {
@@ -197,6 +209,8 @@ impl TrainSettings {
             beta2: self.beta2,
             eps: self.eps,
             clip: self.clip,
+            on_divergence: self.on_divergence,
+            spike: self.spike,
             seed: self.seed,
         })
     }
@@ -288,7 +302,20 @@ pub struct TrainConfig {
     pub beta2: f64,
     pub eps: f64,
     pub clip: f64,
+    #[serde(skip_serializing_if = "is_default")]
+    pub on_divergence: OnDivergence,
+    #[serde(skip_serializing_if = "is_usual_spike")]
+    pub spike: f64,
     pub seed: u64,
+}
+
+// Runs that began before there was a choice go on.
+fn is_default(policy: &OnDivergence) -> bool {
+    *policy == OnDivergence::default()
+}
+
+fn is_usual_spike(spike: &f64) -> bool {
+    *spike == SPIKE
 }
 
 impl TrainConfig {

@@ -1,7 +1,7 @@
 //! Training: one loop for every stage. `stage/<name>.rs` says what the loss is and what is trained;
 //! this file says how a run goes on: accumulate, clip, step, log, save, resume.
 //!
-//! A run works in `OUT.partial/` (`state.safetensors`, `metrics.jsonl`) and `OUT` appears, whole, at
+//! A run works in `OUT.partial/` (`state-STEP.safetensors`, `metrics.jsonl`) and `OUT` appears, whole, at
 //! the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
 
 use std::path::{Path, PathBuf};
@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
-use crate::data::Batch;
+use crate::data::{Batch, Batches};
 use crate::model::Lm;
 use crate::{Error, Result};
 
 mod config;
 pub mod params;
+mod recovery;
 pub mod stage;
 mod state;
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use config::{
     check_batch,
 };
 pub use params::{Optimizer, ParamGroup};
+pub use recovery::{OnDivergence, Skipped};
 pub use stage::{Shares, Stage};
 
 use state::Run;
@@ -37,6 +39,7 @@ pub struct StepMetrics {
     pub step: u64,
     /// Tokens seen since the run began.
     pub tokens: u64,
+    #[serde(deserialize_with = "number_or_null")]
     pub loss: f64,
     pub lr: f64,
     /// Before clipping; one a parameter group.
@@ -45,6 +48,14 @@ pub struct StepMetrics {
     #[serde(flatten)]
     pub terms: serde_json::Map<String, serde_json::Value>,
     pub tokens_per_s: f64,
+    /// The step was not taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<Skipped>,
+}
+
+/// What is not a number is null in JSON.
+fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
 /// What the surroundings of a run decide; none of it changes the result.
@@ -57,6 +68,8 @@ pub struct RunOptions<'a> {
     pub force: bool,
     /// Steps between saves.
     pub save_every: u64,
+    /// Saves that are kept; the newest that is whole is gone on from.
+    pub keep_last: usize,
     /// Asked after every step: true saves and stops.
     pub stop: &'a dyn Fn() -> bool,
     /// Measures the student on held-out text every so many steps and after the last; its figures join the
@@ -73,6 +86,8 @@ pub type Figures = Vec<(String, f64)>;
 pub struct Validation<'a> {
     /// Steps between measurements.
     pub every: u64,
+    /// The result is the student whose first figure was the lowest; else the last one.
+    pub keep_best: bool,
     /// What the student is like now.
     pub measure: &'a dyn Fn(&Lm) -> Result<Figures>,
 }
@@ -95,7 +110,7 @@ pub fn train(
     let data = stage.data();
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
-    let device = stage.student().map(|student| student.lm.device().clone());
+    let device = stage.student().map(|student| student.device().clone());
     if config.optimizer == OptimizerConfig::Adamw8bit && device.is_some_and(|d| !d.is_cpu()) {
         return Err(Error::invalid(
             "optimizer adamw_8bit is for the CPU so far: choose adamw, or --device cpu",
@@ -107,25 +122,46 @@ pub fn train(
         let started = Instant::now();
         let step = run.step;
         let segment = stage.start_step(step, steps);
+        let slower = recovery::slowed(&run.metrics, config.on_divergence);
         let rules = config.rules(step - segment.start, segment.end - segment.start);
+        let rules = rules.slowed(slower);
+        let most = recovery::most(&run.metrics[segment.start as usize..], config.spike);
         let batches = config
             .batches_of(step)
             .map(|index| data.batch(config.seed, index, config.batch_size, config.seq_len));
         let batches = batches.collect::<Result<Vec<_>>>()?;
         let tokens = batches.iter().map(|b| (b.rows * b.len) as u64).sum();
+        let mut taken = take_step(stage, &batches, config.clip, &rules, most);
+        let due = (step + 1).is_multiple_of(options.save_every.max(1));
+        let mut ruined = false;
+        if taken.is_ok()
+            && (due || step + 1 == steps)
+            && let Err(error) = check_finite(stage)
+        {
+            (taken, ruined) = (Err(error), true);
+        }
+        let (taken, skipped) = match taken {
+            Ok(taken) => (taken, None),
+            Err(error) => {
+                let skipped = recovery::skip(&run, stage, &batches, (error, ruined), config)?;
+                (Step::untaken(), Some(skipped))
+            }
+        };
         let Step {
             loss,
             mut terms,
             grad_norm,
             ..
-        } = take_step(stage, &batches, config.clip, &rules)
-            .map_err(|e| run.diverged(e, step, config))?;
+        } = taken;
         let elapsed = started.elapsed();
         run.step += 1;
         if let (Some(validation), Some(student)) = (&options.validation, stage.student())
             && (run.step.is_multiple_of(validation.every.max(1)) || run.step == steps)
         {
-            let found = (validation.measure)(student.snapshot())?;
+            let found = (validation.measure)(student)?;
+            if let (true, Some(judged)) = (validation.keep_best, found.first()) {
+                run.keep_best(stage, &options, judged)?;
+            }
             terms.extend(found.into_iter().map(|(name, value)| (name, value.into())));
         }
         recent.push((tokens, elapsed));
@@ -140,18 +176,16 @@ pub fn train(
             grad_norm,
             terms,
             tokens_per_s: seen as f64 / seconds.as_secs_f64(),
+            skipped,
         };
         (options.observe)(&metrics, steps);
         run.log(metrics)?;
         let stopped = (options.stop)() && run.step < steps;
-        let save = stopped || run.step.is_multiple_of(options.save_every.max(1));
-        if save || run.step == steps {
-            let mut groups = stage.groups_mut().into_iter();
-            let finite = groups.try_for_each(|group| group.check_finite());
-            finite.map_err(|e| run.diverged(e, step, config))?;
+        if stopped && !due {
+            check_finite(stage).map_err(|e| run.diverged(&e.to_string(), config))?;
         }
-        if save {
-            run.save(stage)?;
+        if due || stopped {
+            run.save(stage, options.keep_last)?;
         }
         if stopped {
             return Err(Error::Interrupted(format!(
@@ -165,6 +199,151 @@ pub fn train(
     run.finish(stage, &options)
 }
 
+/// A stage that trains the given layers.
+type OfLayers<'a> = Box<dyn Fn(&[usize]) -> Result<Stage<'a>> + 'a>;
+
+/// How a stage is carried out.
+pub enum Training<'a> {
+    AtOnce(Box<Stage<'a>>),
+    /// ILD, some layers at a time, with the memory that these take, to the result of all at once. Pieces that are finished stand in
+    /// `OUT.partial`.
+    ByLayers {
+        stage: OfLayers<'a>,
+        data: &'a dyn Batches,
+        /// Of the model.
+        layers: usize,
+        at_once: usize,
+    },
+    /// ILD whose layers were trained elsewhere: the stage trains none.
+    Joined {
+        stage: Box<Stage<'a>>,
+        pieces: Vec<PathBuf>,
+    },
+}
+
+impl<'a> From<Stage<'a>> for Training<'a> {
+    fn from(stage: Stage<'a>) -> Self {
+        Self::AtOnce(Box::new(stage))
+    }
+}
+
+impl Training<'_> {
+    pub fn data(&self) -> &dyn Batches {
+        match self {
+            Self::AtOnce(stage) | Self::Joined { stage, .. } => stage.data(),
+            Self::ByLayers { data, .. } => *data,
+        }
+    }
+
+    /// Times that the steps are taken.
+    pub fn passes(&self) -> u64 {
+        match self {
+            Self::AtOnce(_) => 1,
+            Self::ByLayers {
+                layers, at_once, ..
+            } => layers.div_ceil(*at_once) as u64,
+            Self::Joined { .. } => 0,
+        }
+    }
+
+    /// # Errors
+    /// As [`train`], or pieces that [`Stage::take`] refuses.
+    pub fn carry_out(self, config: &TrainConfig, options: RunOptions) -> Result<Vec<StepMetrics>> {
+        let passes = self.passes();
+        match self {
+            Self::AtOnce(mut stage) => train(&mut stage, config, options),
+            Self::Joined { mut stage, pieces } => join(&mut stage, &pieces, config, &options),
+            Self::ByLayers {
+                stage,
+                layers,
+                at_once,
+                ..
+            } => {
+                let workplace = partial_folder(&options.out);
+                let create = std::fs::create_dir_all(&workplace);
+                create.map_err(Error::io("cannot create", &workplace))?;
+                let all: Vec<usize> = (0..layers).collect();
+                let mut pieces = Vec::new();
+                for (pass, layers) in (0..).zip(all.chunks(at_once)) {
+                    let (first, last) = (layers[0], layers[layers.len() - 1]);
+                    let out = workplace.join(format!("layers-{first}-{last}"));
+                    if !out.exists() {
+                        let observe = &mut |metrics: &StepMetrics, steps: u64| {
+                            let step = pass * steps + metrics.step;
+                            let shown = StepMetrics {
+                                step,
+                                ..metrics.clone()
+                            };
+                            (options.observe)(&shown, passes * steps);
+                        };
+                        let options = RunOptions {
+                            out: out.clone(),
+                            tokenizer: options.tokenizer.clone(),
+                            validation: None,
+                            observe,
+                            ..options
+                        };
+                        train(&mut stage(layers)?, config, options)?;
+                    }
+                    pieces.push(out);
+                }
+                join(&mut stage(&[])?, &pieces, config, &options)
+            }
+        }
+    }
+}
+
+/// Makes the result of `stage`, which trains nothing itself, of pieces that were trained elsewhere.
+fn join(
+    stage: &mut Stage,
+    pieces: &[PathBuf],
+    config: &TrainConfig,
+    options: &RunOptions,
+) -> Result<Vec<StepMetrics>> {
+    checkpoint::check_output(&options.out, options.force, &[&options.tokenizer])?;
+    let key = stage.key(config)?;
+    stage.take(pieces, &key)?;
+    let mut metrics = Vec::new();
+    for piece in pieces {
+        merge(
+            &mut metrics,
+            state::read_metrics(&piece.join(state::METRICS))?,
+        );
+    }
+    let workplace = partial_folder(&options.out);
+    let create = std::fs::create_dir_all(&workplace);
+    create.map_err(Error::io("cannot create", &workplace))?;
+    let result = workplace.join(state::RESULT);
+    state::remove(&result)?;
+    stage.write(&result, &options.tokenizer, &key)?;
+    state::publish(&result, &metrics, &workplace, options)?;
+    Ok(metrics)
+}
+
+/// Adds to every step what other layers' were like.
+fn merge(metrics: &mut Vec<StepMetrics>, of_others: Vec<StepMetrics>) {
+    if metrics.is_empty() {
+        *metrics = of_others;
+        return;
+    }
+    for (all, other) in metrics.iter_mut().zip(of_others) {
+        all.loss += other.loss;
+        all.grad_norm.extend(other.grad_norm);
+        for (name, value) in other.terms {
+            let sum = |known: &serde_json::Value| Some(known.as_f64()? + value.as_f64()?);
+            let sum = all.terms.get(&name).and_then(sum);
+            all.terms.insert(name, sum.map_or(value, Into::into));
+        }
+        all.skipped = all.skipped.take().or(other.skipped);
+    }
+}
+
+/// What is kept is whole.
+fn check_finite(stage: &mut Stage) -> Result<()> {
+    let mut groups = stage.groups_mut().into_iter();
+    groups.try_for_each(|group| group.check_finite())
+}
+
 /// What a step was like.
 pub struct Step {
     pub loss: f64,
@@ -176,15 +355,28 @@ pub struct Step {
     pub phases: Vec<(&'static str, f64)>,
 }
 
+impl Step {
+    fn untaken() -> Self {
+        Self {
+            loss: f64::NAN,
+            terms: serde_json::Map::new(),
+            grad_norm: Vec::new(),
+            phases: Vec::new(),
+        }
+    }
+}
+
 /// One step on micro-batches that count as one large batch: gradients, clip, update.
 ///
 /// # Errors
-/// A loss or a gradient that is not finite: nothing was updated then, so that what is kept is always whole.
+/// [`Error::Diverged`]: a loss above `most`, a loss or a gradient that is not finite. Nothing was updated then, so that what is kept is always
+/// whole.
 pub fn take_step(
     stage: &mut Stage,
     batches: &[Batch],
     clip: f64,
     rules: &Optimizer,
+    most: f64,
 ) -> Result<Step> {
     let shares = stage.shares(batches)?;
     let mut loss = 0.0;
@@ -207,7 +399,12 @@ pub fn take_step(
         }
     }
     if !loss.is_finite() {
-        return Err(Error::invalid(format!("the loss is {loss}")));
+        return Err(Error::Diverged(format!("the loss is {loss}")));
+    }
+    if loss > most {
+        return Err(Error::Diverged(format!(
+            "the loss is {loss:.4}, a spike above {most:.4}"
+        )));
     }
     let optimizing = Instant::now();
     let groups = stage.groups_mut();

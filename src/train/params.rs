@@ -25,6 +25,15 @@ impl Optimizer {
     pub fn lr(&self) -> f64 {
         self.muon.map_or(self.adamw.lr, |muon| muon.lr)
     }
+
+    /// With all learning rates times `factor`.
+    pub fn slowed(mut self, factor: f64) -> Self {
+        self.adamw.lr *= factor;
+        if let Some(muon) = &mut self.muon {
+            muon.lr *= factor;
+        }
+        self
+    }
 }
 
 struct Param {
@@ -82,7 +91,7 @@ fn is_matrix(name: &str, var: &Var) -> bool {
 fn finite(value: f64, what: &str, name: &str) -> Result<f64> {
     match value.is_finite() {
         true => Ok(value),
-        false => Err(Error::invalid(format!("{what} {name} is not finite"))),
+        false => Err(Error::Diverged(format!("{what} {name} is not finite"))),
     }
 }
 
@@ -186,6 +195,24 @@ impl ParamGroup {
             }
         }
         Ok(squares.sqrt())
+    }
+
+    /// The weight with the largest gradient, and its norm.
+    pub(super) fn steepest(&self) -> Result<Option<(String, f64)>> {
+        let mut steepest: Option<(&String, f64)> = None;
+        for (name, param) in &self.params {
+            let Some(grad) = &param.grad else { continue };
+            let square = sum_of_squares(grad)?;
+            if steepest.is_none_or(|(_, most)| square > most) {
+                steepest = Some((name, square));
+            }
+        }
+        Ok(steepest.map(|(name, square)| (name.clone(), square.sqrt())))
+    }
+
+    /// Drops the gradients.
+    pub(super) fn forget(&mut self) {
+        self.params.values_mut().for_each(|param| param.grad = None);
     }
 
     /// # Errors

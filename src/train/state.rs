@@ -10,8 +10,12 @@ use super::{RunOptions, StepMetrics, TrainConfig, partial_folder};
 use crate::checkpoint::{self, Kept, Key, keep, kept};
 use crate::{Error, Result};
 
-const STATE: &str = "state.safetensors";
-const METRICS: &str = "metrics.jsonl";
+const STATE: &str = "state";
+/// The student that was judged best.
+const BEST: &str = "best";
+/// Beside the run until it is whole.
+pub(super) const RESULT: &str = "result";
+pub(super) const METRICS: &str = "metrics.jsonl";
 
 pub(super) struct Run {
     pub folder: PathBuf,
@@ -20,7 +24,8 @@ pub(super) struct Run {
     /// Steps done at the last save.
     pub saved: u64,
     key: Key,
-    metrics: Vec<StepMetrics>,
+    /// Of all steps so far.
+    pub metrics: Vec<StepMetrics>,
     log: fs::File,
 }
 
@@ -33,19 +38,28 @@ impl Run {
         let folder = partial_folder(out);
         fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
         let mut step = 0;
-        match read_state(&folder.join(STATE), &key, stage) {
-            Ok(Some((at, groups))) => {
-                step = at;
-                for (group, saved) in stage.groups_mut().into_iter().zip(groups) {
-                    group.restore(saved)?;
+        let mut saves = saves(&folder)?;
+        while let Some((_, path)) = saves.pop() {
+            match read_state(&path, &key, stage) {
+                Ok(Some((at, groups))) => {
+                    step = at;
+                    restore(stage, groups)?;
+                    break;
                 }
+                Ok(None) => {}
+                Err(error) if force => tracing::warn!("starting over: {error}"),
+                Err(error) if !saves.is_empty() => {
+                    tracing::warn!("{error}; going on from the one before")
+                }
+                Err(error) => return Err(error),
             }
-            Ok(None) => {}
-            Err(error) if force => tracing::warn!("starting over: {error}"),
-            Err(error) => return Err(error),
         }
         let log_path = folder.join(METRICS);
-        let metrics = read_metrics(&log_path, step)?;
+        let mut metrics = match step {
+            0 => Vec::new(),
+            _ => read_metrics(&log_path)?,
+        };
+        metrics.retain(|m| m.step <= step);
         let lines: String = metrics.iter().map(line).collect();
         checkpoint::write_atomic(&log_path, lines.as_bytes())?;
         let log = fs::OpenOptions::new().append(true).open(&log_path);
@@ -65,16 +79,16 @@ impl Run {
         self.metrics.last().map_or(0, |m| m.tokens)
     }
 
-    /// Of a value that is not finite in step `step` (from 0): where it came up, and what can be done.
-    pub fn diverged(&self, error: Error, step: u64, config: &TrainConfig) -> Error {
-        let batches = config.batches_of(step);
+    /// Of a step that cannot be gone on from: where it came up, and what can be done.
+    pub fn diverged(&self, why: &str, config: &TrainConfig) -> Error {
+        let batches = config.batches_of(self.step);
         let batches = match config.accumulation {
             1 => format!("batch {}", batches.start),
             _ => format!("batches {} to {}", batches.start, batches.end - 1),
         };
-        Error::invalid(format!(
-            "{error} at step {} ({batches} of seed {}): lower --lr (now {}) or --clip (now {}); the save of step {} is in {}",
-            step + 1,
+        Error::Diverged(format!(
+            "{why} at step {} ({batches} of seed {}): lower --lr (now {}) or --clip (now {}); the save of step {} is in {}",
+            self.step + 1,
             config.seed,
             config.lr,
             config.clip,
@@ -90,30 +104,137 @@ impl Run {
         Ok(())
     }
 
-    pub fn save(&mut self, stage: &mut Stage) -> Result<()> {
+    /// Saves, and removes all but the `most` newest saves.
+    ///
+    /// # Errors
+    /// A disk that does not take it: says which save is still there.
+    pub fn save(&mut self, stage: &mut Stage, most: usize) -> Result<()> {
         let mut tensors = Default::default();
         for (i, group) in stage.groups_mut().into_iter().enumerate() {
             group.save(&format!("group{i}"), &mut tensors)?;
         }
-        keep(&self.folder.join(STATE), &self.key, self.step, &tensors)?;
+        let path = self
+            .folder
+            .join(format!("{STATE}-{:08}.safetensors", self.step));
+        if let Err(error) = keep(&path, &self.key, self.step, &tensors) {
+            if self.saved > 0 {
+                tracing::error!(
+                    "step {} is not saved; the save of step {} is still in {}: mend this and run the same command again",
+                    self.step,
+                    self.saved,
+                    self.folder.display()
+                );
+            }
+            return Err(error);
+        }
         self.saved = self.step;
+        let saves = saves(&self.folder)?;
+        for (_, path) in &saves[..saves.len().saturating_sub(most.max(1))] {
+            fs::remove_file(path).map_err(Error::io("cannot remove", path))?;
+        }
         Ok(())
+    }
+
+    /// Gives the stage the weights and moments of the last save again.
+    pub fn go_back(&self, stage: &mut Stage) -> Result<()> {
+        let path = self
+            .folder
+            .join(format!("{STATE}-{:08}.safetensors", self.saved));
+        match read_state(&path, &self.key, stage)? {
+            Some((_, groups)) => restore(stage, groups),
+            None => Err(Error::file(
+                &path,
+                "this save is gone; start over with --force",
+            )),
+        }
+    }
+
+    /// Writes the student as the result if no step before was judged better.
+    ///
+    /// # Errors
+    /// A disk that does not take it.
+    pub fn keep_best(
+        &self,
+        stage: &Stage,
+        options: &RunOptions,
+        (name, value): &(String, f64),
+    ) -> Result<()> {
+        let before = self
+            .metrics
+            .iter()
+            .filter_map(|m| m.terms.get(name)?.as_f64());
+        if before.into_iter().any(|before| before <= *value) {
+            return Ok(());
+        }
+        let best = self.folder.join(BEST);
+        remove(&best)?;
+        stage.write(&best, &options.tokenizer, &self.key)
     }
 
     /// Writes the result beside the run, moves it to `OUT` in one rename and removes the run.
     pub fn finish(self, stage: &Stage, options: &RunOptions) -> Result<Vec<StepMetrics>> {
-        let result = self.folder.join("result");
-        if result.exists() {
-            fs::remove_dir_all(&result).map_err(Error::io("cannot remove", &result))?;
+        let best = self.folder.join(BEST);
+        let keeps_best = options.validation.as_ref().is_some_and(|v| v.keep_best);
+        match keeps_best && best.exists() {
+            true => publish(&best, &self.metrics, &self.folder, options)?,
+            false => {
+                let result = self.folder.join(RESULT);
+                remove(&result)?;
+                stage.write(&result, &options.tokenizer, &self.key)?;
+                publish(&result, &self.metrics, &self.folder, options)?;
+            }
         }
-        stage.write(&result, &options.tokenizer)?;
-        let metrics = result.join(METRICS);
-        fs::copy(self.folder.join(METRICS), &metrics)
-            .map_err(Error::io("cannot write", &metrics))?;
-        checkpoint::replace_folder(&result, &options.out, options.force)?;
-        fs::remove_dir_all(&self.folder).map_err(Error::io("cannot remove", &self.folder))?;
         Ok(self.metrics)
     }
+}
+
+/// Moves a result to `OUT` in one rename, its metrics in it, and removes the folder that it was made in.
+///
+/// # Errors
+/// A disk that does not take it.
+pub(super) fn publish(
+    result: &Path,
+    metrics: &[StepMetrics],
+    workplace: &Path,
+    options: &RunOptions,
+) -> Result<()> {
+    let lines: String = metrics.iter().map(line).collect();
+    checkpoint::write_atomic(&result.join(METRICS), lines.as_bytes())?;
+    checkpoint::replace_folder(result, &options.out, options.force)?;
+    fs::remove_dir_all(workplace).map_err(Error::io("cannot remove", workplace))
+}
+
+pub(super) fn remove(folder: &Path) -> Result<()> {
+    match folder.exists() {
+        true => fs::remove_dir_all(folder).map_err(Error::io("cannot remove", folder)),
+        false => Ok(()),
+    }
+}
+
+/// The saves in a run's folder, by their steps, oldest first.
+fn saves(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut saves = Vec::new();
+    for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
+        let path = entry.map_err(Error::io("cannot list", folder))?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.and_then(|name| name.strip_suffix(".safetensors"));
+        let step = match name.and_then(|name| name.strip_prefix(STATE)) {
+            // Of a version that kept one.
+            Some("") => Some(0),
+            Some(step) => step.strip_prefix('-').and_then(|step| step.parse().ok()),
+            None => None,
+        };
+        saves.extend(step.map(|step| (step, path)));
+    }
+    saves.sort();
+    Ok(saves)
+}
+
+fn restore(stage: &mut Stage, groups: Vec<Saved>) -> Result<()> {
+    let groups = stage.groups_mut().into_iter().zip(groups);
+    groups
+        .into_iter()
+        .try_for_each(|(group, saved)| group.restore(saved))
 }
 
 /// The step of a save and the groups in it, if there is one.
@@ -150,15 +271,14 @@ fn line(metrics: &StepMetrics) -> String {
     serde_json::to_string(metrics).expect("numbers and names serialise") + "\n"
 }
 
-/// The lines up to `step`; a line that a crash cut off lies after the save and is dropped.
-fn read_metrics(path: &Path, step: u64) -> Result<Vec<StepMetrics>> {
-    if step == 0 || !path.exists() {
+/// The steps of a run; a line that a crash cut off lies after the last save and is dropped.
+pub(super) fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
+    if !path.exists() {
         return Ok(Vec::new());
     }
     let text = fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    Ok(text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<StepMetrics>(line).ok())
-        .filter(|m| m.step <= step)
+    let lines = text.lines();
+    Ok(lines
+        .filter_map(|line| serde_json::from_str(line).ok())
         .collect())
 }

@@ -4,14 +4,14 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::stage::dpo::{Dpo, DpoConfig};
 use super::stage::ild::{Ild, IldConfig, IldInputs};
 use super::stage::kd::{Kd, KdConfig, Labels, Schedule, Trained};
 use super::stage::pretrain::Pretrain;
 use super::*;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, read_tensors};
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Batches, Corpus, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig};
@@ -78,7 +78,7 @@ impl Setting {
         out: &Path,
         stop_after: u64,
     ) -> Result<Vec<StepMetrics>> {
-        self.run_with(stage, config, out, stop_after, false)
+        self.run_with(stage, config, out, stop_after, (false, 1))
     }
 
     fn run_with(
@@ -87,7 +87,7 @@ impl Setting {
         config: &TrainSettings,
         out: &Path,
         stop_after: u64,
-        force: bool,
+        (force, keep_last): (bool, usize),
     ) -> Result<Vec<StepMetrics>> {
         let done = Cell::new(0);
         let options = RunOptions {
@@ -95,6 +95,7 @@ impl Setting {
             tokenizer: self.folder.path().to_owned(),
             force,
             save_every: 3,
+            keep_last,
             validation: None,
             stop: &|| stop_after > 0 && done.get() >= stop_after,
             observe: &mut |_, _| done.set(done.get() + 1),
@@ -145,7 +146,7 @@ const NAMES: [&str; 6] = ["pretrain", "ild", "ild-joint", "kd", "kd-stepwise", "
 fn stage<'a>(setting: &'a Setting, name: &str) -> Stage<'a> {
     let text = &setting.corpus;
     let (mla, mamba2) = (LayerKind::MLA, LayerKind::Mamba2);
-    let bank = || [mla, mamba2].map(|kind| (kind, student([kind; 2])));
+    let bank = || [mla, mamba2].map(|kind| (Some(kind), student([kind; 2])));
     let hybrid = student([mla, mamba2]);
     let kd = |config: KdConfig| {
         let student = student([mla, mamba2]);
@@ -159,7 +160,7 @@ fn stage<'a>(setting: &'a Setting, name: &str) -> Stage<'a> {
         }
         "ild" => {
             let (bank, config) = (bank().into(), IldConfig::default());
-            let ild = Ild::bank(teacher(), "t".into(), bank, config, &Place::cpu());
+            let ild = Ild::new(teacher(), "t".into(), bank, config, None, &Place::cpu());
             Stage::Ild(ild.unwrap(), text)
         }
         "ild-joint" => {
@@ -167,7 +168,14 @@ fn stage<'a>(setting: &'a Setting, name: &str) -> Stage<'a> {
                 inputs: IldInputs::Joint,
                 ..IldConfig::default()
             };
-            let ild = Ild::student(teacher(), "t".into(), hybrid, config, &Place::cpu());
+            let ild = Ild::new(
+                teacher(),
+                "t".into(),
+                vec![(None, hybrid)],
+                config,
+                None,
+                &Place::cpu(),
+            );
             Stage::Ild(ild.unwrap(), text)
         }
         "kd" => kd(KdConfig {
@@ -333,7 +341,10 @@ fn accumulation_equals_one_large_batch() {
 fn a_step_that_is_not_finite_is_not_taken() {
     let setting = Setting::new();
     let (straight, out) = (setting.out("straight"), setting.out("out"));
-    let config = config(5);
+    let config = TrainSettings {
+        on_divergence: OnDivergence::Stop,
+        ..config(5)
+    };
     let mut whole = stage(&setting, "kd");
     setting.run(&mut whole, &config, &straight, 0).unwrap();
     setting
@@ -353,7 +364,7 @@ fn a_step_that_is_not_finite_is_not_taken() {
     let message = setting.run(&mut stopped, &config, &out, 0).unwrap_err();
     let message = message.to_string();
     for part in [
-        "the loss is NaN at step 4",
+        "the loss is NaN (the MLP of layer 1 of the teacher) at step 4",
         "batches 6 to 7 of seed 0",
         "--lr",
         "the save of step 3",
@@ -367,6 +378,197 @@ fn a_step_that_is_not_finite_is_not_taken() {
     setting
         .run(&mut stage(&setting, "kd"), &config, &out, 0)
         .unwrap();
+    assert!(files(&straight) == files(&out), "the weights differ");
+}
+
+/// A teacher whose embedding of one token, which stands in the batches of one step only, is not a number; that step, from 0.
+fn poisoned(setting: &Setting, settings: &TrainSettings, steps: u64) -> (Lm, u64) {
+    let config = settings.settle().unwrap();
+    let tokens = |step: u64| -> std::collections::BTreeSet<u32> {
+        let batch = |i| {
+            setting
+                .corpus
+                .batch(config.seed, i, config.batch_size, config.seq_len)
+        };
+        let batches = config.batches_of(step).map(|i| batch(i).unwrap());
+        batches.flat_map(|batch| batch.input_ids).collect()
+    };
+    let others = |step: u64| (0..steps).filter(move |other| *other != step);
+    let mut choices = (2..steps - 2).flat_map(|step| {
+        let rare = tokens(step).into_iter();
+        rare.filter(move |token| others(step).all(|other| !tokens(other).contains(token)))
+            .map(move |token| (step, token))
+    });
+    let (step, token) = choices.next().expect("some token is rare");
+    let mut weights = parts().weights.to_map();
+    let embedding = weights["model.embed_tokens.weight"].to_tensor().unwrap();
+    let mut rows: Vec<Vec<f32>> = embedding.to_vec2().unwrap();
+    rows[token as usize].fill(f32::NAN);
+    let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+    weights.insert("model.embed_tokens.weight".into(), rows.into());
+    weights.insert("lm_head.weight".into(), embedding.into());
+    let untied = ModelConfig {
+        tie_word_embeddings: false,
+        ..teacher_config()
+    };
+    (Lm::new(&untied, &Weights::from(weights)).unwrap(), step)
+}
+
+/// One batch that cannot be learned from is named and left out, and a run that is interrupted ends the same.
+#[test]
+fn a_step_that_diverges_is_left_out() {
+    let (setting, config) = (Setting::new(), config(8));
+    let run = |name: &str, stop_after: u64| {
+        let (teacher, step) = poisoned(&setting, &config, 8);
+        let mut stage = stage(&setting, "kd");
+        let Stage::Kd(kd, _) = &mut stage else {
+            unreachable!()
+        };
+        kd.exchange_teacher(teacher);
+        (
+            setting.run(&mut stage, &config, &setting.out(name), stop_after),
+            step,
+        )
+    };
+    let (metrics, step) = run("straight", 0);
+    for metrics in metrics.unwrap() {
+        match metrics.step == step + 1 {
+            true => {
+                let skipped = metrics.skipped.unwrap();
+                let wanted = "the loss is NaN (an embedding of the teacher)";
+                assert_eq!((skipped.why.as_str(), skipped.back_to), (wanted, None));
+            }
+            false => assert!(metrics.skipped.is_none() && metrics.loss.is_finite()),
+        }
+    }
+    while run("broken", 2).0.is_err() {}
+    assert!(files(&setting.out("straight")) == files(&setting.out("broken")));
+}
+
+/// Steps that all diverge lead back to the last save, at lower rates, and then to the end of the run.
+#[test]
+fn a_run_that_diverges_goes_back_and_ends() {
+    let setting = Setting::new();
+    let config = TrainSettings {
+        on_divergence: OnDivergence::Lower,
+        warmup: 0.0,
+        lr_scheduler: LrScheduler::Wsd,
+        decay: Some(0.01),
+        ..config(30)
+    };
+    let out = setting.out("out");
+    setting
+        .run(&mut stage(&setting, "kd"), &config, &out, 3)
+        .unwrap_err();
+    let state = |step: &str| {
+        let name = format!("state-{step}.safetensors");
+        let tensors = read_tensors(&partial_folder(&out).join(name)).unwrap();
+        let values = tensors.values().map(|t| t.to_dtype(DType::F64).unwrap());
+        let values = values.map(|t| t.flatten_all().unwrap().to_vec1::<f64>().unwrap());
+        values.collect::<Vec<_>>()
+    };
+    let saved = state("00000003");
+    let mut broken = stage(&setting, "kd");
+    let Stage::Kd(kd, _) = &mut broken else {
+        unreachable!()
+    };
+    let mut weights = parts().weights.to_map();
+    let norm = weights["model.norm.weight"].to_tensor().unwrap();
+    weights.insert(
+        "model.norm.weight".into(),
+        (norm * f64::NAN).unwrap().into(),
+    );
+    kd.exchange_teacher(Lm::new(&teacher_config(), &Weights::from(weights)).unwrap());
+    let message = setting
+        .run(&mut broken, &config, &out, 0)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains("the loss is NaN") && message.contains("at step 15"),
+        "{message}"
+    );
+    let metrics = std::fs::read_to_string(partial_folder(&out).join("metrics.jsonl")).unwrap();
+    let metrics: Vec<StepMetrics> = metrics
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let back: Vec<u64> = (metrics.iter())
+        .filter(|m| m.skipped.as_ref().is_some_and(|s| s.back_to.is_some()))
+        .map(|m| m.step)
+        .collect();
+    // The saves between hold what the run went back to.
+    assert_eq!(back, [6, 9, 12]);
+    let rates: Vec<f64> = [3, 6, 9, 12].map(|i| metrics[i].lr / metrics[3].lr).into();
+    assert_eq!(rates, [1.0, 0.5, 0.25, 0.125]);
+    assert!(saved == state("00000012"));
+}
+
+#[test]
+fn a_spike_is_far_above_the_usual_and_above_the_beginning() {
+    let metrics = |losses: &[f64]| -> Vec<StepMetrics> {
+        let of = |(i, loss): (usize, &f64)| StepMetrics {
+            step: i as u64 + 1,
+            tokens: 0,
+            loss: *loss,
+            lr: 0.1,
+            grad_norm: vec![],
+            terms: Default::default(),
+            tokens_per_s: 1.0,
+            skipped: None,
+        };
+        losses.iter().enumerate().map(of).collect()
+    };
+    let most = |losses: &[f64], factor: f64| recovery::most(&metrics(losses), factor);
+    assert_eq!(most(&[1.0; 19], 10.0), f64::INFINITY);
+    assert_eq!(most(&[1.0; 20], 10.0), 10.0);
+    assert_eq!(most(&[1.0; 20], 0.0), f64::INFINITY);
+    let falling: Vec<f64> = [vec![2.0; 20], vec![0.01; 60]].concat();
+    assert_eq!(most(&falling, 10.0), 2.0);
+    let mut lost = metrics(&[1.0; 30]);
+    for m in &mut lost[20..] {
+        (m.loss, m.skipped) = (
+            f64::NAN,
+            Some(Skipped {
+                why: String::new(),
+                back_to: None,
+            }),
+        );
+    }
+    assert_eq!(recovery::most(&lost, 10.0), 10.0);
+    let line = serde_json::to_string(&lost[25]).unwrap();
+    assert!(
+        serde_json::from_str::<StepMetrics>(&line)
+            .unwrap()
+            .loss
+            .is_nan(),
+        "{line}"
+    );
+}
+
+/// Two saves are kept, and a damaged one is passed over for the one before.
+#[test]
+fn saves_rotate() {
+    let setting = Setting::new();
+    let (straight, out, config) = (setting.out("straight"), setting.out("out"), config(8));
+    setting
+        .run(&mut stage(&setting, "kd"), &config, &straight, 0)
+        .unwrap();
+    let run = |stop_after| {
+        let mut stage = stage(&setting, "kd");
+        setting.run_with(&mut stage, &config, &out, stop_after, (false, 2))
+    };
+    run(7).unwrap_err();
+    let names: Vec<PathBuf> = files(&partial_folder(&out)).into_keys().collect();
+    let kept = ["state-00000006.safetensors", "state-00000007.safetensors"];
+    assert_eq!(names, kept.map(PathBuf::from));
+    // One bit of a weight.
+    let newest = partial_folder(&out).join(kept[1]);
+    let mut bytes = std::fs::read(&newest).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&newest, bytes).unwrap();
+    let metrics = run(0).unwrap();
+    assert_eq!(metrics.len(), 8);
     assert!(files(&straight) == files(&out), "the weights differ");
 }
 
@@ -398,6 +600,88 @@ fn a_gradient_that_is_not_finite_is_named() {
                 assert!(error.contains("the trained odd"), "{error}");
             }
         }
+    }
+}
+
+/// Some layers at a time, or in processes of their own: the bank is that of all at once, bit for bit.
+#[test]
+fn layers_are_trained_at_once_or_one_by_one() {
+    let (setting, config) = (Setting::new(), config(5).settle().unwrap());
+    let carry_out = |training: Training, name: &str, observe: &mut dyn FnMut(&StepMetrics, u64)| {
+        let options = RunOptions {
+            out: setting.out(name),
+            tokenizer: setting.folder.path().to_owned(),
+            force: false,
+            save_every: 3,
+            keep_last: 1,
+            validation: None,
+            stop: &|| false,
+            observe,
+        };
+        training.carry_out(&config, options)
+    };
+    let students =
+        || [LayerKind::MLA, LayerKind::Mamba2].map(|kind| (Some(kind), student([kind; 2])));
+    let ild = |layers: Option<&[usize]>| {
+        let ild = IldConfig::default();
+        let ild = Ild::new(
+            teacher(),
+            "t".into(),
+            students().into(),
+            ild,
+            layers,
+            &Place::cpu(),
+        );
+        Stage::Ild(ild.unwrap(), &setting.corpus)
+    };
+    let run = |training: Training, name: &str| {
+        let mut steps = Vec::new();
+        let metrics = carry_out(training, name, &mut |m, all| steps.push((m.step, all)));
+        (metrics.unwrap(), steps)
+    };
+    let (whole, _) = run(ild(None).into(), "whole");
+    let by_layers = Training::ByLayers {
+        stage: Box::new(|layers| Ok(ild(Some(layers)))),
+        data: &setting.corpus,
+        layers: 2,
+        at_once: 1,
+    };
+    let (merged, steps) = run(by_layers, "by-layers");
+    assert_eq!(steps.last(), Some(&(10, 10)));
+    for layer in [1, 0] {
+        run(ild(Some(&[layer])).into(), &format!("piece-{layer}"));
+    }
+    let pieces = |names: &[&str]| Training::Joined {
+        stage: Box::new(ild(Some(&[]))),
+        pieces: names.iter().map(|name| setting.out(name)).collect(),
+    };
+    run(pieces(&["piece-1", "piece-0"]), "joined");
+    let expected = files(&setting.out("whole"));
+    assert_eq!(expected.len(), 2);
+    for name in ["by-layers", "joined"] {
+        assert!(files(&setting.out(name)) == expected, "{name} differs");
+        assert!(!partial_folder(&setting.out(name)).exists());
+    }
+    for (a, b) in whole.iter().zip(&merged) {
+        assert!(
+            (a.loss - b.loss).abs() < 1e-9 * a.loss,
+            "{} for {}",
+            b.loss,
+            a.loss
+        );
+        assert_eq!(a.terms["mla.1"], b.terms["mla.1"]);
+    }
+    for (names, part) in [
+        (&["piece-0"][..], "no piece has trained mla.model.layers.1."),
+        (&["piece-0", "piece-0"][..], "two pieces have trained"),
+        (
+            &["whole"][..],
+            "no piece (train ild --only-layers makes one)",
+        ),
+    ] {
+        let refused = carry_out(pieces(names), "refused", &mut |_, _| {});
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains(part), "{refused}");
     }
 }
 
@@ -568,16 +852,16 @@ fn a_damaged_save_is_told_and_can_be_dropped() {
     let config = config(4);
     let run = |out: &Path, stop_after, force| {
         let mut stage = stage(&setting, "kd");
-        setting.run_with(&mut stage, &config, out, stop_after, force)
+        setting.run_with(&mut stage, &config, out, stop_after, (force, 1))
     };
     run(&straight, 0, false).unwrap();
     run(&out, 3, false).unwrap_err();
-    let state = partial_folder(&out).join("state.safetensors");
+    let state = partial_folder(&out).join("state-00000003.safetensors");
     let bytes = std::fs::read(&state).unwrap();
     std::fs::write(&state, &bytes[..bytes.len() / 2]).unwrap();
     let message = run(&out, 0, false).unwrap_err().to_string();
     assert!(
-        message.contains("state.safetensors") && message.contains("--force"),
+        message.contains("state-00000003.safetensors") && message.contains("--force"),
         "{message}"
     );
     run(&out, 0, true).unwrap();
@@ -771,7 +1055,9 @@ fn the_model_that_learns_is_the_one_that_is_written() {
         let logits = lm.forward(&ids, Some(&batch.documents)).unwrap();
         logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };
-    let student = stage.student().unwrap();
-    assert_eq!(logits(&student.lm), logits(&written));
-    assert_eq!(logits(student.snapshot()), logits(&written));
+    assert_eq!(logits(stage.student().unwrap()), logits(&written));
+    let Stage::Kd(kd, _) = &stage else {
+        unreachable!()
+    };
+    assert_eq!(logits(&kd.student.lm), logits(&written));
 }

@@ -419,7 +419,7 @@ fn ild_terms_and_kl_equal_the_reference() {
                 gap < bound,
                 "{name}, mixer {i} on the teacher's input: {gap}"
             );
-            let (hidden, mixer) = Goal::new(&teacher, IldLoss::L2Norm, &trace, i)
+            let (hidden, mixer) = Goal::new(&teacher, IldLoss::L2Norm, &trace.hidden[i + 1], i)
                 .terms(&LayerOutput { hidden: out, mixed }, &trace.mixer_out[i])
                 .unwrap();
             for (ours, theirs) in [(hidden, &hidden_terms), (mixer, &mixer_terms)] {

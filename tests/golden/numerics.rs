@@ -256,6 +256,7 @@ impl Bench {
             tokenizer: TEACHER.into(),
             force: true,
             save_every: 100,
+            keep_last: 1,
             stop: &|| false,
             validation: None,
             observe: &mut |_, _| {},
@@ -270,7 +271,7 @@ impl Bench {
     fn ild(&self) -> Figures {
         let mut figures = Figures::new();
         let (_, hybrid) = self.published(&plan());
-        let hybrid = Checkpoint::open(&hybrid).unwrap();
+        let hybrid = vec![(None, Checkpoint::open(&hybrid).unwrap().parts().unwrap())];
         for loss in IldLoss::value_variants() {
             for inputs in IldInputs::value_variants() {
                 let config = IldConfig {
@@ -282,14 +283,15 @@ impl Bench {
                     objective: config,
                     ..IldStage::default()
                 };
-                let stage = ild.align(&self.base, &hybrid, &self.text).unwrap();
+                let stage = ild.align(&self.base, &hybrid, None, &self.text).unwrap();
                 self.trained(&mut figures, &what, stage, &settings());
             }
         }
         let init = Init::Published { seed: 1 };
         let (ild, quiet) = (IldStage::default(), Quiet::default());
-        let bank = ild.bank(&self.base, &plan(), &init, &self.text, &quiet);
-        self.trained(&mut figures, "bank", bank.unwrap(), &settings());
+        let bank = ild.bank(&self.base, &plan(), &init, &quiet).unwrap();
+        let stage = ild.align(&self.base, &bank, None, &self.text).unwrap();
+        self.trained(&mut figures, "bank", stage, &settings());
         figures
     }
 

@@ -112,7 +112,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     for step in 0..all {
         let batch = text.ordered(step * rows, rows, len)?;
         let started = Instant::now();
-        let taken = take_step(&mut stage, &[batch], 1.0, &rules)?;
+        let taken = take_step(&mut stage, &[batch], 1.0, &rules, f64::INFINITY)?;
         watch.reached(step + 1, all, "steps")?;
         if step < args.warmup {
             continue;

@@ -55,6 +55,19 @@ pub fn printed(written: io::Result<()>) -> Result<()> {
     })
 }
 
+/// What this process was started with, as a shell takes it.
+pub fn command_line() -> String {
+    let quoted = |word: String| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@%+".contains(c);
+        match !word.is_empty() && word.chars().all(plain) {
+            true => word,
+            false => format!("'{}'", word.replace('\'', r"'\''")),
+        }
+    };
+    let words: Vec<String> = std::env::args().map(quoted).collect();
+    words.join(" ")
+}
+
 /// A line on standard error. Where it cannot be written there is nobody to tell.
 pub fn note(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");

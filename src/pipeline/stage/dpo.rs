@@ -76,12 +76,12 @@ impl Stage for DpoStage {
         let (key, before) = (self.key(with, made)?, made.student()?);
         let stored = with.store.path("frozen", &key);
         let stored = stored.with_extension("safetensors");
-        let stage = || {
+        let begin = || {
             let student = Checkpoint::open(&before.folder)?;
             let (place, watch) = (&with.base.place, with.surroundings.watch);
-            self.align(&student, pairs(with.texts)?, &stored, place, watch)
+            Ok((self.align(&student, pairs(with.texts)?, &stored, place, watch)?).into())
         };
-        let (student, metrics) = training::trained(name, &key, &self.train, with, stage)?;
+        let (student, metrics) = training::trained(name, &key, &self.train, with, begin)?;
         eval::result(name, student, metrics, with, made)
     }
 }

@@ -1,5 +1,7 @@
 //! `[ild]`: layers are trained towards the teacher's, those of a bank of candidates or of the hybrid.
 
+use std::num::NonZeroUsize;
+
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -11,11 +13,12 @@ use crate::checkpoint::{Checkpoint, Key};
 use crate::convert::{Init, PlanOptions};
 use crate::data::Corpus;
 use crate::mixer::LayerKind;
+use crate::model::Parts;
 use crate::numerics;
 use crate::pipeline::base::Base;
 use crate::pipeline::texts::Texts;
 use crate::train::stage::ild::{Ild, IldConfig};
-use crate::train::{self, TrainSettings};
+use crate::train::{self, TrainSettings, Training};
 use crate::watch::Watch;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -28,6 +31,9 @@ pub enum IldTarget {
     Hybrid,
 }
 
+/// What ILD trains: a bank's candidates, or one hybrid, which has no kind.
+pub type Students = Vec<(Option<LayerKind>, Parts)>;
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct IldStage {
@@ -36,6 +42,9 @@ pub struct IldStage {
     pub candidates: Vec<LayerKind>,
     pub objective: IldConfig,
     pub train: TrainSettings,
+    /// Layers that are trained at once, with the memory that they take; the result is that of all. Not said: all.
+    #[serde(skip_serializing)]
+    pub layers_at_once: Option<NonZeroUsize>,
 }
 
 impl Default for IldStage {
@@ -45,6 +54,7 @@ impl Default for IldStage {
             candidates: CANDIDATES.to_vec(),
             objective: IldConfig::default(),
             train: TrainSettings::default(),
+            layers_at_once: None,
         }
     }
 }
@@ -54,38 +64,57 @@ impl IldStage {
     ///
     /// # Errors
     /// As [`bank_plans`], or a candidate that the teacher cannot give.
-    pub fn bank<'a>(
+    pub fn bank(
         &self,
         base: &Base,
         options: &PlanOptions,
         init: &Init,
-        text: &'a Corpus,
         watch: &dyn Watch,
-    ) -> Result<train::Stage<'a>> {
+    ) -> Result<Students> {
         let plans = bank_plans(options, &self.candidates, base.config().layers.len())?;
         let candidates = plans.into_iter().map(|(kind, options)| {
             let student = base.plan(&options, init)?;
-            Ok((kind, base.compose(&student, init, watch)?))
+            Ok((Some(kind), base.compose(&student, init, watch)?))
         });
-        let candidates = candidates.collect::<Result<_>>()?;
-        let (lm, hash) = (base.lm()?, base.hash()?);
-        let ild = Ild::bank(lm, hash, candidates, self.objective, &base.place)?;
-        Ok(train::Stage::Ild(ild, text))
+        candidates.collect()
     }
 
-    /// One hybrid.
+    /// Trains these layers of the students (none said: all) towards the teacher's.
     ///
     /// # Errors
-    /// A hybrid of another depth or width than the teacher.
+    /// A student of another depth or width than the teacher, or a layer that is not there.
     pub fn align<'a>(
         &self,
         base: &Base,
-        student: &Checkpoint,
+        students: &Students,
+        layers: Option<&[usize]>,
         text: &'a Corpus,
     ) -> Result<train::Stage<'a>> {
-        let (lm, hash) = (base.lm()?, base.hash()?);
-        let ild = Ild::student(lm, hash, student.parts()?, self.objective, &base.place)?;
+        let (lm, hash, students) = (base.lm()?, base.hash()?, students.clone());
+        let ild = Ild::new(lm, hash, students, self.objective, layers, &base.place)?;
         Ok(train::Stage::Ild(ild, text))
+    }
+
+    /// The training of all layers, some at a time where that is said.
+    ///
+    /// # Errors
+    /// As [`IldStage::align`].
+    pub fn training<'a>(
+        &'a self,
+        base: &'a Base,
+        students: Students,
+        text: &'a Corpus,
+    ) -> Result<Training<'a>> {
+        let layers = base.config().layers.len();
+        match self.layers_at_once.map(NonZeroUsize::get) {
+            Some(at_once) if at_once < layers => Ok(Training::ByLayers {
+                stage: Box::new(move |layers| self.align(base, &students, Some(layers), text)),
+                data: text,
+                layers,
+                at_once,
+            }),
+            _ => Ok(self.align(base, &students, None, text)?.into()),
+        }
     }
 }
 
@@ -132,8 +161,11 @@ impl Stage for IldStage {
         match self.target {
             IldTarget::Bank => {
                 let init = made.init(with.common, false);
-                let stage = || self.bank(base, &with.common.plan, &init, text, watch);
-                let (bank, metrics) = training::trained("bank", &key, &self.train, with, stage)?;
+                let begin = || {
+                    let students = self.bank(base, &with.common.plan, &init, watch)?;
+                    self.training(base, students, text)
+                };
+                let (bank, metrics) = training::trained("bank", &key, &self.train, with, begin)?;
                 made.results.push(StageResult {
                     name: name.to_owned(),
                     folder: bank.folder.clone(),
@@ -145,8 +177,11 @@ impl Stage for IldStage {
             }
             IldTarget::Hybrid => {
                 let before = made.student()?;
-                let stage = || self.align(base, &Checkpoint::open(&before.folder)?, text);
-                let (student, metrics) = training::trained(name, &key, &self.train, with, stage)?;
+                let begin = || {
+                    let students = vec![(None, Checkpoint::open(&before.folder)?.parts()?)];
+                    self.training(base, students, text)
+                };
+                let (student, metrics) = training::trained(name, &key, &self.train, with, begin)?;
                 eval::result(name, student, metrics, with, made)
             }
         }

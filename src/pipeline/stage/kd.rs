@@ -94,11 +94,11 @@ impl Stage for KdStage {
         let other = self.other(with)?;
         let teacher = other.as_ref().unwrap_or(with.base);
         let (key, before) = (self.key_with(teacher, with, made)?, made.student()?);
-        let stage = || {
+        let begin = || {
             let student = Checkpoint::open(&before.folder)?;
-            self.distil(teacher, &student, &made.settled, &with.texts.train)
+            Ok((self.distil(teacher, &student, &made.settled, &with.texts.train)?).into())
         };
-        let (student, metrics) = training::trained(name, &key, &self.train, with, stage)?;
+        let (student, metrics) = training::trained(name, &key, &self.train, with, begin)?;
         made.settled = Checkpoint::config_only(&student.folder)?.0.converted();
         eval::result(name, student, metrics, with, made)
     }

@@ -6,7 +6,7 @@ use super::{Context, Student};
 use crate::checkpoint::Key;
 use crate::data::Batches;
 use crate::train::{
-    RunOptions, Stage, StepMetrics, TrainConfig, TrainSettings, partial_folder, train,
+    RunOptions, Skipped, StepMetrics, TrainConfig, TrainSettings, Training, partial_folder,
 };
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -19,12 +19,13 @@ pub fn start_training(
     watch: &dyn Watch,
     name: &str,
     config: &TrainConfig,
-    data: &dyn Batches,
+    training: &Training,
     out: &Path,
 ) -> Result<()> {
+    let data = training.data();
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
-    watch.start(name, steps as usize);
+    watch.start(name, (training.passes() * steps) as usize);
     let metrics = partial_folder(out).join("metrics.jsonl");
     watch.note(&format!(
         "{name}: metrics of every step in {}",
@@ -36,6 +37,11 @@ pub fn start_training(
 /// A step of it.
 pub fn tell_step(watch: &dyn Watch, metrics: &StepMetrics) {
     let (loss, speed) = (metrics.loss, metrics.tokens_per_s);
+    if let Some(Skipped { why, back_to }) = &metrics.skipped {
+        let back = back_to.map(|step| format!("; the weights are those of step {step} again"));
+        let (step, back) = (metrics.step, back.unwrap_or_default());
+        watch.note(&format!("step {step} is left out: {why}{back}"));
+    }
     let note = format!("loss {loss:.4} {speed:.0} tokens/s");
     watch.at(metrics.step as usize, &note);
 }
@@ -67,7 +73,7 @@ pub(super) fn trained<'a>(
     key: &Key,
     settings: &TrainSettings,
     with: &Context,
-    stage: impl FnOnce() -> Result<Stage<'a>>,
+    training: impl FnOnce() -> Result<Training<'a>>,
 ) -> Result<(Student, Vec<StepMetrics>)> {
     let mut config = settings.settle()?;
     config.seed = config.seed.wrapping_add(with.common.seed);
@@ -82,16 +88,16 @@ pub(super) fn trained<'a>(
             read_metrics(&folder.join("metrics.jsonl"))?
         }
         false => {
-            let (mut stage, around) = (stage()?, with.surroundings);
-            start_training(around.watch, name, &config, stage.data(), &folder)?;
-            train(
-                &mut stage,
+            let (training, around) = (training()?, with.surroundings);
+            start_training(around.watch, name, &config, &training, &folder)?;
+            training.carry_out(
                 &config,
                 RunOptions {
                     out: folder.clone(),
                     tokenizer: with.base.folder().to_owned(),
                     force: false,
                     save_every: around.save_every,
+                    keep_last: 1,
                     validation: None,
                     stop: &|| around.watch.stop(),
                     observe: &mut |metrics, _| tell_step(around.watch, metrics),

@@ -2,21 +2,22 @@
 //! that layer and learns its output and its mixer's output. A *bank* trains several candidates of every
 //! layer (all MLA, all Mamba2, ..) in one pass over the teacher, so that later stages choose.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::student::Student;
+use super::student::stacked;
 use super::{Shares, Terms, ids, rows, scalar, share};
-use crate::checkpoint::Bank;
+use crate::checkpoint::{Bank, Format, save};
 use crate::data::Batch;
 use crate::mixer::LayerKind;
-use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts, Trace};
+use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts};
 use crate::op::adamw::sum_of_squares;
 use crate::op::loss::{mean_l2, relative_mse};
 use crate::train::params::ParamGroup;
-use crate::weights::Place;
+use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -77,6 +78,10 @@ pub struct Ild {
     teacher_hash: String,
     candidates: Vec<Candidate>,
     config: IldConfig,
+    /// Layers that are trained here, first to last.
+    layers: Vec<usize>,
+    /// Of the one student, all of whose layers are trained here: as it is now.
+    snapshot: Option<Lm>,
 }
 
 struct Candidate {
@@ -84,74 +89,92 @@ struct Candidate {
     kind: Option<LayerKind>,
     /// In metrics.
     name: String,
-    student: Student,
+    /// As it was given.
+    parts: Parts,
+    /// Those that are trained here, in the order of [`Ild::layers`].
+    trained: Vec<Trained>,
+}
+
+/// A layer alone: it is clipped and stepped by itself, and the same whatever is trained beside it.
+struct Trained {
+    layer: Layer,
+    params: ParamGroup,
+    weights: Weights,
+}
+
+/// What the teacher's layer read and gave.
+struct Lesson {
+    index: usize,
+    input: Tensor,
+    /// After the final norm, where it is the last layer's.
+    hidden: Tensor,
+    mixed: Tensor,
 }
 
 impl Ild {
-    /// A bank of `candidates`: full-depth models, each with one kind of layer, initialised from the teacher.
-    /// Layers are trained; embedding, final norm and head stay as they are.
+    /// `candidates`: full-depth models, initialised from the teacher, each with one kind of layer (a bank), or one hybrid whose places are settled
+    /// (no kind). Layers are trained, those of `layers` only where that is said; embedding, final norm and head stay as they are.
     ///
     /// # Errors
-    /// A candidate of another depth or width than the teacher.
-    pub fn bank(
-        teacher: Lm,
-        teacher_hash: String,
-        candidates: Vec<(LayerKind, Parts)>,
-        config: IldConfig,
-        place: &Place,
-    ) -> Result<Self> {
-        let candidates = candidates.into_iter().map(|(kind, c)| (Some(kind), c));
-        Self::new(teacher, teacher_hash, candidates.collect(), config, place)
-    }
-
-    /// One hybrid whose places are settled.
-    ///
-    /// # Errors
-    /// As [`Ild::bank`].
-    pub fn student(
-        teacher: Lm,
-        teacher_hash: String,
-        student: Parts,
-        config: IldConfig,
-        place: &Place,
-    ) -> Result<Self> {
-        Self::new(teacher, teacher_hash, vec![(None, student)], config, place)
-    }
-
-    fn new(
+    /// A candidate of another depth or width than the teacher, a layer that is not there, or inputs of the student's own without the layers
+    /// before them.
+    pub fn new(
         teacher: Lm,
         teacher_hash: String,
         candidates: Vec<(Option<LayerKind>, Parts)>,
-        ild: IldConfig,
+        config: IldConfig,
+        layers: Option<&[usize]>,
         place: &Place,
     ) -> Result<Self> {
         let sizes = |c: &ModelConfig| (c.layers.len(), c.hidden_size);
-        let (layers, hidden) = sizes(&teacher.config);
-        let candidates = candidates
-            .into_iter()
-            .map(|(kind, parts)| {
-                let config = &parts.config;
-                let name = kind.map_or("student".to_owned(), |kind| kind.to_string());
-                if sizes(config) != (layers, hidden) {
-                    return Err(Error::invalid(format!(
-                        "{name} has {} layers of {}, the teacher {layers} of {hidden}",
-                        config.layers.len(),
-                        config.hidden_size
-                    )));
-                }
-                let student = Student::new(&parts, |n| n.starts_with("model.layers."), place)?;
-                Ok(Candidate {
-                    kind,
-                    name,
-                    student,
-                })
+        let (count, hidden) = sizes(&teacher.config);
+        let all: Vec<usize> = (0..count).collect();
+        let mut layers = layers.unwrap_or(&all).to_vec();
+        layers.sort_unstable();
+        layers.dedup();
+        if let Some(layer) = layers.iter().find(|layer| **layer >= count) {
+            return Err(Error::invalid(format!(
+                "layer {layer} does not exist: the teacher has layers 0 to {}",
+                count - 1
+            )));
+        }
+        if config.inputs == IldInputs::Joint && layers != all && !layers.is_empty() {
+            return Err(Error::invalid(
+                "--inputs joint gives a layer what those before it have learned: train all layers at once",
+            ));
+        }
+        let candidates = candidates.into_iter().map(|(kind, parts)| {
+            let name = kind.map_or("student".to_owned(), |kind| kind.to_string());
+            if sizes(&parts.config) != (count, hidden) {
+                return Err(Error::invalid(format!(
+                    "{name} has {} layers of {}, the teacher {count} of {hidden}",
+                    parts.config.layers.len(),
+                    parts.config.hidden_size
+                )));
+            }
+            let trained = layers.iter().map(|i| Trained::new(&parts, *i, place));
+            Ok(Candidate {
+                kind,
+                name,
+                trained: trained.collect::<Result<_>>()?,
+                parts,
             })
-            .collect::<Result<_>>()?;
+        });
+        let candidates = candidates.collect::<Result<Vec<_>>>()?;
+        let snapshot = match candidates.as_slice() {
+            [only] if only.kind.is_none() && layers == all => Some(Lm::new(
+                &only.parts.config,
+                &only.weights().to(place)?.detach(),
+            )?),
+            _ => None,
+        };
         Ok(Self {
             teacher,
             teacher_hash,
             candidates,
-            config: ild,
+            config,
+            layers,
+            snapshot,
         })
     }
 
@@ -159,10 +182,17 @@ impl Ild {
         &self.teacher
     }
 
+    /// The layers that are trained here, if not all are.
+    pub(super) fn piece(&self) -> Option<&[usize]> {
+        let all = self.layers.len() == self.teacher.layers.len();
+        (!all).then_some(&self.layers)
+    }
+
+    /// Of all layers, whichever are trained here.
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         let mut candidates = serde_json::Map::new();
         for c in &self.candidates {
-            candidates.insert(c.name.clone(), c.student.hash()?.into());
+            candidates.insert(c.name.clone(), c.parts.hash()?.into());
         }
         Ok(serde_json::json!({
             "stage": "ild",
@@ -172,41 +202,76 @@ impl Ild {
         }))
     }
 
+    /// The teacher on its way to the last layer that is trained here: no other activations are there at once.
+    fn teach(&self, batch: &Batch, mut at: impl FnMut(usize, Lesson) -> Result<()>) -> Result<()> {
+        let documents = Some(&batch.documents);
+        let mut x = self.teacher.embed(&ids(batch, self.teacher.device())?)?;
+        let end = self.layers.last().map_or(0, |last| last + 1);
+        let mut slots = self.layers.iter().enumerate().peekable();
+        for (index, layer) in self.teacher.layers[..end].iter().enumerate() {
+            let LayerOutput { hidden, mixed } = layer.forward(&x, documents)?;
+            let input = std::mem::replace(&mut x, hidden);
+            if let Some((slot, _)) = slots.next_if(|(_, layer)| **layer == index) {
+                let hidden = match index + 1 == self.teacher.layers.len() {
+                    true => self.teacher.normed(&x)?,
+                    false => x.clone(),
+                };
+                at(
+                    slot,
+                    Lesson {
+                        index,
+                        input,
+                        hidden,
+                        mixed,
+                    },
+                )?;
+            }
+        }
+        Ok(())
+    }
+
     /// Layers do not touch each other, so each is walked back at once and its graph let go.
     pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
-        let ids = ids(batch, self.teacher.device())?;
         let documents = Some(&batch.documents);
-        let trace = self.teacher.trace(&ids, documents)?;
         let joint = self.config.inputs == IldInputs::Joint;
         let mut energies = shares.energies.iter();
         let mut part = |loss: Tensor| -> Result<Tensor> {
             let share = energies.next().copied().unwrap_or(shares.positions);
             Ok((loss * share)?)
         };
-        let mut terms = Terms::default();
-        for candidate in &mut self.candidates {
-            let mut sum = 0.0;
-            let mut own = trace.hidden[0].clone();
-            for (i, layer) in candidate.student.lm.layers.iter().enumerate() {
-                let goal = Goal::new(&self.teacher, self.config.loss, &trace, i);
-                let taught = layer.forward(&trace.hidden[i], documents)?;
-                let (hidden, mixer) = goal.terms(&taught, &trace.mixer_out[i])?;
+        let mut candidates = std::mem::take(&mut self.candidates);
+        let mut sums = vec![0.0; candidates.len()];
+        let mut named: Vec<Vec<(String, f64)>> = vec![Vec::new(); candidates.len()];
+        let mut own: Vec<Option<Tensor>> = vec![None; candidates.len()];
+        self.teach(batch, |slot, lesson| {
+            let (loss, index) = (self.config.loss, lesson.index);
+            let goal = Goal::new(&self.teacher, loss, &lesson.hidden, index);
+            for (c, candidate) in candidates.iter_mut().enumerate() {
+                let Trained { layer, params, .. } = &mut candidate.trained[slot];
+                let taught = layer.forward(&lesson.input, documents)?;
+                let (hidden, mixer) = goal.terms(&taught, &lesson.mixed)?;
                 let mut loss = (part(hidden)? + part(mixer)?)?;
                 if joint {
-                    let alone = layer.forward(&own, documents)?;
-                    let (hidden, mixer) = goal.terms(&alone, &missing(layer, &trace, i, &own)?)?;
+                    let x = own[c].take().unwrap_or_else(|| lesson.input.clone());
+                    let alone = layer.forward(&x, documents)?;
+                    let (hidden, mixer) = goal.terms(&alone, &lesson.missing(layer, &x)?)?;
                     loss = ((loss + part(hidden)?)? + part(mixer)?)?.affine(0.5, 0.0)?;
-                    own = alone.hidden.detach();
+                    own[c] = Some(alone.hidden.detach());
                 }
-                let grads = loss.backward()?;
-                candidate.student.params.add(&grads)?;
+                params.add(&loss.backward()?)?;
                 let loss = scalar(&loss)?;
-                terms.named.push((format!("{}.{i}", candidate.name), loss));
-                sum += loss;
+                named[c].push((format!("{}.{}", candidate.name, lesson.index), loss));
+                sums[c] += loss;
             }
+            Ok(())
+        })?;
+        let mut terms = Terms::default();
+        for ((candidate, mut named), sum) in candidates.iter().zip(named).zip(sums) {
+            terms.named.append(&mut named);
             terms.named.push((candidate.name.clone(), sum));
             terms.loss += sum;
         }
+        self.candidates = candidates;
         Ok(terms)
     }
 
@@ -229,58 +294,133 @@ impl Ild {
 
     /// Sums of squares of a batch's targets, in the order in which [`Ild::backward`] meets them.
     fn energies(&self, batch: &Batch) -> Result<Vec<f64>> {
-        let ids = ids(batch, self.teacher.device())?;
         let documents = Some(&batch.documents);
-        let trace = self.teacher.trace(&ids, documents)?;
         let mut energies = Vec::new();
-        for candidate in &self.candidates {
-            let mut own = trace.hidden[0].clone();
-            for (i, layer) in candidate.student.lm.layers.iter().enumerate() {
-                let hidden = sum_of_squares(&trace.hidden[i + 1])?;
-                energies.extend([hidden, sum_of_squares(&trace.mixer_out[i])?]);
+        let mut own: Vec<Option<Tensor>> = vec![None; self.candidates.len()];
+        self.teach(batch, |slot, lesson| {
+            let hidden = sum_of_squares(&lesson.hidden)?;
+            let mixed = sum_of_squares(&lesson.mixed)?;
+            for (c, candidate) in self.candidates.iter().enumerate() {
+                energies.extend([hidden, mixed]);
                 if self.config.inputs == IldInputs::Joint {
-                    energies.extend([hidden, sum_of_squares(&missing(layer, &trace, i, &own)?)?]);
-                    own = layer.forward(&own, documents)?.hidden.detach();
+                    let layer = &candidate.trained[slot].layer;
+                    let x = own[c].take().unwrap_or_else(|| lesson.input.clone());
+                    energies.extend([hidden, sum_of_squares(&lesson.missing(layer, &x)?)?]);
+                    own[c] = Some(layer.forward(&x, documents)?.hidden.detach());
                 }
             }
-        }
+            Ok(())
+        })?;
         Ok(energies)
     }
 
-    pub(super) fn only_student(&self) -> Option<&Student> {
-        match self.candidates.as_slice() {
-            [one] => Some(&one.student),
-            _ => None,
-        }
+    pub(super) fn snapshot(&self) -> Option<&Lm> {
+        self.snapshot.as_ref()
     }
 
     pub(super) fn groups_mut(&mut self) -> Vec<&mut ParamGroup> {
-        self.candidates
-            .iter_mut()
-            .map(|c| &mut c.student.params)
-            .collect()
+        let trained = self.candidates.iter_mut().flat_map(|c| &mut c.trained);
+        trained.map(|trained| &mut trained.params).collect()
     }
 
     /// The hybrid, or a bank: one checkpoint folder a candidate.
     pub(super) fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
         let mut kinds = Vec::new();
         for candidate in &self.candidates {
+            let (config, weights) = (&candidate.parts.config, &candidate.weights());
+            let write =
+                |to: &Path| save(to, Format::Zebroid, config, weights, Some(tokenizer), false);
             let Some(kind) = candidate.kind else {
-                return candidate.student.write(out, tokenizer);
+                return write(out);
             };
             std::fs::create_dir_all(out).map_err(Error::io("cannot create", out))?;
-            candidate
-                .student
-                .write(&out.join(kind.folder()), tokenizer)?;
+            write(&out.join(kind.folder()))?;
             kinds.push(kind);
         }
         Bank::write_index(out, kinds)
     }
+
+    /// The layers that were trained here, of every candidate, as they are.
+    pub(super) fn layers(&self) -> BTreeMap<String, Tensor> {
+        let mut all = BTreeMap::new();
+        for candidate in &self.candidates {
+            let trained = candidate.trained.iter().flat_map(|t| t.params.tensors());
+            let of = |name: &str| format!("{}.{name}", candidate.name);
+            all.extend(trained.map(|(name, value)| (of(name), value.detach())));
+        }
+        all
+    }
+
+    /// Takes over layers that were trained elsewhere.
+    ///
+    /// # Errors
+    /// Names the tensor that no candidate has in that shape, or the layers that are not among those of `pieces`.
+    pub(super) fn take(&mut self, pieces: Vec<BTreeMap<String, Tensor>>) -> Result<()> {
+        let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+        for (name, tensor) in pieces.into_iter().flatten() {
+            if tensors.insert(name.clone(), tensor).is_some() {
+                return Err(Error::invalid(format!("two pieces have trained {name}")));
+            }
+        }
+        for candidate in &mut self.candidates {
+            let mut all = candidate.parts.weights.to_map();
+            for (name, weight) in &mut all {
+                if !name.starts_with("model.layers.") {
+                    continue;
+                }
+                let full = format!("{}.{name}", candidate.name);
+                match tensors.remove(&full) {
+                    Some(tensor) if tensor.dims() == weight.shape() => *weight = tensor.into(),
+                    Some(tensor) => {
+                        return Err(Error::invalid(format!(
+                            "{full} has the shape {:?} instead of {:?}",
+                            tensor.dims(),
+                            weight.shape()
+                        )));
+                    }
+                    None => return Err(Error::invalid(format!("no piece has trained {full}"))),
+                }
+            }
+            candidate.parts.weights = all.into();
+        }
+        match tensors.keys().next() {
+            Some(name) => Err(Error::invalid(format!("no candidate has {name}"))),
+            None => Ok(()),
+        }
+    }
 }
 
-/// What a student's mixer that reads `own` is to give: whatever is missing from it to the teacher's residual stream.
-fn missing(layer: &Layer, trace: &Trace, index: usize, own: &Tensor) -> Result<Tensor> {
-    Ok((layer.missing(&trace.hidden[index], own)? + &trace.mixer_out[index])?)
+impl Candidate {
+    /// As they are now.
+    fn weights(&self) -> Weights {
+        let mut all = self.parts.weights.to_map();
+        for trained in &self.trained {
+            all.extend(trained.weights.to_map());
+        }
+        all.into()
+    }
+}
+
+impl Trained {
+    fn new(parts: &Parts, index: usize, place: &Place) -> Result<Self> {
+        let own = format!("model.layers.{index}.");
+        let all = parts.weights.to_map().into_iter();
+        let all: BTreeMap<_, _> = all.filter(|(name, _)| name.starts_with(&own)).collect();
+        let stacked = stacked(&parts.config);
+        let (params, weights) = ParamGroup::new(&all.into(), |_| true, &stacked, place)?;
+        Ok(Self {
+            layer: Layer::new(&parts.config, index, &weights)?,
+            params,
+            weights,
+        })
+    }
+}
+
+impl Lesson {
+    /// What a student's mixer that reads `own` is to give: whatever is missing from it to the teacher's residual stream.
+    fn missing(&self, layer: &Layer, own: &Tensor) -> Result<Tensor> {
+        Ok((layer.missing(&self.input, own)? + &self.mixed)?)
+    }
 }
 
 /// What the teacher's layer gave.
@@ -293,12 +433,13 @@ pub struct Goal<'a> {
 }
 
 impl<'a> Goal<'a> {
-    pub fn new(teacher: &'a Lm, loss: IldLoss, trace: &'a Trace, index: usize) -> Self {
+    /// Of layer `index`, after the final norm if it is the last.
+    pub fn new(teacher: &'a Lm, loss: IldLoss, hidden: &'a Tensor, index: usize) -> Self {
         Self {
             teacher,
             loss,
-            hidden: &trace.hidden[index + 1],
-            last: index + 1 == trace.mixer_out.len(),
+            hidden,
+            last: index + 1 == teacher.layers.len(),
         }
     }
 

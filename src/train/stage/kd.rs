@@ -235,6 +235,10 @@ impl Kd {
         })
     }
 
+    pub(super) fn teacher(&self) -> &Lm {
+        &self.teacher
+    }
+
     #[cfg(test)]
     pub fn exchange_teacher(&mut self, teacher: Lm) {
         self.teacher = teacher;

@@ -1,17 +1,18 @@
 //! What is trained, and towards what. A stage is a file here and a variant of [`Stage`].
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 
 use super::TrainConfig;
 use super::params::ParamGroup;
-use crate::Result;
-use crate::checkpoint::Key;
+use crate::checkpoint::{Kept, Key, keep, kept};
 use crate::data::{Batch, Batches, Corpus, Preferences};
+use crate::model::Lm;
 use crate::numerics;
 use crate::op::loss::cross_entropy;
+use crate::{Error, Result};
 
 pub mod dpo;
 pub mod ild;
@@ -129,14 +130,34 @@ impl<'a> Stage<'a> {
         Ok(Key::new(of, lm.device(), inputs))
     }
 
-    /// The one model that is trained; a bank has several.
-    pub fn student(&self) -> Option<&Student> {
+    /// The one model that is trained, as it is now; a bank has several.
+    pub fn student(&self) -> Option<&Lm> {
         match self {
-            Stage::Ild(s, _) => s.only_student(),
-            Stage::Kd(s, _) => Some(&s.student),
-            Stage::Dpo(s, _) => Some(&s.student),
-            Stage::Pretrain(s, _) => Some(&s.student),
+            Stage::Ild(s, _) => s.snapshot(),
+            Stage::Kd(s, _) => Some(s.student.snapshot()),
+            Stage::Dpo(s, _) => Some(s.student.snapshot()),
+            Stage::Pretrain(s, _) => Some(s.student.snapshot()),
         }
+    }
+
+    /// The layers that are trained here, if others are trained elsewhere.
+    pub fn piece(&self) -> Option<&[usize]> {
+        match self {
+            Stage::Ild(s, _) => s.piece(),
+            Stage::Kd(..) | Stage::Dpo(..) | Stage::Pretrain(..) => None,
+        }
+    }
+
+    /// What computes the loss of tokens, and whose it is.
+    pub fn models(&self) -> Vec<(&'static str, &Lm)> {
+        let student = self.student().map(|student| ("student", student));
+        let teacher = match self {
+            Stage::Ild(s, _) => Some(s.teacher()),
+            Stage::Kd(s, _) => Some(s.teacher()),
+            Stage::Dpo(..) | Stage::Pretrain(..) => None,
+        };
+        let teacher = teacher.map(|teacher| ("teacher", teacher));
+        teacher.into_iter().chain(student).collect()
     }
 
     /// Told before every step; the steps that have a schedule of the learning rate of their own, of which it is
@@ -167,6 +188,30 @@ impl<'a> Stage<'a> {
         }
     }
 
+    /// Takes over the layers of pieces, which must be all, each once.
+    ///
+    /// # Errors
+    /// A piece of other settings, teacher or data, or layers that are in none or in two of them.
+    pub fn take(&mut self, pieces: &[PathBuf], key: &Key) -> Result<()> {
+        let Stage::Ild(ild, _) = self else {
+            return Err(Error::invalid("only ILD is made of pieces"));
+        };
+        let read = pieces
+            .iter()
+            .map(|folder| match kept(&folder.join(PIECE), key)? {
+                Kept::Found { tensors, .. } => Ok(tensors),
+                Kept::Nothing => Err(Error::file(
+                    folder,
+                    "no piece (train ild --only-layers makes one)",
+                )),
+                Kept::Other(difference) => Err(Error::file(
+                    folder,
+                    format!("this piece was trained with other settings ({difference})"),
+                )),
+            });
+        ild.take(read.collect::<Result<_>>()?)
+    }
+
     pub fn groups_mut(&mut self) -> Vec<&mut ParamGroup> {
         match self {
             Stage::Ild(s, _) => s.groups_mut(),
@@ -176,9 +221,13 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Writes the result as one or more checkpoint folders, tokenizer files included.
-    pub fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
+    /// Writes the result as one or more checkpoint folders, tokenizer files included. A piece is a folder with the layers
+    /// that were trained, for [`Stage::take`] of a stage of the same `key`.
+    pub fn write(&self, out: &Path, tokenizer: &Path, key: &Key) -> Result<()> {
         match self {
+            Stage::Ild(s, _) if s.piece().is_some_and(|layers| !layers.is_empty()) => {
+                keep(&out.join(PIECE), key, 0, &s.layers())
+            }
             Stage::Ild(s, _) => s.write(out, tokenizer),
             Stage::Kd(s, _) => s.student.write(out, tokenizer),
             Stage::Dpo(s, _) => s.student.write(out, tokenizer),
@@ -186,6 +235,9 @@ impl<'a> Stage<'a> {
         }
     }
 }
+
+/// In the folder of a piece.
+const PIECE: &str = "layers.safetensors";
 
 /// `[B, T]` ids of a batch.
 pub fn ids(batch: &Batch, device: &Device) -> Result<Tensor> {

@@ -72,12 +72,7 @@ impl Student {
     /// `trained`: which weights, by name.
     pub fn new(parts: &Parts, trained: impl Fn(&str) -> bool, place: &Place) -> Result<Self> {
         let config = &parts.config;
-        let mut stacked = BTreeMap::new();
-        for (i, mixer) in config.layers.iter().enumerate() {
-            for (name, rows) in mixer.stacked() {
-                stacked.insert(format!("model.layers.{i}.{}.{name}", mixer.prefix()), rows);
-            }
-        }
+        let stacked = stacked(config);
         let (params, weights) = ParamGroup::new(&parts.weights, trained, &stacked, place)?;
         Ok(Self {
             lm: Lm::new(config, &weights)?,
@@ -309,6 +304,17 @@ impl Student {
     pub fn hash(&self) -> Result<String> {
         Parts::new(self.lm.config.clone(), &self.weights).hash()
     }
+}
+
+/// The rows of the matrices in weights that hold several.
+pub(super) fn stacked(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+    let mut stacked = BTreeMap::new();
+    for (i, mixer) in config.layers.iter().enumerate() {
+        for (name, rows) in mixer.stacked() {
+            stacked.insert(format!("model.layers.{i}.{}.{name}", mixer.prefix()), rows);
+        }
+    }
+    stacked
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
