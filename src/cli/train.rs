@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
 use super::show::{Progress, note, print_line};
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, Input};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
 use crate::eval::kl;
 use crate::mixer::LayerKind;
 use crate::model::Lm;
+use crate::pipeline::stage::compose::{Source, recorded};
 use crate::pipeline::stage::dpo::DpoStage;
 use crate::pipeline::stage::ild::{IldStage, IldTarget};
 use crate::pipeline::stage::kd::KdStage;
@@ -21,8 +22,8 @@ use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
 use crate::train::{
-    Figures, RunOptions, Stage, StepMetrics, TrainConfig, TrainSettings, Validation,
-    partial_folder, train,
+    FROZEN, Figures, RunOptions, Sources, Stage, StepMetrics, TrainConfig, TrainSettings,
+    Validation, partial_folder, train,
 };
 use crate::watch::{Quiet, Watch};
 use crate::{Error, Result};
@@ -154,6 +155,7 @@ pub struct TrainRun<'a> {
     pub tokenizer: &'a Path,
     /// What the student is compared with while it learns.
     pub teacher: Option<&'a Base>,
+    pub sources: Sources,
 }
 
 impl TrainArgs {
@@ -164,13 +166,20 @@ impl TrainArgs {
     }
 
     /// Runs a stage and says how it ended.
-    pub fn finish(&self, run: &TrainRun, stage: &mut Stage, watch: Progress) -> Result<()> {
-        let TrainRun { config, out, .. } = run;
+    pub fn finish(&self, run: TrainRun, stage: &mut Stage, watch: Progress) -> Result<()> {
+        let TrainRun {
+            config,
+            out,
+            mut sources,
+            ..
+        } = run;
         let held_out = match (&self.validation, run.teacher) {
             (None, _) => None,
             (Some(path), Some(base)) => {
                 let corpus = Corpus::load(path, &base.tokenizer, Packing::Documents)?;
                 corpus.check(1, config.seq_len)?;
+                let text = Input::file("validation", path, Some(corpus.hash()));
+                sources.inputs.push(text);
                 Some((base.lm()?, corpus))
             }
             (Some(_), None) => {
@@ -185,11 +194,7 @@ impl TrainArgs {
                 // A step that is not saved yet is not given up for its measurement.
                 let quiet = Quiet::default();
                 let found = kl::evaluate(teacher, student, corpus, rows, len, &quiet)?;
-                Ok(vec![
-                    ("eval_kl".into(), found.kl),
-                    ("eval_ce".into(), found.ce_student),
-                    ("eval_agreement".into(), found.agreement),
-                ])
+                Ok(found.figures())
             }
         });
         start_training(&watch, run.name, config, stage.data(), out)?;
@@ -207,6 +212,7 @@ impl TrainArgs {
             RunOptions {
                 out: out.to_path_buf(),
                 tokenizer: run.tokenizer.to_owned(),
+                sources,
                 force: self.force,
                 save_every: self.save_every,
                 validation: measure.as_ref().map(|measure| Validation {
@@ -276,12 +282,19 @@ fn ild(args: &IldArgs) -> Result<()> {
         objective: args.ild,
         train: args.train.settings.clone(),
     };
-    let mut stage = match &args.student {
-        Some(student) => stage.align(&base, &Checkpoint::open(student)?, &text)?,
+    let (mut stage, record) = match &args.student {
+        Some(student) => {
+            let student = Checkpoint::open(student)?;
+            (stage.align(&base, &student, &text)?, student.provenance()?)
+        }
         None => {
             let calibration = args.init.calibration(&base, Some(data), &watch)?;
             let init = args.init.init(&calibration, false, config.seed);
-            stage.bank(&base, &args.plan, &init, &text, &watch)?
+            let born = args.init.birth(&init, Some(data));
+            (
+                stage.bank(&base, &args.plan, &init, &text, &watch)?,
+                recorded(&base, &args.plan, &Source::Teacher, born)?,
+            )
         }
     };
     let run = TrainRun {
@@ -290,8 +303,12 @@ fn ild(args: &IldArgs) -> Result<()> {
         out: &args.out,
         tokenizer: &args.teacher,
         teacher: Some(&base),
+        sources: Sources {
+            record,
+            inputs: vec![base.input()?, Input::file("data", data, Some(text.hash()))],
+        },
     };
-    args.train.finish(&run, &mut stage, watch)
+    args.train.finish(run, &mut stage, watch)
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
@@ -304,15 +321,23 @@ fn kd(args: &KdArgs) -> Result<()> {
         train: args.train.settings.clone(),
         ..KdStage::default()
     };
-    let mut stage = stage.distil(&base, &Checkpoint::open(&args.student)?, &[], &text)?;
+    let student = Checkpoint::open(&args.student)?;
+    let mut stage = stage.distil(&base, &student, &[], &text)?;
     let run = TrainRun {
         name: "kd",
         config: &config,
         out: &args.out,
         tokenizer: &args.teacher,
         teacher: Some(&base),
+        sources: Sources {
+            record: student.provenance()?,
+            inputs: vec![
+                base.input()?,
+                Input::file("data", &args.data, Some(text.hash())),
+            ],
+        },
     };
-    args.train.finish(&run, &mut stage, watch)
+    args.train.finish(run, &mut stage, watch)
 }
 
 fn dpo(args: &DpoArgs) -> Result<()> {
@@ -329,7 +354,7 @@ fn dpo(args: &DpoArgs) -> Result<()> {
         objective: args.dpo,
         train: args.train.settings.clone(),
     };
-    let stored = partial_folder(&args.out).join("frozen.safetensors");
+    let stored = partial_folder(&args.out).join(FROZEN);
     let place = args.train.device.place()?;
     let mut stage = stage.align(&checkpoint, &pairs, &stored, &place, &watch)?;
     let run = TrainRun {
@@ -338,6 +363,10 @@ fn dpo(args: &DpoArgs) -> Result<()> {
         out: &args.out,
         tokenizer: student,
         teacher: None,
+        sources: Sources {
+            record: checkpoint.provenance()?,
+            inputs: vec![Input::file("data", &args.data, Some(pairs.hash()))],
+        },
     };
-    args.train.finish(&run, &mut stage, watch)
+    args.train.finish(run, &mut stage, watch)
 }

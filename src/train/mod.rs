@@ -1,20 +1,22 @@
 //! Training: one loop for every stage. `stage/<name>.rs` says what the loss is and what is trained;
 //! this file says how a run goes on: accumulate, clip, step, log, save, resume.
 //!
-//! A run works in `OUT.partial/` (`state.safetensors`, `metrics.jsonl`) and `OUT` appears, whole, at
-//! the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
+//! A run works in `OUT.partial/` (`state.safetensors`, `metrics.jsonl` and the same for TensorBoard, `provenance.json`) and
+//! `OUT` appears, whole, at the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Input, Provenance};
 use crate::data::Batch;
 use crate::model::Lm;
 use crate::{Error, Result};
 
 mod config;
+mod events;
 pub mod params;
 pub mod stage;
 mod state;
@@ -47,12 +49,26 @@ pub struct StepMetrics {
     pub tokens_per_s: f64,
 }
 
-/// What the surroundings of a run decide; none of it changes the result.
+impl StepMetrics {
+    /// The loss and the stage's own figures, those that are numbers.
+    fn figures(&self) -> BTreeMap<String, f64> {
+        let terms = self.terms.iter();
+        let terms = terms.filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)));
+        [("loss".to_owned(), self.loss)]
+            .into_iter()
+            .chain(terms)
+            .collect()
+    }
+}
+
+/// What the surroundings of a run decide; none of it changes the result but its record.
 pub struct RunOptions<'a> {
     /// Where the result goes.
     pub out: PathBuf,
     /// Folder whose tokenizer files the result gets.
     pub tokenizer: PathBuf,
+    /// For the result's record.
+    pub sources: Sources,
     /// Replace an existing result, and drop a partial run with other settings.
     pub force: bool,
     /// Steps between saves.
@@ -64,6 +80,14 @@ pub struct RunOptions<'a> {
     pub validation: Option<Validation<'a>>,
     /// Told of every step, and how many there are.
     pub observe: &'a mut dyn FnMut(&StepMetrics, u64),
+}
+
+/// What a run goes on from, and what it reads, by name.
+#[derive(Debug, Default)]
+pub struct Sources {
+    /// Of the checkpoint that it trains.
+    pub record: Provenance,
+    pub inputs: Vec<Input>,
 }
 
 /// Figures by name.
@@ -101,7 +125,12 @@ pub fn train(
             "optimizer adamw_8bit is for the CPU so far: choose adamw, or --device cpu",
         ));
     }
-    let mut run = Run::open(&options.out, stage.key(config)?, options.force, stage)?;
+    let (name, settings) = stage.settings(config);
+    let mut recorded = checkpoint::Step::new(name, settings, options.sources.inputs.clone());
+    recorded.steps = Some(steps);
+    let record = options.sources.record.clone().then(recorded);
+    let key = stage.key(config)?;
+    let mut run = Run::open(&options.out, key, record, options.force, stage)?;
     let mut recent: Vec<(u64, Duration)> = Vec::new();
     while run.step < steps {
         let started = Instant::now();
@@ -225,6 +254,9 @@ pub fn take_step(
         phases,
     })
 }
+
+/// What DPO computes once, inside of a run that is not finished.
+pub const FROZEN: &str = "frozen.safetensors";
 
 /// Where a run that is not finished keeps its things.
 pub fn partial_folder(out: &Path) -> PathBuf {

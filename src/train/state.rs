@@ -4,14 +4,17 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use super::events::Events;
 use super::params::Saved;
 use super::stage::Stage;
 use super::{RunOptions, StepMetrics, TrainConfig, partial_folder};
-use crate::checkpoint::{self, Kept, Key, keep, kept};
+use crate::checkpoint::{self, EVENTS, Kept, Key, Provenance, keep, kept};
 use crate::{Error, Result};
 
-const STATE: &str = "state.safetensors";
-const METRICS: &str = "metrics.jsonl";
+pub(super) const STATE: &str = "state.safetensors";
+pub(super) const METRICS: &str = "metrics.jsonl";
+/// Inside the run, until it is moved.
+pub(super) const RESULT: &str = "result";
 
 pub(super) struct Run {
     pub folder: PathBuf,
@@ -22,6 +25,10 @@ pub(super) struct Run {
     key: Key,
     metrics: Vec<StepMetrics>,
     log: fs::File,
+    /// The same for TensorBoard.
+    events: Events,
+    /// Of the result, as far as it is known: the last step is this run.
+    record: Provenance,
 }
 
 impl Run {
@@ -29,7 +36,13 @@ impl Run {
     ///
     /// # Errors
     /// A partial run with other settings, unless `force` drops it.
-    pub fn open(out: &Path, key: Key, force: bool, stage: &mut Stage) -> Result<Run> {
+    pub fn open(
+        out: &Path,
+        key: Key,
+        record: Provenance,
+        force: bool,
+        stage: &mut Stage,
+    ) -> Result<Run> {
         let folder = partial_folder(out);
         fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
         let mut step = 0;
@@ -50,6 +63,8 @@ impl Run {
         checkpoint::write_atomic(&log_path, lines.as_bytes())?;
         let log = fs::OpenOptions::new().append(true).open(&log_path);
         let log = log.map_err(Error::io("cannot write", &log_path))?;
+        let events = Events::open(&folder.join(EVENTS), &metrics)?;
+        record.write(&folder)?;
         Ok(Run {
             folder,
             step,
@@ -57,6 +72,8 @@ impl Run {
             key,
             metrics,
             log,
+            events,
+            record,
         })
     }
 
@@ -86,6 +103,7 @@ impl Run {
     pub fn log(&mut self, metrics: StepMetrics) -> Result<()> {
         let written = self.log.write_all(line(&metrics).as_bytes());
         written.map_err(Error::io("cannot write", &self.folder.join(METRICS)))?;
+        self.events.log(&metrics)?;
         self.metrics.push(metrics);
         Ok(())
     }
@@ -101,15 +119,20 @@ impl Run {
     }
 
     /// Writes the result beside the run, moves it to `OUT` in one rename and removes the run.
-    pub fn finish(self, stage: &Stage, options: &RunOptions) -> Result<Vec<StepMetrics>> {
-        let result = self.folder.join("result");
+    pub fn finish(mut self, stage: &Stage, options: &RunOptions) -> Result<Vec<StepMetrics>> {
+        let result = self.folder.join(RESULT);
         if result.exists() {
             fs::remove_dir_all(&result).map_err(Error::io("cannot remove", &result))?;
         }
-        stage.write(&result, &options.tokenizer)?;
-        let metrics = result.join(METRICS);
-        fs::copy(self.folder.join(METRICS), &metrics)
-            .map_err(Error::io("cannot write", &metrics))?;
+        if let (Some(step), Some(last)) = (self.record.steps.last_mut(), self.metrics.last()) {
+            step.tokens = Some(last.tokens);
+            step.figures = last.figures();
+        }
+        stage.write(&result, &options.tokenizer, &self.record)?;
+        for name in [METRICS, EVENTS] {
+            let copy = result.join(name);
+            fs::copy(self.folder.join(name), &copy).map_err(Error::io("cannot write", &copy))?;
+        }
         checkpoint::replace_folder(&result, &options.out, options.force)?;
         fs::remove_dir_all(&self.folder).map_err(Error::io("cannot remove", &self.folder))?;
         Ok(self.metrics)

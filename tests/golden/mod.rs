@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use zebroid::checkpoint::{Checkpoint, Format, read_tensors, save};
+use zebroid::checkpoint::{Checkpoint, Format, Provenance, read_tensors, save};
 use zebroid::convert::{Init, PlanOptions, compose, plan};
 use zebroid::eval::parity::{max_difference, parity};
 use zebroid::mixer::mla::rank::RankRule;
@@ -76,6 +76,7 @@ fn amd_to_ours_to_amd_is_bit_exact() {
                 &source.config,
                 source.stored().unwrap(),
                 Some(from),
+                &Provenance::default(),
                 false,
             )
             .unwrap();

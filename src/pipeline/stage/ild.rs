@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::candidates::{CANDIDATES, bank_plans};
+use super::compose::{Birth, Source, recorded};
 use super::training::{self, millions_of};
 use super::{Context, Made, Sizes, Stage, StageResult, check_context, eval};
 use crate::Result;
@@ -15,7 +16,7 @@ use crate::numerics;
 use crate::pipeline::base::Base;
 use crate::pipeline::texts::Texts;
 use crate::train::stage::ild::{Ild, IldConfig};
-use crate::train::{self, TrainSettings};
+use crate::train::{self, Sources, TrainSettings};
 use crate::watch::Watch;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -132,7 +133,15 @@ impl Stage for IldStage {
         match self.target {
             IldTarget::Bank => {
                 let init = made.init(with.common, false);
-                let stage = || self.bank(base, &with.common.plan, &init, text, watch);
+                let stage = || {
+                    let plan = &with.common.plan;
+                    let born = Birth::new(&init, with.common, with.texts);
+                    let sources = Sources {
+                        record: recorded(base, plan, &Source::Teacher, born)?,
+                        inputs: vec![base.input()?, with.texts.train_input()],
+                    };
+                    Ok((self.bank(base, plan, &init, text, watch)?, sources))
+                };
                 let (bank, metrics) = training::trained("bank", &key, &self.train, with, stage)?;
                 made.results.push(StageResult {
                     name: name.to_owned(),
@@ -145,7 +154,14 @@ impl Stage for IldStage {
             }
             IldTarget::Hybrid => {
                 let before = made.student()?;
-                let stage = || self.align(base, &Checkpoint::open(&before.folder)?, text);
+                let stage = || {
+                    let student = Checkpoint::open(&before.folder)?;
+                    let sources = Sources {
+                        record: student.provenance()?,
+                        inputs: vec![base.input()?, with.texts.train_input()],
+                    };
+                    Ok((self.align(base, &student, text)?, sources))
+                };
                 let (student, metrics) = training::trained(name, &key, &self.train, with, stage)?;
                 eval::result(name, student, metrics, with, made)
             }

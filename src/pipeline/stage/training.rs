@@ -6,7 +6,7 @@ use super::{Context, Student};
 use crate::checkpoint::Key;
 use crate::data::Batches;
 use crate::train::{
-    RunOptions, Stage, StepMetrics, TrainConfig, TrainSettings, partial_folder, train,
+    RunOptions, Sources, Stage, StepMetrics, TrainConfig, TrainSettings, partial_folder, train,
 };
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -67,7 +67,7 @@ pub(super) fn trained<'a>(
     key: &Key,
     settings: &TrainSettings,
     with: &Context,
-    stage: impl FnOnce() -> Result<Stage<'a>>,
+    stage: impl FnOnce() -> Result<(Stage<'a>, Sources)>,
 ) -> Result<(Student, Vec<StepMetrics>)> {
     let mut config = settings.settle()?;
     config.seed = config.seed.wrapping_add(with.common.seed);
@@ -82,7 +82,7 @@ pub(super) fn trained<'a>(
             read_metrics(&folder.join("metrics.jsonl"))?
         }
         false => {
-            let (mut stage, around) = (stage()?, with.surroundings);
+            let ((mut stage, sources), around) = (stage()?, with.surroundings);
             start_training(around.watch, name, &config, stage.data(), &folder)?;
             train(
                 &mut stage,
@@ -90,6 +90,7 @@ pub(super) fn trained<'a>(
                 RunOptions {
                     out: folder.clone(),
                     tokenizer: with.base.folder().to_owned(),
+                    sources,
                     force: false,
                     save_every: around.save_every,
                     validation: None,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::student::Student;
 use super::{Shares, Terms, ids, rows, scalar, share};
-use crate::checkpoint::Bank;
+use crate::checkpoint::{Bank, Provenance};
 use crate::data::Batch;
 use crate::mixer::LayerKind;
 use crate::model::{LayerOutput, Lm, ModelConfig, Parts, Trace};
@@ -159,6 +159,13 @@ impl Ild {
         &self.teacher
     }
 
+    /// What it is told to do, as recipes spell it.
+    pub(super) fn settings(&self) -> serde_json::Value {
+        let kinds = self.candidates.iter().filter_map(|c| c.kind);
+        let kinds: Vec<LayerKind> = kinds.collect();
+        serde_json::json!({ "candidates": kinds, "objective": self.config })
+    }
+
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         let mut candidates = serde_json::Map::new();
         for c in &self.candidates {
@@ -262,18 +269,19 @@ impl Ild {
     }
 
     /// The hybrid, or a bank: one checkpoint folder a candidate.
-    pub(super) fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
+    pub(super) fn write(&self, out: &Path, tokenizer: &Path, record: &Provenance) -> Result<()> {
         let mut kinds = Vec::new();
         for candidate in &self.candidates {
             let Some(kind) = candidate.kind else {
-                return candidate.student.write(out, tokenizer);
+                return candidate.student.write(out, tokenizer, record);
             };
             std::fs::create_dir_all(out).map_err(Error::io("cannot create", out))?;
             candidate
                 .student
-                .write(&out.join(kind.folder()), tokenizer)?;
+                .write(&out.join(kind.folder()), tokenizer, record)?;
             kinds.push(kind);
         }
+        record.write(out)?;
         Bank::write_index(out, kinds)
     }
 }

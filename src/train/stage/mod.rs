@@ -4,11 +4,12 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
 
 use super::TrainConfig;
 use super::params::ParamGroup;
 use crate::Result;
-use crate::checkpoint::Key;
+use crate::checkpoint::{Key, Provenance};
 use crate::data::{Batch, Batches, Corpus, Preferences};
 use crate::numerics;
 use crate::op::loss::cross_entropy;
@@ -124,9 +125,20 @@ impl<'a> Stage<'a> {
             Stage::Dpo(s, _) => (s.identity()?, numerics::Stage::Dpo, &s.student.lm),
             Stage::Pretrain(s, _) => (s.identity()?, numerics::Stage::Pretrain, &s.student.lm),
         };
-        let inputs =
-            serde_json::json!({ "stage": stage, "train": train, "data": self.data().hash() });
+        let inputs = json!({ "stage": stage, "train": train, "data": self.data().hash() });
         Ok(Key::new(of, lm.device(), inputs))
+    }
+
+    /// What records call it, and its settings as recipes spell them.
+    pub fn settings(&self, train: &TrainConfig) -> (&'static str, Value) {
+        let (name, mut settings) = match self {
+            Stage::Ild(s, _) => ("ild", s.settings()),
+            Stage::Kd(s, _) => ("kd", s.settings()),
+            Stage::Dpo(s, _) => ("dpo", s.settings()),
+            Stage::Pretrain(..) => ("pretrain", json!({})),
+        };
+        settings["train"] = json!(train);
+        (name, settings)
     }
 
     /// The one model that is trained; a bank has several.
@@ -177,12 +189,12 @@ impl<'a> Stage<'a> {
     }
 
     /// Writes the result as one or more checkpoint folders, tokenizer files included.
-    pub fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
+    pub fn write(&self, out: &Path, tokenizer: &Path, record: &Provenance) -> Result<()> {
         match self {
-            Stage::Ild(s, _) => s.write(out, tokenizer),
-            Stage::Kd(s, _) => s.student.write(out, tokenizer),
-            Stage::Dpo(s, _) => s.student.write(out, tokenizer),
-            Stage::Pretrain(s, _) => s.write(out, tokenizer),
+            Stage::Ild(s, _) => s.write(out, tokenizer, record),
+            Stage::Kd(s, _) => s.student.write(out, tokenizer, record),
+            Stage::Dpo(s, _) => s.student.write(out, tokenizer, record),
+            Stage::Pretrain(s, _) => s.write(out, tokenizer, record),
         }
     }
 }
