@@ -18,6 +18,7 @@ use crate::{Error, Result};
 mod config;
 mod events;
 pub mod params;
+pub mod runs;
 pub mod stage;
 mod state;
 #[cfg(test)]
