@@ -12,6 +12,7 @@ mod pipeline;
 mod processors;
 mod readme;
 mod recipes;
+mod runs;
 mod watch;
 
 use std::path::{Path, PathBuf};

@@ -63,6 +63,14 @@ const COMMANDS: &str = "
     parity golden golden/expected.safetensors
     parity golden golden/expected.safetensors --json
     plot OUT.svg curve
+    runs
+    runs --json
+    runs show curve
+    runs show hybrid --json
+    runs compare curve hybrid
+    runs compare curve curve --plot OUT.svg --json
+    runs prune --keep 99
+    runs prune --partial --json
     generate teacher --max-tokens 4
     generate teacher --max-tokens 4 --json
     export hybrid OUT --format zebroid

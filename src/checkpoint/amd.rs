@@ -265,7 +265,7 @@ mod tests {
     use candle_core::{DType, Device, Tensor};
 
     use super::*;
-    use crate::checkpoint::{Checkpoint, Format, read_json, save};
+    use crate::checkpoint::{Checkpoint, Format, Provenance, read_json, save};
 
     /// What AMD's trainer writes for a base of 4 query and 2 key/value heads of 8 dims.
     fn release(mla_layers: &[usize], full: bool, norm: bool) -> (Value, Value) {
@@ -387,6 +387,7 @@ mod tests {
                     &read.config,
                     read.stored().unwrap(),
                     None,
+                    &Provenance::default(),
                     false,
                 )
                 .unwrap();

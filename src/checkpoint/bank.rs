@@ -1,6 +1,6 @@
 //! A bank: models that ILD has trained side by side, each with one kind of layer in all places.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,7 @@ struct Index {
 /// Opened candidates, in order.
 #[derive(Debug)]
 pub struct Bank {
+    pub folder: PathBuf,
     pub candidates: Vec<(LayerKind, Checkpoint)>,
 }
 
@@ -49,6 +50,7 @@ impl Bank {
         }
         let open = |kind: LayerKind| Ok((kind, Checkpoint::open(&folder.join(kind.folder()))?));
         Ok(Self {
+            folder: folder.to_owned(),
             candidates: kinds.into_iter().map(open).collect::<Result<_>>()?,
         })
     }

@@ -1,6 +1,7 @@
 //! One process at a time on one output: an advisory lock on `.zebroid-NAME.lock` beside it, which the system
 //! releases with the process, however that ends.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
@@ -27,7 +28,7 @@ pub fn lock(out: &Path) -> Result<Lock> {
     };
     let parent = parent(out);
     fs::create_dir_all(&parent).map_err(Error::io("cannot create", &parent))?;
-    let path = parent.join(format!(".zebroid-{}.lock", name.to_string_lossy()));
+    let path = lock_file(&parent, name);
     loop {
         // Not truncated: it may be another's.
         let file = File::options()
@@ -54,6 +55,19 @@ pub fn lock(out: &Path) -> Result<Lock> {
             return Ok(Lock { path, _file: file });
         }
     }
+}
+
+fn lock_file(parent: &Path, name: &OsStr) -> PathBuf {
+    parent.join(format!(".zebroid-{}.lock", name.to_string_lossy()))
+}
+
+/// Whether a process works on `out` now; nothing is written to find out.
+pub fn is_locked(out: &Path) -> bool {
+    let file = out
+        .file_name()
+        .and_then(|name| File::open(lock_file(&parent(out), name)).ok());
+    let tried = file.map(|file| file.try_lock_shared());
+    matches!(tried, Some(Err(TryLockError::WouldBlock)))
 }
 
 /// [`check_output`] of an output that is ours from then on.
@@ -99,7 +113,9 @@ mod tests {
     fn an_output_has_one_owner_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("deep/out");
+        assert!(!is_locked(&out));
         let first = lock(&out).unwrap();
+        assert!(is_locked(&out));
         let refused = lock(&out).unwrap_err();
         assert_eq!(refused.exit_code(), 2);
         let said = refused.to_string();
@@ -108,6 +124,7 @@ mod tests {
         drop((first, other));
         // What a killed process leaves behind is nobody's.
         fs::write(folder.path().join("deep/.zebroid-out.lock"), "").unwrap();
+        assert!(!is_locked(&out));
         drop(claim(&out, false, &[]).unwrap());
         let left = fs::read_dir(folder.path().join("deep")).unwrap().count();
         assert_eq!(left, 0);

@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
+use serde::Serialize;
 
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::op::linear::Matrix;
@@ -18,12 +19,14 @@ use crate::{Error, Result};
 mod amd;
 mod atomic;
 mod bank;
+mod card;
 mod family;
 mod files;
 mod gguf;
 
 mod lock;
 mod output;
+mod provenance;
 mod replace;
 mod save;
 mod store;
@@ -32,10 +35,12 @@ mod tests;
 
 pub use atomic::write_atomic;
 pub use bank::Bank;
+pub use card::measured;
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
 pub use gguf::{as_kept, save_gguf, storage_of};
-pub use lock::{Lock, claim, lock};
-pub use output::check_output;
+pub use lock::{Lock, claim, is_locked, lock};
+pub use output::{EVENTS, check_output, foreign};
+pub use provenance::{Input, Origin, Provenance, RECORD, Step};
 pub use replace::replace_folder;
 pub use save::save;
 pub use store::{Kept, Key, Store, keep, kept};
@@ -44,7 +49,8 @@ use crate::gguf::Gguf;
 use files::TensorFiles;
 use gguf::GgufFile;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// Our own: one tagged mixer a layer.
     Zebroid,
@@ -188,6 +194,14 @@ impl Checkpoint {
             Source::Folder(files) => files.matrix(name),
             Source::Gguf(file) => file.matrix(name),
         }
+    }
+
+    /// How it came to be, for what is made of it.
+    ///
+    /// # Errors
+    /// As [`Provenance::of`].
+    pub fn provenance(&self) -> Result<Provenance> {
+        Provenance::of(self, || self.parts()?.hash())
     }
 
     /// The model, ready to run.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::atomic::{parent, private};
 use super::bank;
 use super::files::INDEX;
+use super::provenance::{CARD, RECORD};
 use crate::gguf::Gguf;
 use crate::{Error, Result};
 
@@ -17,6 +18,9 @@ pub(super) const COMPANIONS: &[&str] = &[
     "generation_config.json",
     "chat_template.jinja",
 ];
+
+/// Scalars of a training run for TensorBoard, which knows the file by the middle of its name.
+pub const EVENTS: &str = "events.out.tfevents.zebroid";
 
 /// # Errors
 /// When `out` exists and `force` does not allow to replace it, holds what zebroid did not write, is one of
@@ -82,7 +86,10 @@ pub(super) fn replaceable(out: &Path, force: bool) -> Result<()> {
 
 /// The first entry of a folder that is no part of a checkpoint, or of a bank, whose candidates are folders of
 /// their own.
-fn foreign(folder: &Path) -> Result<Option<PathBuf>> {
+///
+/// # Errors
+/// A folder that cannot be listed.
+pub fn foreign(folder: &Path) -> Result<Option<PathBuf>> {
     for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
         let path = entry.map_err(Error::io("cannot list", folder))?.path();
         let found = match path.is_dir() && !path.is_symlink() {
@@ -104,12 +111,18 @@ fn written_here(file: &Path) -> bool {
         "config.json",
         "hybrid_config.json",
         "metrics.jsonl",
+        "layers.safetensors",
+        EVENTS,
         INDEX,
         bank::INDEX,
+        RECORD,
     ];
     let shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    // A model card is ours where our record stands beside it: other models have one too.
+    let card = name == CARD && file.with_file_name(RECORD).exists();
     name == "model.safetensors"
         || shard
+        || card
         || known.contains(&name.as_ref())
         || COMPANIONS.contains(&name.as_ref())
 }

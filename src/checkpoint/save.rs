@@ -10,7 +10,8 @@ use super::atomic::{parent, private, usual, write_atomic};
 use super::family;
 use super::files::{INDEX, bytes_of, write_matrices};
 use super::output::{COMPANIONS, check_output};
-use super::{Format, amd, gguf, replace};
+use super::provenance::Provenance;
+use super::{Format, amd, card, gguf, replace};
 use crate::gguf::Gguf;
 use crate::model::ModelConfig;
 use crate::op::linear::Matrix;
@@ -20,8 +21,8 @@ use crate::{Error, Result};
 /// Largest file of weights, in bytes; above it they are sharded, as Hugging Face does.
 const SHARD: usize = 5_000_000_000;
 
-/// Writes a checkpoint folder: config, weights, and the tokenizer files of `source`. A failure leaves
-/// what stood at `out` before.
+/// Writes a checkpoint folder: config, weights, the tokenizer files of `source`, and how it came to be (`record`), with a model
+/// card. A failure leaves what stood at `out` before. A GGUF file holds no record.
 ///
 /// # Errors
 /// A config that the format cannot say, an existing `out` without `force`, a disk that does not take it.
@@ -31,6 +32,7 @@ pub fn save(
     config: &ModelConfig,
     weights: impl Into<Weights>,
     source: Option<&Path>,
+    record: &Provenance,
     force: bool,
 ) -> Result<()> {
     let inputs: Vec<&Path> = source.into_iter().collect();
@@ -82,6 +84,7 @@ pub fn save(
             fs::copy(&from, folder.join(name)).map_err(Error::io("cannot copy", &from))?;
         }
     }
+    card::write(folder, record, config, format)?;
     replace::replace_folder(folder, out, force)?;
     // The folder has moved; there is nothing left to remove.
     let _ = partial.keep();

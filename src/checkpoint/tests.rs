@@ -11,7 +11,7 @@ use super::*;
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig, RopeScaling};
 use crate::op::linear::Matrix;
 
-fn config(tied: bool) -> ModelConfig {
+pub(super) fn config(tied: bool) -> ModelConfig {
     let attention = AttentionConfig::new(2, 1, 4, Some(RopeConfig::new(10_000.0)));
     ModelConfig {
         model_type: ModelConfig::MODEL_TYPE.into(),
@@ -41,6 +41,18 @@ fn tensors(config: &ModelConfig) -> BTreeMap<String, Tensor> {
     config.params().into_iter().enumerate().map(make).collect()
 }
 
+/// A folder that nothing is known of.
+fn write(
+    out: &Path,
+    format: Format,
+    config: &ModelConfig,
+    weights: impl Into<Weights>,
+    force: bool,
+) -> Result<()> {
+    let record = Provenance::default();
+    save(out, format, config, weights, None, &record, force)
+}
+
 struct Folder {
     _root: tempfile::TempDir,
     path: PathBuf,
@@ -50,7 +62,7 @@ impl Folder {
     fn new(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Self {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("model");
-        save(&path, Format::Llama, config, tensors, None, false).unwrap();
+        write(&path, Format::Llama, config, tensors, false).unwrap();
         Self { _root: root, path }
     }
 
@@ -99,7 +111,7 @@ fn formats_round_trip() {
         for format in [Format::Llama, Format::Zebroid] {
             let root = tempfile::tempdir().unwrap();
             let path = root.path().join("m");
-            save(&path, format, &config, &tensors, None, false).unwrap();
+            write(&path, format, &config, &tensors, false).unwrap();
             let read = Checkpoint::open(&path).unwrap();
             assert_eq!((read.config.clone(), read.format), (config.clone(), format));
             let raw = read.stored().unwrap();
@@ -185,12 +197,11 @@ fn half_precision_is_read() {
         }
         // Written again, they are what they were.
         let again = folder.path.join("again");
-        save(
+        write(
             &again,
             Format::Llama,
             &read.config,
             read.stored().unwrap(),
-            None,
             false,
         )
         .unwrap();
@@ -528,7 +539,7 @@ fn sizes_beyond_reason_are_named_in_our_own_config() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("m");
     let (config, all) = (config(true), tensors(&config(true)));
-    save(&path, Format::Zebroid, &config, &all, None, false).unwrap();
+    write(&path, Format::Zebroid, &config, &all, false).unwrap();
     let file = path.join("config.json");
     let mut json = read_json(&file).unwrap();
     json["layers"][1] = serde_json::json!({
@@ -549,12 +560,11 @@ fn sizes_beyond_reason_are_named_in_our_own_config() {
 fn newer_versions_and_unknown_fields_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("m");
-    save(
+    write(
         &path,
         Format::Zebroid,
         &config(true),
         &tensors(&config(true)),
-        None,
         false,
     )
     .unwrap();
@@ -578,7 +588,7 @@ fn an_existing_output_is_kept_unless_forced() {
     let (config, all) = (config(true), tensors(&config(true)));
     let kept = folder.path.join("precious.txt");
     fs::write(&kept, "mine").unwrap();
-    let message = save(&folder.path, Format::Llama, &config, &all, None, false)
+    let message = write(&folder.path, Format::Llama, &config, &all, false)
         .unwrap_err()
         .to_string();
     assert!(
@@ -587,7 +597,7 @@ fn an_existing_output_is_kept_unless_forced() {
     );
     assert!(kept.exists());
     // What zebroid did not write stays, whatever is asked.
-    let force = || save(&folder.path, Format::Llama, &config, &all, None, true);
+    let force = || write(&folder.path, Format::Llama, &config, &all, true);
     let message = force().unwrap_err().to_string();
     assert!(
         message.contains("precious.txt: not written by zebroid"),
@@ -611,7 +621,7 @@ fn what_is_read_is_not_replaced() {
     let bank = root.path().join("bank");
     for name in ["mla", "mamba2"] {
         fs::create_dir_all(&bank).unwrap();
-        save(&bank.join(name), Format::Llama, &config, &all, None, false).unwrap();
+        write(&bank.join(name), Format::Llama, &config, &all, false).unwrap();
     }
     check_output(&bank, true, &[]).unwrap();
     for (out, input) in [
@@ -634,7 +644,7 @@ fn a_place_that_cannot_be_written_is_named() {
     let file = root.path().join("file");
     fs::write(&file, "").unwrap();
     let (config, all) = (config(true), tensors(&config(true)));
-    let message = save(&file.join("m"), Format::Llama, &config, &all, None, false)
+    let message = write(&file.join("m"), Format::Llama, &config, &all, false)
         .unwrap_err()
         .to_string();
     assert!(message.contains("file"), "{message}");
@@ -647,16 +657,9 @@ fn a_place_that_cannot_be_written_is_named() {
         }),
         _ => unreachable!(),
     };
-    let message = save(
-        &root.path().join("m"),
-        Format::Llama,
-        &odd,
-        &all,
-        None,
-        false,
-    )
-    .unwrap_err()
-    .to_string();
+    let message = write(&root.path().join("m"), Format::Llama, &odd, &all, false)
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("layer 1"), "{message}");
     leaves_nothing_behind(root.path(), 1);
 }

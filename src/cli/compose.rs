@@ -12,7 +12,7 @@ use crate::convert::{Calibration, Init, PlanOptions};
 use crate::eval::fidelity::{Fidelity, fidelity};
 use crate::model::{ModelConfig, Parts};
 use crate::pipeline::Base;
-use crate::pipeline::stage::compose::{Source, hybrid};
+use crate::pipeline::stage::compose::{Source, hybrid, recorded};
 use crate::report::{Bars, Report};
 use crate::watch::Watch;
 use crate::weights::Place;
@@ -73,13 +73,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let bank = args.bank.as_ref().map(|folder| Bank::open(folder));
     let bank = bank.transpose()?;
     let source = bank.as_ref().map_or(Source::Teacher, Source::Bank);
-    let composed = hybrid(&base, &args.plan, &init, source, &watch)?;
+    let composed = hybrid(&base, &args.plan, &init, &source, &watch)?;
+    let record = recorded(&base, &args.plan, &source, args.init.birth(&init, None))?;
     checkpoint::save(
         &args.out,
         args.format,
         &composed.config,
         &composed.weights,
         Some(&args.teacher),
+        &record,
         args.force,
     )?;
     let found = calibration

@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use candle_core::DType;
+use serde::Serialize;
+use serde_json::json;
 
 use super::show::print;
 use crate::Result;
-use crate::checkpoint::{self, Checkpoint, Format};
+use crate::checkpoint::{self, Checkpoint, Format, Provenance, Step};
 use crate::op::linear::{Matrix, Storage};
 use crate::weights::Weights;
 
@@ -31,7 +33,8 @@ pub struct Args {
     force: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 enum Rounding {
     F32,
     F16,
@@ -46,12 +49,22 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(rounding) => rounded(&stored, rounding)?,
         None => stored,
     };
+    let record = match args.format {
+        Format::Gguf => Provenance::default(),
+        format => {
+            let settings = json!({ "format": format, "dtype": args.dtype });
+            let mut step = Step::new("export", settings, Vec::new());
+            step.same_weights = args.dtype.is_none();
+            source.provenance()?.then(step)
+        }
+    };
     checkpoint::save(
         &args.out,
         args.format,
         &source.config,
         &weights,
         Some(&args.checkpoint),
+        &record,
         args.force,
     )?;
     print(format_args!("written to {}\n", args.out.display()))?;

@@ -30,6 +30,7 @@ pub mod probe;
 pub mod quantize;
 pub mod retention;
 pub mod run;
+pub mod runs;
 pub mod select;
 pub mod show;
 pub mod stories;
@@ -85,6 +86,8 @@ pub enum Command {
     Eval(eval::Eval),
     /// Draw training curves.
     Plot(plot::Args),
+    /// List, compare and remove runs.
+    Runs(runs::Args),
     /// Compare a checkpoint with recorded outputs, layer by layer.
     Parity(parity::Args),
     /// Continue prompts.
@@ -143,6 +146,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Stories(args) => stories::run(args)?,
         Command::Eval(args) => eval::run(args)?,
         Command::Plot(args) => plot::run(args)?,
+        Command::Runs(args) => runs::run(args)?,
         Command::Parity(args) => return parity::run(args),
         Command::Generate(args) => generate::run(args)?,
         Command::Chat(args) => chat::run(args)?,

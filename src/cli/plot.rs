@@ -32,7 +32,10 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     check_file(&args.out)?;
-    let series = args.runs.iter().map(|run| curve(run, &args.metric));
+    let series = args.runs.iter().map(|run| {
+        let (name, folders) = run.split_once('=').unwrap_or((run, run));
+        curve(name, folders.split('+').map(Path::new), &args.metric)
+    });
     let series = series.collect::<Result<Vec<_>>>()?;
     let svg = line_svg(&args.title, "tokens", &args.metric, &series, !args.linear);
     write_atomic(&args.out, svg.as_bytes())?;
@@ -40,12 +43,19 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn curve(run: &str, metric: &str) -> Result<Series> {
-    let (name, folders) = run.split_once('=').unwrap_or((run, run));
+/// A figure over the tokens of runs that went on from each other.
+///
+/// # Errors
+/// Metrics that cannot be read, or a run without that figure.
+pub fn curve<'a>(
+    name: &str,
+    folders: impl Iterator<Item = &'a Path>,
+    metric: &str,
+) -> Result<Series> {
     let mut points = Vec::new();
     let mut before = 0.0;
-    for folder in folders.split('+') {
-        let path = Path::new(folder).join("metrics.jsonl");
+    for folder in folders {
+        let path = folder.join("metrics.jsonl");
         let text = std::fs::read_to_string(&path).map_err(Error::io("cannot read", &path))?;
         let mut tokens = 0.0;
         let found = points.len();

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use super::show::Progress;
 use super::train::{TrainArgs, TrainRun};
-use crate::data::{Corpus, Tokenizer};
+use crate::checkpoint::{Input, Provenance};
+use crate::data::{Batches, Corpus, Tokenizer};
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig};
-use crate::train::Stage;
 use crate::train::stage::pretrain::Pretrain;
+use crate::train::{Sources, Stage};
 
 /// Train a small Llama from scratch on texts.
 #[derive(Debug, clap::Args)]
@@ -87,7 +88,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         out: &args.out,
         tokenizer: &args.tokenizer,
         teacher: None,
+        sources: Sources {
+            record: Provenance::default(),
+            inputs: vec![Input::file("data", &args.data, Some(corpus.hash()))],
+        },
     };
-    (args.train).finish(&run, stage.into(), Progress::default())?;
+    (args.train).finish(run, stage.into(), Progress::default())?;
     Ok(())
 }

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
 use super::show::{Progress, command_line, note, print_line};
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, Input};
 use crate::convert::PlanOptions;
 use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
 use crate::eval::kl;
 use crate::mixer::LayerKind;
 use crate::model::Lm;
+use crate::pipeline::stage::compose::{Source, recorded};
 use crate::pipeline::stage::dpo::DpoStage;
 use crate::pipeline::stage::ild::{IldStage, IldTarget};
 use crate::pipeline::stage::kd::KdStage;
@@ -22,8 +23,8 @@ use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
 use crate::train::{
-    Figures, RunOptions, StepMetrics, TrainConfig, TrainSettings, Training, Validation,
-    partial_folder,
+    FROZEN, Figures, RunOptions, Sources, StepMetrics, TrainConfig, TrainSettings, Training,
+    Validation, partial_folder,
 };
 use crate::watch::{Quiet, Watch};
 use crate::{Error, Result};
@@ -176,6 +177,7 @@ pub struct TrainRun<'a> {
     pub tokenizer: &'a Path,
     /// What the student is compared with while it learns.
     pub teacher: Option<&'a Base>,
+    pub sources: Sources,
 }
 
 impl TrainArgs {
@@ -186,13 +188,20 @@ impl TrainArgs {
     }
 
     /// Runs a stage and says how it ended.
-    pub fn finish(&self, run: &TrainRun, training: Training, watch: Progress) -> Result<()> {
-        let TrainRun { config, out, .. } = run;
+    pub fn finish(&self, run: TrainRun, training: Training, watch: Progress) -> Result<()> {
+        let TrainRun {
+            config,
+            out,
+            mut sources,
+            ..
+        } = run;
         let held_out = match (&self.validation, run.teacher) {
             (None, _) => None,
             (Some(path), Some(base)) => {
                 let corpus = Corpus::load(path, &base.tokenizer, Packing::Documents)?;
                 corpus.check(1, config.seq_len)?;
+                let text = Input::file("validation", path, Some(corpus.hash()));
+                sources.inputs.push(text);
                 Some((base.lm()?, corpus))
             }
             (Some(_), None) => {
@@ -207,11 +216,7 @@ impl TrainArgs {
                 // A step that is not saved yet is not given up for its measurement.
                 let quiet = Quiet::default();
                 let found = kl::evaluate(teacher, student, corpus, rows, len, &quiet)?;
-                Ok(vec![
-                    ("eval_kl".into(), found.kl),
-                    ("eval_ce".into(), found.ce_student),
-                    ("eval_agreement".into(), found.agreement),
-                ])
+                Ok(found.figures())
             }
         });
         start_training(&watch, run.name, config, &training, out)?;
@@ -228,6 +233,7 @@ impl TrainArgs {
             RunOptions {
                 out: out.to_path_buf(),
                 tokenizer: run.tokenizer.to_owned(),
+                sources,
                 force: self.force,
                 save_every: self.save_every,
                 keep_last: self.keep_last,
@@ -307,12 +313,17 @@ fn ild(args: &IldArgs) -> Result<()> {
         train: args.train.settings.clone(),
         layers_at_once: args.layers_at_once,
     };
-    let students = match &args.student {
-        Some(student) => vec![(None, Checkpoint::open(student)?.parts()?)],
+    let (students, record) = match &args.student {
+        Some(student) => {
+            let student = Checkpoint::open(student)?;
+            (vec![(None, student.parts()?)], student.provenance()?)
+        }
         None => {
             let calibration = args.init.calibration(&base, Some(data), &watch)?;
             let init = args.init.init(&calibration, false, config.seed);
-            stage.bank(&base, &args.plan, &init, &watch)?
+            let born = args.init.birth(&init, Some(data));
+            let record = recorded(&base, &args.plan, &Source::Teacher, born)?;
+            (stage.bank(&base, &args.plan, &init, &watch)?, record)
         }
     };
     let training = match (&args.only_layers, args.pieces.as_slice()) {
@@ -329,8 +340,12 @@ fn ild(args: &IldArgs) -> Result<()> {
         out: &args.out,
         tokenizer: &args.teacher,
         teacher: Some(&base),
+        sources: Sources {
+            record,
+            inputs: vec![base.input()?, Input::file("data", data, Some(text.hash()))],
+        },
     };
-    args.train.finish(&run, training, watch)
+    args.train.finish(run, training, watch)
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
@@ -343,15 +358,23 @@ fn kd(args: &KdArgs) -> Result<()> {
         train: args.train.settings.clone(),
         ..KdStage::default()
     };
-    let stage = stage.distil(&base, &Checkpoint::open(&args.student)?, &[], &text)?;
+    let student = Checkpoint::open(&args.student)?;
+    let stage = stage.distil(&base, &student, &[], &text)?;
     let run = TrainRun {
         name: "kd",
         config: &config,
         out: &args.out,
         tokenizer: &args.teacher,
         teacher: Some(&base),
+        sources: Sources {
+            record: student.provenance()?,
+            inputs: vec![
+                base.input()?,
+                Input::file("data", &args.data, Some(text.hash())),
+            ],
+        },
     };
-    args.train.finish(&run, stage.into(), watch)
+    args.train.finish(run, stage.into(), watch)
 }
 
 fn dpo(args: &DpoArgs) -> Result<()> {
@@ -368,7 +391,7 @@ fn dpo(args: &DpoArgs) -> Result<()> {
         objective: args.dpo,
         train: args.train.settings.clone(),
     };
-    let stored = partial_folder(&args.out).join("frozen.safetensors");
+    let stored = partial_folder(&args.out).join(FROZEN);
     let place = args.train.device.place()?;
     let stage = stage.align(&checkpoint, &pairs, &stored, &place, &watch)?;
     let run = TrainRun {
@@ -377,6 +400,10 @@ fn dpo(args: &DpoArgs) -> Result<()> {
         out: &args.out,
         tokenizer: student,
         teacher: None,
+        sources: Sources {
+            record: checkpoint.provenance()?,
+            inputs: vec![Input::file("data", &args.data, Some(pairs.hash()))],
+        },
     };
-    args.train.finish(&run, stage.into(), watch)
+    args.train.finish(run, stage.into(), watch)
 }

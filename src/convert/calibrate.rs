@@ -119,6 +119,8 @@ pub struct Calibration {
     pub held_out: Batch,
     /// Tokens that the statistics are over.
     pub tokens: usize,
+    /// A fingerprint of the text.
+    pub data: String,
 }
 
 /// What decides a calibration.
@@ -173,7 +175,10 @@ pub fn calibrate(
         windows: 0,
         tensors: BTreeMap::new(),
     };
-    let finished = |sums: &Sums| sums.calibration(teacher, fit.clone(), held_out.clone());
+    let finished = |sums: &Sums| {
+        let (fit, held_out) = (fit.clone(), held_out.clone());
+        sums.calibration(teacher, fit, held_out, corpus.hash())
+    };
     let partial = file.with_extension("partial");
     let drop_partial = || match partial.exists() {
         true => std::fs::remove_file(&partial).map_err(Error::io("cannot remove", &partial)),
@@ -262,7 +267,13 @@ impl Sums {
         Ok(())
     }
 
-    fn calibration(&self, teacher: &Parts, fit: Batch, held_out: Batch) -> Result<Calibration> {
+    fn calibration(
+        &self,
+        teacher: &Parts,
+        fit: Batch,
+        held_out: Batch,
+        data: String,
+    ) -> Result<Calibration> {
         let tokens = self.windows * fit.len;
         let layer = |i: usize| -> Result<Statistics> {
             let attention = teacher.attention(i)?;
@@ -282,6 +293,7 @@ impl Sums {
             fit,
             held_out,
             tokens,
+            data,
         })
     }
 }

@@ -28,6 +28,16 @@ impl KlReport {
     pub fn perplexity_retention(&self) -> f64 {
         (self.ce_teacher - self.ce_student).exp()
     }
+
+    /// The student's figures, as records and `metrics.jsonl` name them.
+    pub fn figures(&self) -> Vec<(String, f64)> {
+        let figures = [
+            ("eval_kl", self.kl),
+            ("eval_ce", self.ce_student),
+            ("eval_agreement", self.agreement),
+        ];
+        figures.map(|(name, value)| (name.to_owned(), value)).into()
+    }
 }
 
 /// Every window of `corpus` once, `batch_size` at a time.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::Result;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Input, Provenance};
 use crate::convert::{Init, PlanOptions, compose, settle_ranks};
 use crate::data::Tokenizer;
 use crate::model::{Lm, ModelConfig, Parts};
@@ -55,6 +55,23 @@ impl Base {
         }
         let found = self.parts.hash()?;
         Ok(self.hash.get_or_init(|| found).clone())
+    }
+
+    /// As [`Checkpoint::provenance`]; its weights are read for it once.
+    ///
+    /// # Errors
+    /// A record or weights that cannot be read.
+    pub fn provenance(&self) -> Result<Provenance> {
+        Provenance::of(&self.checkpoint, || self.hash())
+    }
+
+    /// What the record of a step says that learns from it.
+    ///
+    /// # Errors
+    /// Weights that cannot be read.
+    pub fn input(&self) -> Result<Input> {
+        let hash = Some(self.hash()?);
+        Ok(Input::file("teacher", self.folder(), hash))
     }
 
     /// The student's config. Ranks that depend on weights are read off spectra: those of the text that a refined

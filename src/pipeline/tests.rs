@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::stage::select::Budget;
 use super::*;
-use crate::checkpoint::{self, Checkpoint, Format};
+use crate::checkpoint::{self, Checkpoint, Format, Provenance};
 use crate::convert::Init;
 use crate::mixer::MixerConfig;
 use crate::watch::Watch;
@@ -84,7 +84,7 @@ fn carry_out(recipe: &Recipe, out: &Path, stop_after: usize) -> (Result<Outcome>
     (outcome, watch.stages.into_inner())
 }
 
-/// A hash of every tensor file inside.
+/// A hash of every file of tensors or records inside.
 fn contents(folder: &Path) -> BTreeMap<PathBuf, u64> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(folder).unwrap() {
@@ -93,7 +93,10 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, u64> {
         if path.is_dir() {
             let inner = contents(&path).into_iter();
             found.extend(inner.map(|(inside, hash)| (name.join(inside), hash)));
-        } else if path.extension().is_some_and(|e| e == "safetensors") {
+        } else if path
+            .extension()
+            .is_some_and(|e| e != "jsonl" && e != "zebroid")
+        {
             let mut hasher = DefaultHasher::new();
             std::fs::read(&path).unwrap().hash(&mut hasher);
             found.insert(name, hasher.finish());
@@ -149,6 +152,27 @@ fn killed_anywhere_a_run_ends_the_same() {
     }
     assert!(starts > 6, "{starts} starts");
     assert_eq!(contents(&straight), contents(&broken));
+    // The card says all of the way.
+    let card = std::fs::read_to_string(outcome.student.join("README.md")).unwrap();
+    for part in [
+        "base_model: \"teacher\"",
+        "# teacher-",
+        "KV cache is",
+        "### 1. compose\n",
+        "- calibration: `stories:2:150` (",
+        "### 2. ild\n",
+        "### 3. compose\n",
+        "### 4. kd\n",
+        "- trained: 4 steps, 512 tokens\n",
+        "### 5. dpo\n",
+        "- data: `stories:4:12` (",
+        "- validation: `stories:3:20` (",
+        "| kd | eval_kl | ",
+        "| dpo | eval_kl | ",
+        "\"name\":\"KL to the teacher (nats a token)\",\"value\":",
+    ] {
+        assert!(card.contains(part), "{part} is not in\n{card}");
+    }
     // Nothing is made twice; a changed setting repeats what depends on it.
     assert!(carry_out(&recipe, &straight, 0).1.is_empty());
     let mut other = recipe.clone();
@@ -325,7 +349,8 @@ fn a_window_goes_through_bank_selection_and_training() {
         (Format::Llama, "is not attention"),
     ] {
         let out = root.path().join("exported");
-        let saved = checkpoint::save(&out, format, &checkpoint.config, &tensors, None, false);
+        let (config, record) = (&checkpoint.config, Provenance::default());
+        let saved = checkpoint::save(&out, format, config, &tensors, None, &record, false);
         let message = saved.unwrap_err().to_string();
         assert!(
             message.contains(word) && message.contains("--format zebroid"),

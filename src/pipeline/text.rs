@@ -41,6 +41,15 @@ impl Text {
         }
     }
 
+    /// Without its folder.
+    pub(super) fn name(&self) -> String {
+        let mut named = self.clone();
+        if let Source::File(path) = &mut named.source {
+            *path = path.file_name().unwrap_or_default().into();
+        }
+        named.to_string()
+    }
+
     /// Relative paths start at `folder`.
     pub(super) fn settle(&mut self, folder: &Path) {
         if let Source::File(path) = &mut self.source {
@@ -172,6 +181,7 @@ mod tests {
             let text: Text = format!("{}#{share}", path.display()).parse().unwrap();
             let file = text.file(root.path(), false).unwrap();
             assert!(Text::is_made(file.file_name().unwrap().to_str().unwrap()));
+            assert_eq!(text.name(), format!("all.jsonl#{share}"));
             std::fs::read_to_string(file).unwrap()
         };
         assert_eq!(

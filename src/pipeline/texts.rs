@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::text::Text;
-use crate::data::{Corpus, Packing, Preferences, Tokenizer};
+use crate::checkpoint::Input;
+use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
 use crate::train::stage::dpo::DpoConfig;
 use crate::{Error, Result};
 
@@ -75,6 +76,7 @@ pub struct Texts {
     selection: Option<Corpus>,
     /// Where there is a DPO stage.
     pub preferences: Option<Preferences>,
+    named: Data,
 }
 
 impl Texts {
@@ -101,7 +103,25 @@ impl Texts {
             validation: held_out(&data.validation)?,
             selection: data.selection.as_ref().map(held_out).transpose()?,
             preferences: pairs.transpose()?,
+            named: data.clone(),
         })
+    }
+
+    /// What records say of the training text.
+    pub fn train_input(&self) -> Input {
+        Input::new("data", self.named.train.name(), Some(self.train.hash()))
+    }
+
+    /// The same of the held-out text.
+    pub fn validation_input(&self) -> Input {
+        let hash = Some(self.validation.hash());
+        Input::new("validation", self.named.validation.name(), hash)
+    }
+
+    /// The same of the pairs.
+    pub fn preferences_input(&self) -> Option<Input> {
+        let (text, pairs) = (self.named.preferences.as_ref()?, self.preferences.as_ref()?);
+        Some(Input::new("data", text.name(), Some(pairs.hash())))
     }
 
     /// What layers are chosen by.

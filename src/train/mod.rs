@@ -1,22 +1,25 @@
 //! Training: one loop for every stage. `stage/<name>.rs` says what the loss is and what is trained;
 //! this file says how a run goes on: accumulate, clip, step, log, save, resume.
 //!
-//! A run works in `OUT.partial/` (`state-STEP.safetensors`, `metrics.jsonl`) and `OUT` appears, whole, at
-//! the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
+//! A run works in `OUT.partial/` (`state-STEP.safetensors`, `metrics.jsonl` and the same for TensorBoard, `provenance.json`) and
+//! `OUT` appears, whole, at the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Input, Provenance};
 use crate::data::{Batch, Batches};
 use crate::model::Lm;
 use crate::{Error, Result};
 
 mod config;
+mod events;
 pub mod params;
 mod recovery;
+pub mod runs;
 pub mod stage;
 mod state;
 #[cfg(test)]
@@ -58,12 +61,25 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Res
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
-/// What the surroundings of a run decide; none of it changes the result.
+impl StepMetrics {
+    /// The loss and the stage's own figures, those that are numbers.
+    fn figures(&self) -> BTreeMap<String, f64> {
+        let terms = self.terms.iter();
+        let terms = terms.filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)));
+        // That of a step that was left out is no number.
+        let loss = Some(("loss".to_owned(), self.loss)).filter(|(_, loss)| loss.is_finite());
+        loss.into_iter().chain(terms).collect()
+    }
+}
+
+/// What the surroundings of a run decide; none of it changes the result but its record.
 pub struct RunOptions<'a> {
     /// Where the result goes.
     pub out: PathBuf,
     /// Folder whose tokenizer files the result gets.
     pub tokenizer: PathBuf,
+    /// For the result's record.
+    pub sources: Sources,
     /// Replace an existing result, and drop a partial run with other settings.
     pub force: bool,
     /// Steps between saves.
@@ -77,6 +93,24 @@ pub struct RunOptions<'a> {
     pub validation: Option<Validation<'a>>,
     /// Told of every step, and how many there are.
     pub observe: &'a mut dyn FnMut(&StepMetrics, u64),
+}
+
+/// What a run goes on from, and what it reads, by name.
+#[derive(Debug, Default, Clone)]
+pub struct Sources {
+    /// Of the checkpoint that it trains.
+    pub record: Provenance,
+    pub inputs: Vec<Input>,
+}
+
+impl Sources {
+    /// That of the result of `steps` steps.
+    fn record(&self, stage: &Stage, config: &TrainConfig, steps: u64) -> Provenance {
+        let (name, settings) = stage.settings(config);
+        let mut recorded = checkpoint::Step::new(name, settings, self.inputs.clone());
+        recorded.steps = Some(steps);
+        self.record.clone().then(recorded)
+    }
 }
 
 /// Figures by name.
@@ -116,7 +150,9 @@ pub fn train(
             "optimizer adamw_8bit is for the CPU so far: choose adamw, or --device cpu",
         ));
     }
-    let mut run = Run::open(&options.out, stage.key(config)?, options.force, stage)?;
+    let record = options.sources.record(stage, config, steps);
+    let key = stage.key(config)?;
+    let mut run = Run::open(&options.out, key, record, options.force, stage)?;
     let mut recent: Vec<(u64, Duration)> = Vec::new();
     while run.step < steps {
         let started = Instant::now();
@@ -155,13 +191,12 @@ pub fn train(
         } = taken;
         let elapsed = started.elapsed();
         run.step += 1;
+        let mut judged = None;
         if let (Some(validation), Some(student)) = (&options.validation, stage.student())
             && (run.step.is_multiple_of(validation.every.max(1)) || run.step == steps)
         {
             let found = (validation.measure)(student)?;
-            if let (true, Some(judged)) = (validation.keep_best, found.first()) {
-                run.keep_best(stage, &options, judged)?;
-            }
+            judged = found.first().map(|(name, _)| name.clone());
             terms.extend(found.into_iter().map(|(name, value)| (name, value.into())));
         }
         recent.push((tokens, elapsed));
@@ -180,6 +215,15 @@ pub fn train(
         };
         (options.observe)(&metrics, steps);
         run.log(metrics)?;
+        if let (
+            Some(Validation {
+                keep_best: true, ..
+            }),
+            Some(judged),
+        ) = (&options.validation, &judged)
+        {
+            run.keep_best(stage, &options, judged)?;
+        }
         let stopped = (options.stop)() && run.step < steps;
         if stopped && !due {
             check_finite(stage).map_err(|e| run.diverged(&e.to_string(), config))?;
@@ -266,7 +310,7 @@ impl Training<'_> {
                 let mut pieces = Vec::new();
                 for (pass, layers) in (0..).zip(all.chunks(at_once)) {
                     let (first, last) = (layers[0], layers[layers.len() - 1]);
-                    let out = workplace.join(format!("layers-{first}-{last}"));
+                    let out = workplace.join(format!("{}{first}-{last}", state::PIECES));
                     if !out.exists() {
                         let observe = &mut |metrics: &StepMetrics, steps: u64| {
                             let step = pass * steps + metrics.step;
@@ -279,6 +323,7 @@ impl Training<'_> {
                         let options = RunOptions {
                             out: out.clone(),
                             tokenizer: options.tokenizer.clone(),
+                            sources: options.sources.clone(),
                             validation: None,
                             observe,
                             ..options
@@ -315,7 +360,9 @@ fn join(
     create.map_err(Error::io("cannot create", &workplace))?;
     let result = workplace.join(state::RESULT);
     state::remove(&result)?;
-    stage.write(&result, &options.tokenizer, &key)?;
+    let record = options.sources.record(stage, config, metrics.len() as u64);
+    let record = state::described(record, &metrics);
+    stage.write(&result, &options.tokenizer, &key, &record)?;
     state::publish(&result, &metrics, &workplace, options)?;
     Ok(metrics)
 }
@@ -422,6 +469,9 @@ pub fn take_step(
         phases,
     })
 }
+
+/// What DPO computes once, inside of a run that is not finished.
+pub const FROZEN: &str = "frozen.safetensors";
 
 /// Where a run that is not finished keeps its things.
 pub fn partial_folder(out: &Path) -> PathBuf {

@@ -4,18 +4,22 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use super::events::Events;
 use super::params::Saved;
 use super::stage::Stage;
 use super::{RunOptions, StepMetrics, TrainConfig, partial_folder};
-use crate::checkpoint::{self, Kept, Key, keep, kept};
+use crate::checkpoint::{self, EVENTS, Kept, Key, Provenance, keep, kept};
 use crate::{Error, Result};
 
-const STATE: &str = "state";
+/// A save is `state-STEP.safetensors`.
+pub(super) const STATE: &str = "state";
+/// Layers that are trained by themselves stand in `layers-FIRST-LAST`.
+pub(super) const PIECES: &str = "layers-";
 /// The student that was judged best.
-const BEST: &str = "best";
-/// Beside the run until it is whole.
-pub(super) const RESULT: &str = "result";
+pub(super) const BEST: &str = "best";
 pub(super) const METRICS: &str = "metrics.jsonl";
+/// Inside the run, until it is moved.
+pub(super) const RESULT: &str = "result";
 
 pub(super) struct Run {
     pub folder: PathBuf,
@@ -27,6 +31,10 @@ pub(super) struct Run {
     /// Of all steps so far.
     pub metrics: Vec<StepMetrics>,
     log: fs::File,
+    /// The same for TensorBoard.
+    events: Events,
+    /// Of the result, as far as it is known: the last step is this run.
+    record: Provenance,
 }
 
 impl Run {
@@ -34,7 +42,13 @@ impl Run {
     ///
     /// # Errors
     /// A partial run with other settings, unless `force` drops it.
-    pub fn open(out: &Path, key: Key, force: bool, stage: &mut Stage) -> Result<Run> {
+    pub fn open(
+        out: &Path,
+        key: Key,
+        record: Provenance,
+        force: bool,
+        stage: &mut Stage,
+    ) -> Result<Run> {
         let folder = partial_folder(out);
         fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
         let mut step = 0;
@@ -64,6 +78,8 @@ impl Run {
         checkpoint::write_atomic(&log_path, lines.as_bytes())?;
         let log = fs::OpenOptions::new().append(true).open(&log_path);
         let log = log.map_err(Error::io("cannot write", &log_path))?;
+        let events = Events::open(&folder.join(EVENTS), &metrics)?;
+        record.write(&folder)?;
         Ok(Run {
             folder,
             step,
@@ -71,6 +87,8 @@ impl Run {
             key,
             metrics,
             log,
+            events,
+            record,
         })
     }
 
@@ -100,6 +118,7 @@ impl Run {
     pub fn log(&mut self, metrics: StepMetrics) -> Result<()> {
         let written = self.log.write_all(line(&metrics).as_bytes());
         written.map_err(Error::io("cannot write", &self.folder.join(METRICS)))?;
+        self.events.log(&metrics)?;
         self.metrics.push(metrics);
         Ok(())
     }
@@ -149,43 +168,51 @@ impl Run {
         }
     }
 
-    /// Writes the student as the result if no step before was judged better.
+    /// Writes the student as the result if no step before the last was judged better, by this figure.
     ///
     /// # Errors
     /// A disk that does not take it.
-    pub fn keep_best(
-        &self,
-        stage: &Stage,
-        options: &RunOptions,
-        (name, value): &(String, f64),
-    ) -> Result<()> {
-        let before = self
-            .metrics
-            .iter()
-            .filter_map(|m| m.terms.get(name)?.as_f64());
-        if before.into_iter().any(|before| before <= *value) {
+    pub fn keep_best(&self, stage: &Stage, options: &RunOptions, judged: &str) -> Result<()> {
+        let figures = self.metrics.iter();
+        let mut figures = figures.filter_map(|m| m.terms.get(judged)?.as_f64()).rev();
+        let Some(now) = figures.next() else {
+            return Ok(());
+        };
+        if figures.any(|before| before <= now) {
             return Ok(());
         }
         let best = self.folder.join(BEST);
         remove(&best)?;
-        stage.write(&best, &options.tokenizer, &self.key)
+        let record = described(self.record.clone(), &self.metrics);
+        stage.write(&best, &options.tokenizer, &self.key, &record)
     }
 
     /// Writes the result beside the run, moves it to `OUT` in one rename and removes the run.
     pub fn finish(self, stage: &Stage, options: &RunOptions) -> Result<Vec<StepMetrics>> {
         let best = self.folder.join(BEST);
         let keeps_best = options.validation.as_ref().is_some_and(|v| v.keep_best);
-        match keeps_best && best.exists() {
-            true => publish(&best, &self.metrics, &self.folder, options)?,
+        let result = match keeps_best && best.exists() {
+            true => best,
             false => {
                 let result = self.folder.join(RESULT);
                 remove(&result)?;
-                stage.write(&result, &options.tokenizer, &self.key)?;
-                publish(&result, &self.metrics, &self.folder, options)?;
+                let record = described(self.record, &self.metrics);
+                stage.write(&result, &options.tokenizer, &self.key, &record)?;
+                result
             }
-        }
+        };
+        publish(&result, &self.metrics, &self.folder, options)?;
         Ok(self.metrics)
     }
+}
+
+/// The record of a run that has come so far.
+pub(super) fn described(mut record: Provenance, metrics: &[StepMetrics]) -> Provenance {
+    if let (Some(step), Some(last)) = (record.steps.last_mut(), metrics.last()) {
+        step.tokens = Some(last.tokens);
+        step.figures = last.figures();
+    }
+    record
 }
 
 /// Moves a result to `OUT` in one rename, its metrics in it, and removes the folder that it was made in.
@@ -200,6 +227,14 @@ pub(super) fn publish(
 ) -> Result<()> {
     let lines: String = metrics.iter().map(line).collect();
     checkpoint::write_atomic(&result.join(METRICS), lines.as_bytes())?;
+    let events = workplace.join(EVENTS);
+    match events.exists() {
+        true => {
+            let copy = result.join(EVENTS);
+            fs::copy(&events, &copy).map_err(Error::io("cannot write", &copy))?;
+        }
+        false => drop(Events::open(&result.join(EVENTS), metrics)?),
+    }
     checkpoint::replace_folder(result, &options.out, options.force)?;
     fs::remove_dir_all(workplace).map_err(Error::io("cannot remove", workplace))
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use zebroid::checkpoint::{Checkpoint, Format, read_tensors, save};
+use zebroid::checkpoint::{Checkpoint, Format, Provenance, read_tensors, save};
 use zebroid::convert::{CalibrationConfig, Init, PlanOptions, calibrate, compose, plan};
 use zebroid::data::{Corpus, Packing};
 use zebroid::eval::kl::evaluate;
@@ -86,6 +86,7 @@ fn all_families_are_composed_and_written() {
             &teacher.config,
             checkpoint.stored().unwrap(),
             None,
+            &Provenance::default(),
             false,
         )
         .unwrap();
@@ -146,6 +147,7 @@ fn all_families_are_composed_and_written() {
                 &hybrid.config,
                 &hybrid.weights,
                 None,
+                &Provenance::default(),
                 false,
             )
             .unwrap();
@@ -191,6 +193,7 @@ fn amd_to_ours_to_amd_is_bit_exact() {
                 &source.config,
                 source.stored().unwrap(),
                 Some(from),
+                &Provenance::default(),
                 false,
             )
             .unwrap();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use zebroid::checkpoint::{self, Checkpoint, Format};
+use zebroid::checkpoint::{self, Checkpoint, Format, Provenance};
 use zebroid::convert::{Calibration, CalibrationConfig, Init, PlanOptions, calibrate};
 use zebroid::data::{Corpus, Packing, Preferences, Tokenizer, stories};
 use zebroid::eval::harness::run_task;
@@ -25,7 +25,9 @@ use zebroid::train::stage::dpo::{Dpo, DpoConfig, DpoLoss};
 use zebroid::train::stage::ild::{IldConfig, IldInputs, IldLoss};
 use zebroid::train::stage::kd::{KdConfig, Labels, Schedule, Trained};
 use zebroid::train::stage::pretrain::Pretrain;
-use zebroid::train::{LrScheduler, OptimizerName, RunOptions, Stage, TrainSettings, train};
+use zebroid::train::{
+    LrScheduler, OptimizerName, RunOptions, Sources, Stage, TrainSettings, train,
+};
 use zebroid::watch::Quiet;
 use zebroid::weights::Place;
 
@@ -200,7 +202,17 @@ impl Bench {
         let _ = std::fs::remove_dir_all(&path);
         let (config, weights) = (&composed.config, &composed.weights);
         let teacher = Some(Path::new(TEACHER));
-        checkpoint::save(&path, Format::Zebroid, config, weights, teacher, false).unwrap();
+        let record = Provenance::default();
+        checkpoint::save(
+            &path,
+            Format::Zebroid,
+            config,
+            weights,
+            teacher,
+            &record,
+            false,
+        )
+        .unwrap();
         (composed.lm(&Place::cpu()).unwrap(), path)
     }
 
@@ -254,6 +266,7 @@ impl Bench {
         let options = RunOptions {
             out: self.at("trained"),
             tokenizer: TEACHER.into(),
+            sources: Sources::default(),
             force: true,
             save_every: 100,
             keep_last: 1,

@@ -6,6 +6,7 @@ use super::cache;
 use crate::convert::{Calibration, CalibrationConfig, Init, InitName, calibrate};
 use crate::data::{Corpus, Packing};
 use crate::pipeline::Base;
+use crate::pipeline::stage::compose::Birth;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -46,6 +47,13 @@ impl InitArgs {
         let corpus = Corpus::load(text, &base.tokenizer, Packing::Documents)?;
         let (parts, place, folder) = (&base.parts, &base.place, cache::folder());
         calibrate(parts, place, &corpus, &self.config, &folder, watch).map(Some)
+    }
+
+    /// What a record says of `init`; `fallback` as in [`InitArgs::calibration`].
+    pub fn birth(&self, init: &Init, fallback: Option<&Path>) -> Birth {
+        let text = self.calibration.as_deref().or(fallback);
+        let name = text.and_then(Path::file_name).unwrap_or_default();
+        Birth::of(init, &self.config, &name.to_string_lossy())
     }
 
     /// Only if a text is named.

@@ -1,13 +1,14 @@
 //! `[plan]`: the hybrid, from the teacher, from a bank's layers, or by converting more layers of what there is.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::candidates::bank_plans;
-use super::{Context, Made, Sizes, Stage, Student, eval};
+use super::{Common, Context, Made, Sizes, Stage, Student, eval};
 use crate::Result;
-use crate::checkpoint::{self, Bank, Checkpoint, Format, Key};
+use crate::checkpoint::{self, Bank, Checkpoint, Format, Input, Key, Provenance, Step};
 use crate::convert::{
-    Init, PlanOptions, bank_layers, check_growth, check_ranks, compose_from_bank, grow, plan,
+    CalibrationConfig, Init, InitName, PlanOptions, bank_layers, check_growth, check_ranks,
+    compose_from_bank, grow, plan,
 };
 use crate::mixer::LayerKind;
 use crate::model::{ModelConfig, Parts};
@@ -22,7 +23,66 @@ pub enum Source<'a> {
     /// Whole layers.
     Bank(&'a Bank),
     /// A hybrid whose layers stay as they are.
-    Before(&'a Parts),
+    Before(&'a Checkpoint),
+}
+
+/// What a record says of how mixers are born.
+pub struct Birth {
+    settings: Value,
+    inputs: Vec<Input>,
+}
+
+impl Birth {
+    /// `calibration` and `text`: of a refined initialisation, the latter by its name.
+    pub fn of(init: &Init, calibration: &CalibrationConfig, text: &str) -> Self {
+        match init {
+            Init::Published { seed } => Self {
+                settings: json!({ "init": InitName::Published, "seed": seed }),
+                inputs: Vec::new(),
+            },
+            Init::Refined {
+                calibration: found, ..
+            } => Self {
+                settings: json!({ "init": InitName::Refined, "calibration": calibration }),
+                inputs: vec![Input::new("calibration", text, Some(found.data.clone()))],
+            },
+        }
+    }
+
+    /// In a recipe.
+    pub(super) fn new(init: &Init, common: &Common, texts: &Texts) -> Self {
+        Self::of(init, &common.calibration, &texts.train_input().name)
+    }
+}
+
+/// The record of a hybrid of `options`: that of what it is made of, and the making.
+///
+/// # Errors
+/// A record or weights that cannot be read.
+pub fn recorded(
+    base: &Base,
+    options: &PlanOptions,
+    source: &Source,
+    born: Birth,
+) -> Result<Provenance> {
+    let Birth { settings, inputs } = born;
+    let composed = |mut settings: Value, inputs: Vec<Input>| {
+        settings["plan"] = json!(options);
+        Step::new("compose", settings, inputs)
+    };
+    Ok(match source {
+        Source::Teacher => base.provenance()?.then(composed(settings, inputs)),
+        Source::Before(before) => before.provenance()?.then(composed(settings, inputs)),
+        Source::Bank(bank) => {
+            let record = match bank.candidates.first() {
+                Some((_, candidate)) => Provenance::read(&candidate.folder)?,
+                None => None,
+            };
+            let record = record.map_or_else(|| base.provenance(), Ok)?;
+            let bank = Input::file("bank", &bank.folder, None);
+            record.then(composed(json!({}), vec![bank]))
+        }
+    })
 }
 
 /// The hybrid of `options`: planned, then born from the teacher's layers or taken from where they are.
@@ -33,14 +93,17 @@ pub fn hybrid(
     base: &Base,
     options: &PlanOptions,
     init: &Init,
-    source: Source,
+    source: &Source,
     watch: &dyn Watch,
 ) -> Result<Parts> {
     let student = base.plan(options, init)?;
     match source {
         Source::Teacher => base.compose(&student, init, watch),
         Source::Bank(bank) => compose_from_bank(&base.parts.weights, &student, bank),
-        Source::Before(before) => grow(base.compose(&student, init, watch)?, before),
+        Source::Before(before) => {
+            let grown = base.compose(&student, init, watch)?;
+            grow(grown, &before.parts()?)
+        }
     }
 }
 
@@ -85,13 +148,13 @@ impl Stage for PlanOptions {
         let key = self.key(with, made)?;
         let folder = with.store.path("hybrid", &key);
         if !folder.exists() {
-            let composed = {
+            let (composed, record) = {
                 // What has been trained since is not what layers could be fitted to: they get the teacher's inputs.
                 let init = made.init(with.common, made.student.is_none());
                 let (bank, before);
                 let source = match (&made.student, &made.bank) {
                     (Some(student), _) => {
-                        before = Checkpoint::open(&student.folder)?.parts()?;
+                        before = Checkpoint::open(&student.folder)?;
                         Source::Before(&before)
                     }
                     (None, Some(student)) => {
@@ -100,8 +163,10 @@ impl Stage for PlanOptions {
                     }
                     (None, None) => Source::Teacher,
                 };
-                let watch = with.surroundings.watch;
-                hybrid(with.base, options(self, made), &init, source, watch)?
+                let (base, options) = (with.base, options(self, made));
+                let composed = hybrid(base, options, &init, &source, with.surroundings.watch)?;
+                let born = Birth::new(&init, with.common, with.texts);
+                (composed, recorded(base, options, &source, born)?)
             };
             checkpoint::save(
                 &folder,
@@ -109,6 +174,7 @@ impl Stage for PlanOptions {
                 &composed.config,
                 &composed.weights,
                 Some(with.base.folder()),
+                &record,
                 false,
             )?;
         }

@@ -12,7 +12,7 @@ use crate::data::{Batches, Preferences};
 use crate::numerics;
 use crate::pipeline::texts::Texts;
 use crate::train::stage::dpo::{Dpo, DpoConfig};
-use crate::train::{self, TrainSettings};
+use crate::train::{self, Sources, TrainSettings};
 use crate::watch::Watch;
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -79,7 +79,12 @@ impl Stage for DpoStage {
         let begin = || {
             let student = Checkpoint::open(&before.folder)?;
             let (place, watch) = (&with.base.place, with.surroundings.watch);
-            Ok((self.align(&student, pairs(with.texts)?, &stored, place, watch)?).into())
+            let sources = Sources {
+                record: student.provenance()?,
+                inputs: with.texts.preferences_input().into_iter().collect(),
+            };
+            let stage = self.align(&student, pairs(with.texts)?, &stored, place, watch)?;
+            Ok((stage.into(), sources))
         };
         let (student, metrics) = training::trained(name, &key, &self.train, with, begin)?;
         eval::result(name, student, metrics, with, made)

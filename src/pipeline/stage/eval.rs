@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{Context, Made, StageResult, Student, check_context};
 use crate::Result;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::data::{Batches, Corpus};
 use crate::eval::kl;
 use crate::model::ModelConfig;
@@ -67,6 +67,8 @@ pub(super) fn result(
             with.surroundings.watch,
         )
     })?;
+    let text = with.texts.validation_input();
+    checkpoint::measured(&student.folder, text, kl.figures())?;
     made.results.push(StageResult {
         name: name.to_owned(),
         folder: student.folder.clone(),

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::candidates::{CANDIDATES, bank_plans};
+use super::compose::{Birth, Source, recorded};
 use super::training::{self, millions_of};
 use super::{Context, Made, Sizes, Stage, StageResult, check_context, eval};
 use crate::Result;
@@ -18,7 +19,7 @@ use crate::numerics;
 use crate::pipeline::base::Base;
 use crate::pipeline::texts::Texts;
 use crate::train::stage::ild::{Ild, IldConfig};
-use crate::train::{self, TrainSettings, Training};
+use crate::train::{self, Sources, TrainSettings, Training};
 use crate::watch::Watch;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -162,8 +163,14 @@ impl Stage for IldStage {
             IldTarget::Bank => {
                 let init = made.init(with.common, false);
                 let begin = || {
-                    let students = self.bank(base, &with.common.plan, &init, watch)?;
-                    self.training(base, students, text)
+                    let plan = &with.common.plan;
+                    let born = Birth::new(&init, with.common, with.texts);
+                    let sources = Sources {
+                        record: recorded(base, plan, &Source::Teacher, born)?,
+                        inputs: vec![base.input()?, with.texts.train_input()],
+                    };
+                    let students = self.bank(base, plan, &init, watch)?;
+                    Ok((self.training(base, students, text)?, sources))
                 };
                 let (bank, metrics) = training::trained("bank", &key, &self.train, with, begin)?;
                 made.results.push(StageResult {
@@ -178,8 +185,13 @@ impl Stage for IldStage {
             IldTarget::Hybrid => {
                 let before = made.student()?;
                 let begin = || {
-                    let students = vec![(None, Checkpoint::open(&before.folder)?.parts()?)];
-                    self.training(base, students, text)
+                    let student = Checkpoint::open(&before.folder)?;
+                    let sources = Sources {
+                        record: student.provenance()?,
+                        inputs: vec![base.input()?, with.texts.train_input()],
+                    };
+                    let students = vec![(None, student.parts()?)];
+                    Ok((self.training(base, students, text)?, sources))
                 };
                 let (student, metrics) = training::trained(name, &key, &self.train, with, begin)?;
                 eval::result(name, student, metrics, with, made)

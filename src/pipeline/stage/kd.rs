@@ -15,7 +15,7 @@ use crate::numerics;
 use crate::pipeline::base::Base;
 use crate::pipeline::texts::Texts;
 use crate::train::stage::kd::{Kd, KdConfig};
-use crate::train::{self, TrainSettings};
+use crate::train::{self, Sources, TrainSettings};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
@@ -96,7 +96,12 @@ impl Stage for KdStage {
         let (key, before) = (self.key_with(teacher, with, made)?, made.student()?);
         let begin = || {
             let student = Checkpoint::open(&before.folder)?;
-            Ok((self.distil(teacher, &student, &made.settled, &with.texts.train)?).into())
+            let sources = Sources {
+                record: student.provenance()?,
+                inputs: vec![teacher.input()?, with.texts.train_input()],
+            };
+            let stage = self.distil(teacher, &student, &made.settled, &with.texts.train)?;
+            Ok((stage.into(), sources))
         };
         let (student, metrics) = training::trained(name, &key, &self.train, with, begin)?;
         made.settled = Checkpoint::config_only(&student.folder)?.0.converted();

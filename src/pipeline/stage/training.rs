@@ -6,7 +6,7 @@ use super::{Context, Student};
 use crate::checkpoint::Key;
 use crate::data::Batches;
 use crate::train::{
-    RunOptions, Skipped, StepMetrics, TrainConfig, TrainSettings, Training, partial_folder,
+    RunOptions, Skipped, Sources, StepMetrics, TrainConfig, TrainSettings, Training, partial_folder,
 };
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -73,7 +73,7 @@ pub(super) fn trained<'a>(
     key: &Key,
     settings: &TrainSettings,
     with: &Context,
-    training: impl FnOnce() -> Result<Training<'a>>,
+    training: impl FnOnce() -> Result<(Training<'a>, Sources)>,
 ) -> Result<(Student, Vec<StepMetrics>)> {
     let mut config = settings.settle()?;
     config.seed = config.seed.wrapping_add(with.common.seed);
@@ -88,13 +88,14 @@ pub(super) fn trained<'a>(
             read_metrics(&folder.join("metrics.jsonl"))?
         }
         false => {
-            let (training, around) = (training()?, with.surroundings);
+            let ((training, sources), around) = (training()?, with.surroundings);
             start_training(around.watch, name, &config, &training, &folder)?;
             training.carry_out(
                 &config,
                 RunOptions {
                     out: folder.clone(),
                     tokenizer: with.base.folder().to_owned(),
+                    sources,
                     force: false,
                     save_every: around.save_every,
                     keep_last: 1,

@@ -165,6 +165,11 @@ impl Dpo {
         })
     }
 
+    /// What it is told to do, as recipes spell it.
+    pub(super) fn settings(&self) -> serde_json::Value {
+        serde_json::json!({ "objective": self.config })
+    }
+
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         Ok(serde_json::json!({
             "stage": "dpo",

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::student::stacked;
 use super::{Shares, Terms, ids, rows, scalar, share};
-use crate::checkpoint::{Bank, Format, save};
+use crate::checkpoint::{Bank, Format, Provenance, save};
 use crate::data::Batch;
 use crate::mixer::LayerKind;
 use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts};
@@ -188,6 +188,13 @@ impl Ild {
         (!all).then_some(&self.layers)
     }
 
+    /// What it is told to do, as recipes spell it.
+    pub(super) fn settings(&self) -> serde_json::Value {
+        let kinds = self.candidates.iter().filter_map(|c| c.kind);
+        let kinds: Vec<LayerKind> = kinds.collect();
+        serde_json::json!({ "candidates": kinds, "objective": self.config })
+    }
+
     /// Of all layers, whichever are trained here.
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         let mut candidates = serde_json::Map::new();
@@ -324,12 +331,21 @@ impl Ild {
     }
 
     /// The hybrid, or a bank: one checkpoint folder a candidate.
-    pub(super) fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
+    pub(super) fn write(&self, out: &Path, tokenizer: &Path, record: &Provenance) -> Result<()> {
         let mut kinds = Vec::new();
         for candidate in &self.candidates {
             let (config, weights) = (&candidate.parts.config, &candidate.weights());
-            let write =
-                |to: &Path| save(to, Format::Zebroid, config, weights, Some(tokenizer), false);
+            let write = |to: &Path| {
+                save(
+                    to,
+                    Format::Zebroid,
+                    config,
+                    weights,
+                    Some(tokenizer),
+                    record,
+                    false,
+                )
+            };
             let Some(kind) = candidate.kind else {
                 return write(out);
             };
@@ -337,6 +353,7 @@ impl Ild {
             write(&out.join(kind.folder()))?;
             kinds.push(kind);
         }
+        record.write(out)?;
         Bank::write_index(out, kinds)
     }
 

@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
 
 use super::TrainConfig;
 use super::params::ParamGroup;
-use crate::checkpoint::{Kept, Key, keep, kept};
+use crate::checkpoint::{Kept, Key, Provenance, keep, kept};
 use crate::data::{Batch, Batches, Corpus, Preferences};
 use crate::model::Lm;
 use crate::numerics;
@@ -125,9 +126,20 @@ impl<'a> Stage<'a> {
             Stage::Dpo(s, _) => (s.identity()?, numerics::Stage::Dpo, &s.student.lm),
             Stage::Pretrain(s, _) => (s.identity()?, numerics::Stage::Pretrain, &s.student.lm),
         };
-        let inputs =
-            serde_json::json!({ "stage": stage, "train": train, "data": self.data().hash() });
+        let inputs = json!({ "stage": stage, "train": train, "data": self.data().hash() });
         Ok(Key::new(of, lm.device(), inputs))
+    }
+
+    /// What records call it, and its settings as recipes spell them.
+    pub fn settings(&self, train: &TrainConfig) -> (&'static str, Value) {
+        let (name, mut settings) = match self {
+            Stage::Ild(s, _) => ("ild", s.settings()),
+            Stage::Kd(s, _) => ("kd", s.settings()),
+            Stage::Dpo(s, _) => ("dpo", s.settings()),
+            Stage::Pretrain(..) => ("pretrain", json!({})),
+        };
+        settings["train"] = json!(train);
+        (name, settings)
     }
 
     /// The one model that is trained, as it is now; a bank has several.
@@ -223,15 +235,21 @@ impl<'a> Stage<'a> {
 
     /// Writes the result as one or more checkpoint folders, tokenizer files included. A piece is a folder with the layers
     /// that were trained, for [`Stage::take`] of a stage of the same `key`.
-    pub fn write(&self, out: &Path, tokenizer: &Path, key: &Key) -> Result<()> {
+    pub fn write(
+        &self,
+        out: &Path,
+        tokenizer: &Path,
+        key: &Key,
+        record: &Provenance,
+    ) -> Result<()> {
         match self {
             Stage::Ild(s, _) if s.piece().is_some_and(|layers| !layers.is_empty()) => {
                 keep(&out.join(PIECE), key, 0, &s.layers())
             }
-            Stage::Ild(s, _) => s.write(out, tokenizer),
-            Stage::Kd(s, _) => s.student.write(out, tokenizer),
-            Stage::Dpo(s, _) => s.student.write(out, tokenizer),
-            Stage::Pretrain(s, _) => s.write(out, tokenizer),
+            Stage::Ild(s, _) => s.write(out, tokenizer, record),
+            Stage::Kd(s, _) => s.student.write(out, tokenizer, record),
+            Stage::Dpo(s, _) => s.student.write(out, tokenizer, record),
+            Stage::Pretrain(s, _) => s.write(out, tokenizer, record),
         }
     }
 }

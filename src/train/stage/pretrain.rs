@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::student::{Student, Summand};
 use super::{Shares, Terms, ids, masked_sum, next_token_losses};
 use crate::Result;
-use crate::checkpoint::Format;
+use crate::checkpoint::{Format, Provenance};
 use crate::data::Batch;
 use crate::model::{ModelConfig, Parts};
 use crate::weights::Place;
@@ -53,8 +53,8 @@ impl Pretrain {
         })
     }
 
-    pub(super) fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
-        self.student.write_as(Format::Llama, out, tokenizer)
+    pub(super) fn write(&self, out: &Path, tokenizer: &Path, record: &Provenance) -> Result<()> {
+        self.student.write_as(Format::Llama, out, tokenizer, record)
     }
 }
 

@@ -9,7 +9,7 @@ use candle_core::{Tensor, Var};
 
 use super::{Laps, rows, scalar};
 use crate::Result;
-use crate::checkpoint::{self, Format};
+use crate::checkpoint::{self, Format, Provenance};
 use crate::model::{LOGITS, Layer, Lm, ModelConfig, Parts, pieces, through};
 use crate::op::Documents;
 use crate::op::linear::{WeightGradient, back};
@@ -291,13 +291,20 @@ impl Student {
         }
     }
 
-    pub fn write(&self, out: &Path, tokenizer: &Path) -> Result<()> {
-        self.write_as(Format::Zebroid, out, tokenizer)
+    pub fn write(&self, out: &Path, tokenizer: &Path, record: &Provenance) -> Result<()> {
+        self.write_as(Format::Zebroid, out, tokenizer, record)
     }
 
-    pub fn write_as(&self, format: Format, out: &Path, tokenizer: &Path) -> Result<()> {
+    pub fn write_as(
+        &self,
+        format: Format,
+        out: &Path,
+        tokenizer: &Path,
+        record: &Provenance,
+    ) -> Result<()> {
         let (config, weights) = (&self.lm.config, &self.weights);
-        checkpoint::save(out, format, config, weights, Some(tokenizer), false)
+        let source = Some(tokenizer);
+        checkpoint::save(out, format, config, weights, source, record, false)
     }
 
     /// A fingerprint of config and weights.
