@@ -16,7 +16,6 @@ use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 mod amd;
-mod atomic;
 mod bank;
 mod family;
 mod files;
@@ -30,7 +29,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use atomic::write_atomic;
+pub use crate::atomic::write_atomic;
 pub use bank::Bank;
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
 pub use gguf::{as_kept, save_gguf, storage_of};

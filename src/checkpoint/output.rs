@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::atomic::{parent, private};
 use super::bank;
 use super::files::INDEX;
+use crate::atomic::{parent, private};
 use crate::gguf::Gguf;
 use crate::{Error, Result};
 

@@ -6,11 +6,11 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::atomic::{parent, private, usual, write_atomic};
 use super::family::llama;
 use super::files::{INDEX, bytes_of, write_matrices};
 use super::output::{COMPANIONS, check_output};
 use super::{Format, amd, gguf, replace};
+use crate::atomic::{parent, private, usual, write_atomic};
 use crate::gguf::Gguf;
 use crate::model::ModelConfig;
 use crate::op::linear::Matrix;

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use super::arg::data;
 use super::arg::device::DeviceArg;
 use super::positive;
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::stories::StoryGenerator;
-use crate::data::{Batches, Corpus, Packing, Tokenizer};
+use crate::data::{Batches, Packing, Tokenizer};
 use crate::eval::kl;
 use crate::eval::recall::recall;
 
@@ -115,9 +116,9 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     );
     let tokenizer = Tokenizer::open(&args.teacher)?;
     tokenizer.check(teacher.config.vocab_size)?;
-    let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
-    corpus.check(1, args.seq_len)?;
     let watch = Progress::default();
+    let corpus = data::corpus(&args.data, &tokenizer, args.packing, &watch)?;
+    corpus.check(1, args.seq_len)?;
     let report = kl::evaluate(
         &teacher.model(&place)?,
         &student.model(&place)?,

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use super::arg::data;
 use super::show::Progress;
 use super::train::{TrainArgs, TrainRun};
-use crate::data::{Corpus, Tokenizer};
+use crate::data::Tokenizer;
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig};
@@ -76,7 +77,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         converted: None,
     };
     let place = args.train.device.place()?;
-    let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
+    let watch = Progress::default();
+    let corpus = data::corpus(&args.data, &tokenizer, args.train.packing, &watch)?;
     let pretrain = Pretrain::new(&config, settings.seed, &place)?;
     let mut stage = Stage::Pretrain(pretrain, &corpus);
     let run = TrainRun {
@@ -86,6 +88,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         tokenizer: &args.tokenizer,
         teacher: None,
     };
-    (args.train).finish(&run, &mut stage, Progress::default())?;
+    args.train.finish(&run, &mut stage, watch)?;
     Ok(())
 }

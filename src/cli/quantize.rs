@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::arg::data;
 use super::positive;
 use super::show::{Progress, bytes, check_file, print, print_json, table, thousands};
 use crate::checkpoint::{self, Checkpoint, save_gguf, write_atomic};
@@ -76,14 +77,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     tokenizer.check(source.config.vocab_size)?;
     let parts = source.parts()?;
     check(args.kind, &parts)?;
+    let watch = Progress::default();
     let text = |path: &Option<PathBuf>| -> Result<Option<Corpus>> {
         let Some(path) = path else { return Ok(None) };
-        let corpus = Corpus::load(path, &tokenizer, Packing::Documents)?;
+        let corpus = data::corpus(path, &tokenizer, Packing::Documents, &watch)?;
         corpus.check(1, args.seq_len)?;
         Ok(Some(corpus))
     };
     let (calibration, validation) = (text(&args.calibration)?, text(&args.validation)?);
-    let watch = Progress::default();
     let worth = match &calibration {
         Some(text) => importance(&parts, text, args.calibration_tokens, args.seq_len, &watch)?,
         None => Importance::default(),

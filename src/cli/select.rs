@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::arg::data;
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
 use super::positive;
@@ -190,13 +191,13 @@ fn read(path: &Path) -> Result<Saved> {
     })
 }
 
-fn open(args: &Args) -> Result<(Base, Corpus)> {
+fn open(args: &Args, watch: &dyn Watch) -> Result<(Base, Corpus)> {
     let base = Base::open(
         needed(args.teacher.as_ref(), "--teacher")?,
         args.device.place()?,
     )?;
-    let data = needed(args.data.as_ref(), "--data")?;
-    let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;
+    let text = needed(args.data.as_ref(), "--data")?;
+    let corpus = data::corpus(text, &base.tokenizer, Packing::Documents, watch)?;
     corpus.check(1, args.seq_len)?;
     Ok((base, corpus))
 }
@@ -212,14 +213,14 @@ fn bank(args: &Args) -> Result<Option<Bank>> {
 
 fn score(args: &Args, watch: &dyn Watch) -> Result<Places> {
     let bank = needed(bank(args)?, "--bank")?;
-    let (base, corpus) = open(args)?;
+    let (base, corpus) = open(args, watch)?;
     args.select
         .scores(&base, &bank, (&corpus, args.seq_len), watch)
 }
 
 fn measure(args: &Args, watch: &dyn Watch) -> Result<Damages> {
     let (bank, select) = (bank(args)?, &args.select);
-    let (base, corpus) = open(args)?;
+    let (base, corpus) = open(args, watch)?;
     let text = (&corpus, args.seq_len);
     if let Some(bank) = &bank {
         return select.damages(&base, &Candidates::Bank(bank), text, watch);

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
+use super::arg::data;
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
 use super::show::{Progress, note, print_line};
@@ -169,7 +170,7 @@ impl TrainArgs {
         let held_out = match (&self.validation, run.teacher) {
             (None, _) => None,
             (Some(path), Some(base)) => {
-                let corpus = Corpus::load(path, &base.tokenizer, Packing::Documents)?;
+                let corpus = data::corpus(path, &base.tokenizer, Packing::Documents, &watch)?;
                 corpus.check(1, config.seq_len)?;
                 Some((base.lm()?, corpus))
             }
@@ -251,10 +252,11 @@ fn open(
     args: &TrainArgs,
     config: &TrainConfig,
     teacher: &Path,
-    data: &Path,
+    text: &Path,
+    watch: &dyn Watch,
 ) -> Result<(Base, Corpus)> {
     let base = Base::open(teacher, args.device.place()?)?;
-    let corpus = Corpus::load(data, &base.tokenizer, args.packing)?;
+    let corpus = data::corpus(text, &base.tokenizer, args.packing, watch)?;
     corpus.check(config.batch_size, config.seq_len)?;
     config.steps(corpus.windows(config.seq_len))?;
     Ok((base, corpus))
@@ -266,7 +268,7 @@ fn ild(args: &IldArgs) -> Result<()> {
     let inputs: Vec<&Path> = student.chain([args.teacher.as_path(), data]).collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, text) = open(&args.train, &config, &args.teacher, data)?;
+    let (base, text) = open(&args.train, &config, &args.teacher, data, &watch)?;
     let stage = IldStage {
         target: match args.student {
             Some(_) => IldTarget::Hybrid,
@@ -298,7 +300,7 @@ fn kd(args: &KdArgs) -> Result<()> {
     let inputs = [&args.teacher, &args.student, &args.data].map(PathBuf::as_path);
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, text) = open(&args.train, &config, &args.teacher, &args.data)?;
+    let (base, text) = open(&args.train, &config, &args.teacher, &args.data, &watch)?;
     let stage = KdStage {
         objective: args.kd,
         train: args.train.settings.clone(),

@@ -1,26 +1,19 @@
 //! Documents packed into windows of equal length.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
-use super::{Tokenizer, texts};
-use crate::hash::Hash;
+use super::Tokenizer;
+use super::shard::Draft;
+use super::tokenize::{Packing, Reading, tokens};
+use super::tokens::{Tokens, Windows};
 use crate::op::Documents;
+use crate::watch::Quiet;
 use crate::{Error, Result};
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum Packing {
-    /// Attention, convolution and state stop at document borders.
-    #[default]
-    Documents,
-    /// One long text, as AMD packs.
-    Stream,
-}
 
 /// Where a training step's examples come from.
 pub trait Batches {
@@ -42,25 +35,53 @@ pub trait Batches {
     fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch>;
 }
 
-/// The examples of batch `index`: every epoch is a fresh permutation of all, less the few that fill no batch.
-pub(super) fn shuffled(count: usize, seed: u64, index: u64, rows: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..count).collect();
-    let per_epoch = (count / rows) as u64;
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    random.set_stream(index / per_epoch);
-    order.shuffle(&mut random);
-    let at = (index % per_epoch) as usize * rows;
-    order[at..at + rows].to_vec()
+/// The order of examples: every epoch is a fresh permutation of all, less the few that fill no batch. The last epoch's is kept.
+#[derive(Debug, Default)]
+pub(super) struct Shuffle(Mutex<Option<Epoch>>);
+
+#[derive(Debug)]
+struct Epoch {
+    /// Examples, seed, number.
+    of: (usize, u64, u64),
+    order: Vec<u32>,
+}
+
+impl Shuffle {
+    /// The examples of batch `index`.
+    pub fn batch(&self, count: usize, seed: u64, index: u64, rows: usize) -> Vec<usize> {
+        let per_epoch = (count / rows) as u64;
+        let of = (count, seed, index / per_epoch);
+        // A thread that panicked with it has left a whole epoch, or none.
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.as_ref().is_none_or(|epoch| epoch.of != of) {
+            let mut order: Vec<u32> = (0..count as u32).collect();
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            random.set_stream(of.2);
+            order.shuffle(&mut random);
+            *kept = Some(Epoch { of, order });
+        }
+        let order = kept.as_ref().map_or(&[][..], |epoch| &epoch.order);
+        let at = (index % per_epoch) as usize * rows;
+        order[at..at + rows].iter().map(|i| *i as usize).collect()
+    }
+}
+
+/// # Errors
+/// More examples than an order can name.
+pub(super) fn check_count(examples: usize) -> Result<()> {
+    match u32::try_from(examples) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::invalid(format!(
+            "the data has {examples} examples, and an epoch has at most 2^32: raise --seq-len"
+        ))),
+    }
 }
 
 /// Tokenised documents, one after the other.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Corpus {
-    tokens: Vec<u32>,
-    /// Where documents begin in `tokens`, in order; a stream has one.
-    starts: Vec<usize>,
-    /// For every token, whether it is to be learned: all, but those of a prompt.
-    learned: Vec<bool>,
+    tokens: Tokens,
+    shuffle: Shuffle,
 }
 
 /// Windows for one forward pass, row by row (`B` rows of `T`).
@@ -80,42 +101,41 @@ pub struct Batch {
 }
 
 impl Corpus {
-    /// Reads a file of texts and tokenises each.
+    /// Reads a file of texts, or what is kept of its tokens.
+    ///
+    /// # Errors
+    /// Names the record that cannot be used; [`Error::Interrupted`].
+    pub fn open(path: &Path, reading: &Reading) -> Result<Self> {
+        Ok(Self::of(tokens(path, reading)?))
+    }
+
+    /// Reads a file of texts into memory.
     ///
     /// # Errors
     /// Names the record that cannot be used.
     pub fn load(path: &Path, tokenizer: &Tokenizer, packing: Packing) -> Result<Self> {
-        let mut corpus = Self::empty();
-        for text in texts(path, tokenizer)? {
-            corpus.push(text?.tokens(tokenizer)?.into_iter(), packing);
-        }
-        Ok(corpus)
+        let reading = Reading {
+            tokenizer,
+            packing,
+            cache: None,
+            watch: &Quiet::default(),
+        };
+        Self::open(path, &reading)
     }
 
     pub fn new(documents: &[Vec<u32>], packing: Packing) -> Self {
-        let mut corpus = Self::empty();
+        let mut draft = Draft::default();
         for document in documents {
-            corpus.push(document.iter().map(|id| (*id, true)), packing);
+            let begins = packing == Packing::Documents || draft.records() == 0;
+            draft.push(document.iter().map(|id| (*id, true)), begins);
         }
-        corpus
+        Self::of(Tokens::new(vec![draft.shard()], None))
     }
 
-    fn empty() -> Self {
+    fn of(tokens: Tokens) -> Self {
         Self {
-            tokens: Vec::new(),
-            starts: Vec::new(),
-            learned: Vec::new(),
-        }
-    }
-
-    /// A document's ids, and whether each is to be learned.
-    fn push(&mut self, document: impl Iterator<Item = (u32, bool)>, packing: Packing) {
-        if packing == Packing::Documents || self.starts.is_empty() {
-            self.starts.push(self.tokens.len());
-        }
-        for (id, learned) in document {
-            self.tokens.push(id);
-            self.learned.push(learned);
+            tokens,
+            shuffle: Shuffle::default(),
         }
     }
 
@@ -125,7 +145,7 @@ impl Corpus {
 
     /// Whole windows of `len` tokens; the rest is left out.
     pub fn windows(&self, len: usize) -> usize {
-        self.tokens.len().checked_div(len).unwrap_or(0)
+        self.tokens().checked_div(len).unwrap_or(0)
     }
 
     /// Up to `rows` windows from window `from` on, in the data's order.
@@ -140,37 +160,15 @@ impl Corpus {
     }
 
     fn gather(&self, windows: &[usize], len: usize) -> Batch {
-        let count = windows.len() * len;
-        let (mut ids, mut starts, mut learned) = (
-            Vec::with_capacity(count),
-            Vec::with_capacity(count),
-            Vec::with_capacity(count),
-        );
+        let mut found = Windows::default();
         for window in windows {
-            let from = window * len;
-            ids.extend_from_slice(&self.tokens[from..from + len]);
-            learned.extend_from_slice(&self.learned[from..from + len]);
-            starts.extend(starts_within(&self.starts, from, len));
+            self.tokens.window(window * len, len, &mut found);
         }
         Batch {
             examples: windows.to_vec(),
-            ..Batch::new(ids, starts, &learned, len)
+            ..Batch::new(found.ids, found.starts, &found.learned, len)
         }
     }
-}
-
-/// For each of the `len` tokens from token `from` on, where its document begins in that window: 0 if it began
-/// before. `starts`: where documents begin, counted from the corpus' first token, in order.
-fn starts_within(starts: &[usize], from: usize, len: usize) -> Vec<u32> {
-    let mut within = vec![0; len];
-    let first = starts.partition_point(|start| *start <= from);
-    for start in starts[first..].iter().map(|start| start - from) {
-        if start >= len {
-            break;
-        }
-        within[start..].fill(start as u32);
-    }
-    within
 }
 
 impl Batch {
@@ -222,10 +220,10 @@ impl Batches for Corpus {
             return Err(Error::invalid(format!(
                 "the data has {} tokens: {windows} windows of {len}, a batch needs {rows}; \
                  give more data, or lower --batch-size or --seq-len",
-                self.tokens.len()
+                self.tokens()
             )));
         }
-        Ok(())
+        check_count(windows)
     }
 
     fn examples(&self, len: usize) -> usize {
@@ -233,20 +231,12 @@ impl Batches for Corpus {
     }
 
     fn hash(&self) -> String {
-        let prompts = self.learned.iter().enumerate().filter(|(_, l)| !**l);
-        let places = self.starts.iter().copied().chain(prompts.map(|(at, _)| at));
-        let sizes = [self.tokens.len(), self.starts.len()];
-        let hash =
-            (sizes.iter()).fold(Hash::new(), |hash, n| hash.with(&(*n as u64).to_le_bytes()));
-        let hash = (self.tokens.iter()).fold(hash, |hash, id| hash.with(&id.to_le_bytes()));
-        places
-            .fold(hash, |hash, at| hash.with(&(at as u64).to_le_bytes()))
-            .to_string()
+        self.tokens.hash().to_string()
     }
 
     fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
         self.check(rows, len)?;
-        let windows = shuffled(self.windows(len), seed, index, rows);
+        let windows = self.shuffle.batch(self.windows(len), seed, index, rows);
         Ok(self.gather(&windows, len))
     }
 }
@@ -276,18 +266,6 @@ mod tests {
         assert_eq!(stream.mask, [1., 1., 1., 1., 1., 0.]);
     }
 
-    /// Five documents on both sides of token 2^32, where 32 bits end.
-    #[test]
-    fn documents_keep_their_borders_past_four_billion_tokens() {
-        let far = 1usize << 32;
-        let starts = [0, far - 3, far, far + 2, far + 9];
-        let within = |from: usize| starts_within(&starts, from, 6);
-        assert_eq!(within(far - 4), [0, 1, 1, 1, 4, 4]);
-        assert_eq!(within(far), [0, 0, 2, 2, 2, 2]);
-        assert_eq!(within(far + 3), [0; 6]);
-        assert_eq!(within(far - 10), [0; 6]);
-    }
-
     #[test]
     fn prompts_are_read_but_not_learned() {
         let folder = tempfile::tempdir().unwrap();
@@ -300,7 +278,8 @@ mod tests {
         };
         let whole = load(r#"{"text": "Tom has a red ball."}"#);
         let asked = load(r#"{"prompt": "Tom has", "completion": " a red ball."}"#);
-        assert_eq!(whole.tokens, asked.tokens);
+        let ids = |corpus: &Corpus| corpus.ordered(0, 1, corpus.tokens()).unwrap().input_ids;
+        assert_eq!(ids(&whole), ids(&asked));
         assert_ne!(whole.hash(), asked.hash());
         let prompt = tokenizer.encode("Tom has").unwrap().len();
         let mask = asked.ordered(0, 1, asked.tokens()).unwrap().mask;
@@ -327,6 +306,24 @@ mod tests {
         let mut sorted = first.clone();
         sorted.sort();
         assert_eq!(sorted, (0..16).map(|i| i * 4).collect::<Vec<u32>>());
+    }
+
+    /// The order of batches is part of what kept results are of: as `rand` shuffles all numbers at once.
+    #[test]
+    fn orders_are_those_of_one_permutation_an_epoch() {
+        let shuffle = Shuffle::default();
+        for (seed, epoch) in [(9, 0), (9, 1), (2, 1), (9, 0)] {
+            let mut order: Vec<usize> = (0..50).collect();
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            random.set_stream(epoch);
+            order.shuffle(&mut random);
+            for batch in 0..7 {
+                let found = shuffle.batch(50, seed, epoch * 7 + batch, 7);
+                let at = batch as usize * 7;
+                assert_eq!(found, order[at..at + 7]);
+            }
+        }
+        assert_eq!(Shuffle::default().batch(5, 0, 0, 5), [2, 0, 4, 1, 3]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::text::Text;
-use crate::data::{Corpus, Packing, Preferences, Tokenizer};
+use crate::data::{Corpus, Packing, Preferences, Reading};
 use crate::train::stage::dpo::DpoConfig;
 use crate::{Error, Result};
 
@@ -78,26 +78,36 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// `made`: where the texts go that are written for it; `dpo`: how pairs are cut, where they are read.
+    /// `made`: where the texts go that are written for it; `dpo`: how pairs are cut, where they are read; `reading`: how the
+    /// training text is.
     ///
     /// # Errors
     /// Names the line that cannot be used.
     pub fn open(
         data: &Data,
-        tokenizer: &Tokenizer,
         dpo: Option<&DpoConfig>,
         made: &Path,
+        reading: &Reading,
     ) -> Result<Self> {
-        let corpus = |text: &Text, packing: Packing| {
-            Corpus::load(&text.file(made, false)?, tokenizer, packing)
+        let corpus =
+            |text: &Text, reading: &Reading| Corpus::open(&text.file(made, false)?, reading);
+        let held_out = |text: &Text| {
+            let packing = Packing::Documents;
+            corpus(
+                text,
+                &Reading {
+                    packing,
+                    ..*reading
+                },
+            )
         };
-        let held_out = |text: &Text| corpus(text, Packing::Documents);
         let pairs = dpo.zip(data.preferences.as_ref()).map(|(dpo, text)| {
             let (prompt, length) = (dpo.max_prompt, dpo.max_length);
-            Preferences::load(&text.file(made, true)?, tokenizer, prompt, length)
+            let file = text.file(made, true)?;
+            Preferences::load(&file, reading.tokenizer, prompt, length)
         });
         Ok(Self {
-            train: corpus(&data.train, data.packing)?,
+            train: corpus(&data.train, reading)?,
             validation: held_out(&data.validation)?,
             selection: data.selection.as_ref().map(held_out).transpose()?,
             preferences: pairs.transpose()?,

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::cache;
+use super::{cache, data};
 use crate::convert::{Calibration, CalibrationConfig, Init, InitName, calibrate};
-use crate::data::{Corpus, Packing};
+use crate::data::Packing;
 use crate::pipeline::Base;
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -43,7 +43,7 @@ impl InitArgs {
                 ));
             }
         };
-        let corpus = Corpus::load(text, &base.tokenizer, Packing::Documents)?;
+        let corpus = data::corpus(text, &base.tokenizer, Packing::Documents, watch)?;
         let (parts, place, folder) = (&base.parts, &base.place, cache::folder());
         calibrate(parts, place, &corpus, &self.config, &folder, watch).map(Some)
     }
