@@ -70,6 +70,8 @@ const COMMANDS: &str = "
     quantize teacher OUT.gguf --type q4_0 --validation stories/stories.jsonl --seq-len 64 --json
     bench train teacher --mla 1 --kv-rank 16 --rope-dim 8 --batch-size 1 --seq-len 32 --steps 1 --warmup 0
     bench train teacher --mla 1 --kv-rank 16 --rope-dim 8 --batch-size 1 --seq-len 32 --steps 1 --warmup 0 --json
+    bench data stories/stories.jsonl --tokenizer teacher --seq-len 64 --batches 3
+    bench data stories/stories.jsonl --tokenizer teacher --seq-len 64 --batches 3 --json
     bench decode teacher --depths 0,40 --tokens 2 --repeat 1
     bench prefill teacher --lengths 40 --repeat 1 --json
     bench batch teacher --batches 1,3 --tokens 2 --repeat 1 --cache-type int8

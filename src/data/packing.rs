@@ -132,7 +132,7 @@ impl Corpus {
         Self::of(Tokens::new(vec![draft.shard()], None))
     }
 
-    fn of(tokens: Tokens) -> Self {
+    pub(super) fn of(tokens: Tokens) -> Self {
         Self {
             tokens,
             shuffle: Shuffle::default(),

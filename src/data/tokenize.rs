@@ -45,7 +45,7 @@ const LARGE: u64 = 4 << 20;
 /// Tokens after which a shard ends with its document.
 const SHARD: usize = 1 << 23;
 /// Bytes of records that are tokenised at once.
-const PORTION: usize = 1 << 21;
+const PORTION: usize = 1 << 18;
 const MB: u64 = 1_000_000;
 
 /// Beside the shards of a whole file.
@@ -277,7 +277,7 @@ mod tests {
     use super::*;
     use crate::watch::Quiet;
 
-    /// A text above [`LARGE`], a tokenizer, and a cache.
+    /// A text of several portions, a tokenizer, and a cache.
     struct Bench {
         folder: tempfile::TempDir,
         tokenizer: Tokenizer,
@@ -291,12 +291,11 @@ mod tests {
                 tokenizer: Tokenizer::open(folder.path()).unwrap(),
                 folder,
             };
-            let mut text = stories::to_jsonl(5, 400);
-            let long = stories::to_jsonl(6, 60).replace('\n', " ").repeat(4);
+            let long = stories::to_jsonl(6, 40).replace('\n', " ");
             let long = json!({ "prompt": "Tom had", "completion": long });
-            while (text.len() as u64) < LARGE {
-                text += &format!("{long}\n{{\"text\": \"The end.\"}}\n");
-            }
+            let short = "{\"text\": \"The end.\"}\n";
+            let text = format!("{long}\n{short}{}{short}", stories::to_jsonl(5, 500));
+            assert!(text.len() > PORTION * 3 / 2, "{}", text.len());
             fs::write(bench.data(), text).unwrap();
             bench
         }
@@ -312,7 +311,8 @@ mod tests {
                 cache: Some(self.folder.path()),
                 watch,
             };
-            Corpus::open(&self.data(), &reading)
+            let bytes = fs::metadata(self.data()).unwrap().len();
+            kept(&self.data(), bytes, &reading, self.folder.path()).map(Corpus::of)
         }
 
         fn plain(&self, packing: Packing) -> Corpus {
