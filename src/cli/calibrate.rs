@@ -9,7 +9,7 @@ use super::arg::{cache, data};
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::convert::{CalibrationConfig, calibrate};
 use crate::data::Packing;
-use crate::pipeline::Base;
+use crate::pipeline::{Base, Text};
 
 /// Stream a text through the teacher and keep statistics of every layer: covariance of what its mixer
 /// reads, energies of queries and keys by head and frequency, size of what it writes. Kept by content in
@@ -21,8 +21,9 @@ use crate::pipeline::Base;
 pub struct Args {
     /// Llama checkpoint folder.
     teacher: PathBuf,
-    /// A file of texts (train kd --help says in what forms).
-    data: PathBuf,
+    /// Texts (train kd --help says in what forms).
+    #[arg(value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     #[command(flatten)]
     config: CalibrationConfig,
     #[command(flatten)]

@@ -67,7 +67,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let watch = Progress::default();
     let calibration = match args.bank.is_some() {
         true => args.init.calibration_if_named(&base, &watch)?,
-        false => args.init.calibration(&base, None, &watch)?,
+        false => args.init.calibration(&base, &[], &watch)?,
     };
     let init = args.init.init(&calibration, true, args.seed);
     let bank = args.bank.as_ref().map(|folder| Bank::open(folder));

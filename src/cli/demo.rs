@@ -142,6 +142,7 @@ fn published(base: &Base, recipe: &Recipe, with: &Surroundings) -> Result<KlRepo
     let lm = base.compose(&student, &init, with.watch)?.lm(&base.place)?;
     let (seed, count) = HELD_OUT;
     let text = with.out.join(format!("stories-{seed}-{count}.jsonl"));
+    let text = [text.display().to_string().parse()?];
     let corpus = data::corpus(&text, &base.tokenizer, Packing::Documents, with.watch)?;
     let eval = &recipe.eval;
     kl::evaluate(

@@ -11,6 +11,7 @@ use crate::data::stories::StoryGenerator;
 use crate::data::{Batches, Packing, Tokenizer};
 use crate::eval::kl;
 use crate::eval::recall::recall;
+use crate::pipeline::Text;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Eval {
@@ -39,9 +40,9 @@ pub struct KlArgs {
     /// Checkpoint folder of the student.
     #[arg(long)]
     student: PathBuf,
-    /// A file of texts (train kd --help says in what forms).
-    #[arg(long)]
-    data: PathBuf,
+    /// Texts (train kd --help says in what forms).
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Tokens a window.
     #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,

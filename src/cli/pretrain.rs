@@ -1,6 +1,6 @@
 //! `zebroid pretrain`: a small Llama from scratch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::arg::data;
 use super::show::Progress;
@@ -9,6 +9,7 @@ use crate::data::Tokenizer;
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig};
+use crate::pipeline::Text;
 use crate::train::Stage;
 use crate::train::stage::pretrain::Pretrain;
 
@@ -19,9 +20,9 @@ use crate::train::stage::pretrain::Pretrain;
 pub struct Args {
     /// Folder of the result (a Hugging Face Llama checkpoint); must not exist.
     out: PathBuf,
-    /// A file of texts (train kd --help says in what forms).
-    #[arg(long)]
-    data: PathBuf,
+    /// Texts (train kd --help says in what forms).
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Folder with tokenizer.json.
     #[arg(long)]
     tokenizer: PathBuf,
@@ -51,7 +52,11 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (settings, _lock) = (args.train).claim(&args.out, &[&args.tokenizer, &args.data])?;
+    let tokenizer = [args.tokenizer.as_path()].into_iter();
+    let inputs: Vec<&Path> = tokenizer
+        .chain(args.data.iter().filter_map(Text::source))
+        .collect();
+    let (settings, _lock) = args.train.claim(&args.out, &inputs)?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
     let attention = AttentionConfig {
         num_attention_heads: args.num_heads,

@@ -8,7 +8,7 @@ use super::plan::{as_json, as_table};
 use super::show::{Progress, print, print_json, table};
 use crate::checkpoint::{self, Checkpoint};
 use crate::mixer::LayerKind;
-use crate::pipeline::{self, Outcome, Recipe, Surroundings, Teacher, Text, Variant};
+use crate::pipeline::{self, Mixture, Outcome, Recipe, Surroundings, Teacher, Text, Variant};
 use crate::report::{Report, Series};
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -35,12 +35,12 @@ pub struct Args {
     /// The teacher of KD stages that name one of their own.
     #[arg(long)]
     kd_teacher: Option<PathBuf>,
-    /// Training text, instead of the recipe's.
-    #[arg(long)]
-    train: Option<Text>,
+    /// Training text, instead of the recipe's; may be given again (train kd --help says how texts are mixed).
+    #[arg(long, value_name = "TEXT")]
+    train: Vec<Text>,
     /// Held-out text, instead of the recipe's.
-    #[arg(long)]
-    validation: Option<Text>,
+    #[arg(long, value_name = "TEXT")]
+    validation: Vec<Text>,
     /// Preference pairs, instead of the recipe's.
     #[arg(long)]
     preferences: Option<Text>,
@@ -148,11 +148,13 @@ fn variants(args: &Args) -> Result<Vec<Variant>> {
             }
         }
         let data = &mut recipe.data;
-        if let Some(text) = &args.train {
-            data.train = text.clone();
-        }
-        if let Some(text) = &args.validation {
-            data.validation = text.clone();
+        for (texts, of) in [
+            (&args.train, &mut data.train),
+            (&args.validation, &mut data.validation),
+        ] {
+            if let Some(mixture) = Mixture::of(texts) {
+                *of = mixture;
+            }
         }
         if let Some(text) = &args.preferences {
             data.preferences = Some(text.clone());

@@ -16,7 +16,7 @@ use crate::data::{Batches, Corpus, Packing};
 use crate::eval::sensitivity::Score;
 use crate::mixer::{Cost, LayerKind};
 use crate::pipeline::stage::select::{Budget, Candidates, Damages, Places, SelectStage, fitting};
-use crate::pipeline::{Base, CANDIDATES};
+use crate::pipeline::{Base, CANDIDATES, Text};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -37,8 +37,8 @@ pub struct Args {
     #[arg(long)]
     bank: Option<PathBuf>,
     /// Texts to score on.
-    #[arg(long, required_unless_present = "scores")]
-    data: Option<PathBuf>,
+    #[arg(long, value_name = "TEXT", required_unless_present = "scores")]
+    data: Vec<Text>,
     /// Scores that an earlier call saved, instead of scoring.
     #[arg(long, conflicts_with_all = ["teacher", "bank", "data"])]
     scores: Option<PathBuf>,
@@ -196,8 +196,7 @@ fn open(args: &Args, watch: &dyn Watch) -> Result<(Base, Corpus)> {
         needed(args.teacher.as_ref(), "--teacher")?,
         args.device.place()?,
     )?;
-    let text = needed(args.data.as_ref(), "--data")?;
-    let corpus = data::corpus(text, &base.tokenizer, Packing::Documents, watch)?;
+    let corpus = data::corpus(&args.data, &base.tokenizer, Packing::Documents, watch)?;
     corpus.check(1, args.seq_len)?;
     Ok((base, corpus))
 }
@@ -228,7 +227,7 @@ fn measure(args: &Args, watch: &dyn Watch) -> Result<Damages> {
     // Sizes are refused before the text for the initialisation is read.
     let (length, budget) = (select.length(base.config()), Budget::default());
     fitting(base.config(), &args.plan, select.born(), length, budget)?;
-    let calibration = args.init.calibration(&base, None, watch)?;
+    let calibration = args.init.calibration(&base, &[], watch)?;
     let init = args.init.init(&calibration, false, 0);
     let candidates = Candidates::Born {
         options: &args.plan,

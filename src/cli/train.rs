@@ -17,7 +17,7 @@ use crate::pipeline::stage::dpo::DpoStage;
 use crate::pipeline::stage::ild::{IldStage, IldTarget};
 use crate::pipeline::stage::kd::KdStage;
 use crate::pipeline::stage::training::{start_training, tell_step};
-use crate::pipeline::{Base, CANDIDATES};
+use crate::pipeline::{Base, CANDIDATES, Text};
 use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
@@ -58,9 +58,10 @@ struct IldArgs {
     #[arg(long)]
     student: Option<PathBuf>,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
-    /// template), or .txt (one text); .gz and .zst are unpacked.
-    #[arg(long)]
-    data: PathBuf,
+    /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
+    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th.
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Folder of the result, a bank (a folder a candidate) or with --student a checkpoint; must not exist.
     out: PathBuf,
     #[command(flatten, next_help_heading = "ILD")]
@@ -90,9 +91,10 @@ struct KdArgs {
     #[arg(long)]
     student: PathBuf,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
-    /// template), or .txt (one text); .gz and .zst are unpacked.
-    #[arg(long)]
-    data: PathBuf,
+    /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
+    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th.
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Folder of the result, a checkpoint; must not exist.
     out: PathBuf,
     #[command(flatten, next_help_heading = "KD")]
@@ -128,8 +130,8 @@ pub struct TrainArgs {
     #[arg(long, value_enum, default_value = "documents")]
     pub packing: Packing,
     /// Held-out text to measure the student on while it learns (KL to the teacher, and agreement).
-    #[arg(long)]
-    pub validation: Option<PathBuf>,
+    #[arg(long, value_name = "TEXT")]
+    pub validation: Vec<Text>,
     /// Steps between these measurements.
     #[arg(long, default_value_t = 50)]
     pub eval_every: u64,
@@ -167,14 +169,14 @@ impl TrainArgs {
     /// Runs a stage and says how it ended.
     pub fn finish(&self, run: &TrainRun, stage: &mut Stage, watch: Progress) -> Result<()> {
         let TrainRun { config, out, .. } = run;
-        let held_out = match (&self.validation, run.teacher) {
-            (None, _) => None,
-            (Some(path), Some(base)) => {
-                let corpus = data::corpus(path, &base.tokenizer, Packing::Documents, &watch)?;
+        let held_out = match (&self.validation[..], run.teacher) {
+            ([], _) => None,
+            (texts, Some(base)) => {
+                let corpus = data::corpus(texts, &base.tokenizer, Packing::Documents, &watch)?;
                 corpus.check(1, config.seq_len)?;
                 Some((base.lm()?, corpus))
             }
-            (Some(_), None) => {
+            (_, None) => {
                 return Err(Error::invalid(
                     "--validation compares with a teacher, which this stage has not",
                 ));
@@ -252,23 +254,25 @@ fn open(
     args: &TrainArgs,
     config: &TrainConfig,
     teacher: &Path,
-    text: &Path,
+    texts: &[Text],
     watch: &dyn Watch,
 ) -> Result<(Base, Corpus)> {
     let base = Base::open(teacher, args.device.place()?)?;
-    let corpus = data::corpus(text, &base.tokenizer, args.packing, watch)?;
+    let corpus = data::corpus(texts, &base.tokenizer, args.packing, watch)?;
     corpus.check(config.batch_size, config.seq_len)?;
     config.steps(corpus.windows(config.seq_len))?;
     Ok((base, corpus))
 }
 
 fn ild(args: &IldArgs) -> Result<()> {
-    let data = args.data.as_path();
     let student = args.student.iter().map(PathBuf::as_path);
-    let inputs: Vec<&Path> = student.chain([args.teacher.as_path(), data]).collect();
+    let models = student.chain([args.teacher.as_path()]);
+    let inputs: Vec<&Path> = models
+        .chain(args.data.iter().filter_map(Text::source))
+        .collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, text) = open(&args.train, &config, &args.teacher, data, &watch)?;
+    let (base, text) = open(&args.train, &config, &args.teacher, &args.data, &watch)?;
     let stage = IldStage {
         target: match args.student {
             Some(_) => IldTarget::Hybrid,
@@ -281,7 +285,7 @@ fn ild(args: &IldArgs) -> Result<()> {
     let mut stage = match &args.student {
         Some(student) => stage.align(&base, &Checkpoint::open(student)?, &text)?,
         None => {
-            let calibration = args.init.calibration(&base, Some(data), &watch)?;
+            let calibration = args.init.calibration(&base, &args.data, &watch)?;
             let init = args.init.init(&calibration, false, config.seed);
             stage.bank(&base, &args.plan, &init, &text, &watch)?
         }
@@ -297,7 +301,9 @@ fn ild(args: &IldArgs) -> Result<()> {
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
-    let inputs = [&args.teacher, &args.student, &args.data].map(PathBuf::as_path);
+    let models = [&args.teacher, &args.student].map(PathBuf::as_path);
+    let texts = args.data.iter().filter_map(Text::source);
+    let inputs: Vec<&Path> = models.into_iter().chain(texts).collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
     let (base, text) = open(&args.train, &config, &args.teacher, &args.data, &watch)?;

@@ -1,7 +1,10 @@
 //! From files to batches: tokens, documents, packing.
 
+mod batch;
 pub mod chat;
-mod packing;
+mod corpus;
+mod mixture;
+mod order;
 mod preferences;
 mod records;
 mod shard;
@@ -11,7 +14,9 @@ mod tokenize;
 mod tokenizer;
 mod tokens;
 
-pub use packing::{Batch, Batches, Corpus};
+pub use batch::{Batch, Batches};
+pub use corpus::Corpus;
+pub use mixture::DataSet;
 pub use preferences::{Preference, Preferences};
 pub use records::{Records, read_records};
 pub use text::{Text, texts};

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Tokenizer;
-use super::packing::{Batch, Batches, Shuffle, check_count};
+use super::batch::{Batch, Batches};
+use super::order::{Shuffle, check_count};
 use super::records::Records;
 use super::text::{Reader, conversation};
 use crate::hash::Hash;
@@ -226,7 +227,10 @@ impl Batches for Preferences {
     /// `rows` pairs, twice as many rows.
     fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
         self.check(rows, len)?;
-        Ok(self.rows(&self.shuffle.batch(self.pairs.len(), seed, index, rows)))
+        let pairs = self.pairs.len();
+        let all = |_| (0..pairs as u32).collect();
+        let order = self.shuffle.batch((rows, len), pairs, seed, index, all);
+        Ok(self.rows(&order))
     }
 }
 

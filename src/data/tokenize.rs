@@ -55,30 +55,35 @@ struct Index {
     hash: String,
 }
 
-/// The tokens of a file.
+/// The tokens of a file, or so many of them.
 ///
 /// # Errors
 /// Names the record that cannot be used, or the file; [`Error::Interrupted`].
-pub(super) fn tokens(path: &Path, reading: &Reading) -> Result<Tokens> {
+pub(super) fn tokens(path: &Path, budget: Option<usize>, reading: &Reading) -> Result<Tokens> {
     let about = fs::metadata(path).map_err(Error::io("cannot read", path))?;
     match reading.cache {
-        Some(cache) if about.len() >= LARGE => kept(path, about.len(), reading, cache),
+        Some(cache) if about.len() >= LARGE => kept(path, (about.len(), budget), reading, cache),
         _ => {
             let mut shards = Vec::new();
             let keep = |draft: Draft| {
                 shards.push(draft.shard());
                 Ok(())
             };
-            tokenise(path, reading, 0, keep, |_| false)?;
+            tokenise(path, reading, (0, budget), keep, |_| false)?;
             Ok(Tokens::new(shards, None))
         }
     }
 }
 
 /// The kept tokens of a file of `bytes`; what is missing of them is made.
-fn kept(path: &Path, bytes: u64, reading: &Reading, cache: &Path) -> Result<Tokens> {
+fn kept(
+    path: &Path,
+    (bytes, budget): (u64, Option<usize>),
+    reading: &Reading,
+    cache: &Path,
+) -> Result<Tokens> {
     let (watch, all) = (reading.watch, bytes.div_ceil(MB) as usize);
-    let key = key(path, bytes, reading)?;
+    let key = key(path, (bytes, budget), reading)?;
     let folder = cache.join(format!("data-{key}"));
     fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
     let shard = |number: usize| folder.join(format!("{number:05}.tokens"));
@@ -107,6 +112,8 @@ fn kept(path: &Path, bytes: u64, reading: &Reading, cache: &Path) -> Result<Toke
     }
     watch.start("tokenise", all);
     let done: usize = shards.iter().map(|shard| shard.header.records).sum();
+    let have: usize = shards.iter().map(|shard| shard.header.tokens).sum();
+    let left = budget.map(|budget| budget.saturating_sub(have));
     let keep = |draft: Draft| {
         let path = shard(shards.len());
         draft.write(&path)?;
@@ -117,7 +124,7 @@ fn kept(path: &Path, bytes: u64, reading: &Reading, cache: &Path) -> Result<Toke
         watch.at((share * all as f64) as usize, "MB");
         share < 1.0 && watch.stop()
     };
-    if let Some(share) = tokenise(path, reading, done, keep, told)? {
+    if let Some(share) = tokenise(path, reading, (done, left), keep, told)? {
         return Err(Error::Interrupted(format!(
             "the tokens of {:.0} of {all} MB are saved in {}; run the same command again to go on",
             share * all as f64,
@@ -134,12 +141,12 @@ fn kept(path: &Path, bytes: u64, reading: &Reading, cache: &Path) -> Result<Toke
     Ok(tokens)
 }
 
-/// Tokenises the records of a file behind the first `done`. `keep` gets drafts of shards; `stop` is told how much of the file has
-/// been read, and says whether to stop there: then that share is given.
+/// Tokenises the records of a file behind the first `done`, up to so many tokens where they are limited. `keep` gets drafts of
+/// shards; `stop` is told how much of the file has been read, and says whether to stop there: then that share is given.
 fn tokenise(
     path: &Path,
     reading: &Reading,
-    done: usize,
+    (done, limit): (usize, Option<usize>),
     mut keep: impl FnMut(Draft) -> Result<()>,
     stop: impl Fn(f64) -> bool,
 ) -> Result<Option<f64>> {
@@ -150,7 +157,8 @@ fn tokenise(
     let (tokenizer, reader) = (reading.tokenizer, Reader::new(reading.tokenizer));
     let mut draft = Draft::default();
     let mut first = done == 0;
-    loop {
+    let mut left = limit.unwrap_or(usize::MAX);
+    while left > 0 {
         let portion = portion(&mut records);
         if portion.is_empty() {
             break;
@@ -167,8 +175,13 @@ fn tokenise(
         // In the file's order, so that the first mistake is the one that is said.
         for record in made.collect::<Vec<_>>() {
             let begins = first || reading.packing == Packing::Documents;
-            draft.push(record?.into_iter(), begins);
+            let record = record?;
+            draft.push(record.iter().copied().take(left), begins);
+            left -= left.min(record.len());
             first = false;
+            if left == 0 {
+                break;
+            }
             if draft.tokens() >= SHARD {
                 keep(std::mem::take(&mut draft))?;
             }
@@ -212,7 +225,7 @@ fn bytes(value: &Value) -> usize {
 
 /// All that decides a file's tokens. What the program makes of records is in it as the tokens of a few, not as a version that
 /// people would have to raise.
-fn key(path: &Path, bytes: u64, reading: &Reading) -> Result<Hash> {
+fn key(path: &Path, (bytes, budget): (u64, Option<usize>), reading: &Reading) -> Result<Hash> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let form = name.split_once('.').map(|(_, form)| form.to_lowercase());
     // One that cannot be read is an error where it is asked for.
@@ -223,6 +236,7 @@ fn key(path: &Path, bytes: u64, reading: &Reading) -> Result<Hash> {
         "tokenizer": reading.tokenizer.hash().to_string(),
         "template": template.map(|template| template.hash().to_string()),
         "packing": reading.packing,
+        "tokens": budget,
         "sample": sample(reading.tokenizer)?.to_string(),
     });
     Ok(Hash::of(inputs.to_string().as_bytes()))
@@ -294,7 +308,7 @@ mod tests {
             let long = stories::to_jsonl(6, 40).replace('\n', " ");
             let long = json!({ "prompt": "Tom had", "completion": long });
             let short = "{\"text\": \"The end.\"}\n";
-            let text = format!("{long}\n{short}{}{short}", stories::to_jsonl(5, 500));
+            let text = format!("{long}\n{short}{}{short}", stories::to_jsonl(5, 1000));
             assert!(text.len() > PORTION * 3 / 2, "{}", text.len());
             fs::write(bench.data(), text).unwrap();
             bench
@@ -312,7 +326,8 @@ mod tests {
                 watch,
             };
             let bytes = fs::metadata(self.data()).unwrap().len();
-            kept(&self.data(), bytes, &reading, self.folder.path()).map(Corpus::of)
+            let kept = kept(&self.data(), (bytes, None), &reading, self.folder.path())?;
+            Ok(Corpus::from(kept))
         }
 
         fn plain(&self, packing: Packing) -> Corpus {

@@ -16,4 +16,4 @@ pub use base::Base;
 pub use recipe::{Recipe, Teacher, Variant};
 pub use run::{Outcome, check, clear, kept, run, teacher_folder};
 pub use stage::{CANDIDATES, StageResult, Surroundings};
-pub use text::Text;
+pub use text::{Mixture, Text};

@@ -4,19 +4,25 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{self, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::checkpoint;
-use crate::data::{Records, stories};
+use crate::data::{Corpus, DataSet, Reading, Records, stories};
+use crate::hash::Hash;
 use crate::{Error, Result};
 
-/// A file of JSON lines, or `stories:SEED:COUNT`, which the program writes itself; with `#K/N` behind it every N-th line,
-/// from the K-th (from 1).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+/// A file of texts, or `stories:SEED:COUNT`, which the program writes itself; behind it `#K/N` for every N-th line, from the K-th (from
+/// 1), and of several texts `#weight=W` and `#tokens=N`. A file that has such a name goes before what it would mean.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Text {
     source: Source,
     part: Option<Part>,
+    /// What its windows are to those of the other texts.
+    weight: Option<f64>,
+    /// Tokens of its beginning that are used [default: all].
+    tokens: Option<usize>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +89,19 @@ impl Text {
             }
         }
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        write(format!("part-{stem}-{number}-{of}"), lines)
+        // Texts of one mixture may have one name in different folders.
+        let place = Hash::of(path.as_os_str().as_encoded_bytes());
+        write(format!("part-{stem}-{place}-{number}-{of}"), lines)
+    }
+
+    /// The text as a part of a mixture; `made` as in [`Text::file`].
+    fn data_set(&self, made: &Path) -> Result<DataSet> {
+        Ok(DataSet {
+            name: self.to_string(),
+            path: self.file(made, false)?,
+            weight: self.weight,
+            tokens: self.tokens,
+        })
     }
 
     /// Whether a file's name is one that [`Text::file`] gives.
@@ -102,23 +120,30 @@ impl Text {
 impl FromStr for Text {
     type Err = Error;
     fn from_str(text: &str) -> Result<Self> {
-        let (name, part) = match text.rsplit_once('#') {
-            None => (text, None),
-            Some((name, share)) => {
-                let numbers = share.split_once('/');
-                let part = numbers.and_then(|(number, of)| {
-                    let (number, of) = (number.parse().ok()?, of.parse().ok()?);
-                    (1..=of).contains(&number).then_some(Part { number, of })
-                });
-                let wrong = || {
-                    Error::invalid(format!(
-                        "data {text:?}: give TEXT#K/N, the K-th (from 1) of N parts"
-                    ))
-                };
-                (name, Some(part.ok_or_else(wrong)?))
-            }
+        let mut found = Self {
+            source: Source::File(text.into()),
+            part: None,
+            weight: None,
+            tokens: None,
         };
-        let source = match name.strip_prefix("stories:") {
+        if Path::new(text).is_file() {
+            return Ok(found);
+        }
+        let mut name = text;
+        while let Some((before, said)) = name.rsplit_once('#') {
+            let known = match said.split_once('=') {
+                Some(("weight", weight)) => parse(weight, &mut found.weight),
+                Some(("tokens", tokens)) => parse(tokens, &mut found.tokens),
+                _ => parse(said, &mut found.part),
+            };
+            if known.is_none() {
+                return Err(Error::invalid(format!(
+                    "data {text:?}: give TEXT#K/N, the K-th (from 1) of N parts, TEXT#weight=W or TEXT#tokens=N"
+                )));
+            }
+            name = before;
+        }
+        found.source = match name.strip_prefix("stories:") {
             None => Source::File(name.into()),
             Some(rest) => {
                 let numbers = rest.split_once(':');
@@ -129,14 +154,28 @@ impl FromStr for Text {
                 Source::Stories { seed, count }
             }
         };
-        Ok(Self { source, part })
+        Ok(found)
     }
 }
 
-impl TryFrom<String> for Text {
-    type Error = Error;
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
+/// What is said once.
+fn parse<T: FromStr>(text: &str, to: &mut Option<T>) -> Option<()> {
+    match to.replace(text.parse().ok()?) {
+        Some(_) => None,
+        None => Some(()),
+    }
+}
+
+impl FromStr for Part {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (number, of) = text.split_once('/').ok_or(())?;
+        let number = number.parse().map_err(drop)?;
+        let of = of.parse().map_err(drop)?;
+        match (1..=of).contains(&number) {
+            true => Ok(Self { number, of }),
+            false => Err(()),
+        }
     }
 }
 
@@ -146,16 +185,125 @@ impl fmt::Display for Text {
             Source::File(path) => write!(f, "{}", path.display())?,
             Source::Stories { seed, count } => write!(f, "stories:{seed}:{count}")?,
         }
-        match self.part {
-            Some(Part { number, of }) => write!(f, "#{number}/{of}"),
+        if let Some(Part { number, of }) = self.part {
+            write!(f, "#{number}/{of}")?;
+        }
+        if let Some(weight) = self.weight {
+            write!(f, "#weight={weight}")?;
+        }
+        match self.tokens {
+            Some(tokens) => write!(f, "#tokens={tokens}"),
             None => Ok(()),
         }
     }
 }
 
-impl From<Text> for String {
-    fn from(text: Text) -> String {
-        text.to_string()
+impl Serialize for Text {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+/// In a recipe: as a flag has it, or a table.
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Words;
+        impl<'de> Visitor<'de> for Words {
+            type Value = Text;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a text, or a table of path, weight and tokens")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Text, E> {
+                text.parse().map_err(E::custom)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Text, A::Error> {
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                struct Table {
+                    path: String,
+                    weight: Option<f64>,
+                    tokens: Option<usize>,
+                }
+                let table = Table::deserialize(MapAccessDeserializer::new(map))?;
+                let text: Text = table.path.parse().map_err(de::Error::custom)?;
+                Ok(Text {
+                    weight: table.weight.or(text.weight),
+                    tokens: table.tokens.or(text.tokens),
+                    ..text
+                })
+            }
+        }
+        from.deserialize_any(Words)
+    }
+}
+
+/// Texts that are read as one: their windows are mixed by their weights, or all of them are taken.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mixture(Vec<Text>);
+
+impl Mixture {
+    /// None of no text.
+    pub fn of(texts: &[Text]) -> Option<Self> {
+        (!texts.is_empty()).then(|| Self(texts.to_vec()))
+    }
+
+    /// The files that must be there.
+    pub fn sources(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().filter_map(Text::source)
+    }
+
+    pub(super) fn settle(&mut self, folder: &Path) {
+        self.0.iter_mut().for_each(|text| text.settle(folder));
+    }
+
+    /// The corpus of all; what is written for it goes into `made`.
+    ///
+    /// # Errors
+    /// As [`Corpus::open`], or a file that cannot be written.
+    pub fn open(&self, made: &Path, reading: &Reading) -> Result<Corpus> {
+        let sets = self.0.iter().map(|text| text.data_set(made));
+        Corpus::open(&sets.collect::<Result<Vec<_>>>()?, reading)
+    }
+}
+
+impl Serialize for Mixture {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match &self.0[..] {
+            [text] => text.serialize(to),
+            texts => texts.serialize(to),
+        }
+    }
+}
+
+/// One text, or a list.
+impl<'de> Deserialize<'de> for Mixture {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Texts;
+        impl<'de> Visitor<'de> for Texts {
+            type Value = Mixture;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a text, a table of path, weight and tokens, or a list of such")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Mixture, E> {
+                Ok(Mixture(vec![text.parse().map_err(E::custom)?]))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Mixture, A::Error> {
+                let text = Text::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(Mixture(vec![text]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Mixture, A::Error> {
+                let texts = Vec::deserialize(SeqAccessDeserializer::new(list))?;
+                Mixture::of(&texts).ok_or_else(|| de::Error::custom("a list of no text"))
+            }
+        }
+        from.deserialize_any(Texts)
     }
 }
 
@@ -178,10 +326,55 @@ mod tests {
             [part("1/3"), part("2/3"), part("3/3")],
             ["1\n4\n", "2\n5\n", "3\n"]
         );
-        for wrong in ["a#0/3", "a#4/3", "a#1", "a#x/y", "stories:1"] {
+        for wrong in [
+            "a#0/3",
+            "a#4/3",
+            "a#1",
+            "a#x/y",
+            "stories:1",
+            "a#weight=x",
+            "a#tokens=-1",
+            "a#1/2#1/2",
+        ] {
             let error = wrong.parse::<Text>().unwrap_err().to_string();
             assert!(error.contains(wrong), "{error}");
         }
         assert!(!Text::is_made("stories.jsonl") && !Text::is_made("mine-1-2.jsonl"));
+    }
+
+    #[test]
+    fn texts_have_weights_in_flags_and_recipes() {
+        let spelled = "a.jsonl#1/2#weight=0.7#tokens=5000";
+        let text: Text = spelled.parse().unwrap();
+        assert_eq!((text.weight, text.tokens), (Some(0.7), Some(5000)));
+        assert_eq!(text.to_string(), spelled);
+        #[derive(Deserialize, Serialize)]
+        struct Data {
+            train: Mixture,
+        }
+        let read = |text: &str| toml::from_str::<Data>(text);
+        let table = r#"{ path = "a.jsonl#1/2", weight = 0.7, tokens = 5000 }"#;
+        let one = read(&format!("train = {table}")).unwrap().train;
+        assert_eq!(one, Mixture(vec![text.clone()]));
+        let list = read(&format!("train = [{table}, \"stories:1:2#weight=2\"]")).unwrap();
+        assert_eq!(list.train.0[0], text);
+        // As it is written it is read.
+        let again = toml::to_string(&list).unwrap();
+        assert_eq!(read(&again).unwrap().train, list.train);
+        for (wrong, part) in [
+            ("train = []", "a list of no text"),
+            ("train = 3", "a text, a table of path"),
+            ("train = { path = \"a\", wight = 1 }", "wight"),
+            ("train = [\"a#0/1\"]", "a#0/1"),
+        ] {
+            let said = read(wrong).err().unwrap().to_string();
+            assert!(said.contains(part), "{said}");
+        }
+        // A file of that very name.
+        let folder = tempfile::tempdir().unwrap();
+        let odd = folder.path().join("odd#weight=2");
+        std::fs::write(&odd, "{}").unwrap();
+        let text: Text = odd.to_str().unwrap().parse().unwrap();
+        assert_eq!((text.source(), text.weight), (Some(odd.as_path()), None));
     }
 }

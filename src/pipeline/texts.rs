@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::text::Text;
+use super::text::{Mixture, Text};
 use crate::data::{Corpus, Packing, Preferences, Reading};
 use crate::train::stage::dpo::DpoConfig;
 use crate::{Error, Result};
@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
-    pub train: Text,
+    pub train: Mixture,
     /// Held out: results are measured on it.
-    pub validation: Text,
+    pub validation: Mixture,
     /// Held out: what layers are chosen by [default: validation].
     #[serde(default)]
-    pub selection: Option<Text>,
+    pub selection: Option<Mixture>,
     #[serde(default)]
     pub preferences: Option<Text>,
     #[serde(default)]
@@ -26,32 +26,35 @@ pub struct Data {
 }
 
 impl Data {
-    /// All texts, by the names of their keys.
-    fn all(&self) -> impl Iterator<Item = (&'static str, &Text)> {
-        let all = [
+    /// All files, by the names of their keys.
+    fn all(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let mixtures = [
             ("train", Some(&self.train)),
             ("validation", Some(&self.validation)),
             ("selection", self.selection.as_ref()),
-            ("preferences", self.preferences.as_ref()),
         ];
-        all.into_iter()
-            .filter_map(|(name, text)| Some((name, text?)))
+        let mixtures = mixtures
+            .into_iter()
+            .filter_map(|(name, mixture)| Some((name, mixture?)));
+        let files = mixtures.flat_map(|(name, mixture)| mixture.sources().map(move |p| (name, p)));
+        let pairs = self.preferences.iter().filter_map(Text::source);
+        files.chain(pairs.map(|path| ("preferences", path)))
     }
 
     /// Relative paths start at `folder`.
     pub(super) fn settle(&mut self, folder: &Path) {
         self.train.settle(folder);
         self.validation.settle(folder);
-        for text in [&mut self.selection, &mut self.preferences] {
-            text.iter_mut().for_each(|text| text.settle(folder));
-        }
+        self.selection
+            .iter_mut()
+            .for_each(|text| text.settle(folder));
+        (self.preferences.iter_mut()).for_each(|text| text.settle(folder));
     }
 
     /// # Errors
     /// Names the file that is not there; preferences are looked for where they are `read`.
     pub(super) fn check(&self, preferences_read: bool) -> Result<()> {
-        for (name, text) in self.all() {
-            let Some(path) = text.source() else { continue };
+        for (name, path) in self.all() {
             if path.is_file() || (name == "preferences" && !preferences_read) {
                 continue;
             }
@@ -89,12 +92,10 @@ impl Texts {
         made: &Path,
         reading: &Reading,
     ) -> Result<Self> {
-        let corpus =
-            |text: &Text, reading: &Reading| Corpus::open(&text.file(made, false)?, reading);
-        let held_out = |text: &Text| {
+        let held_out = |text: &Mixture| {
             let packing = Packing::Documents;
-            corpus(
-                text,
+            text.open(
+                made,
                 &Reading {
                     packing,
                     ..*reading
@@ -107,7 +108,7 @@ impl Texts {
             Preferences::load(&file, reading.tokenizer, prompt, length)
         });
         Ok(Self {
-            train: corpus(&data.train, reading)?,
+            train: data.train.open(made, reading)?,
             validation: held_out(&data.validation)?,
             selection: data.selection.as_ref().map(held_out).transpose()?,
             preferences: pairs.transpose()?,

@@ -10,14 +10,16 @@ use crate::cli::arg::data;
 use crate::cli::positive;
 use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::data::{Batches, Packing, Tokenizer};
+use crate::pipeline::Text;
 
 /// A text's tokens, made or found in the cache (ZEBROID_CACHE), and batches of them in training's order.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  \
     zebroid bench data train.jsonl --tokenizer ./teacher --seq-len 2048 --batch-size 16")]
 pub struct Args {
-    /// A file of texts (train kd --help says in what forms).
-    data: PathBuf,
+    /// Texts (train kd --help says in what forms).
+    #[arg(value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Folder with tokenizer.json, or a GGUF file.
     #[arg(long)]
     tokenizer: PathBuf,
@@ -37,7 +39,6 @@ pub struct Args {
 
 #[derive(Serialize)]
 struct Report {
-    bytes: usize,
     tokens: usize,
     /// Seconds until the first batch can be drawn.
     open_s: f64,
@@ -61,7 +62,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let drawn = (args.batches * rows * len) as f64;
     let report = Report {
-        bytes: std::fs::metadata(&args.data)?.len() as usize,
         tokens: corpus.tokens(),
         open_s,
         open_tokens_per_s: corpus.tokens() as f64 / open_s,
@@ -74,7 +74,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let peak = report.peak_rss_bytes;
     let rows = [
-        ("file", bytes(report.bytes)),
         ("tokens", thousands(report.tokens)),
         ("seconds to open", format!("{:.1}", report.open_s)),
         (
