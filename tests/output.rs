@@ -49,6 +49,8 @@ const COMMANDS: &str = "
     select --scores damages.json --method budget --kv-bytes 64
     select --scores damages.json --method budget --kv-bytes 64 --json
     stories OUT --count 2
+    data stories/stories.jsonl --tokenizer teacher --seq-len 64
+    data stories:1:9#weight=2 stories:2:9#weight=1#tokens=400 --tokenizer teacher --seq-len 64 --decontaminate lambada_openai --data-dir data --json
     eval kl --teacher teacher --student hybrid --data stories/stories.jsonl --seq-len 64 --batch-size 4
     eval kl --teacher teacher --student hybrid --data stories/stories.jsonl --seq-len 64 --batch-size 4 --json
     eval recall teacher --count 2

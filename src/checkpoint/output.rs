@@ -104,6 +104,7 @@ fn written_here(file: &Path) -> bool {
         "config.json",
         "hybrid_config.json",
         "metrics.jsonl",
+        "data.json",
         INDEX,
         bank::INDEX,
     ];

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use super::arg::data;
 use super::show::Progress;
 use super::train::{TrainArgs, TrainRun};
 use crate::data::Tokenizer;
@@ -83,7 +82,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let place = args.train.device.place()?;
     let watch = Progress::default();
-    let corpus = data::corpus(&args.data, &tokenizer, args.train.packing, &watch)?;
+    let corpus = args.train.data.corpus(&args.data, &tokenizer, &watch)?;
     let pretrain = Pretrain::new(&config, settings.seed, &place)?;
     let mut stage = Stage::Pretrain(pretrain, &corpus);
     let run = TrainRun {

@@ -3,13 +3,13 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
-use super::arg::data;
+use super::arg::data::DataArgs;
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
 use super::show::{Progress, note, print_line};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::PlanOptions;
-use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
+use crate::data::{Batches, Corpus, Preferences, Tokenizer};
 use crate::eval::kl;
 use crate::mixer::LayerKind;
 use crate::model::Lm;
@@ -59,7 +59,8 @@ struct IldArgs {
     student: Option<PathBuf>,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
     /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
-    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th.
+    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
+    /// program, manifest:FILE is what an earlier run learned from (its data.json).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
     /// Folder of the result, a bank (a folder a candidate) or with --student a checkpoint; must not exist.
@@ -92,7 +93,8 @@ struct KdArgs {
     student: PathBuf,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
     /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
-    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th.
+    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
+    /// program, manifest:FILE is what an earlier run learned from (its data.json).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
     /// Folder of the result, a checkpoint; must not exist.
@@ -126,9 +128,8 @@ struct DpoArgs {
 pub struct TrainArgs {
     #[command(flatten)]
     pub settings: TrainSettings,
-    /// documents: attention, convolution and state stop at document borders; stream: they do not.
-    #[arg(long, value_enum, default_value = "documents")]
-    pub packing: Packing,
+    #[command(flatten)]
+    pub data: DataArgs,
     /// Held-out text to measure the student on while it learns (KL to the teacher, and agreement).
     #[arg(long, value_name = "TEXT")]
     pub validation: Vec<Text>,
@@ -172,7 +173,7 @@ impl TrainArgs {
         let held_out = match (&self.validation[..], run.teacher) {
             ([], _) => None,
             (texts, Some(base)) => {
-                let corpus = data::corpus(texts, &base.tokenizer, Packing::Documents, &watch)?;
+                let corpus = self.data.held_out(texts, &base.tokenizer, &watch)?;
                 corpus.check(1, config.seq_len)?;
                 Some((base.lm()?, corpus))
             }
@@ -258,7 +259,7 @@ fn open(
     watch: &dyn Watch,
 ) -> Result<(Base, Corpus)> {
     let base = Base::open(teacher, args.device.place()?)?;
-    let corpus = data::corpus(texts, &base.tokenizer, args.packing, watch)?;
+    let corpus = args.data.corpus(texts, &base.tokenizer, watch)?;
     corpus.check(config.batch_size, config.seq_len)?;
     config.steps(corpus.windows(config.seq_len))?;
     Ok((base, corpus))
@@ -325,6 +326,7 @@ fn kd(args: &KdArgs) -> Result<()> {
 
 fn dpo(args: &DpoArgs) -> Result<()> {
     let student = args.student.as_path();
+    args.train.data.check_unused()?;
     let (config, _lock) = args.train.claim(&args.out, &[student, &args.data])?;
     let watch = Progress::default();
     let checkpoint = Checkpoint::open(student)?;

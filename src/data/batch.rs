@@ -1,5 +1,6 @@
 //! Batches: examples for one forward pass, and where they come from.
 
+use super::manifest::Manifest;
 use crate::Result;
 use crate::op::Documents;
 
@@ -14,6 +15,11 @@ pub trait Batches {
 
     /// A fingerprint of all examples, the same on every machine.
     fn hash(&self) -> String;
+
+    /// What they are made of, where files are.
+    fn manifest(&self) -> Option<Manifest> {
+        None
+    }
 
     /// Batch `index` of an endless shuffled order: a pure function of its arguments, so that a run resumes
     /// exactly.

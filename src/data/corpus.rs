@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Tokenizer;
 use super::batch::{Batch, Batches};
+use super::manifest::{Listed, Manifest};
 use super::mixture::{self, DataSet, Shares};
+use super::ngrams::{Decontamination, Ngrams};
 use super::order::{Shuffle, check_count};
-use super::shard::Draft;
-use super::tokenize::{Packing, Reading, tokens};
+use super::shard::{Draft, Dropped};
+use super::tokenize::{Eos, Packing, Reading, tokens};
 use super::tokens::{Tokens, Windows};
 use crate::hash::Hash;
 use crate::watch::Quiet;
@@ -21,13 +23,28 @@ pub struct Corpus {
     shuffle: Shuffle,
     /// All windows of some length in the data's order, where there are several sets.
     spread: Mutex<Option<(usize, Arc<Vec<u32>>)>>,
+    /// What it was read from.
+    source: Option<Source>,
+}
+
+/// How it was read.
+#[derive(Debug)]
+struct Source {
+    tokenizer: Hash,
+    packing: Packing,
+    eos: Eos,
+    decontaminate: Option<Decontamination>,
 }
 
 #[derive(Debug)]
 struct Set {
     name: String,
     weight: Option<f64>,
+    /// Tokens that were asked for.
+    limit: Option<usize>,
     tokens: Tokens,
+    /// Hash of the file.
+    file: Option<Hash>,
 }
 
 impl Corpus {
@@ -37,14 +54,28 @@ impl Corpus {
     /// Names the record that cannot be used, or the weight; [`Error::Interrupted`].
     pub fn open(sets: &[DataSet], reading: &Reading) -> Result<Self> {
         mixture::check(sets)?;
+        reading.check()?;
         let open = |set: &DataSet| {
+            let (tokens, file) = tokens(&set.path, set.tokens, reading)?;
+            if reading.decontaminate.is_some() {
+                reading.watch.note(&dropped(&set.name, &tokens));
+            }
             Ok(Set {
                 name: set.name.clone(),
                 weight: set.weight,
-                tokens: tokens(&set.path, set.tokens, reading)?,
+                limit: set.tokens,
+                tokens,
+                file,
             })
         };
-        Ok(Self::of(sets.iter().map(open).collect::<Result<_>>()?))
+        let source = Source {
+            tokenizer: reading.tokenizer.hash(),
+            packing: reading.packing,
+            eos: reading.eos,
+            decontaminate: reading.decontaminate.map(Ngrams::about),
+        };
+        let sets = sets.iter().map(open).collect::<Result<_>>()?;
+        Ok(Self::of(sets, Some(source)))
     }
 
     /// Reads a file of texts into memory.
@@ -55,6 +86,8 @@ impl Corpus {
         let reading = Reading {
             tokenizer,
             packing,
+            eos: Eos::Auto,
+            decontaminate: None,
             cache: None,
             watch: &Quiet::default(),
         };
@@ -70,11 +103,12 @@ impl Corpus {
         Tokens::new(vec![draft.shard()], None).into()
     }
 
-    fn of(sets: Vec<Set>) -> Self {
+    fn of(sets: Vec<Set>, source: Option<Source>) -> Self {
         Self {
             sets,
             shuffle: Shuffle::default(),
             spread: Mutex::default(),
+            source,
         }
     }
 
@@ -86,6 +120,11 @@ impl Corpus {
     fn shares(&self, len: usize) -> Shares {
         let windows = |set: &Set| set.tokens.len().checked_div(len).unwrap_or(0);
         Shares::new(self.sets.iter().map(|set| (windows(set), set.weight)))
+    }
+
+    /// Windows that an epoch takes of each data set.
+    pub fn windows_taken(&self, len: usize) -> Vec<usize> {
+        self.shares(len).taken
     }
 
     /// Whole windows of `len` tokens in an epoch; the rest is left out.
@@ -131,28 +170,46 @@ impl Corpus {
     }
 }
 
+/// How many records of a text were dropped, and for what words.
+fn dropped(name: &str, tokens: &Tokens) -> String {
+    let (count, records) = (tokens.dropped(), tokens.records());
+    let example = |d: &Dropped| format!("; record {}: {:?}", d.record, d.words);
+    let examples: String = tokens.examples().take(3).map(example).collect();
+    format!("decontamination: {count} of {records} records of {name} are dropped{examples}")
+}
+
 impl From<Tokens> for Corpus {
     fn from(tokens: Tokens) -> Self {
-        Self::of(vec![Set {
+        let set = Set {
             name: String::new(),
             weight: None,
+            limit: None,
             tokens,
-        }])
+            file: None,
+        };
+        Self::of(vec![set], None)
     }
 }
 
 impl Batches for Corpus {
     fn check(&self, rows: usize, len: usize) -> Result<()> {
         let shares = self.shares(len);
-        for (set, taken) in self.sets.iter().zip(&shares.taken) {
-            if let (Some(weight), 0) = (set.weight, taken) {
-                return Err(Error::invalid(format!(
-                    "data {} ({} tokens, weight {weight}) has not one window of {len} in an epoch: raise its weight, give more data, \
-                     or lower --seq-len",
-                    set.name,
-                    set.tokens.len()
-                )));
-            }
+        let weighted = self.sets.iter().filter(|_| self.sets.len() > 1);
+        let shared = weighted.zip(shares.windows.iter().zip(&shares.taken));
+        // What has no window at all leaves none to the others.
+        let lacking = shared.filter(|(set, (_, taken))| set.weight.is_some() && **taken == 0);
+        if let Some((set, (windows, _))) = lacking.min_by_key(|(_, (windows, _))| **windows) {
+            let tokens = set.tokens.len();
+            return Err(Error::invalid(match windows {
+                0 => format!(
+                    "data {} has {tokens} tokens, not one window of {len}: give more data, or lower --seq-len",
+                    set.name
+                ),
+                _ => format!(
+                    "data {} has so little weight that an epoch takes none of its {windows} windows of {len}: raise it",
+                    set.name
+                ),
+            }));
         }
         let windows = shares.len();
         if windows < rows.max(1) {
@@ -180,6 +237,23 @@ impl Batches for Corpus {
             }),
         }
         .to_string()
+    }
+
+    fn manifest(&self) -> Option<Manifest> {
+        let source = self.source.as_ref()?;
+        let tokenizer = source.tokenizer.to_string();
+        let mut manifest = Manifest::new(self.hash(), tokenizer, source.packing, source.eos);
+        manifest.decontaminate = source.decontaminate.clone();
+        manifest.data.extend(self.sets.iter().map(|set| Listed {
+            text: set.name.clone(),
+            hash: set.file.map(|hash| hash.to_string()),
+            records: set.tokens.records(),
+            dropped: set.tokens.dropped(),
+            tokens: set.tokens.len(),
+            weight: set.weight,
+            limit: set.limit,
+        }));
+        Some(manifest)
     }
 
     fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
@@ -274,6 +348,8 @@ mod tests {
         let reading = Reading {
             tokenizer: &tokenizer,
             packing: Packing::Documents,
+            eos: Eos::Auto,
+            decontaminate: None,
             cache: None,
             watch: &Quiet::default(),
         };
@@ -326,7 +402,12 @@ mod tests {
         sets[1].weight = Some(1e-6);
         let said = open(&sets).check(1, len).unwrap_err().to_string();
         assert!(
-            said.contains("b (") && said.contains("raise its weight"),
+            said.contains("b has so little weight") && said.contains("none of its 10 windows"),
+            "{said}"
+        );
+        let said = open(&sets).check(1, 11 * len).unwrap_err().to_string();
+        assert!(
+            said.contains("b has") && said.contains("not one window"),
             "{said}"
         );
     }

@@ -68,7 +68,7 @@ pub(super) fn check(sets: &[DataSet]) -> Result<()> {
 pub(super) struct Shares {
     /// The first window of each.
     firsts: Vec<usize>,
-    windows: Vec<usize>,
+    pub windows: Vec<usize>,
     pub taken: Vec<usize>,
 }
 

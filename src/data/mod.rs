@@ -3,7 +3,9 @@
 mod batch;
 pub mod chat;
 mod corpus;
+mod manifest;
 mod mixture;
+mod ngrams;
 mod order;
 mod preferences;
 mod records;
@@ -16,9 +18,11 @@ mod tokens;
 
 pub use batch::{Batch, Batches};
 pub use corpus::Corpus;
+pub use manifest::{Listed, Manifest};
 pub use mixture::DataSet;
+pub use ngrams::{Decontamination, Ngrams};
 pub use preferences::{Preference, Preferences};
 pub use records::{Records, read_records};
 pub use text::{Text, texts};
-pub use tokenize::{Packing, Reading};
+pub use tokenize::{Eos, Packing, Reading, file_hash};
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -33,9 +33,24 @@ pub(super) struct Header {
     pub tokens: usize,
     starts: usize,
     turns: usize,
-    /// Records of the text that it stands for.
+    /// Records of the text that it stands for, those that were dropped among them.
     pub records: usize,
+    pub dropped: usize,
+    /// The first of these.
+    pub examples: Vec<Dropped>,
 }
+
+/// A record that is not learned from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Dropped {
+    /// From 1.
+    pub record: usize,
+    /// The words that it shares with an evaluation set.
+    pub words: String,
+}
+
+/// Dropped records of which a shard keeps the words.
+const EXAMPLES: usize = 4;
 
 impl Header {
     /// Words of the tokens.
@@ -168,6 +183,8 @@ pub(super) struct Draft {
     starts: Vec<u64>,
     turns: Vec<u64>,
     records: usize,
+    dropped: usize,
+    examples: Vec<Dropped>,
 }
 
 impl Default for Draft {
@@ -177,6 +194,8 @@ impl Default for Draft {
             starts: Vec::new(),
             turns: Vec::new(),
             records: 0,
+            dropped: 0,
+            examples: Vec::new(),
         }
     }
 }
@@ -191,6 +210,15 @@ impl Draft {
 
     pub fn records(&self) -> usize {
         self.records
+    }
+
+    /// Passes over a record.
+    pub fn drop(&mut self, record: Dropped) {
+        self.records += 1;
+        self.dropped += 1;
+        if self.examples.len() < EXAMPLES {
+            self.examples.push(record);
+        }
     }
 
     /// Adds a record: its ids, and whether each is to be learned. `begins`: whether a document begins with it.
@@ -226,8 +254,10 @@ impl Draft {
             starts: self.starts.len(),
             turns: self.turns.len(),
             records: self.records,
+            dropped: self.dropped,
+            examples: self.examples.clone(),
         };
-        let mut text = serde_json::to_vec(&header).expect("numbers serialise");
+        let mut text = serde_json::to_vec(&header).expect("numbers and texts serialise");
         text.resize(text.len().next_multiple_of(8), b' ');
         let mut words = vec![MARK, (text.len() / 8) as u64, 0];
         words.extend(words_of(&text));

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 
 use super::Tokenizer;
 use super::chat::{CHATML, ChatTemplate};
+use super::ngrams::Ngrams;
 use super::records::Records;
-use super::shard::{Draft, Shard};
-use super::text::{Reader, WANTED, conversation};
+use super::shard::{Draft, Dropped, Shard};
+use super::text::{Reader, Text, WANTED, conversation};
 use super::tokens::Tokens;
 use crate::atomic::write_atomic;
 use crate::hash::Hash;
@@ -30,14 +31,69 @@ pub enum Packing {
     Stream,
 }
 
+/// Whether a token ends each text. What a chat template has written ends as the template ends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Eos {
+    /// If the tokenizer itself adds one (its post-processor), as the teacher's training had it.
+    #[default]
+    Auto,
+    Always,
+    Never,
+}
+
 /// How texts become tokens, and under whose eyes.
 #[derive(Clone, Copy)]
 pub struct Reading<'a> {
     pub tokenizer: &'a Tokenizer,
     pub packing: Packing,
+    pub eos: Eos,
+    /// Texts that share words with these are dropped.
+    pub decontaminate: Option<&'a Ngrams>,
     /// Where tokens of large files are kept, in folders named by all that decides them.
     pub cache: Option<&'a Path>,
     pub watch: &'a dyn Watch,
+}
+
+impl Reading<'_> {
+    /// # Errors
+    /// An end that the tokenizer does not know.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.eos == Eos::Always && self.tokenizer.eos().is_empty() {
+            true => Err(Error::invalid(
+                "eos always: the tokenizer names no token that ends a text; add eos_token to its tokenizer_config.json",
+            )),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Eos {
+    /// The tokens of a text with the end that it shall have.
+    fn tokens(self, text: &Text, tokenizer: &Tokenizer) -> Result<Vec<(u32, bool)>> {
+        let mut tokens = text.tokens(tokenizer)?;
+        let eos = tokenizer.eos();
+        let last = tokens.last().copied();
+        let ends = last.filter(|(id, _)| eos.contains(id));
+        match (self, ends) {
+            _ if text.templated => {}
+            (Eos::Always, None) => {
+                let learned = last.is_none_or(|(_, learned)| learned);
+                tokens.extend(eos.first().map(|id| (*id, learned)));
+            }
+            (Eos::Never, Some((id, _))) => {
+                // What the text itself says stays.
+                let spelled = tokenizer.token(id);
+                let said = spelled.is_some_and(|spelled| text.text.ends_with(&spelled));
+                let there = tokens.iter().rev().take_while(|(last, _)| *last == id);
+                if there.count() > usize::from(said) {
+                    tokens.pop();
+                }
+            }
+            _ => {}
+        }
+        Ok(tokens)
+    }
 }
 
 /// Bytes of a file from which on its tokens are kept: below they are made in a second or two.
@@ -55,37 +111,47 @@ struct Index {
     hash: String,
 }
 
-/// The tokens of a file, or so many of them.
+/// The tokens of a file, or so many of them, and the file's hash (a pipe has none).
 ///
 /// # Errors
 /// Names the record that cannot be used, or the file; [`Error::Interrupted`].
-pub(super) fn tokens(path: &Path, budget: Option<usize>, reading: &Reading) -> Result<Tokens> {
+pub(super) fn tokens(
+    path: &Path,
+    budget: Option<usize>,
+    reading: &Reading,
+) -> Result<(Tokens, Option<Hash>)> {
     let about = fs::metadata(path).map_err(Error::io("cannot read", path))?;
-    match reading.cache {
-        Some(cache) if about.len() >= LARGE => kept(path, (about.len(), budget), reading, cache),
+    let hash = match about.is_file() {
+        true => Some(file_hash(path, reading.watch)?),
+        false => None,
+    };
+    let tokens = match (reading.cache, hash) {
+        (Some(cache), Some(hash)) if about.len() >= LARGE => {
+            let folder = cache.join(format!("data-{}", key(path, (hash, budget), reading)?));
+            kept(path, (about.len(), budget), reading, &folder)?
+        }
         _ => {
             let mut shards = Vec::new();
             let keep = |draft: Draft| {
                 shards.push(draft.shard());
                 Ok(())
             };
-            tokenise(path, reading, (0, budget), keep, |_| false)?;
-            Ok(Tokens::new(shards, None))
+            tokenise(path, reading, (0, 0, budget), keep, |_| false)?;
+            Tokens::new(shards, None)
         }
-    }
+    };
+    Ok((tokens, hash))
 }
 
-/// The kept tokens of a file of `bytes`; what is missing of them is made.
+/// The tokens of a file of `bytes` that a folder keeps; what is missing of them is made.
 fn kept(
     path: &Path,
     (bytes, budget): (u64, Option<usize>),
     reading: &Reading,
-    cache: &Path,
+    folder: &Path,
 ) -> Result<Tokens> {
     let (watch, all) = (reading.watch, bytes.div_ceil(MB) as usize);
-    let key = key(path, (bytes, budget), reading)?;
-    let folder = cache.join(format!("data-{key}"));
-    fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
+    fs::create_dir_all(folder).map_err(Error::io("cannot create", folder))?;
     let shard = |number: usize| folder.join(format!("{number:05}.tokens"));
     let index = folder.join("index.json");
     let mut shards = Vec::new();
@@ -106,14 +172,17 @@ fn kept(
         return Ok(Tokens::new(shards, Some(hash)));
     }
     // What stands behind a shard that is made anew may begin elsewhere.
-    let stale = (shards.len()..).map(shard).take_while(|path| path.exists());
-    for path in stale.chain(index.exists().then(|| index.clone())) {
-        fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?;
+    let good: Vec<PathBuf> = (0..shards.len()).map(shard).collect();
+    for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
+        let path = entry.map_err(Error::io("cannot list", folder))?.path();
+        let stale = path.extension().is_some_and(|end| end == "tokens") && !good.contains(&path);
+        if stale || path == index {
+            fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?;
+        }
     }
     watch.start("tokenise", all);
     let done: usize = shards.iter().map(|shard| shard.header.records).sum();
     let have: usize = shards.iter().map(|shard| shard.header.tokens).sum();
-    let left = budget.map(|budget| budget.saturating_sub(have));
     let keep = |draft: Draft| {
         let path = shard(shards.len());
         draft.write(&path)?;
@@ -124,7 +193,7 @@ fn kept(
         watch.at((share * all as f64) as usize, "MB");
         share < 1.0 && watch.stop()
     };
-    if let Some(share) = tokenise(path, reading, (done, left), keep, told)? {
+    if let Some(share) = tokenise(path, reading, (done, have, budget), keep, told)? {
         return Err(Error::Interrupted(format!(
             "the tokens of {:.0} of {all} MB are saved in {}; run the same command again to go on",
             share * all as f64,
@@ -141,12 +210,19 @@ fn kept(
     Ok(tokens)
 }
 
-/// Tokenises the records of a file behind the first `done`, up to so many tokens where they are limited. `keep` gets drafts of
+/// What becomes of a record.
+enum Made {
+    /// Ids, and whether each is to be learned.
+    Document(Vec<(u32, bool)>),
+    Dropped(Dropped),
+}
+
+/// Tokenises the records of a file behind the first `done`, which had so many tokens, up to a limit of all. `keep` gets drafts of
 /// shards; `stop` is told how much of the file has been read, and says whether to stop there: then that share is given.
 fn tokenise(
     path: &Path,
     reading: &Reading,
-    (done, limit): (usize, Option<usize>),
+    (done, had, limit): (usize, usize, Option<usize>),
     mut keep: impl FnMut(Draft) -> Result<()>,
     stop: impl Fn(f64) -> bool,
 ) -> Result<Option<f64>> {
@@ -154,30 +230,46 @@ fn tokenise(
     for _ in 0..done {
         records.next().transpose()?;
     }
-    let (tokenizer, reader) = (reading.tokenizer, Reader::new(reading.tokenizer));
+    let (tokenizer, eos, ngrams) = (reading.tokenizer, reading.eos, reading.decontaminate);
+    let reader = Reader::new(tokenizer);
     let mut draft = Draft::default();
-    let mut first = done == 0;
-    let mut left = limit.unwrap_or(usize::MAX);
+    let mut first = had == 0;
+    let mut left = limit.unwrap_or(usize::MAX).saturating_sub(had);
     while left > 0 {
         let portion = portion(&mut records);
         if portion.is_empty() {
             break;
         }
-        let made = portion.into_par_iter().map(|(line, record)| {
-            let tokens = |record| reader.text(&record)?.tokens(tokenizer);
-            let wrong = |e: Error| Error::Line {
-                path: path.to_owned(),
-                line,
-                message: e.to_string(),
+        let made = portion.into_par_iter().map(|(number, record)| {
+            let record = record?;
+            let make = || {
+                let text = reader.text(&record)?;
+                match ngrams.and_then(|ngrams| ngrams.find(&text.text)) {
+                    Some(words) => Ok(Made::Dropped(Dropped {
+                        record: number,
+                        words: words.to_owned(),
+                    })),
+                    None => eos.tokens(&text, tokenizer).map(Made::Document),
+                }
             };
-            tokens(record?).map_err(wrong)
+            make().map_err(|e: Error| Error::Line {
+                path: path.to_owned(),
+                line: number,
+                message: e.to_string(),
+            })
         });
         // In the file's order, so that the first mistake is the one that is said.
-        for record in made.collect::<Vec<_>>() {
+        for made in made.collect::<Vec<Result<Made>>>() {
+            let tokens = match made? {
+                Made::Document(tokens) => tokens,
+                Made::Dropped(record) => {
+                    draft.drop(record);
+                    continue;
+                }
+            };
             let begins = first || reading.packing == Packing::Documents;
-            let record = record?;
-            draft.push(record.iter().copied().take(left), begins);
-            left -= left.min(record.len());
+            draft.push(tokens.iter().copied().take(left), begins);
+            left -= left.min(tokens.len());
             first = false;
             if left == 0 {
                 break;
@@ -225,27 +317,38 @@ fn bytes(value: &Value) -> usize {
 
 /// All that decides a file's tokens. What the program makes of records is in it as the tokens of a few, not as a version that
 /// people would have to raise.
-fn key(path: &Path, (bytes, budget): (u64, Option<usize>), reading: &Reading) -> Result<Hash> {
+fn key(path: &Path, (file, budget): (Hash, Option<usize>), reading: &Reading) -> Result<Hash> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let form = name.split_once('.').map(|(_, form)| form.to_lowercase());
     // One that cannot be read is an error where it is asked for.
     let template = reading.tokenizer.chat_template().ok().flatten();
+    let ends = (reading.eos, reading.tokenizer.eos());
     let inputs = json!({
-        "file": file_hash(path, bytes, reading.watch)?.to_string(),
+        "file": file.to_string(),
         "form": form,
         "tokenizer": reading.tokenizer.hash().to_string(),
         "template": template.map(|template| template.hash().to_string()),
         "packing": reading.packing,
+        "eos": (reading.eos != Eos::Auto).then_some(ends),
+        "decontaminate": reading.decontaminate.map(|ngrams| ngrams.hash().to_string()),
         "tokens": budget,
         "sample": sample(reading.tokenizer)?.to_string(),
     });
     Ok(Hash::of(inputs.to_string().as_bytes()))
 }
 
-fn file_hash(path: &Path, bytes: u64, watch: &dyn Watch) -> Result<Hash> {
+/// The hash of a file's bytes.
+///
+/// # Errors
+/// A file that cannot be read; [`Error::Interrupted`].
+pub fn file_hash(path: &Path, watch: &dyn Watch) -> Result<Hash> {
     const PIECE: u64 = 1 << 24;
-    watch.start("read data", bytes.div_ceil(MB) as usize);
     let mut file = File::open(path).map_err(Error::io("cannot read", path))?;
+    let bytes = file.metadata().map_or(0, |about| about.len());
+    let all = bytes.div_ceil(MB) as usize;
+    if bytes >= LARGE {
+        watch.start("read data", all);
+    }
     let (mut piece, mut hash, mut done) = (Vec::new(), Hash::new(), 0);
     loop {
         piece.clear();
@@ -255,7 +358,9 @@ fn file_hash(path: &Path, bytes: u64, watch: &dyn Watch) -> Result<Hash> {
         }
         hash = hash.with(&piece);
         done += piece.len() as u64;
-        watch.reached((done / MB) as usize, bytes.div_ceil(MB) as usize, "MB")?;
+        if bytes >= LARGE {
+            watch.reached((done / MB) as usize, all, "MB")?;
+        }
     }
 }
 
@@ -283,13 +388,23 @@ fn sample(tokenizer: &Tokenizer) -> Result<Hash> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::super::stories;
     use super::super::{Batch, Batches, Corpus};
     use super::*;
     use crate::watch::Quiet;
+
+    fn reading(tokenizer: &Tokenizer) -> Reading<'_> {
+        Reading {
+            tokenizer,
+            packing: Packing::Documents,
+            eos: Eos::Auto,
+            decontaminate: None,
+            cache: None,
+            watch: Box::leak(Box::default()) as &Quiet,
+        }
+    }
 
     /// A text of several portions, a tokenizer, and a cache.
     struct Bench {
@@ -320,13 +435,13 @@ mod tests {
 
         fn corpus(&self, packing: Packing, watch: &dyn Watch) -> Result<Corpus> {
             let reading = Reading {
-                tokenizer: &self.tokenizer,
                 packing,
-                cache: Some(self.folder.path()),
                 watch,
+                ..reading(&self.tokenizer)
             };
             let bytes = fs::metadata(self.data()).unwrap().len();
-            let kept = kept(&self.data(), (bytes, None), &reading, self.folder.path())?;
+            let folder = self.folder.path().join(format!("{packing:?}"));
+            let kept = kept(&self.data(), (bytes, None), &reading, &folder)?;
             Ok(Corpus::from(kept))
         }
 
@@ -410,7 +525,7 @@ mod tests {
         let quiet = Quiet::default();
         let again = bench.corpus(Packing::Documents, &quiet).unwrap();
         check_same(&again, &documents);
-        assert_eq!(quiet.steps(), 1, "one step of reading the file");
+        assert_eq!(quiet.steps(), 0);
     }
 
     #[test]
@@ -429,7 +544,7 @@ mod tests {
         }
         let bench = Bench::new();
         let packing = Packing::Documents;
-        let stopped = bench.corpus(packing, &Quiet::stop_after(2)).err().unwrap();
+        let stopped = bench.corpus(packing, &Quiet::stop_after(1)).err().unwrap();
         assert_eq!(stopped.exit_code(), 130, "{stopped}");
         assert!(stopped.to_string().contains("MB are saved in"), "{stopped}");
         assert_eq!(bench.files().len(), 1);
@@ -461,5 +576,161 @@ mod tests {
             said.to_string().contains("line 51: not a JSON object with"),
             "{said}"
         );
+    }
+
+    /// The key of a large file names all that its tokens depend on.
+    #[test]
+    fn keys_are_of_all_that_decides_the_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        stories::write_tokenizer(folder.path()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let template = folder.path().join("chat_template.jinja");
+        let plain = reading(&tokenizer);
+        let (file, path) = (Hash::of(b"a"), Path::new("a.jsonl"));
+        let of = |path: &str, hash, budget, with: &Reading| {
+            key(Path::new(path), (hash, budget), with)
+                .unwrap()
+                .to_string()
+        };
+        let ngrams = Ngrams::new(13, &[], None).unwrap();
+        let packing = Packing::Stream;
+        let decontaminate = Some(&ngrams);
+        let mut keys = vec![
+            of("a.jsonl", file, None, &plain),
+            of("a.txt", file, None, &plain),
+            of("a.jsonl", Hash::of(b"b"), None, &plain),
+            of("a.jsonl", file, Some(5), &plain),
+            of("a.jsonl", file, None, &Reading { packing, ..plain }),
+            of(
+                "a.jsonl",
+                file,
+                None,
+                &Reading {
+                    eos: Eos::Always,
+                    ..plain
+                },
+            ),
+            of(
+                "a.jsonl",
+                file,
+                None,
+                &Reading {
+                    eos: Eos::Never,
+                    ..plain
+                },
+            ),
+            of(
+                "a.jsonl",
+                file,
+                None,
+                &Reading {
+                    decontaminate,
+                    ..plain
+                },
+            ),
+        ];
+        assert_eq!(
+            key(path, (file, None), &plain).unwrap().to_string(),
+            keys[0]
+        );
+        fs::write(&template, "{{ messages }}").unwrap();
+        keys.push(of("a.jsonl", file, None, &plain));
+        let different: std::collections::BTreeSet<&String> = keys.iter().collect();
+        assert_eq!(different.len(), 9);
+    }
+
+    #[test]
+    fn texts_end_as_they_shall() {
+        let folder = tempfile::tempdir().unwrap();
+        stories::write_tokenizer(folder.path()).unwrap();
+        let plain = Tokenizer::open(folder.path()).unwrap();
+        let mut json = plain.to_json().unwrap();
+        let end = json!({"SpecialToken": {"id": "</s>", "type_id": 0}});
+        json["post_processor"]["single"]
+            .as_array_mut()
+            .unwrap()
+            .push(end);
+        let special = json!({"id": "</s>", "ids": [1], "tokens": ["</s>"]});
+        json["post_processor"]["special_tokens"]["</s>"] = special;
+        fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let ending = Tokenizer::open(folder.path()).unwrap();
+        let [whole, said] = ["Tom ran", "Tom ran</s>"].map(|text| Text::whole(text.into()));
+        let asked = Reader::new(&plain);
+        let asked = asked
+            .text(&json!({ "prompt": "Tom", "completion": " ran" }))
+            .unwrap();
+        let ends = |eos: Eos, tokenizer: &Tokenizer, text: &Text| {
+            let tokens = eos.tokens(text, tokenizer).unwrap();
+            let ends = tokens.iter().rev().take_while(|(id, _)| *id == 1).count();
+            (ends, tokens.last().unwrap().1)
+        };
+        for (eos, of_plain, of_ending, of_said) in [
+            (Eos::Auto, 0, 1, 2),
+            (Eos::Always, 1, 1, 2),
+            (Eos::Never, 0, 0, 1),
+        ] {
+            assert_eq!(ends(eos, &plain, &whole), (of_plain, true), "{eos:?}");
+            assert_eq!(ends(eos, &plain, &asked), (of_plain, true), "{eos:?}");
+            assert_eq!(ends(eos, &ending, &whole), (of_ending, true), "{eos:?}");
+            assert_eq!(ends(eos, &ending, &said).0, of_said, "{eos:?}");
+        }
+        let templated = Text {
+            templated: true,
+            ..whole
+        };
+        assert_eq!(ends(Eos::Always, &plain, &templated).0, 0);
+        let nameless = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+        let always = Reading {
+            eos: Eos::Always,
+            ..reading(&nameless)
+        };
+        assert!(
+            always
+                .check()
+                .unwrap_err()
+                .to_string()
+                .contains("eos always")
+        );
+        Reading {
+            tokenizer: &plain,
+            ..always
+        }
+        .check()
+        .unwrap();
+    }
+
+    /// A planted run of words is found and its record dropped, in a kept text too; the others stay as they are.
+    #[test]
+    fn what_an_evaluation_set_has_is_not_learned_from() {
+        let bench = Bench::new();
+        let text = fs::read_to_string(bench.data()).unwrap();
+        let question =
+            "which of these will a magnet pull the most: wood, glass, iron, or paper, and why";
+        let mut ngrams = Ngrams::new(13, &[], None).unwrap();
+        ngrams.add(&json!({ "question": question, "answer": "iron" }));
+        let planted = json!({ "text": format!("It asks {}!", question.to_uppercase()) });
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.insert(300, planted.to_string());
+        let path = bench.folder.path().join("planted.jsonl");
+        fs::write(&path, lines.join("\n")).unwrap();
+        let with = Reading {
+            decontaminate: Some(&ngrams),
+            ..reading(&bench.tokenizer)
+        };
+        let folder = bench.folder.path().join("kept");
+        for tokens in [
+            tokens(&path, None, &with).unwrap().0,
+            kept(&path, (1_000_000, None), &with, &folder).unwrap(),
+            kept(&path, (1_000_000, None), &with, &folder).unwrap(),
+        ] {
+            assert_eq!((tokens.records(), tokens.dropped()), (lines.len(), 1));
+            let dropped: Vec<&Dropped> = tokens.examples().collect();
+            assert_eq!(dropped[0].record, 301);
+            assert!(
+                dropped[0].words.starts_with("WHICH OF THESE WILL"),
+                "{dropped:?}"
+            );
+            check_same(&Corpus::from(tokens), &bench.plain(Packing::Documents));
+        }
     }
 }

@@ -1,15 +1,9 @@
 //! Shards one after the other: the tokens of a text, wherever they stand.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::shard::Shard;
+use super::shard::{Dropped, Header, Shard};
 use crate::hash::Hash;
-
-/// Bytes that reading a window can make resident: the system maps the pages around those that are looked at.
-const AROUND: usize = 1 << 16;
-/// Bytes that may be resident before they are given back.
-const RESIDENT: usize = 1 << 26;
 
 /// Tokens of documents, with places counted from the first.
 #[derive(Debug)]
@@ -19,8 +13,6 @@ pub(super) struct Tokens {
     firsts: Vec<usize>,
     len: usize,
     hash: OnceLock<Hash>,
-    /// Bytes that may be resident.
-    touched: AtomicUsize,
 }
 
 /// Tokens in a row, each with whether it is to be learned and where its document begins in its window.
@@ -44,7 +36,6 @@ impl Tokens {
             firsts,
             len,
             hash: hash.map_or_else(OnceLock::new, OnceLock::from),
-            touched: AtomicUsize::new(0),
         }
     }
 
@@ -54,6 +45,24 @@ impl Tokens {
 
     pub fn shards(&self) -> usize {
         self.shards.len()
+    }
+
+    fn headers(&self) -> impl Iterator<Item = &Header> {
+        self.shards.iter().map(|shard| &shard.header)
+    }
+
+    /// Records that they stand for, those that were dropped among them.
+    pub fn records(&self) -> usize {
+        self.headers().map(|header| header.records).sum()
+    }
+
+    pub fn dropped(&self) -> usize {
+        self.headers().map(|header| header.dropped).sum()
+    }
+
+    /// Some of the dropped records.
+    pub fn examples(&self) -> impl Iterator<Item = &Dropped> {
+        self.headers().flat_map(|header| &header.examples)
     }
 
     /// A fingerprint of tokens, borders and what is learned, whatever they stand in.
@@ -74,6 +83,7 @@ impl Tokens {
         for (shard, first) in self.shards.iter().zip(&self.firsts) {
             let starts = shard.starts().iter();
             hash = starts.fold(hash, |hash, start| with(hash, first + *start as usize));
+            shard.release();
         }
         for (shard, first) in self.shards.iter().zip(&self.firsts) {
             // Learning is on to the end of what turns it off last.
@@ -99,12 +109,9 @@ impl Tokens {
             here.each(at - first..end - first, |id| to.ids.push(id));
             to.learned.extend(here.learned(at - first..end - first));
             mark_starts(here.starts(), first, from, within);
+            // At once: the system maps up to some MB around what is looked at.
+            here.release();
             (at, shard) = (end, shard + 1);
-        }
-        let bytes = AROUND + 4 * len;
-        if self.touched.fetch_add(bytes, Ordering::Relaxed) + bytes > RESIDENT {
-            self.touched.store(0, Ordering::Relaxed);
-            self.shards.iter().for_each(Shard::release);
         }
     }
 }

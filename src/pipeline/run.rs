@@ -97,9 +97,14 @@ fn open(
     recipe.check(&teacher)?;
     (recipe.data.check(recipe.dpo.is_some())).map_err(at("data"))?;
     recipe.check_with(&teacher, true)?;
+    let against = recipe.data.decontaminate.as_ref();
+    let ngrams = against.map(|against| against.ngrams(cache));
+    let ngrams = ngrams.transpose().map_err(at("data"))?;
     let reading = Reading {
         tokenizer: &tokenizer,
         packing: recipe.data.packing,
+        eos: recipe.data.eos,
+        decontaminate: ngrams.as_ref(),
         cache: Some(cache),
         watch,
     };

@@ -8,13 +8,15 @@ use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::decontaminate::Decontaminate;
 use crate::checkpoint;
-use crate::data::{Corpus, DataSet, Reading, Records, stories};
+use crate::data::{Batches, Corpus, DataSet, Manifest, Reading, Records, file_hash, stories};
 use crate::hash::Hash;
 use crate::{Error, Result};
 
 /// A file of texts, or `stories:SEED:COUNT`, which the program writes itself; behind it `#K/N` for every N-th line, from the K-th (from
-/// 1), and of several texts `#weight=W` and `#tokens=N`. A file that has such a name goes before what it would mean.
+/// 1), and of several texts `#weight=W` and `#tokens=N`; or `manifest:FILE`, which names all of a corpus. A file that has such a name
+/// goes before what it would mean.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Text {
     source: Source,
@@ -28,7 +30,12 @@ pub struct Text {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Source {
     File(PathBuf),
-    Stories { seed: u64, count: usize },
+    Stories {
+        seed: u64,
+        count: usize,
+    },
+    /// Of all texts of a corpus.
+    Manifest(PathBuf),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,14 +49,14 @@ impl Text {
     /// The file that must be there.
     pub fn source(&self) -> Option<&Path> {
         match &self.source {
-            Source::File(path) => Some(path),
+            Source::File(path) | Source::Manifest(path) => Some(path),
             Source::Stories { .. } => None,
         }
     }
 
     /// Relative paths start at `folder`.
     pub(super) fn settle(&mut self, folder: &Path) {
-        if let Source::File(path) = &mut self.source {
+        if let Source::File(path) | Source::Manifest(path) = &mut self.source {
             *path = folder.join(&*path);
         }
     }
@@ -66,6 +73,11 @@ impl Text {
         };
         let path = match &self.source {
             Source::File(path) => path.clone(),
+            Source::Manifest(path) => {
+                let message =
+                    "a manifest is read alone, and for texts; name it as manifest:FILE once";
+                return Err(Error::file(path, message));
+            }
             Source::Stories { seed, count } if preferences => write(
                 format!("preferences-{seed}-{count}"),
                 stories::preferences_to_jsonl(*seed, *count),
@@ -94,10 +106,26 @@ impl Text {
         write(format!("part-{stem}-{place}-{number}-{of}"), lines)
     }
 
+    /// The manifest that it is, with nothing behind its name.
+    fn manifest(&self) -> Option<&Path> {
+        match (&self.source, self.part, self.weight, self.tokens) {
+            (Source::Manifest(path), None, None, None) => Some(path),
+            _ => None,
+        }
+    }
+
     /// The text as a part of a mixture; `made` as in [`Text::file`].
     fn data_set(&self, made: &Path) -> Result<DataSet> {
+        let mut named = Self {
+            weight: None,
+            tokens: None,
+            ..self.clone()
+        };
+        if let Source::File(path) = &mut named.source {
+            *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+        }
         Ok(DataSet {
-            name: self.to_string(),
+            name: named.to_string(),
             path: self.file(made, false)?,
             weight: self.weight,
             tokens: self.tokens,
@@ -126,11 +154,10 @@ impl FromStr for Text {
             weight: None,
             tokens: None,
         };
-        if Path::new(text).is_file() {
-            return Ok(found);
-        }
         let mut name = text;
-        while let Some((before, said)) = name.rsplit_once('#') {
+        while !Path::new(name).is_file()
+            && let Some((before, said)) = name.rsplit_once('#')
+        {
             let known = match said.split_once('=') {
                 Some(("weight", weight)) => parse(weight, &mut found.weight),
                 Some(("tokens", tokens)) => parse(tokens, &mut found.tokens),
@@ -143,8 +170,12 @@ impl FromStr for Text {
             }
             name = before;
         }
+        let manifest = name.strip_prefix("manifest:");
         found.source = match name.strip_prefix("stories:") {
-            None => Source::File(name.into()),
+            None => manifest.map_or_else(
+                || Source::File(name.into()),
+                |path| Source::Manifest(path.into()),
+            ),
             Some(rest) => {
                 let numbers = rest.split_once(':');
                 let numbers = numbers
@@ -184,6 +215,7 @@ impl fmt::Display for Text {
         match &self.source {
             Source::File(path) => write!(f, "{}", path.display())?,
             Source::Stories { seed, count } => write!(f, "stories:{seed}:{count}")?,
+            Source::Manifest(path) => write!(f, "manifest:{}", path.display())?,
         }
         if let Some(Part { number, of }) = self.part {
             write!(f, "#{number}/{of}")?;
@@ -259,13 +291,68 @@ impl Mixture {
         self.0.iter_mut().for_each(|text| text.settle(folder));
     }
 
-    /// The corpus of all; what is written for it goes into `made`.
+    /// The corpus of all; what is written for it goes into `made`. A manifest's is read as it says, whatever `reading` does.
     ///
     /// # Errors
-    /// As [`Corpus::open`], or a file that cannot be written.
+    /// As [`Corpus::open`], or a file that cannot be written; names what is not as a manifest has it.
     pub fn open(&self, made: &Path, reading: &Reading) -> Result<Corpus> {
+        if let [text] = &self.0[..]
+            && let Some(path) = text.manifest()
+        {
+            return replay(path, made, reading);
+        }
         let sets = self.0.iter().map(|text| text.data_set(made));
         Corpus::open(&sets.collect::<Result<Vec<_>>>()?, reading)
+    }
+}
+
+/// The corpus of a manifest, if all is as it was.
+fn replay(path: &Path, made: &Path, reading: &Reading) -> Result<Corpus> {
+    let manifest = Manifest::open(path)?;
+    let changed = |what: &str| {
+        let next = "put it back, or name the texts themselves";
+        let message = format!("{what} has changed since the manifest was written: {next}");
+        Error::file(path, message)
+    };
+    if manifest.tokenizer != reading.tokenizer.hash().to_string() {
+        return Err(changed("the tokenizer"));
+    }
+    let ngrams = manifest.decontaminate.as_ref().map(|before| {
+        let cache = reading.cache.unwrap_or(made);
+        let ngrams = Decontaminate::of(before).ngrams(cache)?;
+        match ngrams.hash().to_string() == before.hash {
+            true => Ok(ngrams),
+            false => Err(changed(&format!(
+                "what the texts are held against ({})",
+                before.against.join(", ")
+            ))),
+        }
+    });
+    let ngrams = ngrams.transpose()?;
+    let mut sets = Vec::new();
+    for listed in &manifest.data {
+        let text = Text {
+            weight: listed.weight,
+            tokens: listed.limit,
+            ..listed.text.parse()?
+        };
+        let set = text.data_set(made)?;
+        let now = file_hash(&set.path, reading.watch)?.to_string();
+        if listed.hash != Some(now) {
+            return Err(changed(&listed.text));
+        }
+        sets.push(set);
+    }
+    let reading = Reading {
+        packing: manifest.packing,
+        eos: manifest.eos,
+        decontaminate: ngrams.as_ref(),
+        ..*reading
+    };
+    let corpus = Corpus::open(&sets, &reading)?;
+    match corpus.hash() == manifest.hash {
+        true => Ok(corpus),
+        false => Err(changed("the chat template or the program")),
     }
 }
 
@@ -310,6 +397,8 @@ impl<'de> Deserialize<'de> for Mixture {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::{Eos, Packing, Tokenizer};
+    use crate::watch::Quiet;
 
     #[test]
     fn parts_of_a_file_share_no_line_and_leave_none_out() {
@@ -374,7 +463,96 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let odd = folder.path().join("odd#weight=2");
         std::fs::write(&odd, "{}").unwrap();
-        let text: Text = odd.to_str().unwrap().parse().unwrap();
-        assert_eq!((text.source(), text.weight), (Some(odd.as_path()), None));
+        for (ending, weight) in [("", None), ("#weight=3", Some(3.0))] {
+            let text: Text = format!("{}{ending}", odd.display()).parse().unwrap();
+            assert_eq!((text.source(), text.weight), (Some(odd.as_path()), weight));
+        }
+    }
+
+    /// Two texts with weights, a part, a beginning, an end and a planted run: the manifest's batches are theirs, and what has
+    /// changed is named.
+    #[test]
+    fn manifests_replay_to_the_same_batches() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        stories::write_tokenizer(folder.path()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        stories::write_jsonl(&at("a.jsonl"), 1, 60).unwrap();
+        let first = stories::to_jsonl(1, 1);
+        std::fs::write(at("eval.jsonl"), &first).unwrap();
+        let quiet = Quiet::default();
+        let plain = Reading {
+            tokenizer: &tokenizer,
+            packing: Packing::Documents,
+            eos: Eos::Auto,
+            decontaminate: None,
+            cache: Some(folder.path()),
+            watch: &quiet,
+        };
+        let against = Decontaminate {
+            against: vec![at("eval.jsonl").display().to_string()],
+            ngram: 50,
+            data_dir: None,
+        };
+        let ngrams = against.ngrams(folder.path()).unwrap();
+        let reading = Reading {
+            packing: Packing::Stream,
+            eos: Eos::Always,
+            decontaminate: Some(&ngrams),
+            ..plain
+        };
+        let file = at("a.jsonl").display().to_string();
+        let texts = [
+            format!("{file}#1/2#weight=0.7").parse().unwrap(),
+            "stories:2:30#weight=0.3#tokens=4000".parse().unwrap(),
+        ];
+        let mixture = Mixture::of(&texts).unwrap();
+        let corpus = mixture.open(folder.path(), &reading).unwrap();
+        let manifest = corpus.manifest().unwrap();
+        assert_eq!(
+            (manifest.data[0].records, manifest.data[0].dropped),
+            (30, 1)
+        );
+        let text = serde_json::to_string(&manifest).unwrap();
+        std::fs::write(at("data.json"), &text).unwrap();
+        let named = format!("manifest:{}", at("data.json").display());
+        let replayed: Mixture = Mixture::of(&[named.parse().unwrap()]).unwrap();
+        assert_eq!(replayed.sources().collect::<Vec<_>>(), [at("data.json")]);
+        // Whatever the flags say.
+        let again = replayed.open(folder.path(), &plain).unwrap();
+        assert_eq!(again.hash(), corpus.hash());
+        assert_eq!(again.manifest().unwrap(), manifest);
+        for index in 0..9 {
+            let batch = |corpus: &Corpus| {
+                let batch = corpus.batch(5, index, 4, 64).unwrap();
+                (batch.input_ids, batch.mask, batch.examples)
+            };
+            assert_eq!(batch(&again), batch(&corpus));
+        }
+        let refused = |part: &str| {
+            let said = replayed
+                .open(folder.path(), &plain)
+                .err()
+                .unwrap()
+                .to_string();
+            assert!(said.contains("data.json") && said.contains(part), "{said}");
+        };
+        std::fs::write(at("eval.jsonl"), stories::to_jsonl(1, 2)).unwrap();
+        refused("eval.jsonl) has changed");
+        std::fs::write(at("eval.jsonl"), &first).unwrap();
+        stories::write_jsonl(&at("a.jsonl"), 1, 61).unwrap();
+        refused(&format!("{file}#1/2 has changed"));
+        stories::write_jsonl(&at("a.jsonl"), 1, 60).unwrap();
+        std::fs::write(
+            at("data.json"),
+            text.replace(&corpus.hash(), "0123456789abcdef"),
+        )
+        .unwrap();
+        refused("the chat template or the program has changed");
+        std::fs::write(at("data.json"), "[]").unwrap();
+        refused("no manifest of data");
+        let two = Mixture::of(&[named.parse().unwrap(), texts[0].clone()]).unwrap();
+        let said = two.open(folder.path(), &plain).err().unwrap().to_string();
+        assert!(said.contains("read alone"), "{said}");
     }
 }

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use super::decontaminate::Decontaminate;
 use super::text::{Mixture, Text};
-use crate::data::{Corpus, Packing, Preferences, Reading};
+use crate::data::{Corpus, Eos, Packing, Preferences, Reading};
 use crate::train::stage::dpo::DpoConfig;
 use crate::{Error, Result};
 
@@ -23,6 +24,12 @@ pub struct Data {
     pub preferences: Option<Text>,
     #[serde(default)]
     pub packing: Packing,
+    /// Of all texts.
+    #[serde(default)]
+    pub eos: Eos,
+    /// Of the training text.
+    #[serde(default)]
+    pub decontaminate: Option<Decontaminate>,
 }
 
 impl Data {
@@ -49,6 +56,7 @@ impl Data {
             .iter_mut()
             .for_each(|text| text.settle(folder));
         (self.preferences.iter_mut()).for_each(|text| text.settle(folder));
+        (self.decontaminate.iter_mut()).for_each(|against| against.settle(folder));
     }
 
     /// # Errors
@@ -93,14 +101,12 @@ impl Texts {
         reading: &Reading,
     ) -> Result<Self> {
         let held_out = |text: &Mixture| {
-            let packing = Packing::Documents;
-            text.open(
-                made,
-                &Reading {
-                    packing,
-                    ..*reading
-                },
-            )
+            let held_out = Reading {
+                packing: Packing::Documents,
+                decontaminate: None,
+                ..*reading
+            };
+            text.open(made, &held_out)
         };
         let pairs = dpo.zip(data.preferences.as_ref()).map(|(dpo, text)| {
             let (prompt, length) = (dpo.max_prompt, dpo.max_length);

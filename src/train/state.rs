@@ -12,6 +12,8 @@ use crate::{Error, Result};
 
 const STATE: &str = "state.safetensors";
 const METRICS: &str = "metrics.jsonl";
+/// What it learned from.
+const MANIFEST: &str = "data.json";
 
 pub(super) struct Run {
     pub folder: PathBuf,
@@ -110,6 +112,11 @@ impl Run {
         let metrics = result.join(METRICS);
         fs::copy(self.folder.join(METRICS), &metrics)
             .map_err(Error::io("cannot write", &metrics))?;
+        if let Some(manifest) = stage.data().manifest() {
+            let text =
+                serde_json::to_string_pretty(&manifest).expect("names and numbers serialise");
+            checkpoint::write_atomic(&result.join(MANIFEST), text.as_bytes())?;
+        }
         checkpoint::replace_folder(&result, &options.out, options.force)?;
         fs::remove_dir_all(&self.folder).map_err(Error::io("cannot remove", &self.folder))?;
         Ok(self.metrics)
