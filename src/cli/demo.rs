@@ -15,7 +15,7 @@ use crate::eval::kl::{self, KlReport};
 use crate::eval::recall::{RecallReport, recall};
 use crate::generate::{Engine, Generation, SamplingParams};
 use crate::model::Lm;
-use crate::pipeline::{self, Base, Outcome, Recipe, StageResult, Surroundings, embedded};
+use crate::pipeline::{self, Base, Outcome, Recipe, StageResult, Surroundings, Text, embedded};
 use crate::{Error, Result};
 
 /// Calibration, ILD bank, hybrid, KD, evaluation, side-by-side text, HTML report: recipes/demo.toml.
@@ -142,8 +142,12 @@ fn published(base: &Base, recipe: &Recipe, with: &Surroundings) -> Result<KlRepo
     let lm = base.compose(&student, &init, with.watch)?.lm(&base.place)?;
     let (seed, count) = HELD_OUT;
     let text = with.out.join(format!("stories-{seed}-{count}.jsonl"));
-    let text = [text.display().to_string().parse()?];
-    let corpus = data::corpus(&text, &base.tokenizer, Packing::Documents, with.watch)?;
+    let corpus = data::corpus(
+        &[Text::of(&text)],
+        &base.tokenizer,
+        Packing::Documents,
+        with.watch,
+    )?;
     let eval = &recipe.eval;
     kl::evaluate(
         &base.lm()?,

@@ -219,7 +219,8 @@ impl Batches for Corpus {
                 self.tokens()
             )));
         }
-        check_count(windows)
+        // Numbers are of all windows that there are.
+        check_count(shares.windows.iter().sum())
     }
 
     fn examples(&self, len: usize) -> usize {

@@ -21,7 +21,7 @@ pub(super) fn check_count(examples: usize) -> Result<()> {
     match u32::try_from(examples) {
         Ok(_) => Ok(()),
         Err(_) => Err(Error::invalid(format!(
-            "the data has {examples} examples, and an epoch has at most 2^32: raise --seq-len"
+            "the data has {examples} examples, and at most 2^32 are ordered: raise --seq-len"
         ))),
     }
 }

@@ -46,6 +46,16 @@ struct Part {
 }
 
 impl Text {
+    /// All of a file.
+    pub fn of(path: &Path) -> Self {
+        Self {
+            source: Source::File(path.to_owned()),
+            part: None,
+            weight: None,
+            tokens: None,
+        }
+    }
+
     /// The file that must be there.
     pub fn source(&self) -> Option<&Path> {
         match &self.source {
@@ -148,12 +158,7 @@ impl Text {
 impl FromStr for Text {
     type Err = Error;
     fn from_str(text: &str) -> Result<Self> {
-        let mut found = Self {
-            source: Source::File(text.into()),
-            part: None,
-            weight: None,
-            tokens: None,
-        };
+        let mut found = Self::of(Path::new(text));
         let mut name = text;
         while !Path::new(name).is_file()
             && let Some((before, said)) = name.rsplit_once('#')
