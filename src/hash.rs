@@ -23,6 +23,17 @@ impl Hash {
         text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     }
 
+    /// What a hash printed.
+    pub fn parse(text: &str) -> Option<Self> {
+        let bits = u64::from_str_radix(text, 16).ok()?;
+        Self::is_name(text).then_some(Hash(bits))
+    }
+
+    /// As a number.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
     pub fn with(self, bytes: &[u8]) -> Self {
         Hash(bytes.iter().fold(self.0, |hash, &byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
@@ -52,6 +63,8 @@ mod tests {
         assert_eq!(Hash::of(b"a").to_string(), "af63dc4c8601ec8c");
         assert_eq!(Hash::of(b"foobar").to_string(), "85944171f73967e8");
         assert!(Hash::is_name("85944171f73967e8") && !Hash::is_name("85944171f73967E8"));
+        assert_eq!(Hash::parse("85944171f73967e8"), Some(Hash::of(b"foobar")));
+        assert_eq!(Hash::parse("5944171f73967e8"), None);
         assert_eq!(Hash::new().with(b"foo").with(b"bar"), Hash::of(b"foobar"));
     }
 }

@@ -20,6 +20,7 @@
 //! | 8 | [`gguf`] | a GGUF file: the container, its tokenizer |
 //! | 9 | [`op`] | one folder per kernel: public function, plain version, CPU kernel, tests |
 //! | 10 | [`numerics`] | what results that are kept depend on besides their inputs |
+//! | 10 | [`atomic`] | files that appear whole or not at all |
 //! | 10 | [`mapped`] | files seen as memory |
 //! | 10 | [`watch`] | progress of long work, and the wish to stop it |
 //! | 11 | [`error`], [`hash`] | the error type; content hashes for resume checks |
@@ -49,6 +50,7 @@
 //! head dim, `N` Mamba2 state dim, `C` convolution channels, `R` latent rank, `L` layers. Suffixes
 //! carry them: `x_BTD`-like shapes are written in comments as `[B, T, D]`.
 
+pub mod atomic;
 pub mod checkpoint;
 pub mod cli;
 pub mod convert;

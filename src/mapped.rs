@@ -22,3 +22,13 @@ pub fn map(path: &Path) -> Result<Mmap> {
     let map = unsafe { Mmap::map(&file) };
     map.map_err(Error::io("cannot map", path))
 }
+
+/// Pages that were looked at count as this process's memory no more; they are read again when they are looked at again.
+pub fn release(map: &Mmap) {
+    // SAFETY: the map is read-only and of a file, so pages that are dropped come back with the same bytes.
+    #[cfg(unix)]
+    #[allow(unsafe_code)]
+    let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    #[cfg(not(unix))]
+    let _ = map;
+}

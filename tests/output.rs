@@ -49,6 +49,8 @@ const COMMANDS: &str = "
     select --scores damages.json --method budget --kv-bytes 64
     select --scores damages.json --method budget --kv-bytes 64 --json
     stories OUT --count 2
+    data stories/stories.jsonl --tokenizer teacher --seq-len 64
+    data stories:1:9#weight=2 stories:2:9#weight=1#tokens=400 --tokenizer teacher --seq-len 64 --decontaminate lambada_openai --data-dir data --json
     eval kl --teacher teacher --student hybrid --data stories/stories.jsonl --seq-len 64 --batch-size 4
     eval kl --teacher teacher --student hybrid --data stories/stories.jsonl --seq-len 64 --batch-size 4 --json
     eval recall teacher --count 2
@@ -78,6 +80,8 @@ const COMMANDS: &str = "
     quantize teacher OUT.gguf --type q4_0 --validation stories/stories.jsonl --seq-len 64 --json
     bench train teacher --mla 1 --kv-rank 16 --rope-dim 8 --batch-size 1 --seq-len 32 --steps 1 --warmup 0
     bench train teacher --mla 1 --kv-rank 16 --rope-dim 8 --batch-size 1 --seq-len 32 --steps 1 --warmup 0 --json
+    bench data stories/stories.jsonl --tokenizer teacher --seq-len 64 --batches 3
+    bench data stories/stories.jsonl --tokenizer teacher --seq-len 64 --batches 3 --json
     bench decode teacher --depths 0,40 --tokens 2 --repeat 1
     bench prefill teacher --lengths 40 --repeat 1 --json
     bench batch teacher --batches 1,3 --tokens 2 --repeat 1 --cache-type int8

@@ -16,7 +16,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors, View};
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::atomic::write_atomic_with;
+use crate::atomic::write_atomic_with;
 use crate::mapped::map;
 use crate::op::linear::{Matrix, Storage, Stored};
 use crate::{Error, Result};

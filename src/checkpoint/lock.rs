@@ -5,8 +5,8 @@ use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use super::atomic::parent;
 use super::output::check_output;
+use crate::atomic::parent;
 use crate::{Error, Result};
 
 /// An output that is ours until this is dropped.

@@ -17,7 +17,6 @@ use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 mod amd;
-mod atomic;
 mod bank;
 mod card;
 mod family;
@@ -33,7 +32,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use atomic::write_atomic;
+pub use crate::atomic::write_atomic;
 pub use bank::Bank;
 pub use card::measured;
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};

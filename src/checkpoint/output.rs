@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::atomic::{parent, private};
 use super::bank;
 use super::files::INDEX;
 use super::provenance::{CARD, RECORD};
+use crate::atomic::{parent, private};
 use crate::gguf::Gguf;
 use crate::{Error, Result};
 
@@ -113,6 +113,7 @@ fn written_here(file: &Path) -> bool {
         "metrics.jsonl",
         "layers.safetensors",
         EVENTS,
+        "data.json",
         INDEX,
         bank::INDEX,
         RECORD,

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use super::atomic::{parent, private, sync_folder};
 use super::output::replaceable;
+use crate::atomic::{parent, private, sync_folder};
 use crate::{Error, Result};
 
 /// Moves `folder`, on the disk to its last byte, to `out`. What stood there (only with `force`) is exchanged for it

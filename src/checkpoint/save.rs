@@ -6,12 +6,12 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::atomic::{parent, private, usual, write_atomic};
 use super::family;
 use super::files::{INDEX, bytes_of, write_matrices};
 use super::output::{COMPANIONS, check_output};
 use super::provenance::Provenance;
 use super::{Format, amd, card, gguf, replace};
+use crate::atomic::{parent, private, usual, write_atomic};
 use crate::gguf::Gguf;
 use crate::model::ModelConfig;
 use crate::op::linear::Matrix;

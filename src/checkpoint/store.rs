@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::atomic::write_atomic;
 use super::files::{read_tensors_with_metadata, write_tensors};
+use crate::atomic::write_atomic;
 use crate::hash::Hash;
 use crate::numerics;
 use crate::{Error, Result};

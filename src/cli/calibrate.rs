@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::arg::cache;
 use super::arg::device::DeviceArg;
+use super::arg::{cache, data};
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::convert::{CalibrationConfig, calibrate};
-use crate::data::{Corpus, Packing};
-use crate::pipeline::Base;
+use crate::data::Packing;
+use crate::pipeline::{Base, Text};
 
 /// Stream a text through the teacher and keep statistics of every layer: covariance of what its mixer
 /// reads, energies of queries and keys by head and frequency, size of what it writes. Kept by content in
@@ -21,8 +21,9 @@ use crate::pipeline::Base;
 pub struct Args {
     /// Llama checkpoint folder.
     teacher: PathBuf,
-    /// A file of texts (train kd --help says in what forms).
-    data: PathBuf,
+    /// Texts (train kd --help says in what forms).
+    #[arg(value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     #[command(flatten)]
     config: CalibrationConfig,
     #[command(flatten)]
@@ -34,8 +35,8 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let base = Base::open(&args.teacher, args.device.place()?)?;
-    let corpus = Corpus::load(&args.data, &base.tokenizer, Packing::Documents)?;
     let watch = Progress::default();
+    let corpus = data::corpus(&args.data, &base.tokenizer, Packing::Documents, &watch)?;
     let (parts, place, folder) = (&base.parts, &base.place, cache::folder());
     let found = calibrate(parts, place, &corpus, &args.config, &folder, &watch)?;
     drop(watch);

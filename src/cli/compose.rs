@@ -67,14 +67,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let watch = Progress::default();
     let calibration = match args.bank.is_some() {
         true => args.init.calibration_if_named(&base, &watch)?,
-        false => args.init.calibration(&base, None, &watch)?,
+        false => args.init.calibration(&base, &[], &watch)?,
     };
     let init = args.init.init(&calibration, true, args.seed);
     let bank = args.bank.as_ref().map(|folder| Bank::open(folder));
     let bank = bank.transpose()?;
     let source = bank.as_ref().map_or(Source::Teacher, Source::Bank);
     let composed = hybrid(&base, &args.plan, &init, &source, &watch)?;
-    let record = recorded(&base, &args.plan, &source, args.init.birth(&init, None))?;
+    let record = recorded(&base, &args.plan, &source, args.init.birth(&init, &[]))?;
     checkpoint::save(
         &args.out,
         args.format,

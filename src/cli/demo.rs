@@ -4,17 +4,18 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use super::arg::device::DeviceArg;
+use super::arg::{cache, data};
 use super::run::{SAVE_EVERY, page, rows};
 use super::show::{Progress, print, table, thousands};
 use crate::checkpoint::{self, Checkpoint};
 use crate::convert::Init;
 use crate::data::stories::{Story, StoryGenerator};
-use crate::data::{Corpus, Packing, Tokenizer};
+use crate::data::{Packing, Tokenizer};
 use crate::eval::kl::{self, KlReport};
 use crate::eval::recall::{RecallReport, recall};
 use crate::generate::{Engine, Generation, SamplingParams};
 use crate::model::Lm;
-use crate::pipeline::{self, Base, Outcome, Recipe, StageResult, Surroundings, embedded};
+use crate::pipeline::{self, Base, Outcome, Recipe, StageResult, Surroundings, Text, embedded};
 use crate::{Error, Result};
 
 /// Calibration, ILD bank, hybrid, KD, evaluation, side-by-side text, HTML report: recipes/demo.toml.
@@ -72,6 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         out,
         place: args.device.place()?,
         save_every: args.save_every,
+        cache: &cache::folder(),
         watch: &watch,
     };
     let outcome = pipeline::run(&recipe, &with)?;
@@ -140,7 +142,12 @@ fn published(base: &Base, recipe: &Recipe, with: &Surroundings) -> Result<KlRepo
     let lm = base.compose(&student, &init, with.watch)?.lm(&base.place)?;
     let (seed, count) = HELD_OUT;
     let text = with.out.join(format!("stories-{seed}-{count}.jsonl"));
-    let corpus = Corpus::load(&text, &base.tokenizer, Packing::Documents)?;
+    let corpus = data::corpus(
+        &[Text::of(&text)],
+        &base.tokenizer,
+        Packing::Documents,
+        with.watch,
+    )?;
     let eval = &recipe.eval;
     kl::evaluate(
         &base.lm()?,

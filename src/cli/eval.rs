@@ -2,14 +2,16 @@
 
 use std::path::PathBuf;
 
+use super::arg::data;
 use super::arg::device::DeviceArg;
 use super::positive;
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::stories::StoryGenerator;
-use crate::data::{Batches, Corpus, Packing, Tokenizer};
+use crate::data::{Batches, Packing, Tokenizer};
 use crate::eval::kl;
 use crate::eval::recall::recall;
+use crate::pipeline::Text;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Eval {
@@ -38,9 +40,9 @@ pub struct KlArgs {
     /// Checkpoint folder of the student.
     #[arg(long)]
     student: PathBuf,
-    /// A file of texts (train kd --help says in what forms).
-    #[arg(long)]
-    data: PathBuf,
+    /// Texts (train kd --help says in what forms).
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Tokens a window.
     #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
@@ -115,9 +117,9 @@ fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     );
     let tokenizer = Tokenizer::open(&args.teacher)?;
     tokenizer.check(teacher.config.vocab_size)?;
-    let corpus = Corpus::load(&args.data, &tokenizer, args.packing)?;
-    corpus.check(1, args.seq_len)?;
     let watch = Progress::default();
+    let corpus = data::corpus(&args.data, &tokenizer, args.packing, &watch)?;
+    corpus.check(1, args.seq_len)?;
     let report = kl::evaluate(
         &teacher.model(&place)?,
         &student.model(&place)?,

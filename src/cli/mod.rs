@@ -16,6 +16,7 @@ pub mod bench;
 pub mod calibrate;
 pub mod chat;
 pub mod compose;
+pub mod data;
 pub mod demo;
 pub mod eval;
 pub mod export;
@@ -71,6 +72,8 @@ pub enum Command {
     Plan(plan::Args),
     /// Make a hybrid from a Llama checkpoint (or from an ILD bank's layers).
     Compose(compose::Args),
+    /// Tokenise texts, and say what a corpus is made of.
+    Data(data::Args),
     /// Keep statistics of the teacher's layers on a text, for the refined initialisation.
     Calibrate(calibrate::Args),
     /// Train a hybrid: ILD, KD (end to end or stepwise), preference optimisation.
@@ -139,6 +142,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Run(args) => run::run(args)?,
         Command::Plan(args) => plan::run(args)?,
         Command::Compose(args) => compose::run(args)?,
+        Command::Data(args) => data::run(args)?,
         Command::Calibrate(args) => calibrate::run(args)?,
         Command::Train(args) => train::run(args)?,
         Command::Pretrain(args) => pretrain::run(args)?,

@@ -1,14 +1,15 @@
 //! `zebroid pretrain`: a small Llama from scratch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::show::Progress;
 use super::train::{TrainArgs, TrainRun};
-use crate::checkpoint::{Input, Provenance};
-use crate::data::{Batches, Corpus, Tokenizer};
+use crate::checkpoint::Provenance;
+use crate::data::Tokenizer;
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig};
+use crate::pipeline::Text;
 use crate::train::stage::pretrain::Pretrain;
 use crate::train::{Sources, Stage};
 
@@ -19,9 +20,9 @@ use crate::train::{Sources, Stage};
 pub struct Args {
     /// Folder of the result (a Hugging Face Llama checkpoint); must not exist.
     out: PathBuf,
-    /// A file of texts (train kd --help says in what forms).
-    #[arg(long)]
-    data: PathBuf,
+    /// Texts (train kd --help says in what forms).
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Folder with tokenizer.json.
     #[arg(long)]
     tokenizer: PathBuf,
@@ -51,7 +52,11 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (settings, _lock) = (args.train).claim(&args.out, &[&args.tokenizer, &args.data])?;
+    let tokenizer = [args.tokenizer.as_path()].into_iter();
+    let inputs: Vec<&Path> = tokenizer
+        .chain(args.data.iter().filter_map(Text::source))
+        .collect();
+    let (settings, _lock) = args.train.claim(&args.out, &inputs)?;
     let tokenizer = Tokenizer::open(&args.tokenizer)?;
     let attention = AttentionConfig::new(
         args.num_heads,
@@ -79,7 +84,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         converted: None,
     };
     let place = args.train.device.place()?;
-    let corpus = Corpus::load(&args.data, &tokenizer, args.train.packing)?;
+    let watch = Progress::default();
+    let corpus = args.train.data.corpus(&args.data, &tokenizer, &watch)?;
     let pretrain = Pretrain::new(&config, settings.seed, &place)?;
     let stage = Stage::Pretrain(pretrain, &corpus);
     let run = TrainRun {
@@ -90,9 +96,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         teacher: None,
         sources: Sources {
             record: Provenance::default(),
-            inputs: vec![Input::file("data", &args.data, Some(corpus.hash()))],
+            inputs: vec![Text::input("data", &args.data, &corpus)],
         },
     };
-    (args.train).finish(run, stage.into(), Progress::default())?;
+    args.train.finish(run, stage.into(), watch)?;
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::arg::data;
 use super::positive;
 use super::show::{Progress, bytes, check_file, print, print_json, table, thousands};
 use crate::checkpoint::{self, Checkpoint, save_gguf, write_atomic};
@@ -12,6 +13,7 @@ use crate::data::{Batches, Corpus, Packing, Tokenizer};
 use crate::eval::kl::{self, KlReport};
 use crate::op::blocks::BlockType;
 use crate::op::linear::{Matrix, Storage};
+use crate::pipeline::Text;
 use crate::watch::Watch;
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -31,8 +33,8 @@ pub struct Args {
     #[arg(long = "type", value_name = "TYPE")]
     kind: BlockType,
     /// Texts that say what an error in each weight is worth.
-    #[arg(long)]
-    calibration: Option<PathBuf>,
+    #[arg(long, value_name = "TEXT")]
+    calibration: Vec<Text>,
     /// Tokens of it that are read.
     #[arg(long, value_parser = positive, value_name = "TOKENS", default_value_t = 65_536)]
     calibration_tokens: usize,
@@ -40,8 +42,8 @@ pub struct Args {
     #[arg(long, requires = "calibration")]
     save_importance: Option<PathBuf>,
     /// Texts that the result is measured on [default: not measured].
-    #[arg(long)]
-    validation: Option<PathBuf>,
+    #[arg(long, value_name = "TEXT")]
+    validation: Vec<Text>,
     /// Tokens per window of either text.
     #[arg(long, value_parser = positive, default_value_t = 256)]
     seq_len: usize,
@@ -61,12 +63,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let wanted = "quantised models are written as GGUF: give a name that ends in .gguf";
         return Err(Error::file(&args.out, wanted).into());
     }
-    let inputs = [
-        Some(&args.checkpoint),
-        args.calibration.as_ref(),
-        args.validation.as_ref(),
-    ];
-    let inputs: Vec<&Path> = inputs.into_iter().flatten().map(|p| p.as_path()).collect();
+    let texts = args.calibration.iter().chain(&args.validation);
+    let texts = texts.filter_map(Text::source);
+    let inputs: Vec<&Path> = [args.checkpoint.as_path()]
+        .into_iter()
+        .chain(texts)
+        .collect();
     let _lock = checkpoint::claim(&args.out, args.force, &inputs)?;
     args.save_importance
         .iter()
@@ -76,14 +78,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     tokenizer.check(source.config.vocab_size)?;
     let parts = source.parts()?;
     check(args.kind, &parts)?;
-    let text = |path: &Option<PathBuf>| -> Result<Option<Corpus>> {
-        let Some(path) = path else { return Ok(None) };
-        let corpus = Corpus::load(path, &tokenizer, Packing::Documents)?;
+    let watch = Progress::default();
+    let text = |texts: &[Text]| -> Result<Option<Corpus>> {
+        if texts.is_empty() {
+            return Ok(None);
+        }
+        let corpus = data::corpus(texts, &tokenizer, Packing::Documents, &watch)?;
         corpus.check(1, args.seq_len)?;
         Ok(Some(corpus))
     };
     let (calibration, validation) = (text(&args.calibration)?, text(&args.validation)?);
-    let watch = Progress::default();
     let worth = match &calibration {
         Some(text) => importance(&parts, text, args.calibration_tokens, args.seq_len, &watch)?,
         None => Importance::default(),

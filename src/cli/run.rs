@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use super::arg::cache;
 use super::arg::device::DeviceArg;
 use super::plan::{as_json, as_table};
 use super::show::{Progress, print, print_json, table};
 use crate::checkpoint::{self, Checkpoint};
 use crate::mixer::LayerKind;
-use crate::pipeline::{self, Outcome, Recipe, Surroundings, Teacher, Text, Variant};
+use crate::pipeline::{self, Mixture, Outcome, Recipe, Surroundings, Teacher, Text, Variant};
 use crate::report::{Report, Series};
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -34,12 +35,12 @@ pub struct Args {
     /// The teacher of KD stages that name one of their own.
     #[arg(long)]
     kd_teacher: Option<PathBuf>,
-    /// Training text, instead of the recipe's.
-    #[arg(long)]
-    train: Option<Text>,
+    /// Training text, instead of the recipe's; may be given again (train kd --help says how texts are mixed).
+    #[arg(long, value_name = "TEXT")]
+    train: Vec<Text>,
     /// Held-out text, instead of the recipe's.
-    #[arg(long)]
-    validation: Option<Text>,
+    #[arg(long, value_name = "TEXT")]
+    validation: Vec<Text>,
     /// Preference pairs, instead of the recipe's.
     #[arg(long)]
     preferences: Option<Text>,
@@ -66,21 +67,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .out
         .clone()
         .unwrap_or_else(|| Path::new("runs").join(name));
+    let (cache, watch) = (cache::folder(), Progress::default());
     if args.plan {
-        return show_plans(&variants, &out, args.json);
+        show_plans(&variants, args.json)?;
+        return Ok(check(&variants, &out, &cache, &watch)?);
     }
     let _lock = checkpoint::lock(&out)?;
     // A mistake in the last variant is found before the first is made.
     if variants.len() > 1 {
-        for variant in &variants {
-            pipeline::check(&variant.recipe, &out).map_err(|e| labelled(variant, e))?;
-        }
+        check(&variants, &out, &cache, &watch)?;
     }
-    let watch = Progress::default();
     let surroundings = Surroundings {
         out: &out,
         place: args.device.place()?,
         save_every: args.save_every,
+        cache: &cache,
         watch: &watch,
     };
     let mut outcomes = Vec::new();
@@ -147,11 +148,13 @@ fn variants(args: &Args) -> Result<Vec<Variant>> {
             }
         }
         let data = &mut recipe.data;
-        if let Some(text) = &args.train {
-            data.train = text.clone();
-        }
-        if let Some(text) = &args.validation {
-            data.validation = text.clone();
+        for (texts, of) in [
+            (&args.train, &mut data.train),
+            (&args.validation, &mut data.validation),
+        ] {
+            if let Some(mixture) = Mixture::of(texts) {
+                *of = mixture;
+            }
         }
         if let Some(text) = &args.preferences {
             data.preferences = Some(text.clone());
@@ -163,8 +166,8 @@ fn variants(args: &Args) -> Result<Vec<Variant>> {
 /// Unless said otherwise.
 pub const SAVE_EVERY: u64 = 100;
 
-/// What would be done, and then whether it can be.
-fn show_plans(variants: &[Variant], out: &Path, json: bool) -> anyhow::Result<()> {
+/// What would be done.
+fn show_plans(variants: &[Variant], json: bool) -> anyhow::Result<()> {
     let mut plans = Vec::new();
     for variant in variants {
         let plan = show_plan(variant, json).map_err(|e| labelled(variant, e))?;
@@ -175,10 +178,14 @@ fn show_plans(variants: &[Variant], out: &Path, json: bool) -> anyhow::Result<()
         [plan] => print_json(plan)?,
         plans => print_json(&plans)?,
     }
-    for variant in variants {
-        pipeline::check(&variant.recipe, out).map_err(|e| labelled(variant, e))?;
-    }
     Ok(())
+}
+
+/// Whether what is planned can be done.
+fn check(variants: &[Variant], out: &Path, cache: &Path, watch: &dyn Watch) -> Result<()> {
+    variants.iter().try_for_each(|variant| {
+        pipeline::check(&variant.recipe, out, cache, watch).map_err(|e| labelled(variant, e))
+    })
 }
 
 /// Prints a plan, or gives it as JSON.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::arg::data;
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
 use super::positive;
@@ -15,7 +16,7 @@ use crate::data::{Batches, Corpus, Packing};
 use crate::eval::sensitivity::Score;
 use crate::mixer::{Cost, LayerKind};
 use crate::pipeline::stage::select::{Budget, Candidates, Damages, Places, SelectStage, fitting};
-use crate::pipeline::{Base, CANDIDATES};
+use crate::pipeline::{Base, CANDIDATES, Text};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -36,8 +37,8 @@ pub struct Args {
     #[arg(long)]
     bank: Option<PathBuf>,
     /// Texts to score on.
-    #[arg(long, required_unless_present = "scores")]
-    data: Option<PathBuf>,
+    #[arg(long, value_name = "TEXT", required_unless_present = "scores")]
+    data: Vec<Text>,
     /// Scores that an earlier call saved, instead of scoring.
     #[arg(long, conflicts_with_all = ["teacher", "bank", "data"])]
     scores: Option<PathBuf>,
@@ -190,13 +191,12 @@ fn read(path: &Path) -> Result<Saved> {
     })
 }
 
-fn open(args: &Args) -> Result<(Base, Corpus)> {
+fn open(args: &Args, watch: &dyn Watch) -> Result<(Base, Corpus)> {
     let base = Base::open(
         needed(args.teacher.as_ref(), "--teacher")?,
         args.device.place()?,
     )?;
-    let data = needed(args.data.as_ref(), "--data")?;
-    let corpus = Corpus::load(data, &base.tokenizer, Packing::Documents)?;
+    let corpus = data::corpus(&args.data, &base.tokenizer, Packing::Documents, watch)?;
     corpus.check(1, args.seq_len)?;
     Ok((base, corpus))
 }
@@ -212,14 +212,14 @@ fn bank(args: &Args) -> Result<Option<Bank>> {
 
 fn score(args: &Args, watch: &dyn Watch) -> Result<Places> {
     let bank = needed(bank(args)?, "--bank")?;
-    let (base, corpus) = open(args)?;
+    let (base, corpus) = open(args, watch)?;
     args.select
         .scores(&base, &bank, (&corpus, args.seq_len), watch)
 }
 
 fn measure(args: &Args, watch: &dyn Watch) -> Result<Damages> {
     let (bank, select) = (bank(args)?, &args.select);
-    let (base, corpus) = open(args)?;
+    let (base, corpus) = open(args, watch)?;
     let text = (&corpus, args.seq_len);
     if let Some(bank) = &bank {
         return select.damages(&base, &Candidates::Bank(bank), text, watch);
@@ -227,7 +227,7 @@ fn measure(args: &Args, watch: &dyn Watch) -> Result<Damages> {
     // Sizes are refused before the text for the initialisation is read.
     let (length, budget) = (select.length(base.config()), Budget::default());
     fitting(base.config(), &args.plan, select.born(), length, budget)?;
-    let calibration = args.init.calibration(&base, None, watch)?;
+    let calibration = args.init.calibration(&base, &[], watch)?;
     let init = args.init.init(&calibration, false, 0);
     let candidates = Candidates::Born {
         options: &args.plan,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::positive;
 use super::show::print;
-use crate::checkpoint::{self, check_output};
+use crate::checkpoint::check_output;
 use crate::data::stories;
 use crate::{Error, Result};
 
@@ -33,6 +33,5 @@ fn write(args: &Args) -> Result<()> {
     std::fs::create_dir_all(&args.out).map_err(Error::io("cannot create", &args.out))?;
     stories::write_tokenizer(&args.out)?;
     stories::write_jsonl(&args.out.join("stories.jsonl"), args.seed, args.count)?;
-    let pairs = stories::preferences_to_jsonl(args.seed, args.count);
-    checkpoint::write_atomic(&args.out.join("preferences.jsonl"), pairs.as_bytes())
+    stories::write_preferences(&args.out.join("preferences.jsonl"), args.seed, args.count)
 }

@@ -4,12 +4,13 @@ use std::cell::RefCell;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use super::arg::data::DataArgs;
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
 use super::show::{Progress, command_line, note, print_line};
 use crate::checkpoint::{self, Checkpoint, Input};
 use crate::convert::PlanOptions;
-use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
+use crate::data::{Batches, Corpus, Preferences, Tokenizer};
 use crate::eval::kl;
 use crate::mixer::LayerKind;
 use crate::model::Lm;
@@ -18,7 +19,7 @@ use crate::pipeline::stage::dpo::DpoStage;
 use crate::pipeline::stage::ild::{IldStage, IldTarget};
 use crate::pipeline::stage::kd::KdStage;
 use crate::pipeline::stage::training::{start_training, tell_step};
-use crate::pipeline::{Base, CANDIDATES};
+use crate::pipeline::{Base, CANDIDATES, Text};
 use crate::train::stage::dpo::DpoConfig;
 use crate::train::stage::ild::IldConfig;
 use crate::train::stage::kd::KdConfig;
@@ -59,9 +60,11 @@ struct IldArgs {
     #[arg(long)]
     student: Option<PathBuf>,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
-    /// template), or .txt (one text); .gz and .zst are unpacked.
-    #[arg(long)]
-    data: PathBuf,
+    /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
+    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
+    /// program, manifest:FILE is what an earlier run learned from (its data.json).
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Folder of the result, a bank (a folder a candidate) or with --student a checkpoint; must not exist.
     out: PathBuf,
     #[command(flatten, next_help_heading = "ILD")]
@@ -106,9 +109,11 @@ struct KdArgs {
     #[arg(long)]
     student: PathBuf,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
-    /// template), or .txt (one text); .gz and .zst are unpacked.
-    #[arg(long)]
-    data: PathBuf,
+    /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
+    /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
+    /// program, manifest:FILE is what an earlier run learned from (its data.json).
+    #[arg(long, value_name = "TEXT", required = true)]
+    data: Vec<Text>,
     /// Folder of the result, a checkpoint; must not exist.
     out: PathBuf,
     #[command(flatten, next_help_heading = "KD")]
@@ -140,12 +145,11 @@ struct DpoArgs {
 pub struct TrainArgs {
     #[command(flatten)]
     pub settings: TrainSettings,
-    /// documents: attention, convolution and state stop at document borders; stream: they do not.
-    #[arg(long, value_enum, default_value = "documents")]
-    pub packing: Packing,
+    #[command(flatten)]
+    pub data: DataArgs,
     /// Held-out text to measure the student on while it learns (KL to the teacher, and agreement).
-    #[arg(long)]
-    pub validation: Option<PathBuf>,
+    #[arg(long, value_name = "TEXT")]
+    pub validation: Vec<Text>,
     /// Steps between these measurements.
     #[arg(long, default_value_t = 50)]
     pub eval_every: u64,
@@ -195,16 +199,16 @@ impl TrainArgs {
             mut sources,
             ..
         } = run;
-        let held_out = match (&self.validation, run.teacher) {
-            (None, _) => None,
-            (Some(path), Some(base)) => {
-                let corpus = Corpus::load(path, &base.tokenizer, Packing::Documents)?;
+        let held_out = match (&self.validation[..], run.teacher) {
+            ([], _) => None,
+            (texts, Some(base)) => {
+                let corpus = self.data.held_out(texts, &base.tokenizer, &watch)?;
                 corpus.check(1, config.seq_len)?;
-                let text = Input::file("validation", path, Some(corpus.hash()));
+                let text = Text::input("validation", texts, &corpus);
                 sources.inputs.push(text);
                 Some((base.lm()?, corpus))
             }
-            (Some(_), None) => {
+            (_, None) => {
                 return Err(Error::invalid(
                     "--validation compares with a teacher, which this stage has not",
                 ));
@@ -287,22 +291,25 @@ fn open(
     args: &TrainArgs,
     config: &TrainConfig,
     teacher: &Path,
-    data: &Path,
+    texts: &[Text],
+    watch: &dyn Watch,
 ) -> Result<(Base, Corpus)> {
     let base = Base::open(teacher, args.device.place()?)?;
-    let corpus = Corpus::load(data, &base.tokenizer, args.packing)?;
+    let corpus = args.data.corpus(texts, &base.tokenizer, watch)?;
     corpus.check(config.batch_size, config.seq_len)?;
     config.steps(corpus.windows(config.seq_len))?;
     Ok((base, corpus))
 }
 
 fn ild(args: &IldArgs) -> Result<()> {
-    let data = args.data.as_path();
     let student = args.student.iter().map(PathBuf::as_path);
-    let inputs: Vec<&Path> = student.chain([args.teacher.as_path(), data]).collect();
+    let models = student.chain([args.teacher.as_path()]);
+    let inputs: Vec<&Path> = models
+        .chain(args.data.iter().filter_map(Text::source))
+        .collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, text) = open(&args.train, &config, &args.teacher, data)?;
+    let (base, text) = open(&args.train, &config, &args.teacher, &args.data, &watch)?;
     let stage = IldStage {
         target: match args.student {
             Some(_) => IldTarget::Hybrid,
@@ -319,9 +326,9 @@ fn ild(args: &IldArgs) -> Result<()> {
             (vec![(None, student.parts()?)], student.provenance()?)
         }
         None => {
-            let calibration = args.init.calibration(&base, Some(data), &watch)?;
+            let calibration = args.init.calibration(&base, &args.data, &watch)?;
             let init = args.init.init(&calibration, false, config.seed);
-            let born = args.init.birth(&init, Some(data));
+            let born = args.init.birth(&init, &args.data);
             let record = recorded(&base, &args.plan, &Source::Teacher, born)?;
             (stage.bank(&base, &args.plan, &init, &watch)?, record)
         }
@@ -342,17 +349,19 @@ fn ild(args: &IldArgs) -> Result<()> {
         teacher: Some(&base),
         sources: Sources {
             record,
-            inputs: vec![base.input()?, Input::file("data", data, Some(text.hash()))],
+            inputs: vec![base.input()?, Text::input("data", &args.data, &text)],
         },
     };
     args.train.finish(run, training, watch)
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
-    let inputs = [&args.teacher, &args.student, &args.data].map(PathBuf::as_path);
+    let models = [&args.teacher, &args.student].map(PathBuf::as_path);
+    let texts = args.data.iter().filter_map(Text::source);
+    let inputs: Vec<&Path> = models.into_iter().chain(texts).collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, text) = open(&args.train, &config, &args.teacher, &args.data)?;
+    let (base, text) = open(&args.train, &config, &args.teacher, &args.data, &watch)?;
     let stage = KdStage {
         objective: args.kd,
         train: args.train.settings.clone(),
@@ -368,10 +377,7 @@ fn kd(args: &KdArgs) -> Result<()> {
         teacher: Some(&base),
         sources: Sources {
             record: student.provenance()?,
-            inputs: vec![
-                base.input()?,
-                Input::file("data", &args.data, Some(text.hash())),
-            ],
+            inputs: vec![base.input()?, Text::input("data", &args.data, &text)],
         },
     };
     args.train.finish(run, stage.into(), watch)
@@ -379,6 +385,7 @@ fn kd(args: &KdArgs) -> Result<()> {
 
 fn dpo(args: &DpoArgs) -> Result<()> {
     let student = args.student.as_path();
+    args.train.data.check_unused()?;
     let (config, _lock) = args.train.claim(&args.out, &[student, &args.data])?;
     let watch = Progress::default();
     let checkpoint = Checkpoint::open(student)?;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::gguf::{self, Gguf};
+use crate::hash::Hash;
 use crate::{Error, Result};
 
 /// Who says what.
@@ -90,6 +91,15 @@ impl ChatTemplate {
         template
             .map(Some)
             .map_err(|e| Error::file(&file, e.to_string()))
+    }
+
+    /// Hash of all that it is.
+    pub fn hash(&self) -> Hash {
+        let named = self.tokens.iter().flat_map(|(name, text)| [name, text]);
+        let parts = std::iter::once(&self.source).chain(named);
+        parts.fold(Hash::new(), |hash, part| {
+            hash.with(part.as_bytes()).with(&[0])
+        })
     }
 
     /// The text of a conversation, with the beginning of an answer behind it.

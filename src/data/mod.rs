@@ -1,15 +1,28 @@
 //! From files to batches: tokens, documents, packing.
 
+mod batch;
 pub mod chat;
-mod packing;
+mod corpus;
+mod manifest;
+mod mixture;
+mod ngrams;
+mod order;
 mod preferences;
 mod records;
+mod shard;
 pub mod stories;
 mod text;
+mod tokenize;
 mod tokenizer;
+mod tokens;
 
-pub use packing::{Batch, Batches, Corpus, Packing};
+pub use batch::{Batch, Batches};
+pub use corpus::Corpus;
+pub use manifest::{Listed, Manifest};
+pub use mixture::DataSet;
+pub use ngrams::{Decontamination, Ngrams};
 pub use preferences::{Preference, Preferences};
 pub use records::{Records, read_records};
 pub use text::{Text, texts};
+pub use tokenize::{Eos, Packing, Reading, file_hash};
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Tokenizer;
-use super::chat::ChatTemplate;
-use super::packing::{Batch, Batches, shuffled};
+use super::batch::{Batch, Batches};
+use super::order::{Shuffle, check_count};
 use super::records::Records;
-use super::text::{conversation, template_of};
+use super::text::{Reader, conversation};
 use crate::hash::Hash;
 use crate::op::Documents;
 use crate::{Error, Result};
@@ -32,10 +32,11 @@ struct Answer {
 }
 
 /// Tokenised pairs.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Preferences {
     /// `[chosen, rejected]`.
     pairs: Vec<[Answer; 2]>,
+    shuffle: Shuffle,
 }
 
 impl Preferences {
@@ -58,11 +59,11 @@ impl Preferences {
             )));
         }
         let mut records = Records::open(path, WANTED)?;
-        let (mut template, mut pairs) = (None, Vec::new());
+        let (reader, mut pairs) = (Reader::new(tokenizer), Vec::new());
         while let Some(record) = records.next().transpose()? {
             let pair = || -> Result<[Answer; 2]> {
                 let (line, templated) = match record["chosen"].is_array() {
-                    true => (templated(&record, tokenizer, &mut template)?, true),
+                    true => (templated(&record, &reader)?, true),
                     false => {
                         let line = serde_json::from_value(record.clone());
                         let line =
@@ -82,7 +83,10 @@ impl Preferences {
             };
             pairs.push({ pair }().map_err(|e| records.wrong(e.to_string()))?);
         }
-        Ok(Self { pairs })
+        Ok(Self {
+            pairs,
+            shuffle: Shuffle::default(),
+        })
     }
 
     /// Pairs.
@@ -123,11 +127,7 @@ impl Preferences {
 }
 
 /// Conversations as the template writes them: what both begin with, and how each ends.
-fn templated(
-    record: &Value,
-    tokenizer: &Tokenizer,
-    template: &mut Option<ChatTemplate>,
-) -> Result<Preference> {
+fn templated(record: &Value, reader: &Reader) -> Result<Preference> {
     let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
     let [prompt, mut chosen, mut rejected] = ["prompt", "chosen", "rejected"].map(list);
     for (name, messages) in [("chosen", &chosen), ("rejected", &rejected)] {
@@ -145,7 +145,7 @@ fn templated(
             rejected.split_off(same.min(rejected.len())),
         );
     }
-    let template = template_of(tokenizer, template)?;
+    let template = reader.template()?;
     let tools = &record["tools"];
     let prompt = template.render_json(&Value::from(asked.clone()), tools, true)?;
     let answer = |messages: Vec<Value>| {
@@ -203,7 +203,7 @@ impl Batches for Preferences {
                 "the data has {} pairs, a batch needs {rows}: give more data, or lower --batch-size",
                 self.pairs.len()
             ))),
-            false => Ok(()),
+            false => check_count(self.pairs.len()),
         }
     }
 
@@ -227,7 +227,10 @@ impl Batches for Preferences {
     /// `rows` pairs, twice as many rows.
     fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
         self.check(rows, len)?;
-        Ok(self.rows(&shuffled(self.pairs.len(), seed, index, rows)))
+        let pairs = self.pairs.len();
+        let all = |_| (0..pairs as u32).collect();
+        let order = self.shuffle.batch((rows, len), pairs, seed, index, all);
+        Ok(self.rows(&order))
     }
 }
 

@@ -1,11 +1,13 @@
 //! Records of a data file: JSON lines, a JSON list, parquet or plain text, as they are or packed by gzip or zstd. One is read after the
 //! other; a file is never in memory whole unless it is a list, or one text.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use parquet::file::reader::SerializedFileReader;
+use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use serde::de::DeserializeOwned;
@@ -23,6 +25,10 @@ pub struct Records {
     wanted: String,
     /// What is said where reading fails.
     failed: &'static str,
+    /// Bytes of the file, or rows.
+    size: u64,
+    /// Bytes read of it.
+    read: Rc<Cell<u64>>,
 }
 
 enum Source {
@@ -40,6 +46,8 @@ impl Records {
     /// A file that cannot be read, is empty, or is not what its name says.
     pub fn open(path: &Path, wanted: &str) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("cannot read", path))?;
+        let bytes = file.metadata().map_or(0, |about| about.len());
+        let read = Rc::new(Cell::new(0));
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let mut name = name.to_lowercase();
         let bad = |e: &dyn std::fmt::Display| Error::file(path, e.to_string());
@@ -50,18 +58,25 @@ impl Records {
             true => "cannot be unpacked",
             false => "cannot be read",
         };
-        let records = |source| Self {
+        let records = |source, size| Self {
             path: path.to_owned(),
             number: 0,
             source,
             wanted: wanted.to_owned(),
             failed,
+            size,
+            read: read.clone(),
         };
         if name.ends_with(".parquet") {
             let reader = SerializedFileReader::new(file).map_err(|e| bad(&e))?;
+            let count = reader.metadata().file_metadata().num_rows();
             let rows = RowIter::from_file_into(Box::new(reader));
-            return Ok(records(Source::Parquet(rows)));
+            return Ok(records(Source::Parquet(rows), count as u64));
         }
+        let file = Counted {
+            file,
+            read: read.clone(),
+        };
         if name.ends_with(".arrow") || name.ends_with(".feather") {
             return Err(bad(&"arrow files are not read: save the data as parquet"));
         }
@@ -80,21 +95,21 @@ impl Records {
         let begin = reader.fill_buf();
         let begin = begin.map_err(|e| bad(&format!("{failed}: {e}")))?;
         if begin.is_empty() {
-            return Err(records(Source::Nothing).empty());
+            return Err(records(Source::Nothing, bytes).empty());
         }
         if name.ends_with(".txt") {
             let mut text = String::new();
             let read = reader.read_to_string(&mut text);
             read.map_err(|e| bad(&format!("not a text: {e}")))?;
             let whole = vec![json!({ "text": text })];
-            return Ok(records(Source::List(whole.into_iter())));
+            return Ok(records(Source::List(whole.into_iter()), bytes));
         }
         let list = begin.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
         if name.ends_with(".json") && list {
             let all: Vec<Value> = serde_json::from_reader(reader).map_err(|e| bad(&e))?;
-            return Ok(records(Source::List(all.into_iter())));
+            return Ok(records(Source::List(all.into_iter()), bytes));
         }
-        Ok(records(Source::Lines(Box::new(reader))))
+        Ok(records(Source::Lines(Box::new(reader)), bytes))
     }
 
     /// Whether a file's name says that it holds records.
@@ -116,6 +131,22 @@ impl Records {
             line: self.number,
             message: message.into(),
         }
+    }
+
+    /// The record that came last (from 1).
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// How much of the file has been read, from 0 to 1.
+    pub fn share(&self) -> f64 {
+        let (done, all) = match &self.source {
+            Source::Lines(_) => (self.read.get() as usize, self.size as usize),
+            Source::List(rest) => (self.number, self.number + rest.len()),
+            Source::Parquet(_) => (self.number, self.size as usize),
+            Source::Nothing => (1, 1),
+        };
+        done as f64 / all.max(1) as f64
     }
 
     fn line(&mut self) -> Result<Option<Value>> {
@@ -189,10 +220,24 @@ impl Iterator for Records {
     }
 }
 
+/// A file, and how many bytes of it were read.
+struct Counted {
+    file: File,
+    read: Rc<Cell<u64>>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(to)?;
+        self.read.set(self.read.get() + read as u64);
+        Ok(read)
+    }
+}
+
 /// A file packed by zstd: any number of frames, one after the other.
 enum Zstd {
-    Between(BufReader<File>),
-    Inside(Box<StreamingDecoder<BufReader<File>, FrameDecoder>>),
+    Between(BufReader<Counted>),
+    Inside(Box<StreamingDecoder<BufReader<Counted>, FrameDecoder>>),
     Ended,
 }
 

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
@@ -20,7 +21,8 @@ pub struct Text {
     pub templated: bool,
 }
 
-const WANTED: &str =
+/// What records should be.
+pub(super) const WANTED: &str =
     "a JSON object with a \"text\" string, \"prompt\" and \"completion\", or \"messages\"";
 
 impl Text {
@@ -54,7 +56,75 @@ impl Text {
     }
 }
 
-/// The texts of a file, one after the other; conversations are written by the tokenizer's chat template.
+/// What records mean to a tokenizer.
+pub(super) struct Reader<'t> {
+    pub tokenizer: &'t Tokenizer,
+    /// Once a conversation asked for it.
+    template: OnceLock<ChatTemplate>,
+}
+
+impl<'t> Reader<'t> {
+    pub fn new(tokenizer: &'t Tokenizer) -> Self {
+        Self {
+            tokenizer,
+            template: OnceLock::new(),
+        }
+    }
+
+    /// The tokenizer's chat template.
+    ///
+    /// # Errors
+    /// A checkpoint that has none.
+    pub fn template(&self) -> Result<&ChatTemplate> {
+        if let Some(template) = self.template.get() {
+            return Ok(template);
+        }
+        let template = self.tokenizer.chat_template()?.ok_or_else(|| {
+            Error::invalid(
+                "a conversation, and the checkpoint has no chat template: add its chat_template.jinja",
+            )
+        })?;
+        Ok(self.template.get_or_init(|| template))
+    }
+
+    /// The text of a record; conversations are written by the chat template.
+    ///
+    /// # Errors
+    /// A record that means nothing.
+    pub fn text(&self, record: &Value) -> Result<Text> {
+        if let Some(text) = record["text"].as_str() {
+            return Ok(Text::whole(text.to_owned()));
+        }
+        if let (Some(prompt), Some(completion)) =
+            (record["prompt"].as_str(), record["completion"].as_str())
+        {
+            let text = format!("{prompt}{completion}");
+            return Ok(Text {
+                learned: std::iter::once(prompt.len()..text.len()).collect(),
+                text,
+                templated: false,
+            });
+        }
+        let list = |name: &str| record[name].as_array().cloned();
+        let (messages, from) = match (list("messages"), list("conversations")) {
+            (Some(messages), _) => (messages, 0),
+            (None, Some(turns)) => (turns.iter().map(turn).collect::<Result<_>>()?, 0),
+            (None, None) => match (list("prompt"), list("completion")) {
+                (Some(prompt), Some(completion)) => {
+                    let from = prompt.len();
+                    ([prompt, completion].concat(), from)
+                }
+                _ => return Err(Error::invalid(format!("not {WANTED}"))),
+            },
+        };
+        if messages.is_empty() {
+            return Err(Error::invalid("a conversation without a message"));
+        }
+        conversation(self.template()?, &messages, &record["tools"], from)
+    }
+}
+
+/// The texts of a file, one after the other.
 ///
 /// # Errors
 /// Those of [`Records`]; names the record that means nothing.
@@ -63,65 +133,14 @@ pub fn texts<'t>(
     tokenizer: &'t Tokenizer,
 ) -> Result<impl Iterator<Item = Result<Text>> + use<'t>> {
     let mut records = Records::open(path, WANTED)?;
-    let mut template = None;
+    let reader = Reader::new(tokenizer);
     Ok(std::iter::from_fn(move || {
         let record = records.next()?;
         Some(record.and_then(|record| {
-            read(&record, tokenizer, &mut template).map_err(|e| records.wrong(e.to_string()))
+            let text = reader.text(&record);
+            text.map_err(|e| records.wrong(e.to_string()))
         }))
     }))
-}
-
-fn read(
-    record: &Value,
-    tokenizer: &Tokenizer,
-    template: &mut Option<ChatTemplate>,
-) -> Result<Text> {
-    if let Some(text) = record["text"].as_str() {
-        return Ok(Text::whole(text.to_owned()));
-    }
-    if let (Some(prompt), Some(completion)) =
-        (record["prompt"].as_str(), record["completion"].as_str())
-    {
-        let text = format!("{prompt}{completion}");
-        return Ok(Text {
-            learned: std::iter::once(prompt.len()..text.len()).collect(),
-            text,
-            templated: false,
-        });
-    }
-    let list = |name: &str| record[name].as_array().cloned();
-    let (messages, from) = match (list("messages"), list("conversations")) {
-        (Some(messages), _) => (messages, 0),
-        (None, Some(turns)) => (turns.iter().map(turn).collect::<Result<_>>()?, 0),
-        (None, None) => match (list("prompt"), list("completion")) {
-            (Some(prompt), Some(completion)) => {
-                let from = prompt.len();
-                ([prompt, completion].concat(), from)
-            }
-            _ => return Err(Error::invalid(format!("not {WANTED}"))),
-        },
-    };
-    if messages.is_empty() {
-        return Err(Error::invalid("a conversation without a message"));
-    }
-    let template = template_of(tokenizer, template)?;
-    conversation(template, &messages, &record["tools"], from)
-}
-
-/// The tokenizer's template, opened once.
-pub(super) fn template_of<'t>(
-    tokenizer: &Tokenizer,
-    template: &'t mut Option<ChatTemplate>,
-) -> Result<&'t ChatTemplate> {
-    if template.is_none() {
-        *template = tokenizer.chat_template()?;
-    }
-    template.as_ref().ok_or_else(|| {
-        Error::invalid(
-            "a conversation, and the checkpoint has no chat template: add its chat_template.jinja",
-        )
-    })
 }
 
 /// ShareGPT's turn as a message.

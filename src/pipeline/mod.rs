@@ -2,6 +2,7 @@
 //! share), a recipe as the list of its stages, and carrying it out.
 
 mod base;
+mod decontaminate;
 pub mod embedded;
 mod recipe;
 mod run;
@@ -13,7 +14,8 @@ mod text;
 mod texts;
 
 pub use base::Base;
+pub use decontaminate::{Decontaminate, NGRAM};
 pub use recipe::{Recipe, Teacher, Variant};
 pub use run::{Outcome, check, clear, kept, run, teacher_folder};
 pub use stage::{CANDIDATES, StageResult, Surroundings};
-pub use text::Text;
+pub use text::{Mixture, Text};

@@ -14,8 +14,9 @@ use super::stage::{Context, Made, StageResult, Surroundings, at};
 use super::text::Text;
 use super::texts::Texts;
 use crate::checkpoint::{Checkpoint, Store};
-use crate::data::Tokenizer;
+use crate::data::{Reading, Tokenizer};
 use crate::hash::Hash;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 /// What a run made.
@@ -39,7 +40,7 @@ pub struct Outcome {
 /// A recipe that does not fit its teacher or data (before anything is made), or [`Error::Interrupted`]
 /// (what was done is kept).
 pub fn run(recipe: &Recipe, with: &Surroundings) -> Result<Outcome> {
-    let (teacher, texts) = open(recipe, with.out, with.out)?;
+    let (teacher, texts) = open(recipe, with.out, with.out, (with.cache, with.watch))?;
     let base = Base::open(&teacher, with.place.clone())?;
     let context = Context {
         common: &recipe.common(),
@@ -66,17 +67,22 @@ pub fn run(recipe: &Recipe, with: &Surroundings) -> Result<Outcome> {
 }
 
 /// What [`run`] checks before it makes anything: the recipe against its teachers, texts and `out`. Nothing is written
-/// there.
+/// there; tokens of large texts are kept in `cache`.
 ///
 /// # Errors
 /// Names what cannot work.
-pub fn check(recipe: &Recipe, out: &Path) -> Result<()> {
+pub fn check(recipe: &Recipe, out: &Path, cache: &Path, watch: &dyn Watch) -> Result<()> {
     let scratch = tempfile::tempdir().map_err(Error::io("cannot create", &std::env::temp_dir()))?;
-    open(recipe, out, scratch.path()).map(drop)
+    open(recipe, out, scratch.path(), (cache, watch)).map(drop)
 }
 
 /// The teacher's folder and the texts, checked; `made`: where the embedded teacher and texts that are written go.
-fn open(recipe: &Recipe, out: &Path, made: &Path) -> Result<(PathBuf, Texts)> {
+fn open(
+    recipe: &Recipe,
+    out: &Path,
+    made: &Path,
+    (cache, watch): (&Path, &dyn Watch),
+) -> Result<(PathBuf, Texts)> {
     if out.exists() && !out.is_dir() {
         return Err(Error::file(
             out,
@@ -91,8 +97,19 @@ fn open(recipe: &Recipe, out: &Path, made: &Path) -> Result<(PathBuf, Texts)> {
     recipe.check(&teacher)?;
     (recipe.data.check(recipe.dpo.is_some())).map_err(at("data"))?;
     recipe.check_with(&teacher, true)?;
+    let against = recipe.data.decontaminate.as_ref();
+    let ngrams = against.map(|against| against.ngrams(cache));
+    let ngrams = ngrams.transpose().map_err(at("data"))?;
+    let reading = Reading {
+        tokenizer: &tokenizer,
+        packing: recipe.data.packing,
+        eos: recipe.data.eos,
+        decontaminate: ngrams.as_ref(),
+        cache: Some(cache),
+        watch,
+    };
     let dpo = recipe.dpo.as_ref().map(|dpo| &dpo.objective);
-    let texts = Texts::open(&recipe.data, &tokenizer, dpo, made)?;
+    let texts = Texts::open(&recipe.data, dpo, made, &reading)?;
     for entry in recipe.stages() {
         entry.stage.fill(&texts).map_err(at(&entry.table))?;
     }

@@ -10,7 +10,7 @@ use super::*;
 use crate::checkpoint::{self, Checkpoint, Format, Provenance};
 use crate::convert::Init;
 use crate::mixer::MixerConfig;
-use crate::watch::Watch;
+use crate::watch::{Quiet, Watch};
 use crate::weights::Place;
 use crate::{Error, Result};
 
@@ -78,6 +78,7 @@ fn carry_out(recipe: &Recipe, out: &Path, stop_after: usize) -> (Result<Outcome>
         out,
         place: Place::cpu(),
         save_every: 100,
+        cache: out,
         watch: &watch,
     };
     let outcome = run(recipe, &surroundings);
@@ -482,7 +483,9 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
         assert_ne!(text, SMALL, "{from} is in the recipe");
         let recipe = Recipe::parse(&text).unwrap();
         let out = root.path().join("out");
-        let checked = check(&recipe, &out).expect_err(part).to_string();
+        let checked = check(&recipe, &out, &out, &Quiet::default())
+            .expect_err(part)
+            .to_string();
         assert!(checked.contains(part), "{checked:?} for {part:?}");
         assert!(!out.exists(), "{part}: --plan makes nothing");
         let (carried, stages) = carry_out(&recipe, &out, 0);
@@ -495,12 +498,20 @@ fn nothing_is_made_of_a_recipe_that_must_fail() {
     let mut recipe = Recipe::parse(SMALL).unwrap();
     recipe.kd[0].teacher = Some(other.clone());
     let out = root.path().join("out");
-    check(&recipe, &out).unwrap();
+    check(&recipe, &out, &out, &Quiet::default()).unwrap();
     std::fs::write(other.join("config.json"), config.replace("256", "32")).unwrap();
-    let error = check(&recipe, &out).unwrap_err().to_string();
+    let error = check(&recipe, &out, &out, &Quiet::default())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("[kd 1] "), "{error}");
     std::fs::write(&out, "a file").unwrap();
-    let error = check(&Recipe::parse(SMALL).unwrap(), &out).unwrap_err();
+    let error = check(
+        &Recipe::parse(SMALL).unwrap(),
+        &out,
+        &out,
+        &Quiet::default(),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("is a file"), "{error}");
 }
 

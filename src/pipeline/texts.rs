@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::text::Text;
+use super::decontaminate::Decontaminate;
+use super::text::{Mixture, Text};
 use crate::checkpoint::Input;
-use crate::data::{Batches, Corpus, Packing, Preferences, Tokenizer};
+use crate::data::{Batches, Corpus, Eos, Packing, Preferences, Reading};
 use crate::train::stage::dpo::DpoConfig;
 use crate::{Error, Result};
 
@@ -14,45 +15,55 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
-    pub train: Text,
+    pub train: Mixture,
     /// Held out: results are measured on it.
-    pub validation: Text,
+    pub validation: Mixture,
     /// Held out: what layers are chosen by [default: validation].
     #[serde(default)]
-    pub selection: Option<Text>,
+    pub selection: Option<Mixture>,
     #[serde(default)]
     pub preferences: Option<Text>,
     #[serde(default)]
     pub packing: Packing,
+    /// Of all texts.
+    #[serde(default)]
+    pub eos: Eos,
+    /// Of the training text.
+    #[serde(default)]
+    pub decontaminate: Option<Decontaminate>,
 }
 
 impl Data {
-    /// All texts, by the names of their keys.
-    fn all(&self) -> impl Iterator<Item = (&'static str, &Text)> {
-        let all = [
+    /// All files, by the names of their keys.
+    fn all(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let mixtures = [
             ("train", Some(&self.train)),
             ("validation", Some(&self.validation)),
             ("selection", self.selection.as_ref()),
-            ("preferences", self.preferences.as_ref()),
         ];
-        all.into_iter()
-            .filter_map(|(name, text)| Some((name, text?)))
+        let mixtures = mixtures
+            .into_iter()
+            .filter_map(|(name, mixture)| Some((name, mixture?)));
+        let files = mixtures.flat_map(|(name, mixture)| mixture.sources().map(move |p| (name, p)));
+        let pairs = self.preferences.iter().filter_map(Text::source);
+        files.chain(pairs.map(|path| ("preferences", path)))
     }
 
     /// Relative paths start at `folder`.
     pub(super) fn settle(&mut self, folder: &Path) {
         self.train.settle(folder);
         self.validation.settle(folder);
-        for text in [&mut self.selection, &mut self.preferences] {
-            text.iter_mut().for_each(|text| text.settle(folder));
-        }
+        self.selection
+            .iter_mut()
+            .for_each(|text| text.settle(folder));
+        (self.preferences.iter_mut()).for_each(|text| text.settle(folder));
+        (self.decontaminate.iter_mut()).for_each(|against| against.settle(folder));
     }
 
     /// # Errors
     /// Names the file that is not there; preferences are looked for where they are `read`.
     pub(super) fn check(&self, preferences_read: bool) -> Result<()> {
-        for (name, text) in self.all() {
-            let Some(path) = text.source() else { continue };
+        for (name, path) in self.all() {
             if path.is_file() || (name == "preferences" && !preferences_read) {
                 continue;
             }
@@ -80,26 +91,32 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// `made`: where the texts go that are written for it; `dpo`: how pairs are cut, where they are read.
+    /// `made`: where the texts go that are written for it; `dpo`: how pairs are cut, where they are read; `reading`: how the
+    /// training text is.
     ///
     /// # Errors
     /// Names the line that cannot be used.
     pub fn open(
         data: &Data,
-        tokenizer: &Tokenizer,
         dpo: Option<&DpoConfig>,
         made: &Path,
+        reading: &Reading,
     ) -> Result<Self> {
-        let corpus = |text: &Text, packing: Packing| {
-            Corpus::load(&text.file(made, false)?, tokenizer, packing)
+        let held_out = |text: &Mixture| {
+            let held_out = Reading {
+                packing: Packing::Documents,
+                decontaminate: None,
+                ..*reading
+            };
+            text.open(made, &held_out)
         };
-        let held_out = |text: &Text| corpus(text, Packing::Documents);
         let pairs = dpo.zip(data.preferences.as_ref()).map(|(dpo, text)| {
             let (prompt, length) = (dpo.max_prompt, dpo.max_length);
-            Preferences::load(&text.file(made, true)?, tokenizer, prompt, length)
+            let file = text.file(made, true)?;
+            Preferences::load(&file, reading.tokenizer, prompt, length)
         });
         Ok(Self {
-            train: corpus(&data.train, data.packing)?,
+            train: data.train.open(made, reading)?,
             validation: held_out(&data.validation)?,
             selection: data.selection.as_ref().map(held_out).transpose()?,
             preferences: pairs.transpose()?,

@@ -363,7 +363,7 @@ fn join(
     let record = options.sources.record(stage, config, metrics.len() as u64);
     let record = state::described(record, &metrics);
     stage.write(&result, &options.tokenizer, &key, &record)?;
-    state::publish(&result, &metrics, &workplace, options)?;
+    state::publish(&result, stage.data(), &metrics, &workplace, options)?;
     Ok(metrics)
 }
 

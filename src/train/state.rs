@@ -9,6 +9,7 @@ use super::params::Saved;
 use super::stage::Stage;
 use super::{RunOptions, StepMetrics, TrainConfig, partial_folder};
 use crate::checkpoint::{self, EVENTS, Kept, Key, Provenance, keep, kept};
+use crate::data::Batches;
 use crate::{Error, Result};
 
 /// A save is `state-STEP.safetensors`.
@@ -18,6 +19,8 @@ pub(super) const PIECES: &str = "layers-";
 /// The student that was judged best.
 pub(super) const BEST: &str = "best";
 pub(super) const METRICS: &str = "metrics.jsonl";
+/// What it learned from.
+const MANIFEST: &str = "data.json";
 /// Inside the run, until it is moved.
 pub(super) const RESULT: &str = "result";
 
@@ -201,7 +204,7 @@ impl Run {
                 result
             }
         };
-        publish(&result, &self.metrics, &self.folder, options)?;
+        publish(&result, stage.data(), &self.metrics, &self.folder, options)?;
         Ok(self.metrics)
     }
 }
@@ -221,12 +224,17 @@ pub(super) fn described(mut record: Provenance, metrics: &[StepMetrics]) -> Prov
 /// A disk that does not take it.
 pub(super) fn publish(
     result: &Path,
+    data: &dyn Batches,
     metrics: &[StepMetrics],
     workplace: &Path,
     options: &RunOptions,
 ) -> Result<()> {
     let lines: String = metrics.iter().map(line).collect();
     checkpoint::write_atomic(&result.join(METRICS), lines.as_bytes())?;
+    if let Some(manifest) = data.manifest() {
+        let text = serde_json::to_string_pretty(&manifest).expect("names and numbers serialise");
+        checkpoint::write_atomic(&result.join(MANIFEST), text.as_bytes())?;
+    }
     let events = workplace.join(EVENTS);
     match events.exists() {
         true => {

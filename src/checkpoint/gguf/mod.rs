@@ -9,8 +9,8 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use serde_json::Value as Json;
 
-use super::atomic::write_atomic_with;
 use super::output::check_output;
+use crate::atomic::write_atomic_with;
 use crate::gguf::{self, Gguf, Info, Value, tokenizer};
 use crate::model::ModelConfig;
 use crate::op::blocks;

@@ -1,12 +1,10 @@
 //! `--init`, `--calibration`: how mixers are born.
 
-use std::path::{Path, PathBuf};
-
-use super::cache;
+use super::{cache, data};
 use crate::convert::{Calibration, CalibrationConfig, Init, InitName, calibrate};
-use crate::data::{Corpus, Packing};
-use crate::pipeline::Base;
+use crate::data::Packing;
 use crate::pipeline::stage::compose::Birth;
+use crate::pipeline::{Base, Text};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -17,8 +15,8 @@ pub struct InitArgs {
     init: InitName,
     /// Text that the refined initialisation is fitted to, and that ranks and the report are measured on:
     /// Texts [train: --data].
-    #[arg(long)]
-    calibration: Option<PathBuf>,
+    #[arg(long, value_name = "TEXT")]
+    calibration: Vec<Text>,
     #[command(flatten)]
     config: CalibrationConfig,
 }
@@ -32,28 +30,31 @@ impl InitArgs {
     pub fn calibration(
         &self,
         base: &Base,
-        fallback: Option<&Path>,
+        fallback: &[Text],
         watch: &dyn Watch,
     ) -> Result<Option<Calibration>> {
-        let text = match (self.init, self.calibration.as_deref().or(fallback)) {
-            (InitName::Published, _) if self.calibration.is_none() => return Ok(None),
-            (_, Some(text)) => text,
-            (_, None) => {
-                return Err(Error::invalid(
-                    "--init refined is fitted to text: name it with --calibration FILE.jsonl, or use --init published",
-                ));
-            }
+        let texts = match &self.calibration[..] {
+            [] if self.init == InitName::Published => return Ok(None),
+            [] => fallback,
+            named => named,
         };
-        let corpus = Corpus::load(text, &base.tokenizer, Packing::Documents)?;
+        if texts.is_empty() {
+            return Err(Error::invalid(
+                "--init refined is fitted to text: name it with --calibration FILE.jsonl, or use --init published",
+            ));
+        }
+        let corpus = data::corpus(texts, &base.tokenizer, Packing::Documents, watch)?;
         let (parts, place, folder) = (&base.parts, &base.place, cache::folder());
         calibrate(parts, place, &corpus, &self.config, &folder, watch).map(Some)
     }
 
     /// What a record says of `init`; `fallback` as in [`InitArgs::calibration`].
-    pub fn birth(&self, init: &Init, fallback: Option<&Path>) -> Birth {
-        let text = self.calibration.as_deref().or(fallback);
-        let name = text.and_then(Path::file_name).unwrap_or_default();
-        Birth::of(init, &self.config, &name.to_string_lossy())
+    pub fn birth(&self, init: &Init, fallback: &[Text]) -> Birth {
+        let texts = match &self.calibration[..] {
+            [] => fallback,
+            named => named,
+        };
+        Birth::of(init, &self.config, &Text::names(texts))
     }
 
     /// Only if a text is named.
@@ -62,9 +63,9 @@ impl InitArgs {
         base: &Base,
         watch: &dyn Watch,
     ) -> Result<Option<Calibration>> {
-        match self.calibration {
-            Some(_) => self.calibration(base, None, watch),
-            None => Ok(None),
+        match &self.calibration[..] {
+            [] => Ok(None),
+            texts => self.calibration(base, texts, watch),
         }
     }
 

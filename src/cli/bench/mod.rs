@@ -1,11 +1,13 @@
 //! `zebroid bench`: how fast, in how much memory.
 
+mod data;
 mod generate;
 mod train;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Bench {
     Train(train::Args),
+    Data(data::Args),
     Decode(generate::Decode),
     Prefill(generate::Prefill),
     Batch(generate::BatchArgs),
@@ -14,6 +16,7 @@ pub enum Bench {
 pub fn run(command: Bench) -> anyhow::Result<()> {
     match command {
         Bench::Train(args) => train::run(args),
+        Bench::Data(args) => data::run(args),
         Bench::Decode(args) => generate::decode(args),
         Bench::Prefill(args) => generate::prefill(args),
         Bench::Batch(args) => generate::batch(args),

@@ -8,11 +8,13 @@
 mod generator;
 mod vocabulary;
 
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use serde::Serialize;
 
 use super::{Preference, Tokenizer};
+use crate::atomic::write_atomic_with;
 use crate::{Error, Result};
 
 pub use generator::{Kind, StoryGenerator};
@@ -67,25 +69,49 @@ impl Story {
     }
 }
 
-/// A preference of every story of `seed`, about its last answer, as JSON lines.
-pub fn preferences_to_jsonl(seed: u64, count: usize) -> String {
+fn preference_lines(seed: u64, count: usize) -> impl Iterator<Item = String> {
     let stories = StoryGenerator::new(seed).take(count);
     let pairs = stories.map(|story| story.preference(story.recall.len() - 1));
-    let lines = pairs.map(|pair| serde_json::to_string(&pair).expect("texts serialise") + "\n");
-    lines.collect()
+    pairs.map(|pair| serde_json::to_string(&pair).expect("texts serialise") + "\n")
+}
+
+fn lines(seed: u64, count: usize) -> impl Iterator<Item = String> {
+    let stories = StoryGenerator::new(seed).take(count);
+    stories.map(|story| serde_json::to_string(&story).expect("texts and numbers serialise") + "\n")
+}
+
+/// A preference of every story of `seed`, about its last answer, as JSON lines.
+pub fn preferences_to_jsonl(seed: u64, count: usize) -> String {
+    preference_lines(seed, count).collect()
 }
 
 /// Stories of `seed` as JSON lines with `text` and `recall`.
 pub fn to_jsonl(seed: u64, count: usize) -> String {
-    let stories = StoryGenerator::new(seed).take(count);
-    let lines = stories
-        .map(|story| serde_json::to_string(&story).expect("texts and numbers serialise") + "\n");
-    lines.collect()
+    lines(seed, count).collect()
 }
 
-/// Writes [`to_jsonl`] to a file.
+/// Writes [`to_jsonl`] to a file, line by line.
+///
+/// # Errors
+/// A file that cannot be written.
 pub fn write_jsonl(path: &Path, seed: u64, count: usize) -> Result<()> {
-    std::fs::write(path, to_jsonl(seed, count)).map_err(Error::io("cannot write", path))
+    write(path, lines(seed, count))
+}
+
+/// The same of [`preferences_to_jsonl`].
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn write_preferences(path: &Path, seed: u64, count: usize) -> Result<()> {
+    write(path, preference_lines(seed, count))
+}
+
+fn write(path: &Path, mut lines: impl Iterator<Item = String>) -> Result<()> {
+    write_atomic_with(path, |file| {
+        let mut file = BufWriter::new(file);
+        lines.try_for_each(|line| file.write_all(line.as_bytes()))?;
+        file.flush()
+    })
 }
 
 #[cfg(test)]

@@ -8,7 +8,6 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use self::data::Dataset;
 use self::random::PythonRandom;
 use super::task::{Document, EXAMPLE, Examples, Metric, Parts, Row, Task};
 use crate::checkpoint::{Key, Store};
@@ -26,7 +25,7 @@ mod results;
 #[cfg(test)]
 mod tests;
 
-pub use data::Source;
+pub use data::{Dataset, Source};
 pub use hub::Hub;
 pub use results::{markdown, to_json};
 

@@ -129,6 +129,8 @@ pub struct Surroundings<'a> {
     pub place: Place,
     /// Optimizer steps between saves.
     pub save_every: u64,
+    /// Where tokens of large texts are kept.
+    pub cache: &'a Path,
     pub watch: &'a dyn Watch,
 }
 

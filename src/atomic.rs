@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-pub(super) fn parent(path: &Path) -> PathBuf {
+pub(crate) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     }
 }
 
-pub(super) fn private(prefix: &str) -> tempfile::Builder<'_, 'static> {
+pub(crate) fn private(prefix: &str) -> tempfile::Builder<'_, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(prefix);
     builder
@@ -21,7 +21,7 @@ pub(super) fn private(prefix: &str) -> tempfile::Builder<'_, 'static> {
 
 /// Temporary entries are made for their owner alone; what is kept gets the usual mode.
 #[cfg(unix)]
-pub(super) fn usual(mode: u32) -> fs::Permissions {
+pub(crate) fn usual(mode: u32) -> fs::Permissions {
     std::os::unix::fs::PermissionsExt::from_mode(mode)
 }
 
@@ -31,7 +31,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// The same, of what is not held in memory as a whole.
-pub(super) fn write_atomic_with(
+pub(crate) fn write_atomic_with(
     path: &Path,
     content: impl FnOnce(&mut fs::File) -> io::Result<()>,
 ) -> Result<()> {
@@ -50,7 +50,7 @@ pub(super) fn write_atomic_with(
 
 /// The names in a folder, onto the disk.
 #[cfg(unix)]
-pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     match fs::File::open(folder)?.sync_all() {
         // Some network file systems cannot, and have no need to.
         Err(e)
@@ -66,6 +66,6 @@ pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
 }
 
 #[cfg(not(unix))]
-pub(super) fn sync_folder(_: &Path) -> io::Result<()> {
+pub(crate) fn sync_folder(_: &Path) -> io::Result<()> {
     Ok(())
 }
