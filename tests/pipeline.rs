@@ -393,7 +393,9 @@ fn finished_files(folder: &Path) -> std::collections::BTreeMap<std::path::PathBu
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let name = std::path::PathBuf::from(path.file_name().unwrap());
-        if name.to_string_lossy().starts_with(".zebroid-") {
+        let private = name.to_string_lossy().starts_with(".zebroid-");
+        // Every event has its time; `train/events.rs` says what else is in them.
+        if private || name.ends_with(zebroid::checkpoint::EVENTS) {
             continue;
         }
         if path.is_dir() {

@@ -29,7 +29,7 @@ fn results_say_how_they_were_made() {
         "train kd --teacher TEACHER --student ROOT/hybrid {train} --validation ROOT/stories/stories.jsonl ROOT/kd"
     ));
     run(&format!(
-        "train kd --teacher TEACHER --student ROOT/hybrid {train} --lr 0.5 ROOT/other"
+        "train kd --teacher TEACHER --student ROOT/hybrid {train} --lr 0.5 --dashboard ROOT/other"
     ));
     run("export ROOT/kd ROOT/amd --format amd --dtype bf16");
     // A chain keeps what its steps said.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::arg::data::DataArgs;
 use super::arg::device::DeviceArg;
 use super::arg::init::InitArgs;
+use super::show::dashboard::Dashboard;
 use super::show::{Progress, command_line, note, print_line};
 use crate::checkpoint::{self, Checkpoint, Input};
 use crate::convert::PlanOptions;
@@ -170,6 +171,9 @@ pub struct TrainArgs {
     /// Print every step's metrics as a JSON line on standard output.
     #[arg(long)]
     pub json: bool,
+    /// Show curves of the loss and of --validation on the whole terminal, where there is one.
+    #[arg(long, conflicts_with = "json")]
+    pub dashboard: bool,
 }
 
 /// A training command's run.
@@ -223,11 +227,17 @@ impl TrainArgs {
                 Ok(found.figures())
             }
         });
-        start_training(&watch, run.name, config, &training, out)?;
+        let dashboard = self.dashboard.then(Dashboard::open).flatten();
+        let shown: &dyn Watch = match &dashboard {
+            Some(dashboard) => dashboard,
+            None => &watch,
+        };
+        start_training(shown, run.name, config, &training, out)?;
         // Whoever reads the steps may leave, and the disk that they go to may fill: the run is saved then.
         let printed = RefCell::new(Ok(()));
         let mut observe = |metrics: &StepMetrics, _: u64| {
-            tell_step(&watch, metrics);
+            tell_step(shown, metrics);
+            dashboard.iter().for_each(|shown| shown.step(metrics));
             if self.json && printed.borrow().is_ok() {
                 *printed.borrow_mut() = print_line(metrics);
             }
@@ -246,7 +256,7 @@ impl TrainArgs {
                     keep_best: self.keep_best,
                     measure,
                 }),
-                stop: &|| watch.stop() || printed.borrow().is_err(),
+                stop: &|| shown.stop() || printed.borrow().is_err(),
                 observe: &mut observe,
             },
         );
@@ -257,15 +267,15 @@ impl TrainArgs {
             }
             // Asked to stop, it has: all is saved.
             (Err(saved @ Error::Interrupted(_)), Ok(())) => {
-                drop(watch);
+                drop((dashboard, watch));
                 note(saved);
                 note(format_args!("  {}", command_line()));
                 return Ok(());
             }
             (metrics, printed) => metrics.and_then(|metrics| printed.map(|()| metrics)),
         };
-        // The bar ends before the last words.
-        drop(watch);
+        // The bar or the dashboard ends before the last words.
+        drop((dashboard, watch));
         if let Some(last) = metrics?.last() {
             note(format_args!(
                 "{} steps, {} tokens, last loss {:.4}",

@@ -41,8 +41,18 @@ fn keep_freed_pages() {
 
 /// Free memory in bytes, where the system tells it.
 pub fn free_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    in_proc("/proc/meminfo", "MemAvailable:")
+}
+
+/// The highest resident size so far in bytes, where the system tells it.
+pub fn peak_memory() -> Option<usize> {
+    in_proc("/proc/self/status", "VmHWM:")
+}
+
+/// A line of a file in which Linux counts KiB.
+fn in_proc(file: &str, name: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|l| l.starts_with(name))?;
     let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }

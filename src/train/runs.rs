@@ -61,11 +61,14 @@ pub fn list(folder: &Path) -> Result<Vec<Run>> {
     }
     let mut found = Vec::new();
     search(folder, DEPTH, &mut found)?;
-    let runs = found.into_iter().map(|path| {
-        let mut run = Run::open(&path)?;
+    let runs = found.into_iter().filter_map(|path| {
         let inside = path.strip_prefix(folder).unwrap_or(&path);
-        run.name = result_of(inside).display().to_string();
-        Ok(run)
+        let name = result_of(inside).display().to_string();
+        match Run::open(&path) {
+            // It has just ended, or was removed.
+            Err(_) if !path.exists() => None,
+            run => Some(run.map(|run| Run { name, ..run })),
+        }
     });
     let mut runs = runs.collect::<Result<Vec<_>>>()?;
     runs.sort_by(|a, b| (b.written, &a.name).cmp(&(a.written, &b.name)));

@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::peak_rss;
 use crate::cli::arg::data;
 use crate::cli::positive;
 use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::data::{Batches, Packing, Tokenizer};
+use crate::op::runtime::peak_memory;
 use crate::pipeline::Text;
 
 /// A text's tokens, made or found in the cache (ZEBROID_CACHE), and batches of them in training's order.
@@ -66,7 +66,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         open_s,
         open_tokens_per_s: corpus.tokens() as f64 / open_s,
         draw_tokens_per_s: drawn / started.elapsed().as_secs_f64(),
-        peak_rss_bytes: peak_rss(),
+        peak_rss_bytes: peak_memory(),
     };
     if args.json {
         print_json(&report)?;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::{median, peak_rss, use_threads};
+use super::{median, use_threads};
 use crate::checkpoint::Checkpoint;
 use crate::cli::arg::device::DeviceArg;
 use crate::cli::arg::memory::MemoryArg;
@@ -14,6 +14,7 @@ use crate::cli::show::{Progress, bytes, print, print_json, table};
 use crate::mixer::{Memory, Pool, Span};
 use crate::model::{Decoder, Reading};
 use crate::op::isa::Isa;
+use crate::op::runtime::peak_memory;
 use crate::watch::Watch;
 
 #[derive(Debug, clap::Args)]
@@ -247,7 +248,7 @@ impl Setup {
     }
 
     fn show(mut self, json: bool) -> anyhow::Result<()> {
-        self.report.peak_rss_bytes = peak_rss();
+        self.report.peak_rss_bytes = peak_memory();
         if json {
             print_json(&self.report)?;
             return Ok(());

@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::{median, peak_rss, use_threads};
+use super::{median, use_threads};
 use crate::checkpoint::Checkpoint;
 use crate::cli::arg::device::DeviceArg;
 use crate::cli::positive;
@@ -15,6 +15,7 @@ use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing};
 use crate::op::adamw::AdamW;
+use crate::op::runtime::peak_memory;
 use crate::train::stage::kd::{Kd, KdConfig, Trained};
 use crate::train::{Optimizer, Stage, check_batch, take_step};
 use crate::watch::Watch;
@@ -134,7 +135,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             .into_iter()
             .map(|(name, times)| (name, median(times)))
             .collect(),
-        peak_rss_bytes: peak_rss(),
+        peak_rss_bytes: peak_memory(),
         parameters: student.parameters(),
         threads: rayon::current_num_threads(),
     };

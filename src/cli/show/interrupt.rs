@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::note;
+use super::{note, screen};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 static INSTALLED: OnceLock<()> = OnceLock::new();
@@ -13,7 +13,12 @@ pub fn install() {
     INSTALLED.get_or_init(|| {
         let installed = ctrlc::set_handler(|| {
             if ASKED.swap(true, Ordering::SeqCst) {
+                screen::give_back();
                 std::process::exit(130);
+            }
+            // Who has the whole screen says so there.
+            if screen::is_taken() {
+                return;
             }
             note("\nstopping at the next safe point; press Ctrl-C again to stop at once");
         });

@@ -13,7 +13,9 @@ use serde::Serialize;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
+pub mod dashboard;
 pub mod interrupt;
+mod screen;
 
 /// Writes to standard output, at once.
 ///
