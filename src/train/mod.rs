@@ -15,6 +15,7 @@ use crate::model::Lm;
 use crate::{Error, Result};
 
 mod config;
+pub mod cost;
 pub mod params;
 pub mod stage;
 mod state;

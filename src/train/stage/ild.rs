@@ -15,6 +15,7 @@ use crate::mixer::LayerKind;
 use crate::model::{LayerOutput, Lm, ModelConfig, Parts, Trace};
 use crate::op::adamw::sum_of_squares;
 use crate::op::loss::{mean_l2, relative_mse};
+use crate::train::cost::in_layers;
 use crate::train::params::ParamGroup;
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -139,7 +140,7 @@ impl Ild {
                         config.hidden_size
                     )));
                 }
-                let student = Student::new(&parts, |n| n.starts_with("model.layers."), place)?;
+                let student = Student::new(&parts, in_layers, place)?;
                 Ok(Candidate {
                     kind,
                     name,
