@@ -2,7 +2,10 @@
 //! share), a recipe as the list of its stages, and carrying it out.
 
 mod base;
+pub mod device;
 pub mod embedded;
+pub mod forecast;
+pub mod need;
 mod recipe;
 mod run;
 pub mod stage;

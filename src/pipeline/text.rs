@@ -41,6 +41,18 @@ impl Text {
         }
     }
 
+    /// Of the text as it lies there (one that is still to be written, about), a part's share of it; none where there is no file.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        const SOME: usize = 100;
+        let all = match &self.source {
+            Source::File(path) => std::fs::metadata(path).ok().filter(|m| m.is_file())?.len(),
+            Source::Stories { seed, count } => {
+                (stories::to_jsonl(*seed, SOME).len() * count / SOME) as u64
+            }
+        };
+        Some(all / self.part.map_or(1, |part| part.of as u64))
+    }
+
     /// Relative paths start at `folder`.
     pub(super) fn settle(&mut self, folder: &Path) {
         if let Source::File(path) = &mut self.source {
