@@ -7,6 +7,7 @@ mod cli;
 mod eval;
 mod golden;
 mod input;
+mod memory;
 mod output;
 mod pipeline;
 mod processors;
