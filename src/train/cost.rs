@@ -126,8 +126,6 @@ struct Trained {
     /// Of the largest matrix of each layer, times how often it is there on the way back beside its gradient: zeros and summand, and
     /// for matrices that stand in one tensor each part widened to the whole as well.
     largest: Vec<usize>,
-    /// Of embedding and head.
-    ends: usize,
     /// The head's own, or the embedding that is the head.
     head: bool,
     embedding: bool,
@@ -145,7 +143,6 @@ impl<'a> Learner<'a> {
         let mut found = Trained {
             layers: vec![0; count],
             largest: vec![0; count],
-            ends: 0,
             embedding: (self.trained)(EMBEDDING),
             head: (self.trained)(if tied { EMBEDDING } else { HEAD }),
             all: 0,
@@ -165,15 +162,12 @@ impl<'a> Learner<'a> {
                 OptimizerConfig::Adamw8bit if in_eight_bits(entries) => Moments::bytes(entries),
                 _ => 2 * entries * F32,
             };
-            match layer_of(name) {
-                Some(i) => {
-                    let mixer = &config.layers[i];
-                    let stacked = mixer.stacked().iter().any(|(part, _)| name.ends_with(part));
-                    let times = if stacked { 4 } else { 2 };
-                    found.layers[i] += entries;
-                    found.largest[i] = found.largest[i].max(times * entries);
-                }
-                None => found.ends += entries,
+            if let Some(i) = layer_of(name) {
+                let mixer = &config.layers[i];
+                let stacked = mixer.stacked().iter().any(|(part, _)| name.ends_with(part));
+                let times = if stacked { 4 } else { 2 };
+                found.layers[i] += entries;
+                found.largest[i] = found.largest[i].max(times * entries);
             }
         }
         found.small /= found.all.max(1) as f64;
