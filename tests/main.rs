@@ -8,6 +8,7 @@ mod data;
 mod eval;
 mod golden;
 mod input;
+mod memory;
 mod output;
 mod pipeline;
 mod processors;

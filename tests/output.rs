@@ -35,6 +35,8 @@ const COMMANDS: &str = "
     run recipe.toml --plan --json
     plan teacher --mla 1 --kv-rank 16 --rope-dim 8
     plan teacher --mla 1 --kv-rank 16 --rope-dim 8 --json
+    plan --train recipe.toml
+    plan --train recipe.toml --memory 10MiB --json
     compose teacher OUT --mla 1 --kv-rank 16 --rope-dim 8 --init published
     compose teacher OUT --mla 1 --kv-rank 16 --rope-dim 8 --init published --json
     calibrate teacher stories/stories.jsonl --calibration-tokens 256 --calibration-seq-len 64

@@ -146,7 +146,7 @@ pub fn calibration_key(
 }
 
 /// Windows a forward pass.
-const CHUNK: usize = 8;
+pub const CHUNK: usize = 8;
 /// Forward passes between saves.
 const SAVE_EVERY: usize = 16;
 

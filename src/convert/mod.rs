@@ -22,7 +22,7 @@ mod plan;
 pub mod quantize;
 mod ranks;
 mod select;
-pub use calibrate::{Calibration, CalibrationConfig, calibrate, calibration_key};
+pub use calibrate::{CHUNK, Calibration, CalibrationConfig, calibrate, calibration_key};
 pub use plan::{LayerPlan, PlanOptions, plan};
 pub use ranks::{check_ranks, settle_ranks};
 pub use select::{Choice, Selector, fit_budget, select, smart_feasible};

@@ -21,6 +21,7 @@ pub mod mamba2;
 pub mod memory;
 pub mod mla;
 mod paged;
+pub mod pass;
 pub mod rotary;
 pub mod sizes;
 #[cfg(test)]
@@ -35,6 +36,7 @@ pub use kind::{LayerKind, MixerOptions};
 pub use mamba2::{Mamba2, Mamba2Config};
 pub use memory::{CacheType, Full, Keeps, Memory, Pool, Span};
 pub use mla::{Mla, MlaConfig};
+pub use pass::{Pass, Windows};
 pub use rotary::{RopeConfig, RopeScaling};
 pub use window::{Window, WindowConfig};
 pub use work::Work;
@@ -173,6 +175,16 @@ impl MixerConfig {
             MixerConfig::Mla(c) => c.cost(hidden, length),
             MixerConfig::Mamba2(c) => c.cost(hidden),
             MixerConfig::Window(c) => c.cost(hidden, length),
+        }
+    }
+
+    /// What training `windows` takes beyond the mixer's input, its output and the products with its weights.
+    pub fn pass(&self, windows: Windows) -> Pass {
+        match self {
+            MixerConfig::Attention(c) => c.pass(windows),
+            MixerConfig::Mla(c) => c.pass(windows),
+            MixerConfig::Mamba2(c) => c.pass(windows),
+            MixerConfig::Window(c) => c.pass(windows),
         }
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::mixer::sizes::{MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH, bounded};
-use crate::mixer::{AttentionConfig, Cost, MixerConfig};
+use crate::mixer::{AttentionConfig, Cost, MixerConfig, Pass, Windows};
 use crate::{Error, Result};
 
 /// Of our checkpoint format; a reader refuses what it does not know.
@@ -154,6 +154,28 @@ impl ModelConfig {
             ..Cost::default()
         };
         (0..self.layers.len()).fold(ends, |sum, i| sum + self.layer_cost(i, length))
+    }
+
+    /// What training `windows` through a layer takes, from its input (which is not counted) to its output; operations with its
+    /// weights are [`ModelConfig::products`].
+    pub fn layer_pass(&self, index: usize, windows: Windows) -> Pass {
+        let (d, ff, n) = (self.hidden_size, self.intermediate_size, windows.tokens());
+        let mixer = self.layers[index].pass(windows);
+        // Of D: both norms' outputs, the mixer's, the stream between, the MLP's, the stream behind; of the MLP's width: gate, up,
+        // their product. On the way back the product's gradient, those of gate and up, and a sum with its zeros.
+        Pass {
+            kept: mixer.kept + n * (6 * d + 3 * ff),
+            back: n * 4 * d + (mixer.back).max(n * 5 * ff) + n * 2 * d,
+            flops: mixer.flops,
+        }
+    }
+
+    /// Multiplications and additions of a token with the weights of these `params`: all but vectors.
+    pub fn products<'p>(params: impl IntoIterator<Item = &'p [usize]>) -> f64 {
+        let matrices = params.into_iter().filter(|shape| shape.len() > 1);
+        matrices
+            .map(|shape| 2.0 * shape.iter().product::<usize>() as f64)
+            .sum()
     }
 
     /// Trained scalars.

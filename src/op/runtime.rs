@@ -57,6 +57,34 @@ fn in_proc(file: &str, name: &str) -> Option<usize> {
     Some(kib * 1024)
 }
 
+/// What a process has resident before it has computed anything that counts, in bytes.
+pub struct Base {
+    /// Threads, buffers of products, pages of sizes that each thread allocates for itself.
+    pub own: usize,
+    /// The program's file.
+    pub file: usize,
+}
+
+/// Measured on two cores (docs/log.md).
+pub const OWN: Base = Base {
+    own: 75 << 20,
+    file: 18 << 20,
+};
+
+/// Bytes that mimalloc hands out in one piece (`MI_ARENA_SLICE_SIZE` times the bits of a chunk): smaller blocks do not cross its border.
+const CHUNK: usize = 32 << 20;
+
+/// Whether a block shares its piece of memory with others.
+pub fn shares_chunk(block: usize) -> bool {
+    block < CHUNK
+}
+
+/// What stays resident between allocated blocks that share their pieces, `bytes` in all: blocks of other sizes that were freed there. A
+/// share of them, measured by counting what is allocated beside what is resident (docs/log.md).
+pub fn between(bytes: usize) -> usize {
+    bytes / 7
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

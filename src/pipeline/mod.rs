@@ -3,7 +3,10 @@
 
 mod base;
 mod decontaminate;
+pub mod device;
 pub mod embedded;
+pub mod forecast;
+pub mod need;
 mod recipe;
 mod run;
 pub mod stage;

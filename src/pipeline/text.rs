@@ -84,6 +84,20 @@ impl Text {
         named.to_string()
     }
 
+    /// Of the text as it lies there (one that is still to be written, about), a part's share of it; none where there is no file.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        const SOME: usize = 100;
+        let all = match &self.source {
+            Source::File(path) => std::fs::metadata(path).ok().filter(|m| m.is_file())?.len(),
+            Source::Stories { seed, count } => {
+                (stories::to_jsonl(*seed, SOME).len() * count / SOME) as u64
+            }
+            // What it names is not looked at.
+            Source::Manifest(_) => return None,
+        };
+        Some(all / self.part.map_or(1, |part| part.of as u64))
+    }
+
     /// Relative paths start at `folder`.
     pub(super) fn settle(&mut self, folder: &Path) {
         if let Source::File(path) | Source::Manifest(path) = &mut self.source {
@@ -305,6 +319,11 @@ impl Mixture {
     /// None of no text.
     pub fn of(texts: &[Text]) -> Option<Self> {
         (!texts.is_empty()).then(|| Self(texts.to_vec()))
+    }
+
+    /// As [`Text::bytes`] of all, those beyond a token budget included.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        self.0.iter().map(Text::bytes).sum()
     }
 
     /// What a record calls it.

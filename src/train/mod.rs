@@ -16,6 +16,7 @@ use crate::model::Lm;
 use crate::{Error, Result};
 
 mod config;
+pub mod cost;
 mod events;
 pub mod params;
 mod recovery;

@@ -36,6 +36,11 @@ impl Optimizer {
     }
 }
 
+/// Whether moments of a tensor of so many entries are kept in 8 bits, where the optimizer has such.
+pub(super) fn in_eight_bits(entries: usize) -> bool {
+    entries >= SMALL
+}
+
 struct Param {
     var: Var,
     moments: Moments,
@@ -250,7 +255,7 @@ impl ParamGroup {
                 None => {
                     let (value, steps, rules) =
                         (param.var.as_tensor(), param.steps, &optimizer.adamw);
-                    match optimizer.eight_bit && value.elem_count() >= SMALL {
+                    match optimizer.eight_bit && in_eight_bits(value.elem_count()) {
                         true => {
                             let moments = param.moments.eight_bit(value);
                             adamw_8bit(value, &grad, moments, scale, steps, rules)?;

@@ -13,7 +13,7 @@ pub struct MemoryArg {
 }
 
 /// A number of bytes, with K, M or G (and iB or B) behind it.
-fn size(text: &str) -> Result<usize, String> {
+pub fn size(text: &str) -> Result<usize, String> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
     let (number, unit) = text.split_at(end.unwrap_or(text.len()));
     let factor = match unit.trim().to_ascii_lowercase().as_str() {

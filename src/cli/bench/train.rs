@@ -14,10 +14,13 @@ use crate::cli::positive;
 use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing};
+use crate::mixer::Windows;
 use crate::op::adamw::AdamW;
-use crate::op::runtime::peak_memory;
+use crate::op::runtime::{OWN, free_memory, peak_memory};
+use crate::pipeline::need::Source;
+use crate::train::cost::{Learner, Memory, StepSizes};
 use crate::train::stage::kd::{Kd, KdConfig, Trained};
-use crate::train::{Optimizer, Stage, check_batch, take_step};
+use crate::train::{Optimizer, OptimizerConfig, Stage, check_batch, take_step};
 use crate::watch::Watch;
 
 /// KD steps on random tokens.
@@ -69,6 +72,8 @@ struct Report {
     phases: Vec<(&'static str, f64)>,
     /// Of the whole process; absent where the system does not tell.
     peak_rss_bytes: Option<usize>,
+    /// What `plan --train` would say of the steps from the second on.
+    predicted_bytes: usize,
     parameters: usize,
     threads: usize,
 }
@@ -80,6 +85,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let place = args.device.place()?;
     let teacher = Checkpoint::open(&args.teacher)?;
     let student = plan(&teacher.config, &args.plan)?;
+    let taught = teacher.config.clone();
+    let files = Source::open(&args.teacher)?.bytes;
     let teacher = teacher.parts()?;
     let watch = Progress::default();
     let init = Init::Published { seed: 0 };
@@ -92,6 +99,30 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut kd = Kd::new(lm, String::new(), &composed, &[], config, &place)?;
     kd.student.checkpointing = args.gradient_checkpointing;
     drop((teacher, composed));
+    let learner = Learner {
+        config: &student,
+        trained: &config.trains(&student),
+    };
+    let windows = Windows { rows, len };
+    let anew = args
+        .gradient_checkpointing
+        .unwrap_or_else(|| free_memory().is_some_and(|free| learner.is_short(windows, free)));
+    let sizes = StepSizes {
+        learner,
+        teacher: Some(&taught),
+        windows,
+        accumulation: 1,
+        optimizer: match args.eight_bit {
+            true => OptimizerConfig::Adamw8bit,
+            false => OptimizerConfig::Adamw,
+        },
+        anew,
+    };
+    let predicted = Memory::default()
+        .with("program", OWN.own)
+        .with_file("program's file", OWN.file)
+        .with_file("teacher", files)
+        .and(&sizes.memory());
     let all = args.warmup + args.steps;
     let text = random_text(all * rows * len, student.vocab_size);
     let mut stage = Stage::Kd(Box::new(kd), &text);
@@ -136,6 +167,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             .map(|(name, times)| (name, median(times)))
             .collect(),
         peak_rss_bytes: peak_memory(),
+        predicted_bytes: predicted.total(),
         parameters: student.parameters(),
         threads: rayon::current_num_threads(),
     };
@@ -154,6 +186,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         "peak memory".into(),
         report.peak_rss_bytes.map_or("unknown".into(), bytes),
     ]);
+    rows.push(vec!["predicted".into(), bytes(report.predicted_bytes)]);
     rows.push(vec!["parameters".into(), thousands(report.parameters)]);
     rows.push(vec!["threads".into(), report.threads.to_string()]);
     print(table(&["KD step", "median"], &rows))?;

@@ -14,6 +14,7 @@ use crate::watch::Watch;
 use crate::{Error, Result};
 
 pub mod dashboard;
+pub mod forecast;
 pub mod interrupt;
 mod screen;
 
@@ -154,7 +155,8 @@ pub fn bytes(n: usize) -> String {
     match n {
         0..1024 => format!("{n} B"),
         1024..1_048_576 => format!("{:.1} KiB", n as f64 / 1024.0),
-        _ => format!("{:.1} MiB", n as f64 / 1_048_576.0),
+        1_048_576..10_737_418_240 => format!("{:.1} MiB", n as f64 / 1_048_576.0),
+        _ => format!("{:.1} GiB", n as f64 / 1_073_741_824.0),
     }
 }
 

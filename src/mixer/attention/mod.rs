@@ -5,9 +5,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use super::pass::attention_pass;
 use super::rotary::{RopeConfig, Rotary};
 use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
-use super::{Cost, Param};
+use super::{Cost, Param, Pass, Windows};
 use crate::op::Documents;
 use crate::op::attention::{Sight, causal_attention};
 use crate::op::linear::{Matrix, linear};
@@ -141,6 +142,32 @@ impl AttentionConfig {
             params: 2 * hidden * (h + g) * hd + biases + norms,
             cached: length.saturating_mul(2 * g * hd),
             state: 0,
+        }
+    }
+
+    pub(super) fn pass(&self, windows: Windows) -> Pass {
+        self.pass_within(windows, windows.len)
+    }
+
+    /// The same where a token sees at most `reach`.
+    pub(super) fn pass_within(&self, windows: Windows, reach: usize) -> Pass {
+        let (h, g, hd) = (
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        );
+        let inner = attention_pass(windows, [h, g], [hd, hd], reach);
+        // Queries and keys before and after they turn, and the tables; values.
+        let turned = match self.rope {
+            Some(_) => windows.tokens() * (h + g) * hd + windows.len * hd,
+            None => 0,
+        };
+        let biased = if self.attention_bias { h + 2 * g } else { 0 };
+        let normed = if self.qk_norm_eps.is_some() { h + g } else { 0 };
+        let projected = h + 2 * g + biased + normed;
+        Pass {
+            kept: inner.kept + windows.tokens() * projected * hd + turned,
+            ..inner
         }
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::attention::{AttentionConfig, validate_heads};
 use super::sizes::{MAX_HEADS, MAX_POSITIONS, MAX_WIDTH, at_most, bounded, bounded_heads};
-use super::{Cost, MixerOptions, Param};
+use super::{Cost, MixerOptions, Param, Pass, Windows};
 use crate::op::Documents;
 use crate::op::causal_conv::causal_conv;
 use crate::op::linear::{Matrix, linear};
@@ -171,6 +171,27 @@ impl Mamba2Config {
             params: hidden * projected + channels * (self.d_conv + 1) + 3 * h + h * p,
             cached: 0,
             state: h * p * n + channels * (self.d_conv - 1),
+        }
+    }
+
+    pub(super) fn pass(&self, windows: Windows) -> Pass {
+        let (h, p, n) = (self.num_heads, self.head_dim, self.d_state);
+        let (inner, channels) = (self.d_inner(), self.conv_channels());
+        let projected: usize = self.widths().iter().sum();
+        // x and B with their heads apart, then repeated; all of it side by side.
+        let repeated = match channels > projected {
+            true => (h + self.num_kv_heads) * (p + n) + channels,
+            false => 0,
+        };
+        let tokens = windows.tokens();
+        let states =
+            windows.rows * windows.len.div_ceil(self.chunk_size) * self.ssd_shape().chunk_states();
+        Pass {
+            // Before and after the convolution, steps; the scan's output, the gate, the norm's output.
+            kept: tokens * (projected + repeated + channels + h + 3 * inner) + states,
+            back: tokens * (5 * inner).max(2 * inner + 3 * channels),
+            // Of every entry of the state: decay, product, sum; product and sum as it is read.
+            flops: 5.0 * (h * p * n) as f64 * tokens as f64,
         }
     }
 }

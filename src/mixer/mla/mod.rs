@@ -10,9 +10,10 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::attention::{AttentionConfig, validate_heads};
+use super::pass::attention_pass;
 use super::rotary::{RopeConfig, Rotary};
 use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
-use super::{Cost, Param};
+use super::{Cost, Param, Pass, Windows};
 use crate::op::Documents;
 use crate::op::attention::{Sight, causal_attention};
 use crate::op::linear::{Matrix, linear};
@@ -210,6 +211,35 @@ impl MlaConfig {
             params: query + key_value + h * self.v_head_dim * hidden + norms + biases,
             cached: length.saturating_mul(r + rope),
             state: 0,
+        }
+    }
+
+    pub(super) fn pass(&self, windows: Windows) -> Pass {
+        let (h, g) = (self.num_attention_heads, self.kv_heads());
+        let (rq, r) = (self.q_lora_rank, self.kv_lora_rank);
+        let (nope, rope, v) = (
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.v_head_dim,
+        );
+        let inner = attention_pass(windows, [h, g], [nope + rope, v], windows.len);
+        let norms = if self.use_lora_layer_norm { 2 } else { 1 };
+        // Queries and the shared key before and after they turn; the keys side by side, and again with their heads in a row.
+        let (turns, joins) = match (rope > 0, nope > 0) {
+            (true, true) => (2, 2),
+            (true, false) => (2, 0),
+            (false, _) => (1, 0),
+        };
+        let norms = norms + usize::from(self.attention_bias);
+        let queries = norms * rq + turns * h * (nope + rope);
+        let latent = norms * r + turns * rope;
+        let expanded = g * (nope + v) + joins * g * (nope + rope);
+        let tables = windows.len * (nope + 2 * rope);
+        // Keys' and values' rows of one tensor, each in a row of its own.
+        let apart = g * (nope + v) * r;
+        Pass {
+            kept: inner.kept + windows.tokens() * (queries + latent + expanded) + tables + apart,
+            ..inner
         }
     }
 }

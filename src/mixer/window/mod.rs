@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::attention::{Attention, AttentionConfig};
 use super::sizes::{MAX_POSITIONS, at_most, bounded};
-use super::{Cost, Param};
+use super::{Cost, Param, Pass, Windows};
 use crate::Result;
 use crate::op::Documents;
 use crate::op::attention::{Sight, Window as Reach};
@@ -91,6 +91,11 @@ impl WindowConfig {
     pub(super) fn cost(&self, hidden: usize, length: usize) -> Cost {
         let most = self.sliding_window + self.num_sink_tokens;
         self.attention.cost(hidden, length.min(most))
+    }
+
+    pub(super) fn pass(&self, windows: Windows) -> Pass {
+        let reach = self.sliding_window.saturating_add(self.num_sink_tokens);
+        self.attention.pass_within(windows, reach)
     }
 }
 

@@ -35,6 +35,11 @@ impl Moments {
             scales: vec![0.; 2 * n.div_ceil(BLOCK)],
         }
     }
+
+    /// Of the moments of `n` entries.
+    pub fn bytes(n: usize) -> usize {
+        2 * n + 2 * n.div_ceil(BLOCK) * size_of::<f32>()
+    }
 }
 
 /// What code `2^i + j` of `bits` bits means, as a share of the scale: interval `j` of the `2^i` that decade `i` is cut into, its middle.

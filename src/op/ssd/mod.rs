@@ -40,6 +40,12 @@ impl SsdShape {
         self.groups * (self.head_dim + self.d_state) + self.heads * self.d_state
     }
 
+    /// Entries of the states of all heads that are kept before every chunk, in whole tiles.
+    pub fn chunk_states(&self) -> usize {
+        let whole = |entries: usize| entries.next_multiple_of(lanes::LANES);
+        self.heads * whole(self.head_dim) * whole(self.d_state)
+    }
+
     fn check(&self, xbc: &Tensor, dt: &Tensor, params: &Tensor) -> Result<()> {
         let h = self.heads;
         if self.groups == 0 || !h.is_multiple_of(self.groups) || h == 0 {

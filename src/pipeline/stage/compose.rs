@@ -10,11 +10,13 @@ use crate::convert::{
     CalibrationConfig, Init, InitName, PlanOptions, bank_layers, check_growth, check_ranks,
     compose_from_bank, grow, plan,
 };
-use crate::mixer::LayerKind;
+use crate::mixer::{LayerKind, Windows};
 use crate::model::{ModelConfig, Parts};
 use crate::numerics;
 use crate::pipeline::base::Base;
+use crate::pipeline::need::{Need, Supply};
 use crate::pipeline::texts::Texts;
+use crate::train::cost::{Learner, Memory};
 use crate::watch::Watch;
 
 /// What a hybrid is composed of besides the teacher.
@@ -129,6 +131,66 @@ impl Stage for PlanOptions {
         Ok(())
     }
 
+    /// New mixers in f32, and for one of them at a time: the attention that it comes from and decompositions in f64; where it is
+    /// fitted, the sample at every place of the layer.
+    fn need(&self, sizes: &Sizes, with: &Supply) -> Result<Need> {
+        let student = sizes.student()?;
+        let (d, taken) = (student.hidden_size, sizes.bank.is_some());
+        let before = sizes
+            .students
+            .len()
+            .checked_sub(2)
+            .map(|i| &sizes.students[i]);
+        let is_new =
+            |i: usize| student.is_converted(i) && before.is_none_or(|b| !b.is_converted(i));
+        let made = |name: &str| {
+            let layers = 0..student.layers.len();
+            let mut prefixes = layers
+                .filter(|i| is_new(*i))
+                .map(|i| format!("model.layers.{i}.{}.", student.layers[i].prefix()));
+            prefixes.any(|prefix| name.starts_with(&prefix))
+        };
+        let born = Learner {
+            config: student,
+            trained: &made,
+        };
+        let memory = Memory::default().with("new mixers", if taken { 0 } else { born.bytes() });
+        let memory = memory.with("decompositions", MATRICES * 8 * d * d);
+        let calibration = &sizes.common.calibration;
+        let windows = Windows {
+            rows: (calibration.fit_tokens).div_ceil(calibration.seq_len.max(1)),
+            len: calibration.seq_len,
+        };
+        let fitted = sizes.common.init == InitName::Refined && !taken;
+        let sample = match fitted {
+            true => {
+                let layers = (0..student.layers.len()).filter(|i| is_new(*i));
+                let mixers = layers.map(|i| student.layers[i].pass(windows).kept);
+                // Streams of teacher and hybrid, what a mixer reads and writes, what its output is made of, also turned.
+                let streams = SAMPLES * windows.tokens() * d;
+                4 * (streams + mixers.max().unwrap_or(0))
+            }
+            false => 0,
+        };
+        let stored = match before {
+            Some(_) => with.student as f64 / student.parameters() as f64,
+            None => with.base.width(),
+        };
+        let others = student.parameters() - born.entries();
+        let bytes = match taken && before.is_none() {
+            // A bank's layers are in f32.
+            true => 4 * student.parameters(),
+            false => born.bytes() + (others as f64 * stored) as usize,
+        };
+        Ok(Need {
+            phases: vec![memory.with("sample", sample)],
+            student: Some(bytes),
+            tokens: fitted.then(|| windows.tokens() as u64),
+            measured: true,
+            ..Need::default()
+        })
+    }
+
     fn fill(&self, _: &Texts) -> Result<()> {
         Ok(())
     }
@@ -183,6 +245,11 @@ impl Stage for PlanOptions {
     }
 }
 
+/// Squares of the model's width in f64 at once, about, while a mixer is born: moments, a decomposition's sides, products.
+const MATRICES: usize = 10;
+/// Of a sample's streams, each of the model's width.
+const SAMPLES: usize = 7;
+
 /// The first hybrid is as it was chosen, later ones as they are asked for.
 fn options<'a>(asked: &'a PlanOptions, made: &'a Made) -> &'a PlanOptions {
     match (&made.student, &made.plan) {
@@ -206,7 +273,7 @@ fn check_bank(
 }
 
 /// The plan with ranks that depend on weights left at their defaults.
-fn sized(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
+pub(super) fn sized(teacher: &ModelConfig, options: &PlanOptions) -> Result<ModelConfig> {
     check_ranks(teacher, options)?;
     let options = PlanOptions {
         sizes: options.sizes.without_open_ranks(),

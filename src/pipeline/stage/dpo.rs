@@ -5,13 +5,16 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::training::{self, millions_of};
+use super::training::{self, millions_of, trained_need};
 use super::{Context, Made, Sizes, Stage, eval};
 use crate::checkpoint::{Checkpoint, Key};
 use crate::data::{Batches, Preferences};
+use crate::mixer::Windows;
 use crate::numerics;
+use crate::pipeline::need::{Need, Settings, Supply, reading};
 use crate::pipeline::texts::Texts;
-use crate::train::stage::dpo::{Dpo, DpoConfig};
+use crate::train::cost::Learner;
+use crate::train::stage::dpo::{CHUNK, Dpo, DpoConfig};
 use crate::train::{self, Sources, TrainSettings};
 use crate::watch::Watch;
 use crate::weights::Place;
@@ -60,6 +63,29 @@ impl Stage for DpoStage {
             true => Ok(()),
             false => Err(Error::invalid("preferences are missing from [data]")),
         }
+    }
+
+    /// As if every pair were as long as it may be.
+    fn need(&self, sizes: &Sizes, with: &Supply) -> Result<Need> {
+        let config = self.train.settle()?;
+        let student = sizes.student()?;
+        let pairs = |count: usize| Windows {
+            rows: 2 * count,
+            len: self.objective.max_length,
+        };
+        let learner = Learner {
+            config: student,
+            trained: &|_| true,
+        };
+        let windows = pairs(config.batch_size);
+        let mut need = trained_need(&config, learner, None, windows, with.pairs, with);
+        let before = reading(student, pairs(CHUNK), 1).with("trained weights", learner.bytes());
+        need.phases.push(before);
+        need.settings = Some(Settings {
+            train: self.train.clone(),
+            all: false,
+        });
+        Ok(need)
     }
 
     fn fill(&self, texts: &Texts) -> Result<()> {

@@ -6,19 +6,21 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::candidates::{CANDIDATES, bank_plans};
-use super::compose::{Birth, Source, recorded};
-use super::training::{self, millions_of};
+use super::compose::{Birth, Source, recorded, sized};
+use super::training::{self, millions_of, saved};
 use super::{Context, Made, Sizes, Stage, StageResult, check_context, eval};
 use crate::Result;
 use crate::checkpoint::{Checkpoint, Key};
 use crate::convert::{Init, PlanOptions};
 use crate::data::Corpus;
-use crate::mixer::LayerKind;
+use crate::mixer::{LayerKind, Windows};
 use crate::model::Parts;
 use crate::numerics;
 use crate::pipeline::base::Base;
+use crate::pipeline::need::{Need, Settings, Supply};
 use crate::pipeline::texts::Texts;
-use crate::train::stage::ild::{Ild, IldConfig};
+use crate::train::cost::{IldSizes, Learner, in_layers};
+use crate::train::stage::ild::{Ild, IldConfig, IldInputs};
 use crate::train::{self, Sources, TrainSettings, Training};
 use crate::watch::Watch;
 
@@ -140,6 +142,72 @@ impl Stage for IldStage {
             sizes.bank = Some(self.candidates.clone());
         }
         Ok(())
+    }
+
+    fn need(&self, sizes: &Sizes, with: &Supply) -> Result<Need> {
+        let config = self.train.settle()?;
+        let candidates = match self.target {
+            IldTarget::Bank => {
+                let plans = bank_plans(
+                    &sizes.common.plan,
+                    &self.candidates,
+                    sizes.teacher.layers.len(),
+                )?;
+                let each = plans.iter().map(|(_, plan)| sized(sizes.teacher, plan));
+                each.collect::<Result<Vec<_>>>()?
+            }
+            IldTarget::Hybrid => vec![sizes.student()?.clone()],
+        };
+        let count = sizes.teacher.layers.len();
+        let ild = IldSizes {
+            teacher: sizes.teacher,
+            candidates: &candidates,
+            windows: Windows {
+                rows: config.batch_size,
+                len: config.seq_len,
+            },
+            accumulation: config.accumulation,
+            optimizer: config.optimizer,
+            joint: self.objective.inputs == IldInputs::Joint,
+            at_once: self
+                .layers_at_once
+                .map_or(count, NonZeroUsize::get)
+                .min(count),
+        };
+        let tokens = with.length(&config, with.text, config.tokens_per_step());
+        let learners = candidates.iter().map(|config| Learner {
+            config,
+            trained: &in_layers,
+        });
+        let saves = learners.map(|learner| saved(learner, config.optimizer));
+        let (state, moved) = saves.fold((0, 0.0), |(a, b), (c, d)| (a + c, b + d));
+        let steps = tokens.unwrap_or(0) as f64 / config.tokens_per_step() as f64;
+        // Layers in f32, embedding and head as the teacher has them.
+        let result = candidates.iter().map(|config| {
+            let layers = Learner {
+                config,
+                trained: &in_layers,
+            };
+            let ends = config.parameters() - layers.entries();
+            layers.bytes() + (ends as f64 * with.base.width()) as usize
+        });
+        let result: usize = result.sum();
+        let bank = self.target == IldTarget::Bank;
+        Ok(Need {
+            phases: vec![ild.memory()],
+            student: (!bank).then_some(result),
+            kept: if bank { result } else { 0 },
+            scratch: 2 * state,
+            tokens,
+            operations: Some(ild.operations()),
+            moved: moved * steps,
+            measured: !bank,
+            settings: Some(Settings {
+                train: self.train.clone(),
+                all: false,
+            }),
+            ..Need::default()
+        })
     }
 
     fn fill(&self, texts: &Texts) -> Result<()> {

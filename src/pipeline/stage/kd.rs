@@ -5,16 +5,19 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::training::{self, millions_of};
+use super::training::{self, millions_of, trained_need};
 use super::{Context, Made, Sizes, Stage, check_context, eval};
 use crate::Result;
 use crate::checkpoint::{Checkpoint, Key};
 use crate::convert::PlanOptions;
 use crate::data::{Corpus, Tokenizer};
+use crate::mixer::Windows;
 use crate::numerics;
 use crate::pipeline::base::Base;
+use crate::pipeline::need::{Need, Settings, Source, Supply};
 use crate::pipeline::texts::Texts;
-use crate::train::stage::kd::{Kd, KdConfig};
+use crate::train::cost::Learner;
+use crate::train::stage::kd::{Kd, KdConfig, Trained};
 use crate::train::{self, Sources, TrainSettings};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -79,6 +82,32 @@ impl Stage for KdStage {
             }
             Some(_) => Ok(()),
         }
+    }
+
+    fn need(&self, sizes: &Sizes, with: &Supply) -> Result<Need> {
+        let config = self.train.settle()?;
+        let other = self.teacher.as_deref().map(Source::open).transpose()?;
+        let teacher = other.as_ref().map_or(sizes.teacher, |other| &other.config);
+        let student = sizes.student()?;
+        let windows = Windows {
+            rows: config.batch_size,
+            len: config.seq_len,
+        };
+        let trains = self.objective.trains(student);
+        let learner = Learner {
+            config: student,
+            trained: &trains,
+        };
+        let mut need = trained_need(&config, learner, Some(teacher), windows, with.text, with);
+        if let Some(other) = &other {
+            let held = |phase| with.weights(phase, "other teacher", (other.bytes, &other.config));
+            need.phases = need.phases.into_iter().map(held).collect();
+        }
+        need.settings = Some(Settings {
+            train: self.train.clone(),
+            all: self.objective.trained == Trained::Everything,
+        });
+        Ok(need)
     }
 
     fn fill(&self, texts: &Texts) -> Result<()> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::base::Base;
+use super::need::{Need, Supply};
 use super::texts::Texts;
 use crate::checkpoint::{Key, Store};
 use crate::convert::{Calibration, CalibrationConfig, Init, InitName, PlanOptions};
@@ -44,6 +45,12 @@ pub trait Stage {
     /// # Errors
     /// Names the setting that cannot work.
     fn check(&self, sizes: &mut Sizes) -> Result<()>;
+
+    /// What it will take, from sizes that [`Stage::check`] has seen.
+    ///
+    /// # Errors
+    /// Another teacher's config that cannot be read.
+    fn need(&self, sizes: &Sizes, with: &Supply) -> Result<Need>;
 
     /// Whether the texts are long enough.
     ///

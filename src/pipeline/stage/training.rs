@@ -5,8 +5,13 @@ use std::path::Path;
 use super::{Context, Student};
 use crate::checkpoint::Key;
 use crate::data::Batches;
+use crate::mixer::Windows;
+use crate::model::ModelConfig;
+use crate::pipeline::need::{Need, Supply, fingerprint};
+use crate::train::cost::{Learner, StepSizes};
 use crate::train::{
-    RunOptions, Skipped, Sources, StepMetrics, TrainConfig, TrainSettings, Training, partial_folder,
+    OptimizerConfig, RunOptions, Skipped, Sources, StepMetrics, TrainConfig, TrainSettings,
+    Training, partial_folder,
 };
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -65,6 +70,55 @@ pub(super) fn fill(data: &dyn Batches, train: &TrainSettings) -> Result<()> {
     let train = train.settle()?;
     data.check(train.batch_size, train.seq_len)?;
     train.steps(data.examples(train.seq_len)).map(drop)
+}
+
+/// Of a learner's weights with their moments: bytes of a save, and those that an update reads and writes (with the gradients).
+pub(super) fn saved(learner: Learner, optimizer: OptimizerConfig) -> (usize, f64) {
+    let (weights, moments) = (learner.bytes(), learner.moments(optimizer));
+    (weights + moments, (3 * weights + 2 * moments) as f64)
+}
+
+/// What KD or DPO of `learner` takes; `text`: tokens that an epoch has.
+pub(super) fn trained_need(
+    config: &TrainConfig,
+    learner: Learner,
+    teacher: Option<&ModelConfig>,
+    windows: Windows,
+    text: Option<u64>,
+    with: &Supply,
+) -> Need {
+    let student = learner.config;
+    let per_step = windows.tokens() * config.accumulation;
+    let tokens = with.length(config, text, per_step);
+    let left = with.free.saturating_sub(learner.bytes());
+    let step = StepSizes {
+        learner,
+        teacher,
+        windows,
+        accumulation: config.accumulation,
+        optimizer: config.optimizer,
+        anew: learner.is_short(windows, left),
+    };
+    let kept = student.parameters() - learner.entries();
+    let file = |phase| with.weights(phase, "hybrid", (with.student, student));
+    let taken = match kept {
+        0 => step.memory(),
+        _ => file(step.memory()),
+    };
+    let opened = fingerprint(student, 1).with("trained weights", learner.bytes());
+    let (state, moved) = saved(learner, config.optimizer);
+    let steps = tokens.unwrap_or(0) as f64 / per_step as f64;
+    let width = with.student as f64 / student.parameters() as f64;
+    Need {
+        phases: vec![file(opened), taken],
+        student: Some(learner.bytes() + (kept as f64 * width) as usize),
+        scratch: 2 * state,
+        tokens,
+        operations: Some(step.operations()),
+        moved: moved * steps,
+        measured: true,
+        ..Need::default()
+    }
 }
 
 /// Trains a stage to its folder, or reads the metrics of one that is done.

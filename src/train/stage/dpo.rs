@@ -259,7 +259,7 @@ impl<'a> Answers<'a> {
 }
 
 /// Pairs a forward pass of the frozen model.
-const CHUNK: usize = 8;
+pub const CHUNK: usize = 8;
 
 /// `[pairs, 2]`: chosen, rejected.
 fn frozen(lm: &Lm, pairs: &Preferences, watch: &dyn Watch) -> Result<Tensor> {

@@ -150,6 +150,18 @@ impl KdConfig {
         Ok(())
     }
 
+    /// Which of a student's weights learn, by name.
+    pub fn trains(&self, student: &ModelConfig) -> impl Fn(&str) -> bool + use<> {
+        let converted = student.converted().into_iter();
+        let prefixes =
+            converted.map(|i| format!("model.layers.{i}.{}.", student.layers[i].prefix()));
+        let (trained, prefixes) = (self.trained, prefixes.collect::<Vec<_>>());
+        move |name| match trained {
+            Trained::Everything => true,
+            Trained::Mixers => prefixes.iter().any(|p| name.starts_with(p)),
+        }
+    }
+
     /// The part of rows `range` in a batch's divergence, logits `[rows, V]` both, a scalar without its weight.
     fn divergence(
         &self,
@@ -217,14 +229,7 @@ impl Kd {
         let (converted, stepwise) = (student.converted(), config.schedule == Schedule::Stepwise);
         let is_late = |i: &usize| stepwise && !settled.contains(i);
         let late = converted.iter().copied().filter(is_late).collect();
-        let prefixes: Vec<String> = converted
-            .iter()
-            .map(|i| format!("model.layers.{i}.{}.", student.layers[*i].prefix()))
-            .collect();
-        let trained = |name: &str| match config.trained {
-            Trained::Everything => true,
-            Trained::Mixers => prefixes.iter().any(|p| name.starts_with(p)),
-        };
+        let trained = config.trains(student);
         Ok(Self {
             teacher,
             teacher_hash,

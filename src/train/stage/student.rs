@@ -10,10 +10,12 @@ use candle_core::{Tensor, Var};
 use super::{Laps, rows, scalar};
 use crate::Result;
 use crate::checkpoint::{self, Format, Provenance};
+use crate::mixer::Windows;
 use crate::model::{LOGITS, Layer, Lm, ModelConfig, Parts, pieces, through};
 use crate::op::Documents;
 use crate::op::linear::{WeightGradient, back};
 use crate::op::runtime::free_memory;
+use crate::train::cost::Learner;
 use crate::train::params::ParamGroup;
 use crate::weights::{Place, Weights};
 
@@ -112,7 +114,8 @@ impl Student {
     ) -> Result<Pass> {
         let laps = Laps::new();
         let count = self.lm.layers.len();
-        let checkpointing = self.is_short(ids.elem_count());
+        let (rows, len) = ids.dims2()?;
+        let checkpointing = self.is_short(Windows { rows, len });
         let together = if checkpointing { 1 } else { count };
         let (lm, plain) = (&self.lm, &self.plain);
         let embedded = self.params.is_trained(EMBEDDING);
@@ -150,18 +153,22 @@ impl Student {
         })
     }
 
-    /// Whether activations of so many tokens are to be computed anew. Asked of the system only for more tokens than ever: what a pass has
+    /// Whether activations of a pass are to be computed anew. Asked of the system only for more tokens than ever: what a pass has
     /// freed the allocator keeps for the next.
-    fn is_short(&mut self, tokens: usize) -> bool {
+    fn is_short(&mut self, windows: Windows) -> bool {
         if let Some(asked) = self.checkpointing {
             return asked;
         }
-        if tokens > self.fitting {
-            let needed = activation_bytes(&self.lm.config, tokens);
-            if free_memory().is_some_and(|free| needed > free / 2) {
+        if windows.tokens() > self.fitting {
+            let params = &self.params;
+            let learner = Learner {
+                config: &self.lm.config,
+                trained: &|name| params.is_trained(name),
+            };
+            if free_memory().is_some_and(|free| learner.is_short(windows, free)) {
                 return true;
             }
-            self.fitting = tokens;
+            self.fitting = windows.tokens();
         }
         false
     }
@@ -336,12 +343,4 @@ fn through_own<'s>(
 ) -> Result<Tensor> {
     let own = layers.map(|i| stand_in(i).unwrap_or(&lm.layers[i]));
     through(own, x.clone(), Some(documents))
-}
-
-/// What the graph of a pass over so many tokens holds, about: the residual stream, norms, mixers and MLPs of all layers, in f32.
-fn activation_bytes(config: &ModelConfig, tokens: usize) -> usize {
-    let layer = 24 * config.hidden_size + 5 * config.intermediate_size;
-    tokens
-        .saturating_mul(config.layers.len() * layer)
-        .saturating_mul(4)
 }

@@ -8,11 +8,13 @@ use super::{Context, Made, Sizes, Stage};
 use crate::checkpoint::{Bank, Key};
 use crate::convert::{PlanOptions, Selector, select};
 use crate::data::{Batches, Corpus};
-use crate::mixer::LayerKind;
+use crate::mixer::{LayerKind, Windows};
 use crate::model::ModelConfig;
 use crate::numerics;
 use crate::pipeline::base::Base;
+use crate::pipeline::need::{Need, Supply, reading};
 use crate::pipeline::texts::Texts;
+use crate::train::cost::forward;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -198,6 +200,26 @@ impl SelectStage {
 }
 
 impl Stage for SelectStage {
+    /// Every layer alone in a pass of its own, for each candidate that it may become.
+    fn need(&self, sizes: &Sizes, _: &Supply) -> Result<Need> {
+        let eval = &sizes.common.eval;
+        let windows = Windows {
+            rows: eval.batch_size,
+            len: eval.seq_len,
+        };
+        let kinds = match self.method {
+            Method::Budget => sizes.bank.as_deref().unwrap_or(self.born()).len(),
+            _ => 1,
+        };
+        let passes = 1 + kinds * sizes.teacher.layers.len();
+        Ok(Need {
+            phases: vec![reading(sizes.teacher, windows, 2)],
+            tokens: Some(self.tokens as u64),
+            operations: Some(passes as f64 * forward(sizes.teacher, windows)),
+            ..Need::default()
+        })
+    }
+
     fn about(&self) -> String {
         let name = format!("{:?}", self.method).to_lowercase();
         let count = self.count.map(|count| format!("{count} layers, "));

@@ -1,0 +1,468 @@
+//! What a training step takes, counted from sizes alone: memory, part by part, and operations. `tests/memory.rs` holds the memory
+//! to what processes are measured to take.
+
+use serde::Serialize;
+
+use super::config::OptimizerConfig;
+use super::params::in_eight_bits;
+use crate::mixer::Windows;
+use crate::model::{LOGITS, ModelConfig};
+use crate::op::adamw::Moments;
+use crate::op::runtime::{between, shares_chunk};
+
+const F32: usize = size_of::<f32>();
+
+/// Memory of one kind.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Part {
+    pub name: &'static str,
+    pub bytes: usize,
+    /// Pages of a file: the system may drop them and read them again.
+    pub mapped: bool,
+    /// Bytes among them in blocks that share pieces of memory.
+    #[serde(skip)]
+    shared: usize,
+}
+
+/// What is resident at a time.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Memory {
+    pub parts: Vec<Part>,
+}
+
+impl Memory {
+    fn add(mut self, added: Part) -> Self {
+        match self.parts.iter_mut().find(|part| part.name == added.name) {
+            Some(part) => {
+                part.bytes = part.bytes.saturating_add(added.bytes);
+                part.shared = part.shared.saturating_add(added.shared);
+            }
+            None if added.bytes == 0 => {}
+            None => self.parts.push(added),
+        }
+        self
+    }
+
+    /// In few blocks, or large ones.
+    pub fn with(self, name: &'static str, bytes: usize) -> Self {
+        self.with_share(name, bytes, 0.0)
+    }
+
+    /// Of which this share is in blocks that share pieces of memory.
+    fn with_share(self, name: &'static str, bytes: usize, share: f64) -> Self {
+        self.add(Part {
+            name,
+            bytes,
+            mapped: false,
+            shared: (share * bytes as f64) as usize,
+        })
+    }
+
+    pub fn with_file(self, name: &'static str, bytes: usize) -> Self {
+        self.add(Part {
+            name,
+            bytes,
+            mapped: true,
+            shared: 0,
+        })
+    }
+
+    /// Both at once.
+    pub fn and(self, other: &Memory) -> Self {
+        other.parts.iter().cloned().fold(self, Self::add)
+    }
+
+    fn sum(&self, mapped: bool) -> usize {
+        let parts = self.parts.iter().filter(|part| part.mapped == mapped);
+        parts.fold(0, |sum, part| sum.saturating_add(part.bytes))
+    }
+
+    /// Memory of the process's own.
+    pub fn own(&self) -> usize {
+        self.sum(false)
+    }
+
+    /// What the allocator has resident between its blocks.
+    fn between(&self) -> usize {
+        between(self.parts.iter().map(|part| part.shared).sum())
+    }
+
+    /// With what the allocator has resident besides as a part of its own.
+    pub fn resident(mut self) -> Self {
+        let between = self.between();
+        self.parts.iter_mut().for_each(|part| part.shared = 0);
+        self.with("allocator", between)
+    }
+
+    /// Pages of files.
+    pub fn mapped(&self) -> usize {
+        self.sum(true)
+    }
+
+    pub fn total(&self) -> usize {
+        let own = self.own().saturating_add(self.between());
+        own.saturating_add(self.mapped())
+    }
+
+    /// The largest.
+    pub fn peak(phases: impl IntoIterator<Item = Memory>) -> Self {
+        let largest = phases.into_iter().max_by_key(Memory::total);
+        largest.unwrap_or_default()
+    }
+}
+
+/// A model that learns, by its sizes.
+#[derive(Clone, Copy)]
+pub struct Learner<'a> {
+    pub config: &'a ModelConfig,
+    /// Which weights learn, by name.
+    pub trained: &'a dyn Fn(&str) -> bool,
+}
+
+/// Of the trained weights.
+struct Trained {
+    /// Entries of each layer.
+    layers: Vec<usize>,
+    /// Of the largest matrix of each layer, times how often it is there on the way back beside its gradient: zeros and summand, and
+    /// for matrices that stand in one tensor each part widened to the whole as well.
+    largest: Vec<usize>,
+    /// The head's own, or the embedding that is the head.
+    head: bool,
+    embedding: bool,
+    all: usize,
+    /// Share of these in tensors of less than a piece of memory.
+    small: f64,
+    moments: usize,
+}
+
+impl<'a> Learner<'a> {
+    fn weights(&self, optimizer: OptimizerConfig) -> Trained {
+        let config = self.config;
+        let count = config.layers.len();
+        let tied = config.tie_word_embeddings;
+        let mut found = Trained {
+            layers: vec![0; count],
+            largest: vec![0; count],
+            embedding: (self.trained)(EMBEDDING),
+            head: (self.trained)(if tied { EMBEDDING } else { HEAD }),
+            all: 0,
+            small: 0.0,
+            moments: 0,
+        };
+        let learns = |name: &str| (self.trained)(name);
+        for (name, shape) in config.params().iter().filter(|(name, _)| learns(name)) {
+            let entries: usize = shape.iter().product();
+            found.all += entries;
+            found.small += if shares_chunk(entries * F32) {
+                entries as f64
+            } else {
+                0.0
+            };
+            found.moments += match optimizer {
+                OptimizerConfig::Adamw8bit if in_eight_bits(entries) => Moments::bytes(entries),
+                _ => 2 * entries * F32,
+            };
+            if let Some(i) = layer_of(name) {
+                let mixer = &config.layers[i];
+                let stacked = mixer.stacked().iter().any(|(part, _)| name.ends_with(part));
+                let times = if stacked { 4 } else { 2 };
+                found.layers[i] += entries;
+                found.largest[i] = found.largest[i].max(times * entries);
+            }
+        }
+        found.small /= found.all.max(1) as f64;
+        found
+    }
+
+    /// The first layer that gradients reach: what is before it keeps no graph.
+    fn first(&self) -> usize {
+        let config = self.config;
+        if (self.trained)(EMBEDDING) {
+            return 0;
+        }
+        let names = config.params();
+        let learning = names.iter().filter(|(name, _)| (self.trained)(name));
+        let layers = learning.filter_map(|(name, _)| layer_of(name));
+        layers.min().unwrap_or(config.layers.len())
+    }
+
+    /// f32 entries that the graph of all layers keeps for the way back.
+    fn graph(&self, windows: Windows) -> usize {
+        let layers = self.first()..self.config.layers.len();
+        let each = layers.map(|i| self.config.layer_pass(i, windows).kept);
+        each.fold(0, usize::saturating_add)
+    }
+
+    /// Bytes of the same.
+    pub fn activations(&self, windows: Windows) -> usize {
+        self.graph(windows).saturating_mul(F32)
+    }
+
+    /// Bytes of the trained weights in f32.
+    pub fn bytes(&self) -> usize {
+        self.weights(OptimizerConfig::Adamw).all * F32
+    }
+
+    /// Entries that learn.
+    pub fn entries(&self) -> usize {
+        self.weights(OptimizerConfig::Adamw).all
+    }
+
+    /// Bytes of the moments.
+    pub fn moments(&self, optimizer: OptimizerConfig) -> usize {
+        self.weights(optimizer).moments
+    }
+
+    /// Whether the activations of a pass are too many to be kept where so many bytes are free before the first step: more than half of
+    /// what gradients and moments (in full) will leave.
+    pub fn is_short(&self, windows: Windows, free: usize) -> bool {
+        self.activations(windows) > free.saturating_sub(3 * self.bytes()) / 2
+    }
+}
+
+/// Share of activations in blocks that share pieces of memory: all, or none where the MLP's are larger.
+fn shared_activations(config: &ModelConfig, tokens: usize) -> f64 {
+    match shares_chunk(tokens * config.intermediate_size * F32) {
+        true => 1.0,
+        false => 0.0,
+    }
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+fn layer_of(name: &str) -> Option<usize> {
+    let rest = name.strip_prefix("model.layers.")?;
+    rest.split('.').next()?.parse().ok()
+}
+
+/// Logits pieces that are there at once: a model's, the zeros, summand and sum of their gradient; with a teacher its own.
+const PIECES: usize = 4;
+/// Matrices of a tensor's size that a step of Muon makes on its way.
+const MUON: usize = 8;
+
+/// How a model learns: from a teacher's logits, or from text or pairs alone.
+#[derive(Clone, Copy)]
+pub struct StepSizes<'a> {
+    pub learner: Learner<'a>,
+    pub teacher: Option<&'a ModelConfig>,
+    /// A micro-batch.
+    pub windows: Windows,
+    pub accumulation: usize,
+    pub optimizer: OptimizerConfig,
+    /// Activations are computed anew on the way back.
+    pub anew: bool,
+}
+
+impl StepSizes<'_> {
+    /// The process's own memory while a step is taken, at the most: weights that are trained and all that goes with them.
+    pub fn memory(&self) -> Memory {
+        let config = self.learner.config;
+        let (n, d, count) = (
+            self.windows.tokens(),
+            config.hidden_size,
+            config.layers.len(),
+        );
+        let trained = self.learner.weights(self.optimizer);
+        let held = Memory::default()
+            .with_share(WEIGHTS, trained.all * F32, trained.small)
+            .with_share("moments", trained.moments, trained.small);
+        let share = shared_activations(config, n);
+        let before = if self.accumulation > 1 {
+            trained.all
+        } else {
+            0
+        };
+        let piece = (LOGITS / config.vocab_size).clamp(1, n.max(1)) * config.vocab_size;
+        let phase = |gradients: usize, kept: usize, back: usize, pieces: usize| {
+            let logits = if shares_chunk(piece * F32) { 1.0 } else { 0.0 };
+            held.clone()
+                .with_share("gradients", gradients * F32, trained.small)
+                .with_share("activations", kept * F32, share)
+                .with_share("on the way back", back * F32, share)
+                .with_share("logits", pieces * piece * F32, logits)
+        };
+        let taught = self.teacher.map_or(0, |teacher| n * teacher.hidden_size);
+        let mut phases = Vec::new();
+        if let Some(teacher) = self.teacher {
+            let layers = 0..teacher.layers.len();
+            let widest = layers.map(|i| teacher.layer_pass(i, self.windows).kept);
+            let forward = widest.max().unwrap_or(0) + 2 * n * teacher.hidden_size;
+            phases.push(phase(before, forward, 0, 0));
+        }
+        let first = self.learner.first();
+        let graph = match self.anew {
+            true => (count - first) * n * d,
+            false => self.learner.graph(self.windows),
+        };
+        let head = match trained.head {
+            true => config.vocab_size * d,
+            false => 0,
+        };
+        // The last layer's output and its norm, the norm's gradient piece by piece and whole.
+        let pieces = PIECES + usize::from(self.teacher.is_some());
+        phases.push(phase(before + head, graph + taught + 4 * n * d, 0, pieces));
+        let mut gradients = head;
+        for i in (first..count).rev() {
+            let pass = config.layer_pass(i, self.windows);
+            gradients += trained.layers[i];
+            let kept = match self.anew {
+                true => (i + 1 - first) * n * d + pass.kept,
+                false => graph + n * d,
+            };
+            let so_far = match (self.accumulation > 1, self.anew) {
+                (true, true) => before + trained.layers[i],
+                _ => before + gradients,
+            };
+            let mlp = 2 * n * config.intermediate_size + 7 * n * d;
+            let back = pass.back.max(mlp + trained.largest[i]);
+            phases.push(phase(so_far, kept + taught, back, 0));
+        }
+        let all = before.max(trained.all);
+        if trained.embedding && !config.tie_word_embeddings {
+            phases.push(phase(all, taught + 3 * n * d, config.vocab_size * d, 0));
+        }
+        let stepped = match self.optimizer {
+            OptimizerConfig::Muon { .. } => MUON * trained.largest.iter().max().unwrap_or(&0) / 2,
+            _ => 0,
+        };
+        phases.push(phase(all, 0, stepped, 0));
+        Memory::peak(phases)
+    }
+
+    /// Multiplications and additions of a token, teacher included.
+    pub fn operations(&self) -> f64 {
+        let student = operations(self.learner, self.windows, self.anew);
+        let teacher = self.teacher.map(|t| forward(t, self.windows));
+        student + teacher.unwrap_or(0.0)
+    }
+}
+
+/// f32 copies of what is trained.
+const WEIGHTS: &str = "trained weights";
+
+/// The way back of what has no weights (attention's scores, the scan) over its way there: scores or states again, and a gradient of
+/// every operand.
+const BACK: f64 = 2.5;
+
+/// Operations of a token through the layers `from` on.
+fn layers(config: &ModelConfig, windows: Windows, from: usize) -> [f64; 2] {
+    let params = config.params();
+    let inner = params
+        .iter()
+        .filter(|(name, _)| layer_of(name).is_some_and(|i| i >= from));
+    let products = ModelConfig::products(inner.map(|(_, shape)| shape.as_slice()));
+    let mixers = (from..config.layers.len()).map(|i| config.layer_pass(i, windows).flops);
+    [products, mixers.sum::<f64>() / windows.tokens() as f64]
+}
+
+fn head(config: &ModelConfig) -> f64 {
+    2.0 * (config.vocab_size * config.hidden_size) as f64
+}
+
+/// Operations of a token through a model, without a way back.
+pub fn forward(config: &ModelConfig, windows: Windows) -> f64 {
+    layers(config, windows, 0).iter().sum::<f64>() + head(config)
+}
+
+fn operations(learner: Learner, windows: Windows, anew: bool) -> f64 {
+    let config = learner.config;
+    let [products, mixers] = layers(config, windows, learner.first());
+    let params = config.params();
+    let learning = params.iter().filter(|(name, _)| (learner.trained)(name));
+    let (inner, ends): (Vec<_>, Vec<_>) = learning.partition(|(name, _)| layer_of(name).is_some());
+    let weights = ModelConfig::products(inner.iter().map(|(_, shape)| shape.as_slice()));
+    let again = if anew { products + mixers } else { 0.0 };
+    let trained_head = if ends.is_empty() { 0.0 } else { head(config) };
+    forward(config, windows)
+        + again
+        + products
+        + weights
+        + BACK * mixers
+        + head(config)
+        + trained_head
+}
+
+/// Layers that learn towards a teacher's, one after the other: what one of the teacher's reads and gives is there, and one layer's
+/// graph.
+pub struct IldSizes<'a> {
+    pub teacher: &'a ModelConfig,
+    pub candidates: &'a [ModelConfig],
+    pub windows: Windows,
+    pub accumulation: usize,
+    pub optimizer: OptimizerConfig,
+    /// Layers read what the student's own give as well.
+    pub joint: bool,
+    /// Layers that learn at once.
+    pub at_once: usize,
+}
+
+/// What ILD trains of a candidate.
+pub fn in_layers(name: &str) -> bool {
+    layer_of(name).is_some()
+}
+
+impl IldSizes<'_> {
+    fn learners(&self) -> impl Iterator<Item = Learner<'_>> {
+        self.candidates.iter().map(|config| Learner {
+            config,
+            trained: &in_layers,
+        })
+    }
+
+    /// As [`StepSizes::memory`].
+    pub fn memory(&self) -> Memory {
+        let (n, d) = (self.windows.tokens(), self.teacher.hidden_size);
+        // Input, mixer's and layer's output, and the next layer's input.
+        let lesson = 4 * n * d;
+        let mut held = Memory::default();
+        let own = if self.joint {
+            self.candidates.len() * n * d
+        } else {
+            0
+        };
+        let (mut kept, mut back) = (0, 0);
+        for learner in self.learners() {
+            let trained = learner.weights(self.optimizer);
+            let chunks = trained.layers.chunks(self.at_once.max(1));
+            let most = chunks
+                .map(|chunk| chunk.iter().sum::<usize>())
+                .max()
+                .unwrap_or(0);
+            // Moments are spread over layers as weights are.
+            let moments = trained.moments as f64 * most as f64 / trained.all.max(1) as f64;
+            held = held
+                .with_share(WEIGHTS, most * F32, trained.small)
+                .with_share("moments", moments as usize, trained.small)
+                .with_share("gradients", most * F32, trained.small);
+            for (i, largest) in trained.largest.iter().enumerate() {
+                let pass = learner.config.layer_pass(i, self.windows);
+                let mlp = 2 * n * self.teacher.intermediate_size + 7 * n * d;
+                kept = kept.max(pass.kept);
+                back = back.max(pass.back.max(mlp + largest));
+            }
+        }
+        let times = if self.joint { 2 } else { 1 };
+        let share = shared_activations(self.teacher, n);
+        held.with_share("activations", (lesson + own + times * kept) * F32, share)
+            .with_share("on the way back", back * F32, share)
+    }
+
+    /// As [`StepSizes::operations`].
+    pub fn operations(&self) -> f64 {
+        let times = if self.joint { 2.0 } else { 1.0 };
+        let each = self.learners().map(|learner| {
+            let [products, mixers] = layers(learner.config, self.windows, 0);
+            times * (3.0 * products + (1.0 + BACK) * mixers)
+        });
+        // Accumulated parts are weighed by what the teacher gives for them, in a pass of its own.
+        let passes = if self.accumulation > 1 { 2.0 } else { 1.0 };
+        // For the layers of each pass the teacher goes as far as they are.
+        let count = self.teacher.layers.len();
+        let ends = (0..count).step_by(self.at_once.max(1));
+        let ends = ends.map(|first| (first + self.at_once.max(1)).min(count));
+        let taught = ends.sum::<usize>() as f64 / count as f64;
+        let teacher = layers(self.teacher, self.windows, 0).iter().sum::<f64>();
+        each.sum::<f64>() + passes * taught * teacher
+    }
+}
