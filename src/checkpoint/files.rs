@@ -450,6 +450,19 @@ pub fn read_tensors_with_metadata(
     Ok((tensors, file.header.metadata().clone().unwrap_or_default()))
 }
 
+/// The same, matrices where they stand in the file.
+pub(super) fn map_tensors(
+    path: &Path,
+) -> Result<(BTreeMap<String, Matrix>, HashMap<String, String>)> {
+    let file = TensorFile::open(path)?;
+    file.verify()?;
+    let mut tensors = BTreeMap::new();
+    for (name, info) in file.header.tensors() {
+        tensors.insert(name.clone(), file.matrix(&name, info)?);
+    }
+    Ok((tensors, file.header.metadata().clone().unwrap_or_default()))
+}
+
 /// Writes one file, whole or not at all; the same tensors and metadata give the same bytes.
 pub fn write_tensors(
     path: &Path,

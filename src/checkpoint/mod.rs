@@ -42,7 +42,7 @@ pub use output::{EVENTS, check_output, foreign};
 pub use provenance::{Input, Origin, Provenance, RECORD, Step};
 pub use replace::replace_folder;
 pub use save::save;
-pub use store::{Kept, Key, Store, keep, kept};
+pub use store::{Kept, Key, Store, keep, kept, kept_in_place};
 
 use crate::gguf::Gguf;
 use files::TensorFiles;

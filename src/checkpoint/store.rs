@@ -1,6 +1,6 @@
 //! What is kept so that nothing is made twice: results and unfinished work, named by what decides them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -9,10 +9,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::files::{read_tensors_with_metadata, write_tensors};
+use super::files::{map_tensors, read_tensors_with_metadata, write_tensors};
 use crate::atomic::write_atomic;
 use crate::hash::Hash;
 use crate::numerics;
+use crate::op::linear::Matrix;
 use crate::{Error, Result};
 
 /// Everything that decides a result: its inputs, and what the program computes from them on which kind of device.
@@ -118,14 +119,14 @@ impl Store {
 }
 
 /// What a file of tensors holds.
-pub enum Kept {
+pub enum Kept<T = Tensor> {
     Nothing,
     /// The result of another key; how it differs.
     Other(String),
     /// How far it is, in whatever its writer counts.
     Found {
         done: u64,
-        tensors: BTreeMap<String, Tensor>,
+        tensors: BTreeMap<String, T>,
     },
 }
 
@@ -150,10 +151,24 @@ pub fn keep(path: &Path, key: &Key, done: u64, tensors: &BTreeMap<String, Tensor
 /// # Errors
 /// A file that cannot be read as a whole, or that is something else.
 pub fn kept(path: &Path, key: &Key) -> Result<Kept> {
+    kept_as(path, key, read_tensors_with_metadata)
+}
+
+/// The same, matrices where they stand in the file.
+///
+/// # Errors
+/// As [`kept`].
+pub fn kept_in_place(path: &Path, key: &Key) -> Result<Kept<Matrix>> {
+    kept_as(path, key, map_tensors)
+}
+
+type Read<T> = fn(&Path) -> Result<(BTreeMap<String, T>, HashMap<String, String>)>;
+
+fn kept_as<T>(path: &Path, key: &Key, read: Read<T>) -> Result<Kept<T>> {
     if !path.exists() {
         return Ok(Kept::Nothing);
     }
-    let (tensors, metadata) = read_tensors_with_metadata(path)?;
+    let (tensors, metadata) = read(path)?;
     let done = metadata.get(DONE).and_then(|done| done.parse().ok());
     match (metadata.get(KEY), done) {
         (Some(before), _) if *before != key.0 => Ok(Kept::Other(key.difference(before))),

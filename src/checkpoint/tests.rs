@@ -442,6 +442,23 @@ fn configs_that_cannot_work_are_named() {
     }
 }
 
+/// What a SmolLM3's config leaves out is what transformers take then.
+#[test]
+fn a_smollm3_without_ties_is_tied() {
+    let folder = Folder::whole();
+    folder.set("model_type", serde_json::json!("smollm3"));
+    let path = folder.path.join("config.json");
+    let mut json = read_json(&path).unwrap();
+    let fields = json.as_object_mut().unwrap();
+    fields.remove("tie_word_embeddings");
+    fields.remove("rope_theta");
+    fs::write(&path, json.to_string()).unwrap();
+    let config = Checkpoint::config_only(&folder.path).unwrap().0;
+    assert!(config.tie_word_embeddings);
+    let theta = config.attention(0).unwrap().rope.as_ref().unwrap().theta;
+    assert_eq!(theta, 2e6);
+}
+
 /// Of a family: what is set in its `config.json`, and what is said.
 #[test]
 fn what_a_family_has_that_no_layer_computes_is_named() {

@@ -95,7 +95,16 @@ impl Text {
             // What it names is not looked at.
             Source::Manifest(_) => return None,
         };
-        Some(all / self.part.map_or(1, |part| part.of as u64))
+        let packed = |path: &Path| {
+            let ending = path.extension().and_then(|e| e.to_str());
+            ending.is_some_and(|ending| ["gz", "zst", "parquet"].contains(&ending))
+        };
+        // What is in a packed file, or which share of a mixture an epoch takes, is not known before it is read.
+        if self.source().is_some_and(packed) || self.weight.is_some() {
+            return None;
+        }
+        let most = self.tokens.map_or(u64::MAX, |tokens| 4 * tokens as u64);
+        Some(most.min(all / self.part.map_or(1, |part| part.of as u64)))
     }
 
     /// Relative paths start at `folder`.
@@ -365,6 +374,11 @@ fn replay(path: &Path, made: &Path, reading: &Reading) -> Result<Corpus> {
     };
     if manifest.tokenizer != reading.tokenizer.hash().to_string() {
         return Err(changed("the tokenizer"));
+    }
+    if reading.decontaminate.is_some() && manifest.decontaminate.is_none() {
+        let message = "a manifest says how its texts are read, and these are held against nothing: leave out the decontamination, or name the \
+                       texts themselves";
+        return Err(Error::file(path, message));
     }
     let ngrams = manifest.decontaminate.as_ref().map(|before| {
         let cache = reading.cache.unwrap_or(made);

@@ -35,6 +35,7 @@ pub use recovery::{OnDivergence, Skipped};
 pub use stage::{Shares, Stage};
 
 use state::Run;
+pub use state::read_metrics;
 
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -73,7 +74,8 @@ impl StepMetrics {
     }
 }
 
-/// What the surroundings of a run decide; none of it changes the result but its record.
+/// What the surroundings of a run decide; none of it changes the result but its record, and what a run that diverges goes back to: its last
+/// save.
 pub struct RunOptions<'a> {
     /// Where the result goes.
     pub out: PathBuf,
@@ -162,7 +164,8 @@ pub fn train(
         let slower = recovery::slowed(&run.metrics, config.on_divergence);
         let rules = config.rules(step - segment.start, segment.end - segment.start);
         let rules = rules.slowed(slower);
-        let most = recovery::most(&run.metrics[segment.start as usize..], config.spike);
+        let of_segment = run.metrics.get(segment.start as usize..);
+        let most = recovery::most(of_segment.unwrap_or_default(), config.spike);
         let batches = config
             .batches_of(step)
             .map(|index| data.batch(config.seed, index, config.batch_size, config.seq_len));
@@ -304,19 +307,32 @@ impl Training<'_> {
                 at_once,
                 ..
             } => {
-                let workplace = partial_folder(&options.out);
-                let create = std::fs::create_dir_all(&workplace);
-                create.map_err(Error::io("cannot create", &workplace))?;
+                let mut whole = stage(&[])?;
+                let key = whole.key(config)?;
+                let workplace = workplace(&options)?;
+                // By it the run is known before the first piece is done.
+                options.sources.record.write(&workplace)?;
+                let of_pass = config.steps(whole.data().examples(config.seq_len))?;
+                let of_pass = of_pass * config.tokens_per_step() as u64;
                 let all: Vec<usize> = (0..layers).collect();
                 let mut pieces = Vec::new();
                 for (pass, layers) in (0..).zip(all.chunks(at_once)) {
                     let (first, last) = (layers[0], layers[layers.len() - 1]);
                     let out = workplace.join(format!("{}{first}-{last}", state::PIECES));
+                    if out.exists()
+                        && let Err(error) = stage::piece(&out, &key)
+                    {
+                        match options.force {
+                            true => state::remove(&out)?,
+                            false => return Err(error),
+                        }
+                    }
                     if !out.exists() {
                         let observe = &mut |metrics: &StepMetrics, steps: u64| {
                             let step = pass * steps + metrics.step;
                             let shown = StepMetrics {
                                 step,
+                                tokens: pass * of_pass + metrics.tokens,
                                 ..metrics.clone()
                             };
                             (options.observe)(&shown, passes * steps);
@@ -333,10 +349,27 @@ impl Training<'_> {
                     }
                     pieces.push(out);
                 }
-                join(&mut stage(&[])?, &pieces, config, &options)
+                join(&mut whole, &pieces, config, &options)
             }
         }
     }
+}
+
+/// The folder of a run that is made of pieces.
+///
+/// # Errors
+/// One in which a run of all layers at once has stopped, unless it may be dropped.
+fn workplace(options: &RunOptions) -> Result<PathBuf> {
+    let folder = partial_folder(&options.out);
+    std::fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
+    for (_, save) in state::saves(&folder)? {
+        if !options.force {
+            let message = "an unfinished run of all layers at once is here: go on with it, or drop it with --force";
+            return Err(Error::file(&folder, message));
+        }
+        std::fs::remove_file(&save).map_err(Error::io("cannot remove", &save))?;
+    }
+    Ok(folder)
 }
 
 /// Makes the result of `stage`, which trains nothing itself, of pieces that were trained elsewhere.
@@ -356,9 +389,7 @@ fn join(
             state::read_metrics(&piece.join(state::METRICS))?,
         );
     }
-    let workplace = partial_folder(&options.out);
-    let create = std::fs::create_dir_all(&workplace);
-    create.map_err(Error::io("cannot create", &workplace))?;
+    let workplace = workplace(options)?;
     let result = workplace.join(state::RESULT);
     state::remove(&result)?;
     let record = options.sources.record(stage, config, metrics.len() as u64);

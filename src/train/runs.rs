@@ -114,6 +114,13 @@ fn result_of(folder: &Path) -> PathBuf {
     }
 }
 
+/// What a process works on: the run, or what it stands in, which may be on its way itself.
+fn busy(folder: &Path) -> Option<PathBuf> {
+    let folder = fs::canonicalize(folder).ok()?;
+    let mut places = folder.ancestors().map(result_of);
+    places.find(|place| checkpoint::is_locked(place))
+}
+
 impl Run {
     /// A run's folder, or that of its result while it is on the way.
     ///
@@ -130,10 +137,10 @@ impl Run {
             }
         };
         let result = result_of(folder);
-        let state = match (is_partial(folder), checkpoint::is_locked(&result)) {
+        let state = match (is_partial(folder), busy(folder)) {
             (false, _) => State::Finished,
-            (true, true) => State::Running,
-            (true, false) => State::Stopped,
+            (true, Some(_)) => State::Running,
+            (true, None) => State::Stopped,
         };
         let record = Provenance::read(folder)?;
         let recorded = record.as_ref().and_then(|record| record.steps.last());
@@ -242,11 +249,7 @@ impl Run {
     /// # Errors
     /// A process that works on it or on what it stands in, or an entry that zebroid did not write.
     pub fn check_removal(&self) -> Result<()> {
-        let folder = fs::canonicalize(&self.folder);
-        let folder = folder.map_err(Error::io("cannot find", &self.folder))?;
-        let around = folder.ancestors().skip(1).map(Path::to_owned);
-        let mut places = [result_of(&folder)].into_iter().chain(around);
-        if let Some(busy) = places.find(|place| checkpoint::is_locked(place)) {
+        if let Some(busy) = busy(&self.folder) {
             let message = format!("a zebroid process works on {}", busy.display());
             return Err(Error::file(&self.folder, message));
         }

@@ -55,7 +55,8 @@ impl Run {
         let folder = partial_folder(out);
         fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
         let mut step = 0;
-        let mut saves = saves(&folder)?;
+        let found = saves(&folder)?;
+        let mut saves = found.clone();
         while let Some((_, path)) = saves.pop() {
             match read_state(&path, &key, stage) {
                 Ok(Some((at, groups))) => {
@@ -71,12 +72,26 @@ impl Run {
                 Err(error) => return Err(error),
             }
         }
+        // What was passed over would be taken for newer than what is saved next.
+        for (_, path) in &found[found.len().min(saves.len() + usize::from(step > 0))..] {
+            fs::remove_file(path).map_err(Error::io("cannot remove", path))?;
+        }
+        if step == 0 {
+            remove(&folder.join(BEST))?;
+        }
         let log_path = folder.join(METRICS);
         let mut metrics = match step {
             0 => Vec::new(),
             _ => read_metrics(&log_path)?,
         };
         metrics.retain(|m| m.step <= step);
+        if metrics.len() as u64 != step {
+            tracing::warn!(
+                "{} has {} of the {step} steps that are saved: curves and counts of this run lack the others",
+                log_path.display(),
+                metrics.len()
+            );
+        }
         let lines: String = metrics.iter().map(line).collect();
         checkpoint::write_atomic(&log_path, lines.as_bytes())?;
         let log = fs::OpenOptions::new().append(true).open(&log_path);
@@ -131,6 +146,9 @@ impl Run {
     /// # Errors
     /// A disk that does not take it: says which save is still there.
     pub fn save(&mut self, stage: &mut Stage, most: usize) -> Result<()> {
+        // The steps are on the disk before the save that counts them.
+        let synced = self.log.sync_data();
+        synced.map_err(Error::io("cannot write", &self.folder.join(METRICS)))?;
         let mut tensors = Default::default();
         for (i, group) in stage.groups_mut().into_iter().enumerate() {
             group.save(&format!("group{i}"), &mut tensors)?;
@@ -176,12 +194,15 @@ impl Run {
     /// # Errors
     /// A disk that does not take it.
     pub fn keep_best(&self, stage: &Stage, options: &RunOptions, judged: &str) -> Result<()> {
-        let figures = self.metrics.iter();
-        let mut figures = figures.filter_map(|m| m.terms.get(judged)?.as_f64()).rev();
-        let Some(now) = figures.next() else {
+        let of = |m: &StepMetrics| m.terms.get(judged)?.as_f64();
+        let Some((last, before)) = self.metrics.split_last() else {
             return Ok(());
         };
-        if figures.any(|before| before <= now) {
+        // What is no number is not better.
+        let Some(now) = of(last) else {
+            return Ok(());
+        };
+        if before.iter().filter_map(of).any(|before| before <= now) {
             return Ok(());
         }
         let best = self.folder.join(BEST);
@@ -255,7 +276,7 @@ pub(super) fn remove(folder: &Path) -> Result<()> {
 }
 
 /// The saves in a run's folder, by their steps, oldest first.
-fn saves(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+pub(super) fn saves(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut saves = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
         let path = entry.map_err(Error::io("cannot list", folder))?.path();
@@ -314,8 +335,11 @@ fn line(metrics: &StepMetrics) -> String {
     serde_json::to_string(metrics).expect("numbers and names serialise") + "\n"
 }
 
-/// The steps of a run; a line that a crash cut off lies after the last save and is dropped.
-pub(super) fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
+/// The steps of a run; a line that is no step was cut off by a crash, after the last save.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
     if !path.exists() {
         return Ok(Vec::new());
     }

@@ -229,6 +229,13 @@ fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
+/// Those of [`files`] that hold weights.
+fn weights_in(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = files(folder);
+    found.retain(|path, _| path.extension().is_some_and(|e| e == "safetensors"));
+    found
+}
+
 #[test]
 fn interrupted_equals_uninterrupted_bit_for_bit() {
     let setting = Setting::new();
@@ -638,7 +645,7 @@ fn saves_rotate() {
         setting.run_with(&mut stage, &config, &out, stop_after, (false, 2))
     };
     run(7).unwrap_err();
-    let names: Vec<PathBuf> = files(&partial_folder(&out)).into_keys().collect();
+    let names: Vec<PathBuf> = weights_in(&partial_folder(&out)).into_keys().collect();
     let kept = ["state-00000006.safetensors", "state-00000007.safetensors"];
     assert_eq!(names, kept.map(PathBuf::from));
     // One bit of a weight.
@@ -737,10 +744,10 @@ fn layers_are_trained_at_once_or_one_by_one() {
         pieces: names.iter().map(|name| setting.out(name)).collect(),
     };
     run(pieces(&["piece-1", "piece-0"]), "joined");
-    let expected = files(&setting.out("whole"));
+    let expected = weights_in(&setting.out("whole"));
     assert_eq!(expected.len(), 2);
     for name in ["by-layers", "joined"] {
-        assert!(files(&setting.out(name)) == expected, "{name} differs");
+        assert!(weights_in(&setting.out(name)) == expected, "{name} differs");
         assert!(!partial_folder(&setting.out(name)).exists());
     }
     for (a, b) in whole.iter().zip(&merged) {
@@ -752,6 +759,38 @@ fn layers_are_trained_at_once_or_one_by_one() {
         );
         assert_eq!(a.terms["mla.1"], b.terms["mla.1"]);
     }
+    // What is unfinished is of its settings, and dropped if that is asked.
+    let stale = partial_folder(&setting.out("stale"));
+    std::fs::create_dir_all(&stale).unwrap();
+    let other = TrainSettings {
+        lr: 1e-4,
+        ..self::config(5)
+    };
+    let piece = stale.join("layers-0-0");
+    setting
+        .run(&mut ild(Some(&[0])), &other, &piece, 0)
+        .unwrap();
+    let by_layers = || Training::ByLayers {
+        stage: Box::new(|layers| Ok(ild(Some(layers)))),
+        data: &setting.corpus,
+        layers: 2,
+        at_once: 1,
+    };
+    // A piece is of a run that a process works on.
+    let lock = checkpoint::lock(&setting.out("stale")).unwrap();
+    let busy = runs::Run::open(&piece).unwrap().check_removal();
+    assert!(
+        busy.unwrap_err()
+            .to_string()
+            .contains("a zebroid process works on")
+    );
+    drop(lock);
+    runs::Run::open(&piece).unwrap().check_removal().unwrap();
+    let refused = carry_out(by_layers(), "stale", &mut |_, _| {}).unwrap_err();
+    assert!(
+        refused.to_string().contains("train.lr was 0.0001"),
+        "{refused}"
+    );
     for (names, part) in [
         (&["piece-0"][..], "no piece has trained mla.model.layers.1."),
         (&["piece-0", "piece-0"][..], "two pieces have trained"),
@@ -945,6 +984,21 @@ fn a_damaged_save_is_told_and_can_be_dropped() {
         message.contains("state-00000003.safetensors") && message.contains("--force"),
         "{message}"
     );
+    // What is saved then is newer than what was dropped, whatever step that was of.
+    let mut other = stage(&setting, "kd");
+    let slower = TrainSettings {
+        lr: 1e-4,
+        ..config.clone()
+    };
+    let dropped = setting.run_with(&mut other, &slower, &out, 2, (true, 1));
+    assert!(matches!(dropped.unwrap_err(), Error::Interrupted(_)));
+    let names: Vec<PathBuf> = weights_in(&partial_folder(&out)).into_keys().collect();
+    assert_eq!(names, [PathBuf::from("state-00000002.safetensors")]);
+    setting
+        .run(&mut stage(&setting, "kd"), &slower, &out, 1)
+        .unwrap_err();
+    std::fs::remove_dir_all(partial_folder(&out)).unwrap();
+    run(&out, 3, false).unwrap_err();
     run(&out, 0, true).unwrap();
     assert!(files(&straight) == files(&out), "the weights differ");
 }

@@ -21,12 +21,22 @@ pub(super) const FAMILY: Family = Family {
     fields,
 };
 
+const THETA: f64 = 2_000_000.0;
 /// Where it is missing, as transformers take it.
 const INTERVAL: usize = 4;
 /// A list of a number a layer: 1 where it has positions, in spite of the name.
 const LAYERS: &str = "no_rope_layers";
 
 fn read(path: &Path, object: &Value) -> Result<ModelConfig> {
+    // Where they are missing, as transformers take them: older ones wrote only what differs.
+    let mut object = object.clone();
+    if object.get("tie_word_embeddings").is_none() {
+        object["tie_word_embeddings"] = json!(true);
+    }
+    if object.get("rope_theta").is_none() && object.get("rope_parameters").is_none() {
+        object["rope_theta"] = json!(THETA);
+    }
+    let object = &object;
     let config = llama::read(path, object)?;
     let f = Fields { path, object };
     check_optional_window(&f, config.max_position_embeddings)?;

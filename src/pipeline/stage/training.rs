@@ -10,7 +10,7 @@ use crate::model::ModelConfig;
 use crate::pipeline::need::{Need, Supply, fingerprint};
 use crate::train::cost::{Learner, StepSizes};
 use crate::train::{
-    OptimizerConfig, RunOptions, Skipped, Sources, StepMetrics, TrainConfig, TrainSettings,
+    self, OptimizerConfig, RunOptions, Skipped, Sources, StepMetrics, TrainConfig, TrainSettings,
     Training, partial_folder,
 };
 use crate::watch::Watch;
@@ -31,10 +31,14 @@ pub fn start_training(
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
     watch.start(name, (training.passes() * steps) as usize);
-    let metrics = partial_folder(out).join("metrics.jsonl");
+    let place = partial_folder(out);
+    let place = match training {
+        Training::AtOnce(_) => place.join("metrics.jsonl"),
+        Training::ByLayers { .. } | Training::Joined { .. } => place,
+    };
     watch.note(&format!(
         "{name}: metrics of every step in {}",
-        metrics.display()
+        place.display()
     ));
     Ok(())
 }
@@ -139,7 +143,7 @@ pub(super) fn trained<'a>(
             if left.exists() {
                 std::fs::remove_dir_all(&left).map_err(Error::io("cannot remove", &left))?;
             }
-            read_metrics(&folder.join("metrics.jsonl"))?
+            train::read_metrics(&folder.join("metrics.jsonl"))?
         }
         false => {
             let ((training, sources), around) = (training()?, with.surroundings);
@@ -162,11 +166,4 @@ pub(super) fn trained<'a>(
     };
     let key = key.to_string();
     Ok((Student { folder, key }, metrics))
-}
-
-fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    text.lines()
-        .map(|line| serde_json::from_str(line).map_err(|e| Error::file(path, e)))
-        .collect()
 }

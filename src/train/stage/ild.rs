@@ -15,6 +15,7 @@ use crate::data::Batch;
 use crate::mixer::LayerKind;
 use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts};
 use crate::op::adamw::sum_of_squares;
+use crate::op::linear::Matrix;
 use crate::op::loss::{mean_l2, relative_mse};
 use crate::train::params::ParamGroup;
 use crate::weights::{Place, Weights};
@@ -372,8 +373,8 @@ impl Ild {
     ///
     /// # Errors
     /// Names the tensor that no candidate has in that shape, or the layers that are not among those of `pieces`.
-    pub(super) fn take(&mut self, pieces: Vec<BTreeMap<String, Tensor>>) -> Result<()> {
-        let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+    pub(super) fn take(&mut self, pieces: Vec<BTreeMap<String, Matrix>>) -> Result<()> {
+        let mut tensors: BTreeMap<String, Matrix> = BTreeMap::new();
         for (name, tensor) in pieces.into_iter().flatten() {
             if tensors.insert(name.clone(), tensor).is_some() {
                 return Err(Error::invalid(format!("two pieces have trained {name}")));
@@ -387,11 +388,11 @@ impl Ild {
                 }
                 let full = format!("{}.{name}", candidate.name);
                 match tensors.remove(&full) {
-                    Some(tensor) if tensor.dims() == weight.shape() => *weight = tensor.into(),
+                    Some(tensor) if tensor.shape() == weight.shape() => *weight = tensor,
                     Some(tensor) => {
                         return Err(Error::invalid(format!(
                             "{full} has the shape {:?} instead of {:?}",
-                            tensor.dims(),
+                            tensor.shape(),
                             weight.shape()
                         )));
                     }

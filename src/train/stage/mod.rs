@@ -1,5 +1,6 @@
 //! What is trained, and towards what. A stage is a file here and a variant of [`Stage`].
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -8,10 +9,11 @@ use serde_json::{Value, json};
 
 use super::TrainConfig;
 use super::params::ParamGroup;
-use crate::checkpoint::{Kept, Key, Provenance, keep, kept};
+use crate::checkpoint::{Kept, Key, Provenance, keep, kept_in_place};
 use crate::data::{Batch, Batches, Corpus, Preferences};
 use crate::model::Lm;
 use crate::numerics;
+use crate::op::linear::Matrix;
 use crate::op::loss::cross_entropy;
 use crate::{Error, Result};
 
@@ -208,19 +210,7 @@ impl<'a> Stage<'a> {
         let Stage::Ild(ild, _) = self else {
             return Err(Error::invalid("only ILD is made of pieces"));
         };
-        let read = pieces
-            .iter()
-            .map(|folder| match kept(&folder.join(PIECE), key)? {
-                Kept::Found { tensors, .. } => Ok(tensors),
-                Kept::Nothing => Err(Error::file(
-                    folder,
-                    "no piece (train ild --only-layers makes one)",
-                )),
-                Kept::Other(difference) => Err(Error::file(
-                    folder,
-                    format!("this piece was trained with other settings ({difference})"),
-                )),
-            });
+        let read = pieces.iter().map(|folder| piece(folder, key));
         ild.take(read.collect::<Result<_>>()?)
     }
 
@@ -251,6 +241,26 @@ impl<'a> Stage<'a> {
             Stage::Dpo(s, _) => s.student.write(out, tokenizer, record),
             Stage::Pretrain(s, _) => s.write(out, tokenizer, record),
         }
+    }
+}
+
+/// The layers in the folder of a piece.
+///
+/// # Errors
+/// A piece of other settings, teacher or data, or none.
+pub fn piece(folder: &Path, key: &Key) -> Result<BTreeMap<String, Matrix>> {
+    match kept_in_place(&folder.join(PIECE), key)? {
+        Kept::Found { tensors, .. } => Ok(tensors),
+        Kept::Nothing => Err(Error::file(
+            folder,
+            "no piece (train ild --only-layers makes one)",
+        )),
+        Kept::Other(difference) => Err(Error::file(
+            folder,
+            format!(
+                "this piece was trained with other settings ({difference}): repeat its command, or drop what is unfinished with --force"
+            ),
+        )),
     }
 }
 
