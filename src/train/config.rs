@@ -6,7 +6,6 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::params::Optimizer;
-use super::recovery::OnDivergence;
 use crate::op::adamw::AdamW;
 use crate::op::muon::Muon;
 use crate::{Error, Result};
@@ -35,6 +34,19 @@ pub enum LrScheduler {
     /// Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): the peak, then a straight line over the last
     /// `decay` of the steps.
     Wsd,
+}
+
+/// What follows a step whose loss or gradient is not finite, or whose loss is a spike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDivergence {
+    /// The run ends; its last save stays.
+    Stop,
+    /// The step is left out; after three in a row the weights are those of the last save again.
+    #[default]
+    Skip,
+    /// The same, and from each return on the learning rate is halved.
+    Lower,
 }
 
 const MUON_MOMENTUM: f64 = 0.95;

@@ -27,11 +27,11 @@ mod state;
 mod tests;
 
 pub use config::{
-    Length, LrSchedule, LrScheduler, OptimizerConfig, OptimizerName, TrainConfig, TrainSettings,
-    check_batch,
+    Length, LrSchedule, LrScheduler, OnDivergence, OptimizerConfig, OptimizerName, TrainConfig,
+    TrainSettings, check_batch,
 };
 pub use params::{Optimizer, ParamGroup};
-pub use recovery::{OnDivergence, Skipped};
+pub use recovery::Skipped;
 pub use stage::{Shares, Stage};
 
 use state::Run;

@@ -3,25 +3,13 @@
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
+use super::config::OnDivergence;
 use super::stage::{Stage, ids};
 use super::state::Run;
 use super::{StepMetrics, TrainConfig};
 use crate::data::Batch;
 use crate::model::Lm;
 use crate::{Error, Result};
-
-/// What follows a step whose loss or gradient is not finite, or whose loss is a spike.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum OnDivergence {
-    /// The run ends; its last save stays.
-    Stop,
-    /// The step is left out; after three in a row the weights are those of the last save again.
-    #[default]
-    Skip,
-    /// The same, and from each return on the learning rate is halved.
-    Lower,
-}
 
 /// Steps in a row that are left out before the run goes back to its last save.
 const PATIENCE: usize = 3;
