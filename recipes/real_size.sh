@@ -37,3 +37,9 @@ for flags in "--trained mixers" "--trained mixers --eight-bit --gradient-checkpo
   # shellcheck disable=SC2086
   measured bench train "$out/teacher" --mla 0,5,10,15 --kv-rank 128 --rope-dim 32 --batch-size 1 --seq-len 1024 --steps 1 --warmup 0 $flags --json
 done
+# ILD of one candidate in all 16 layers: four at a time and all at once; the results are the same files.
+for layers in 4 16; do
+  measured train ild --teacher "$out/teacher" --data "$data" "$out/bank$layers" --init published --candidates mamba2 --layers-at-once "$layers" \
+    --steps 1 --batch-size 1 --seq-len 512 --lr 1e-4 --json
+done
+cmp "$out"/bank{4,16}/mamba2/model.safetensors
