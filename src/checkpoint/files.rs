@@ -437,28 +437,25 @@ pub fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     Ok(read_tensors_with_metadata(path)?.0)
 }
 
+/// What is in one file, by name, and its metadata.
+type Read<T> = Result<(BTreeMap<String, T>, HashMap<String, String>)>;
+
 /// All tensors of one file and its metadata.
-pub fn read_tensors_with_metadata(
-    path: &Path,
-) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
-    let file = TensorFile::open(path)?;
-    file.verify()?;
-    let mut tensors = BTreeMap::new();
-    for (name, info) in file.header.tensors() {
-        tensors.insert(name.clone(), file.load(&name, info)?);
-    }
-    Ok((tensors, file.header.metadata().clone().unwrap_or_default()))
+pub fn read_tensors_with_metadata(path: &Path) -> Read<Tensor> {
+    read(path, TensorFile::load)
 }
 
 /// The same, matrices where they stand in the file.
-pub(super) fn map_tensors(
-    path: &Path,
-) -> Result<(BTreeMap<String, Matrix>, HashMap<String, String>)> {
+pub(super) fn map_tensors(path: &Path) -> Read<Matrix> {
+    read(path, TensorFile::matrix)
+}
+
+fn read<T>(path: &Path, one: fn(&TensorFile, &str, &TensorInfo) -> Result<T>) -> Read<T> {
     let file = TensorFile::open(path)?;
     file.verify()?;
     let mut tensors = BTreeMap::new();
     for (name, info) in file.header.tensors() {
-        tensors.insert(name.clone(), file.matrix(&name, info)?);
+        tensors.insert(name.clone(), one(&file, &name, info)?);
     }
     Ok((tensors, file.header.metadata().clone().unwrap_or_default()))
 }

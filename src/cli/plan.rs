@@ -13,7 +13,7 @@ use crate::convert::{Init, PlanOptions, plan};
 use crate::model::ModelConfig;
 use crate::pipeline::device::Device;
 use crate::pipeline::forecast::{changes, forecast};
-use crate::pipeline::{Base, Recipe, Teacher, Variant};
+use crate::pipeline::{Base, Recipe, Variant};
 use crate::weights::Place;
 use crate::{Error, Result};
 
@@ -93,14 +93,7 @@ fn variants(args: &Args, recipe: &Path, more: &[String]) -> Result<Vec<Variant>>
     let settings = [args.set.as_slice(), more].concat();
     let mut variants = Recipe::load_all(recipe, &settings)?;
     for Variant { recipe, .. } in &mut variants {
-        if let Some(teacher) = &args.teacher {
-            recipe.teacher = Teacher::Folder(teacher.clone());
-        }
-        if let Some(teacher) = &args.kd_teacher {
-            for kd in recipe.kd.iter_mut().filter(|kd| kd.teacher.is_some()) {
-                kd.teacher = Some(teacher.clone());
-            }
-        }
+        recipe.teach(args.teacher.as_deref(), args.kd_teacher.as_deref());
     }
     Ok(variants)
 }

@@ -8,7 +8,7 @@ use super::plan::{as_json, as_table};
 use super::show::{Progress, print, print_json, table};
 use crate::checkpoint::{self, Checkpoint};
 use crate::mixer::LayerKind;
-use crate::pipeline::{self, Mixture, Outcome, Recipe, Surroundings, Teacher, Text, Variant};
+use crate::pipeline::{self, Mixture, Outcome, Recipe, Surroundings, Text, Variant};
 use crate::report::{Report, Series};
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -139,14 +139,7 @@ fn labelled(variant: &Variant, error: Error) -> Error {
 fn variants(args: &Args) -> Result<Vec<Variant>> {
     let mut variants = Recipe::load_all(&args.recipe, &args.set)?;
     for Variant { recipe, .. } in &mut variants {
-        if let Some(teacher) = &args.teacher {
-            recipe.teacher = Teacher::Folder(teacher.clone());
-        }
-        if let Some(teacher) = &args.kd_teacher {
-            for kd in recipe.kd.iter_mut().filter(|kd| kd.teacher.is_some()) {
-                kd.teacher = Some(teacher.clone());
-            }
-        }
+        recipe.teach(args.teacher.as_deref(), args.kd_teacher.as_deref());
         let data = &mut recipe.data;
         for (texts, of) in [
             (&args.train, &mut data.train),

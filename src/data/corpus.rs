@@ -83,13 +83,10 @@ impl Corpus {
     /// # Errors
     /// Names the record that cannot be used.
     pub fn load(path: &Path, tokenizer: &Tokenizer, packing: Packing) -> Result<Self> {
+        let quiet = Quiet::default();
         let reading = Reading {
-            tokenizer,
             packing,
-            eos: Eos::Auto,
-            decontaminate: None,
-            cache: None,
-            watch: &Quiet::default(),
+            ..Reading::plain(tokenizer, &quiet)
         };
         Self::open(&[DataSet::of(path)], &reading)
     }
@@ -346,14 +343,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         crate::data::stories::write_tokenizer(folder.path()).unwrap();
         let tokenizer = Tokenizer::open(folder.path()).unwrap();
-        let reading = Reading {
-            tokenizer: &tokenizer,
-            packing: Packing::Documents,
-            eos: Eos::Auto,
-            decontaminate: None,
-            cache: None,
-            watch: &Quiet::default(),
-        };
+        let quiet = Quiet::default();
+        let reading = Reading::plain(&tokenizer, &quiet);
         let mut sets = [
             numbered(folder.path(), "a", 60),
             numbered(folder.path(), "b", 90),

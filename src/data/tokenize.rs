@@ -55,7 +55,19 @@ pub struct Reading<'a> {
     pub watch: &'a dyn Watch,
 }
 
-impl Reading<'_> {
+impl<'a> Reading<'a> {
+    /// By the tokenizer's own habits, documents apart, held against nothing, kept nowhere.
+    pub fn plain(tokenizer: &'a Tokenizer, watch: &'a dyn Watch) -> Self {
+        Self {
+            tokenizer,
+            packing: Packing::Documents,
+            eos: Eos::Auto,
+            decontaminate: None,
+            cache: None,
+            watch,
+        }
+    }
+
     /// # Errors
     /// An end that the tokenizer does not know.
     pub(super) fn check(&self) -> Result<()> {
@@ -396,14 +408,7 @@ mod tests {
     use crate::watch::Quiet;
 
     fn reading(tokenizer: &Tokenizer) -> Reading<'_> {
-        Reading {
-            tokenizer,
-            packing: Packing::Documents,
-            eos: Eos::Auto,
-            decontaminate: None,
-            cache: None,
-            watch: Box::leak(Box::default()) as &Quiet,
-        }
+        Reading::plain(tokenizer, Box::leak(Box::default()) as &Quiet)
     }
 
     /// A text of several portions, a tokenizer, and a cache.

@@ -93,6 +93,18 @@ pub struct Entry<'a> {
 }
 
 impl Recipe {
+    /// Puts these in the place of its teacher, and of the teachers of KD that it names.
+    pub fn teach(&mut self, teacher: Option<&Path>, kd_teacher: Option<&Path>) {
+        if let Some(teacher) = teacher {
+            self.teacher = Teacher::Folder(teacher.to_owned());
+        }
+        if let Some(teacher) = kd_teacher {
+            for kd in self.kd.iter_mut().filter(|kd| kd.teacher.is_some()) {
+                kd.teacher = Some(teacher.to_owned());
+            }
+        }
+    }
+
     /// Reads a recipe; its relative paths start at its own folder.
     ///
     /// # Errors

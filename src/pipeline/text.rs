@@ -546,12 +546,8 @@ mod tests {
         std::fs::write(at("eval.jsonl"), &first).unwrap();
         let quiet = Quiet::default();
         let plain = Reading {
-            tokenizer: &tokenizer,
-            packing: Packing::Documents,
-            eos: Eos::Auto,
-            decontaminate: None,
             cache: Some(folder.path()),
-            watch: &quiet,
+            ..Reading::plain(&tokenizer, &quiet)
         };
         let against = Decontaminate {
             against: vec![at("eval.jsonl").display().to_string()],

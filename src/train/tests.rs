@@ -759,6 +759,22 @@ fn layers_are_trained_at_once_or_one_by_one() {
         );
         assert_eq!(a.terms["mla.1"], b.terms["mla.1"]);
     }
+    // One candidate is a student that can be measured, several are not.
+    let [first, _] = students();
+    let one = Ild::new(
+        teacher(),
+        "t".into(),
+        vec![first],
+        IldConfig::default(),
+        None,
+        &Place::cpu(),
+    );
+    assert!(
+        Stage::Ild(one.unwrap(), &setting.corpus)
+            .student()
+            .is_some()
+    );
+    assert!(ild(None).student().is_none());
     // What is unfinished is of its settings, and dropped if that is asked.
     let stale = partial_folder(&setting.out("stale"));
     std::fs::create_dir_all(&stale).unwrap();

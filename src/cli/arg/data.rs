@@ -53,7 +53,7 @@ impl DataArgs {
             packing: self.packing,
             eos: self.eos,
             decontaminate: ngrams.as_ref(),
-            ..plain(tokenizer, watch)
+            ..Reading::plain(tokenizer, watch)
         };
         open(texts, &reading)
     }
@@ -81,7 +81,7 @@ impl DataArgs {
     ) -> Result<Corpus> {
         let reading = Reading {
             eos: self.eos,
-            ..plain(tokenizer, watch)
+            ..Reading::plain(tokenizer, watch)
         };
         open(texts, &reading)
     }
@@ -99,20 +99,9 @@ pub fn corpus(
 ) -> Result<Corpus> {
     let reading = Reading {
         packing,
-        ..plain(tokenizer, watch)
+        ..Reading::plain(tokenizer, watch)
     };
     open(texts, &reading)
-}
-
-fn plain<'a>(tokenizer: &'a Tokenizer, watch: &'a dyn Watch) -> Reading<'a> {
-    Reading {
-        tokenizer,
-        packing: Packing::Documents,
-        eos: Eos::Auto,
-        decontaminate: None,
-        cache: None,
-        watch,
-    }
 }
 
 fn open(texts: &[Text], reading: &Reading) -> Result<Corpus> {

@@ -81,7 +81,7 @@ pub struct Ild {
     config: IldConfig,
     /// Layers that are trained here, first to last.
     layers: Vec<usize>,
-    /// Of the one student, all of whose layers are trained here: as it is now.
+    /// Of the one student or candidate, where all of its layers are trained here: as it is now.
     snapshot: Option<Lm>,
 }
 
@@ -163,7 +163,7 @@ impl Ild {
         });
         let candidates = candidates.collect::<Result<Vec<_>>>()?;
         let snapshot = match candidates.as_slice() {
-            [only] if only.kind.is_none() && layers == all => Some(Lm::new(
+            [only] if layers == all => Some(Lm::new(
                 &only.parts.config,
                 &only.weights().to(place)?.detach(),
             )?),
@@ -210,34 +210,6 @@ impl Ild {
         }))
     }
 
-    /// The teacher on its way to the last layer that is trained here: no other activations are there at once.
-    fn teach(&self, batch: &Batch, mut at: impl FnMut(usize, Lesson) -> Result<()>) -> Result<()> {
-        let documents = Some(&batch.documents);
-        let mut x = self.teacher.embed(&ids(batch, self.teacher.device())?)?;
-        let end = self.layers.last().map_or(0, |last| last + 1);
-        let mut slots = self.layers.iter().enumerate().peekable();
-        for (index, layer) in self.teacher.layers[..end].iter().enumerate() {
-            let LayerOutput { hidden, mixed } = layer.forward(&x, documents)?;
-            let input = std::mem::replace(&mut x, hidden);
-            if let Some((slot, _)) = slots.next_if(|(_, layer)| **layer == index) {
-                let hidden = match index + 1 == self.teacher.layers.len() {
-                    true => self.teacher.normed(&x)?,
-                    false => x.clone(),
-                };
-                at(
-                    slot,
-                    Lesson {
-                        index,
-                        input,
-                        hidden,
-                        mixed,
-                    },
-                )?;
-            }
-        }
-        Ok(())
-    }
-
     /// Layers do not touch each other, so each is walked back at once and its graph let go.
     pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
         let documents = Some(&batch.documents);
@@ -247,13 +219,13 @@ impl Ild {
             let share = energies.next().copied().unwrap_or(shares.positions);
             Ok((loss * share)?)
         };
-        let mut candidates = std::mem::take(&mut self.candidates);
+        let (teacher, candidates) = (&self.teacher, &mut self.candidates);
         let mut sums = vec![0.0; candidates.len()];
         let mut named: Vec<Vec<(String, f64)>> = vec![Vec::new(); candidates.len()];
         let mut own: Vec<Option<Tensor>> = vec![None; candidates.len()];
-        self.teach(batch, |slot, lesson| {
+        teach(teacher, &self.layers, batch, |slot, lesson| {
             let (loss, index) = (self.config.loss, lesson.index);
-            let goal = Goal::new(&self.teacher, loss, &lesson.hidden, index);
+            let goal = Goal::new(teacher, loss, &lesson.hidden, index);
             for (c, candidate) in candidates.iter_mut().enumerate() {
                 let Trained { layer, params, .. } = &mut candidate.trained[slot];
                 let taught = layer.forward(&lesson.input, documents)?;
@@ -279,7 +251,6 @@ impl Ild {
             terms.named.push((candidate.name.clone(), sum));
             terms.loss += sum;
         }
-        self.candidates = candidates;
         Ok(terms)
     }
 
@@ -305,7 +276,7 @@ impl Ild {
         let documents = Some(&batch.documents);
         let mut energies = Vec::new();
         let mut own: Vec<Option<Tensor>> = vec![None; self.candidates.len()];
-        self.teach(batch, |slot, lesson| {
+        teach(&self.teacher, &self.layers, batch, |slot, lesson| {
             let hidden = sum_of_squares(&lesson.hidden)?;
             let mixed = sum_of_squares(&lesson.mixed)?;
             for (c, candidate) in self.candidates.iter().enumerate() {
@@ -406,6 +377,39 @@ impl Ild {
             None => Ok(()),
         }
     }
+}
+
+/// `teacher` on its way to the last of `layers`, whose places in the list `at` is told: no other activations are there at once.
+fn teach(
+    teacher: &Lm,
+    layers: &[usize],
+    batch: &Batch,
+    mut at: impl FnMut(usize, Lesson) -> Result<()>,
+) -> Result<()> {
+    let documents = Some(&batch.documents);
+    let mut x = teacher.embed(&ids(batch, teacher.device())?)?;
+    let end = layers.last().map_or(0, |last| last + 1);
+    let mut slots = layers.iter().enumerate().peekable();
+    for (index, layer) in teacher.layers[..end].iter().enumerate() {
+        let LayerOutput { hidden, mixed } = layer.forward(&x, documents)?;
+        let input = std::mem::replace(&mut x, hidden);
+        if let Some((slot, _)) = slots.next_if(|(_, layer)| **layer == index) {
+            let hidden = match index + 1 == teacher.layers.len() {
+                true => teacher.normed(&x)?,
+                false => x.clone(),
+            };
+            at(
+                slot,
+                Lesson {
+                    index,
+                    input,
+                    hidden,
+                    mixed,
+                },
+            )?;
+        }
+    }
+    Ok(())
 }
 
 impl Candidate {
