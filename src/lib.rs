@@ -6,6 +6,7 @@
 //! | rank | module | holds |
 //! |---|---|---|
 //! | 1 | [`cli`] | one file per command |
+//! | 2 | [`serve`] | models behind HTTP |
 //! | 2 | [`pipeline`] | an opened teacher and its stages, shared by commands and recipes |
 //! | 3 | [`eval`] | KL, perplexity, parity, recall, probes, retention, sensitivity; `task/<name>.rs` and `harness/` |
 //! | 3 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
@@ -67,6 +68,7 @@ pub mod numerics;
 pub mod op;
 pub mod pipeline;
 pub mod report;
+pub mod serve;
 pub mod train;
 pub mod watch;
 pub mod weights;

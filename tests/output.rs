@@ -78,6 +78,7 @@ const COMMANDS: &str = "
     generate teacher --max-tokens 4
     generate teacher --max-tokens 4 --json
     export hybrid OUT --format zebroid
+    serve --make-key ann --api-key-file OUT
     quantize teacher OUT.gguf --type q8_0
     quantize teacher OUT.gguf --type q4_0 --validation stories/stories.jsonl --seq-len 64 --json
     bench train teacher --mla 1 --kv-rank 16 --rope-dim 8 --batch-size 1 --seq-len 32 --steps 1 --warmup 0

@@ -1,15 +1,16 @@
 //! `zebroid chat`: a conversation in the terminal.
 
 use std::io::{BufRead, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use super::arg::chat::ChatArg;
 use super::arg::engine::EngineArg;
 use super::arg::sampling::SamplingArg;
 use super::show::{check_file, interrupt, note, print};
-use crate::data::chat::{CHATML, ChatTemplate, Message};
+use crate::Error;
+use crate::data::chat::{ChatTemplate, Message};
 use crate::generate::{Engine, Event, Generation, Request, SamplingParams, Scheduler, Session};
 use crate::mixer::Memory;
-use crate::{Error, Result};
 
 /// Talk with a model. Ctrl-C stops an answer and keeps the conversation; Ctrl-D ends it.
 #[derive(Debug, clap::Args)]
@@ -30,31 +31,12 @@ pub struct Args {
     /// A file that the conversation is kept in after every answer, and goes on from where it exists.
     #[arg(long)]
     session: Option<PathBuf>,
-    /// A Jinja file in the place of the checkpoint's own template; chatml: OpenAI's.
-    #[arg(long)]
-    chat_template: Option<String>,
+    #[command(flatten)]
+    template: ChatArg,
     #[command(flatten)]
     sampling: SamplingArg,
     #[command(flatten)]
     engine: EngineArg,
-}
-
-/// The checkpoint's template, or the one that was asked for.
-fn template(checkpoint: &Path, asked: Option<&str>) -> Result<ChatTemplate> {
-    match asked {
-        Some("chatml") => ChatTemplate::new(CHATML, Vec::new()),
-        Some(path) => {
-            let path = Path::new(path);
-            let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-            ChatTemplate::new(&text, Vec::new()).map_err(|e| Error::file(path, e.to_string()))
-        }
-        None => ChatTemplate::open(checkpoint)?.ok_or_else(|| {
-            Error::file(
-                checkpoint,
-                "has no chat template: name one with --chat-template FILE (or chatml), or use zebroid generate",
-            )
-        }),
-    }
 }
 
 struct Talk<'e> {
@@ -71,7 +53,7 @@ struct Talk<'e> {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let params = args.sampling.params()?;
-    let template = template(&args.checkpoint, args.chat_template.as_deref())?;
+    let template = args.template.open(&args.checkpoint)?;
     args.session.iter().try_for_each(|path| check_file(path))?;
     let engine = args.engine.open(&args.checkpoint)?;
     let system = args.system.iter().map(|text| Message {

@@ -3,7 +3,7 @@
 // See `show`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::LazyLock;
 
@@ -33,6 +33,7 @@ pub mod retention;
 pub mod run;
 pub mod runs;
 pub mod select;
+pub mod serve;
 pub mod show;
 pub mod stories;
 pub mod train;
@@ -97,6 +98,8 @@ pub enum Command {
     Generate(generate::Args),
     /// Talk with a model.
     Chat(chat::Args),
+    /// Serve models over HTTP: OpenAI's interface, and a page to talk with them.
+    Serve(serve::Args),
     /// Write a checkpoint in another format (zebroid, AMD's, Hugging Face Llama, GGUF).
     Export(export::Args),
     /// Round matrices to 8, 6 or 4 bits, in a GGUF file.
@@ -123,20 +126,24 @@ pub fn main() -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(said.exit_code() as u8));
         }
     };
-    let level = if cli.verbose {
-        "zebroid=debug"
-    } else {
-        "zebroid=warn"
+    let level = match &cli.command {
+        _ if cli.verbose => "zebroid=debug",
+        Command::Serve(_) => "zebroid=info",
+        _ => "zebroid=warn",
     };
     let filter =
         tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    // A second initialisation (tests) keeps the first.
-    let _ = tracing_subscriber::fmt()
+    let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         // It would be said on the standard error that just failed, with a panic.
-        .log_internal_errors(false)
-        .try_init();
+        .log_internal_errors(false);
+    // A second initialisation (tests) keeps the first.
+    let _ = match &cli.command {
+        Command::Serve(args) if args.log_json => lines.json().flatten_event(true).try_init(),
+        _ => lines.try_init(),
+    };
     match cli.command {
         Command::Demo(args) => demo::run(args)?,
         Command::Run(args) => run::run(args)?,
@@ -154,6 +161,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Parity(args) => return parity::run(args),
         Command::Generate(args) => generate::run(args)?,
         Command::Chat(args) => chat::run(args)?,
+        Command::Serve(args) => serve::run(args)?,
         Command::Export(args) => export::run(args)?,
         Command::Quantize(args) => quantize::run(args)?,
         Command::Bench(args) => bench::run(args)?,

@@ -1,5 +1,6 @@
 //! Answers of a given form: a JSON schema, a regular expression or a grammar, held to token by token (`llguidance`).
 
+use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 
@@ -40,12 +41,23 @@ impl Format {
 /// Between JSON's marks: a blank, or a new line and its indentation.
 const WHITESPACE: &str = r" |\n[ \t]{0,32}";
 
+/// The bytes of every token.
+///
+/// # Errors
+/// A tokenizer whose tokens are not known by their bytes.
+pub(super) fn words(tokenizer: &Tokenizer) -> anyhow::Result<Vec<Vec<u8>>> {
+    token_bytes_from_tokenizer_json(&tokenizer.to_json()?)
+}
+
 /// Makes constraints for the answers of one tokenizer.
 pub(super) struct Constraints {
     factory: ParserFactory,
-    /// Most requests ask for what the one before asked for.
-    last: Mutex<Option<(Format, Constraint)>>,
+    /// Most requests ask for what others asked for: the newest first.
+    kept: Mutex<VecDeque<(Format, Constraint)>>,
 }
+
+/// Compiled forms, at most.
+const KEPT: usize = 32;
 
 impl Constraints {
     /// # Errors
@@ -58,7 +70,7 @@ impl Constraints {
             ))
         };
         let make = || {
-            let mut words = token_bytes_from_tokenizer_json(&tokenizer.to_json()?)?;
+            let mut words = words(tokenizer)?;
             // A model that names no end has a token of no bytes for it, which no model draws.
             let eos = tokenizer.eos().first().copied().unwrap_or_else(|| {
                 words.push(Vec::new());
@@ -75,7 +87,7 @@ impl Constraints {
             factory.limits_mut().verbose_errors = false;
             Ok(Self {
                 factory,
-                last: Mutex::new(None),
+                kept: Mutex::default(),
             })
         };
         catch_unwind(AssertUnwindSafe(make)).map_err(failed)
@@ -84,10 +96,8 @@ impl Constraints {
     /// # Errors
     /// A form that cannot be compiled.
     pub fn compile(&self, format: &Format) -> Result<Constraint> {
-        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some((of, constraint)) = &*last
-            && of == format
-        {
+        let kept = || self.kept.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, constraint)) = kept().iter().find(|(of, _)| of == format) {
             return Ok(constraint.clone());
         }
         let failed =
@@ -114,7 +124,9 @@ impl Constraints {
             Some(said) => Err(failed(said)),
             None => {
                 let made = Constraint { matcher };
-                *last = Some((format.clone(), made.clone()));
+                let mut kept = kept();
+                kept.truncate(KEPT - 1);
+                kept.push_front((format.clone(), made.clone()));
                 Ok(made)
             }
         }

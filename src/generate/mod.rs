@@ -20,6 +20,7 @@ mod speculation;
 mod tests;
 pub use constraint::Format;
 use constraint::{Constraint, Constraints};
+use llguidance::toktrie::TokTrie;
 pub use prefix::PrefixCache;
 pub use sampler::{Logprob, MAX_TOKENS, Sampler, SamplingParams};
 pub use scheduler::{Event, Finish, Request, Scheduler, Statistics};
@@ -69,6 +70,8 @@ pub struct Engine {
     /// Who guesses at the next tokens.
     pub drafter: Option<Drafter>,
     constraints: OnceLock<Constraints>,
+    /// The bytes of every token, where the tokenizer tells.
+    words: OnceLock<Option<Vec<Vec<u8>>>>,
 }
 
 /// How a generation went.
@@ -90,6 +93,9 @@ pub struct Generation {
     pub accepted_tokens: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<Logprob>,
+    /// Of the prompt's tokens but the first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub prompt_logprobs: Vec<Logprob>,
 }
 
 /// Told of every piece of text as soon as it is certain, and of which prompt; false ends that sequence.
@@ -121,6 +127,7 @@ impl Engine {
             options,
             drafter: None,
             constraints: OnceLock::new(),
+            words: OnceLock::new(),
         })
     }
 
@@ -145,6 +152,44 @@ impl Engine {
             )),
             false => Ok(ids),
         }
+    }
+
+    /// The most tokens that may follow a prompt of `prompt` tokens: what the model's context and the cache have room for.
+    pub fn room(&self, prompt: usize) -> usize {
+        let context = self.decoder.config.max_position_embeddings;
+        let fits = |more: &usize| self.pool.bytes(prompt + more) <= self.pool.limit();
+        let (mut some, mut too_many) = (0, context.saturating_sub(prompt) + 1);
+        while too_many - some > 1 {
+            let half = some + (too_many - some) / 2;
+            match fits(&half) {
+                true => some = half,
+                false => too_many = half,
+            }
+        }
+        some
+    }
+
+    /// The bytes of a token; where the tokenizer does not tell, or the token stands for something else than text, how it is spelled.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let words = self
+            .words
+            .get_or_init(|| constraint::words(&self.tokenizer).ok());
+        let word = words.as_ref().and_then(|words| words.get(id as usize));
+        match word.map(Vec::as_slice) {
+            Some([TokTrie::SPECIAL_TOKEN_MARKER, rest @ ..]) if !rest.is_empty() => rest.to_vec(),
+            Some(word) => word.to_vec(),
+            None => self.tokenizer.token(id).unwrap_or_default().into_bytes(),
+        }
+    }
+
+    /// Whether a request can be answered; what takes long of it (a form to compile) is done and kept.
+    ///
+    /// # Errors
+    /// As [`Scheduler::submit`].
+    pub fn check(&self, prompt: usize, params: &SamplingParams) -> Result<()> {
+        params.validate()?;
+        self.most(prompt, params.max_tokens)?;
+        self.constraint(params.format.as_ref()).map(|_| ())
     }
 
     /// How many tokens follow a prompt of `prompt` tokens: no more than the model's context has room for,

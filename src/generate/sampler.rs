@@ -34,6 +34,8 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Say each token's log-probability, and those of so many likeliest.
     pub logprobs: Option<usize>,
+    /// Say the log-probability of each token of the prompt but the first too, and those of so many likeliest.
+    pub prompt_logprobs: Option<usize>,
     /// What the whole answer must look like.
     pub format: Option<Format>,
 }
@@ -56,6 +58,7 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             logprobs: None,
+            prompt_logprobs: None,
             format: None,
         }
     }
@@ -173,7 +176,7 @@ impl Sampler {
                 logits[token]
             )));
         }
-        let plain = self.params.logprobs.map(|top| (log_softmax(logits), top));
+        let plain = self.params.logprobs.map(|top| (logits.to_vec(), top));
         self.penalise(logits);
         if let Some(constraint) = &mut self.constraint {
             constraint.apply(logits)?;
@@ -187,11 +190,7 @@ impl Sampler {
             Some(constraint) => constraint.take(token)?,
             None => false,
         };
-        let logprob = plain.map(|(logprobs, top)| Logprob {
-            token,
-            logprob: logprobs[token as usize],
-            top: likeliest(&logprobs, top),
-        });
+        let logprob = plain.map(|(logits, top)| logprob(&logits, token, top));
         Ok(Drawn {
             token,
             logprob,
@@ -294,6 +293,16 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let sum: f64 = logits.iter().map(|l| f64::from(l - best).exp()).sum();
     let sum = sum.ln();
     logits.iter().map(|l| f64::from(l - best) - sum).collect()
+}
+
+/// How likely `token` was by `logits [V]`, and the `top` likeliest.
+pub(super) fn logprob(logits: &[f32], token: u32, top: usize) -> Logprob {
+    let logprobs = log_softmax(logits);
+    Logprob {
+        token,
+        logprob: logprobs[token as usize],
+        top: likeliest(&logprobs, top),
+    }
 }
 
 /// The `count` likeliest, falling.

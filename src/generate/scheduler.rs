@@ -2,15 +2,17 @@
 //! prompts that wait (Orca, OSDI 2022; Sarathi, arXiv 2308.16369).
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::Instant;
 
 use super::prefix::{PrefixCache, PrefixStatistics};
-use super::sampler::Drawn;
+use super::sampler::{Drawn, logprob};
 use super::speculation::{self, Draft, Drafter, Pace, Want};
 use super::{Engine, Generation, Logprob, Sampler, SamplingParams};
 use crate::data::DecodeStream;
 use crate::mixer::{Memory, Span};
 use crate::model::Reading;
+use crate::op::team::team;
 use crate::{Error, Result};
 
 /// A prompt to be continued.
@@ -115,6 +117,8 @@ struct Sequence {
     draft: Option<Draft>,
     /// What it remembered before it read guesses, where that cannot be cut back to.
     before: Option<Memory>,
+    /// Tokens of the prompt whose log-probabilities this pass brings.
+    scored: Range<usize>,
     failed: Option<Error>,
 }
 
@@ -185,7 +189,9 @@ impl<'e> Scheduler<'e> {
         params.validate()?;
         let most = self.engine.most(prompt.len(), params.max_tokens)?;
         let constraint = self.engine.constraint(params.format.as_ref())?;
-        let memory = memory.filter(|memory| memory.len() < prompt.len());
+        let serves =
+            |memory: &Memory| memory.len() < prompt.len() && params.prompt_logprobs.is_none();
+        let memory = memory.filter(serves);
         let memory = memory.unwrap_or_else(|| self.engine.pool.sequence());
         self.waiting.push_back(Sequence {
             id,
@@ -206,12 +212,14 @@ impl<'e> Scheduler<'e> {
                 drafted_tokens: 0,
                 accepted_tokens: 0,
                 logprobs: Vec::new(),
+                prompt_logprobs: Vec::new(),
             },
             unsaid: Vec::new(),
             params,
             siblings,
             draft: self.engine.drafter.as_ref().map(Drafter::draft),
             before: None,
+            scored: 0..0,
             failed: None,
             prompt: prompt.len(),
             tokens: prompt,
@@ -262,6 +270,8 @@ impl<'e> Scheduler<'e> {
             let read = sequence.memory.len();
             let from = tokens.len();
             tokens.extend_from_slice(&sequence.tokens[read..read + count]);
+            sequence.scored = sequence.to_score(read..read + count);
+            wanted.extend(sequence.scored.clone().map(|token| from + token - 1 - read));
             if read + count == sequence.tokens.len() {
                 wanted.push(tokens.len() - 1);
                 // What follows the guesses is wanted too.
@@ -287,12 +297,14 @@ impl<'e> Scheduler<'e> {
         drop(spans);
         self.statistics.passes += 1;
         self.statistics.read_tokens += tokens.len();
-        let mut rows = logits.chunks_exact_mut(engine.decoder.config.vocab_size);
+        let vocab = engine.decoder.config.vocab_size;
+        let mut rows = logits.chunks_exact_mut(vocab);
         let mut siblings = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
             if *count == 0 {
                 continue;
             }
+            sequence.score(&mut rows, vocab);
             let at_border = sequence.memory.len() == sequence.border();
             if at_border && let Some(prefix) = &mut self.prefix {
                 prefix.insert(&sequence.tokens[..sequence.memory.len()], &sequence.memory);
@@ -301,6 +313,9 @@ impl<'e> Scheduler<'e> {
                 continue;
             }
             let first = rows.next().expect("one for each that has read all it has");
+            if sequence.most == 0 {
+                continue;
+            }
             for mut sibling in sequence.split() {
                 sibling.take(engine, &mut first.to_vec(), &mut events);
                 siblings.push(sibling);
@@ -379,7 +394,9 @@ impl<'e> Scheduler<'e> {
             && self.running.len() < self.engine.options.max_batch
             && let Some(mut sequence) = self.waiting.pop_front()
         {
+            // What was read before has no logits any more.
             if sequence.memory.is_empty()
+                && sequence.unscored().is_empty()
                 && let Some(prefix) = &mut self.prefix
                 && let Some(memory) = prefix.find(&sequence.tokens)
             {
@@ -447,8 +464,39 @@ impl<'e> Scheduler<'e> {
 impl Sequence {
     fn is_done(&self) -> bool {
         self.so_far.finish_reason != "length"
-            || self.so_far.completion_tokens >= self.most
+            || (self.so_far.completion_tokens >= self.most && self.unscored().is_empty())
             || self.failed.is_some()
+    }
+
+    /// Tokens of the prompt whose log-probabilities were asked for and are not known; the first has none.
+    fn unscored(&self) -> Range<usize> {
+        let known = self.so_far.prompt_logprobs.len() + 1;
+        match self.params.prompt_logprobs {
+            Some(_) => known.min(self.prompt)..self.prompt,
+            None => 0..0,
+        }
+    }
+
+    /// Those that reading the tokens of `read` brings.
+    fn to_score(&self, read: Range<usize>) -> Range<usize> {
+        let unscored = self.unscored();
+        let from = unscored.start.max(read.start + 1);
+        from..unscored.end.min(read.end + 1).max(from)
+    }
+
+    /// Takes the rows of logits `[V]` that they were asked for.
+    fn score<'l>(&mut self, rows: &mut impl Iterator<Item = &'l mut [f32]>, vocab: usize) {
+        let scored = std::mem::take(&mut self.scored);
+        let rows: Vec<&[f32]> = rows.by_ref().take(scored.len()).map(|row| &*row).collect();
+        debug_assert!(rows.iter().all(|row| row.len() == vocab));
+        let top = self.params.prompt_logprobs.unwrap_or_default();
+        let mut found = vec![None; rows.len()];
+        team().fill(&mut found, 1, |i, found| {
+            found[0] = Some(logprob(rows[i], self.tokens[scored.start + i], top));
+        });
+        self.so_far
+            .prompt_logprobs
+            .extend(found.into_iter().flatten());
     }
 
     /// Its prompt has been read, and its answer but for the last few tokens.
@@ -498,6 +546,7 @@ impl Sequence {
                 siblings: Vec::new(),
                 draft: self.draft.clone(),
                 before: None,
+                scored: 0..0,
                 failed: None,
                 params,
                 ..*self

@@ -27,18 +27,28 @@ pub struct EngineArg {
 }
 
 impl EngineArg {
+    /// How an engine uses the machine, as far as the command line says.
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions {
+            cache_type: self.memory.cache_type,
+            cache_memory: self.memory.cache_memory,
+            ..EngineOptions::default()
+        }
+    }
+
+    /// # Errors
+    /// As [`EngineArg::open_with`].
+    pub fn open(&self, checkpoint: &Path) -> Result<Engine> {
+        self.open_with(checkpoint, self.options())
+    }
+
     /// # Errors
     /// A checkpoint that cannot be used, a draft model of other tokens, or too little memory.
-    pub fn open(&self, checkpoint: &Path) -> Result<Engine> {
+    pub fn open_with(&self, checkpoint: &Path, mut options: EngineOptions) -> Result<Engine> {
         let place = self.device.place()?;
         let opened = Checkpoint::open(checkpoint)?;
         let tokenizer = Tokenizer::open(checkpoint)?;
         let lm = opened.model(&place)?;
-        let mut options = EngineOptions {
-            cache_type: self.memory.cache_type,
-            cache_memory: self.memory.cache_memory,
-            ..EngineOptions::default()
-        };
         let mut drafter = None;
         match self.draft.as_deref() {
             None => {}

@@ -1,6 +1,7 @@
 //! Options that commands share.
 
 pub mod cache;
+pub mod chat;
 pub mod data;
 pub mod device;
 pub mod engine;

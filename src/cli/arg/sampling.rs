@@ -92,6 +92,7 @@ impl SamplingArg {
             frequency_penalty: self.frequency_penalty,
             logit_bias: Vec::new(),
             logprobs: self.logprobs,
+            prompt_logprobs: None,
             format: self.format()?,
         };
         params.validate()?;

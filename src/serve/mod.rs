@@ -1,0 +1,293 @@
+//! `zebroid serve`: models behind HTTP, as OpenAI's clients speak it.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `openai/` | the interface: what a request may say, how answers are written |
+//! | `page/` | the pages in a browser |
+//! | `worker.rs` | the thread that a model computes in |
+//! | `models.rs` | models by name, loaded and let go of |
+//! | `guard.rs`, `keys.rs` | who may ask |
+//! | `listen.rs` | connections |
+//! | `metrics.rs` | what Prometheus is told |
+//! | `sessions.rs` | conversations in files |
+//! | `state.rs` | what all requests share |
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::from_fn_with_state;
+use axum::response::IntoResponse;
+use axum::routing::get;
+use axum::{Json, Router};
+use rand::TryRng;
+use rand::rngs::SysRng;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
+
+use crate::{Error, Result};
+
+mod error;
+mod guard;
+mod keys;
+mod listen;
+mod metrics;
+mod models;
+mod openai;
+mod sessions;
+mod state;
+mod worker;
+pub use keys::Keys;
+pub use models::{About, Load, Models};
+pub use state::Limits;
+
+use error::ApiError;
+use metrics::Metrics;
+use sessions::Sessions;
+use state::Server;
+
+/// What a server is told at its start.
+pub struct Options {
+    pub address: SocketAddr,
+    pub keys: Keys,
+    pub limits: Limits,
+    /// PEM files: certificates and key.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Other sites whose pages may ask.
+    pub origins: Vec<String>,
+    /// Names by which this machine is asked, beside its addresses and localhost.
+    pub hosts: Vec<String>,
+    pub sessions: Option<PathBuf>,
+    pub runs: Option<PathBuf>,
+}
+
+/// Serves until Ctrl-C or SIGTERM; `started` is told the address once the first model is ready.
+///
+/// # Errors
+/// A place that cannot be listened on, files that cannot be used, or a first model that cannot be loaded.
+pub fn run(models: Models, options: Options, started: impl FnOnce(&str)) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // The models have the processor; these only carry.
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| Error::invalid(format!("the server cannot be started: {e}")))?;
+    runtime.block_on(serve(models, options, started))
+}
+
+async fn serve(models: Models, options: Options, started: impl FnOnce(&str)) -> Result<()> {
+    let tls = options
+        .tls
+        .as_ref()
+        .map(|(chain, key)| listen::tls(chain, key))
+        .transpose()?;
+    let address = options.address;
+    let listener = TcpListener::bind(address).await;
+    let listener =
+        listener.map_err(|e| Error::invalid(format!("cannot listen on {address}: {e}")))?;
+    let address = listener.local_addr().unwrap_or(address);
+    let models = Arc::new(models);
+    // A name that points to this machine only by a trick has no key to show.
+    let closed = address.ip().is_loopback() && options.keys.is_empty();
+    let server = Arc::new(Server {
+        metrics: Metrics::new(models.clone()),
+        models: models.clone(),
+        keys: options.keys,
+        limits: options.limits,
+        origins: options.origins,
+        hosts: closed.then_some(options.hosts),
+        sessions: options.sessions.map(Sessions::new).transpose()?,
+        runs: options.runs,
+        closing: AtomicBool::new(false),
+        started: SysRng.try_next_u64().unwrap_or_default(),
+        count: AtomicU64::new(0),
+    });
+    // What is wrong with the first model is said at once.
+    models
+        .get(None)
+        .await
+        .map_err(|e| Error::invalid(e.message))?;
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    started(&format!("{scheme}://{address}"));
+    let closing = async {
+        interrupted().await;
+        server.closing.store(true, Ordering::Relaxed);
+        tracing::info!("stopping: answers under way have {:?}", server.limits.grace);
+        tokio::spawn(async {
+            interrupted().await;
+            std::process::exit(130);
+        });
+    };
+    let stop = || {
+        let loaded = server.models.all().filter_map(|(_, model)| model);
+        loaded.for_each(|model| model.worker.stop_all());
+    };
+    let router = router(server.clone());
+    listen::serve(listener, tls, router, &server.limits, closing, stop).await;
+    Ok(())
+}
+
+/// Ctrl-C, or what a service manager sends.
+async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+fn router(server: Arc<Server>) -> Router {
+    let keyed = openai::router()
+        .route("/metrics", get(metrics))
+        .route("/api/models", get(status))
+        .route("/v1/sessions", get(sessions))
+        .route("/v1/sessions/{name}", get(session).delete(forget))
+        .route_layer(from_fn_with_state(server.clone(), guard::key));
+    let open = Router::new()
+        .route("/health", get(health))
+        .route("/ready", get(ready));
+    let cors = CorsLayer::new()
+        .allow_origin(match server.origins.iter().any(|origin| origin == "*") {
+            true => AllowOrigin::any(),
+            false => {
+                let origins = server
+                    .origins
+                    .iter()
+                    .filter_map(|o| HeaderValue::from_str(o).ok());
+                AllowOrigin::list(origins)
+            }
+        })
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request());
+    keyed
+        .merge(open)
+        .fallback(|| async {
+            ApiError::status(StatusCode::NOT_FOUND, "there is no such path here")
+        })
+        .method_not_allowed_fallback(|| async {
+            ApiError::status(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this path knows other methods",
+            )
+        })
+        .layer(cors)
+        .layer(from_fn_with_state(server.clone(), guard::origin))
+        .layer(from_fn_with_state(server.clone(), guard::watch))
+        .with_state(server)
+}
+
+async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// Whether the first model answers.
+async fn ready(State(server): State<Arc<Server>>) -> Result<Json<Value>, ApiError> {
+    let first = server.models.all().next().and_then(|(_, model)| model);
+    match (server.is_closing(), first) {
+        (false, Some(_)) => Ok(Json(json!({"status": "ready"}))),
+        (true, _) => Err(ApiError::busy("the server is being stopped")),
+        (false, None) => Err(ApiError::busy("the first model is not loaded")),
+    }
+}
+
+async fn metrics(State(server): State<Arc<Server>>) -> impl IntoResponse {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], server.metrics.text())
+}
+
+async fn status(State(server): State<Arc<Server>>) -> Json<Value> {
+    let models = server.status().into_iter().map(|(name, status)| {
+        let mut of = serde_json::to_value(status.unwrap_or_default()).unwrap_or_default();
+        of["loaded"] = status.is_some().into();
+        (name.to_owned(), of)
+    });
+    Json(json!({"models": models.collect::<serde_json::Map<_, _>>()}))
+}
+
+/// Of which model; the first where none is named.
+#[derive(Debug, Deserialize)]
+struct Of {
+    model: Option<String>,
+}
+
+impl Of {
+    /// The sessions of the server, and the model's name.
+    fn sessions<'s>(&'s self, server: &'s Server) -> Result<(&'s Sessions, &'s str), ApiError> {
+        let sessions = server.sessions.as_ref().ok_or_else(|| {
+            ApiError::status(
+                StatusCode::NOT_FOUND,
+                "this server keeps no sessions: start it with --sessions FOLDER",
+            )
+        })?;
+        let first = || {
+            server
+                .models
+                .all()
+                .next()
+                .map_or("", |(about, _)| &about.name)
+        };
+        Ok((sessions, self.model.as_deref().unwrap_or_else(first)))
+    }
+}
+
+async fn sessions(
+    State(server): State<Arc<Server>>,
+    Query(of): Query<Of>,
+) -> Result<Json<Value>, ApiError> {
+    let (sessions, model) = of.sessions(&server)?;
+    Ok(Json(
+        json!({"object": "list", "model": model, "data": sessions.names(model)}),
+    ))
+}
+
+/// What was said in a session.
+async fn session(
+    State(server): State<Arc<Server>>,
+    Path(name): Path<String>,
+    Query(of): Query<Of>,
+) -> Result<Json<Value>, ApiError> {
+    let (sessions, model) = of.sessions(&server)?;
+    let found = server.models.get(Some(model)).await?;
+    let turn = sessions.turn(model, &name).await?;
+    if !turn.exists() {
+        return Err(ApiError::status(
+            StatusCode::NOT_FOUND,
+            format!("no session {name}"),
+        ));
+    }
+    let opened = tokio::task::spawn_blocking(move || turn.open(&found.engine)).await;
+    let session = opened
+        .map_err(ApiError::bug)?
+        .map_err(|e| ApiError::field("session", e))?;
+    Ok(Json(json!({
+        "name": name, "model": model, "messages": session.messages,
+        "tokens": session.tokens.len(), "read_tokens": session.memory.len(), "cache_bytes": session.memory.bytes(),
+    })))
+}
+
+async fn forget(
+    State(server): State<Arc<Server>>,
+    Path(name): Path<String>,
+    Query(of): Query<Of>,
+) -> Result<Json<Value>, ApiError> {
+    let (sessions, model) = of.sessions(&server)?;
+    match sessions.remove(model, &name)? {
+        true => Ok(Json(json!({"name": name, "deleted": true}))),
+        false => Err(ApiError::status(
+            StatusCode::NOT_FOUND,
+            format!("no session {name}"),
+        )),
+    }
+}

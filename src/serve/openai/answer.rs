@@ -1,0 +1,414 @@
+//! Answers under way: told whole when they are done, or piece by piece as server-sent events.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::super::error::ApiError;
+use super::super::models::Model;
+use super::super::state::{Client, Server};
+use super::super::worker::{Job, Ticket, Told};
+use crate::generate::{Finish, Logprob, SamplingParams};
+use crate::mixer::Memory;
+
+/// Between events of a stream that has nothing to say, so that nobody on the way takes it for dead.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// A prompt, and what has read its beginning.
+pub struct Prompt {
+    pub tokens: Vec<u32>,
+    pub memory: Option<Memory>,
+}
+
+/// Answers to one request. Dropping it cancels them.
+pub struct Answers {
+    server: Arc<Server>,
+    client: Client,
+    pub model: Arc<Model>,
+    told: UnboundedReceiver<Told>,
+    /// What came before all prompts were accepted.
+    early: VecDeque<Told>,
+    _tickets: Vec<Ticket>,
+    _places: OwnedSemaphorePermit,
+    /// Answers to each prompt.
+    n: usize,
+    left: usize,
+    constrained: bool,
+    usage: Usage,
+}
+
+/// What a request has used.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Usage {
+    prompt: usize,
+    cached: usize,
+    completion: usize,
+    drafted: usize,
+    accepted: usize,
+    /// Of its first answer.
+    ttft_s: f64,
+    decode_tokens_per_s: f64,
+    cache_bytes: usize,
+}
+
+impl Usage {
+    fn add(&mut self, choice: usize, n: usize, finish: &Finish) {
+        let of = &finish.generation;
+        // Answers to one prompt share it.
+        if choice.is_multiple_of(n) {
+            self.prompt += of.prompt_tokens;
+            self.cached += of.cached_tokens;
+        }
+        if choice == 0 {
+            (self.ttft_s, self.decode_tokens_per_s) = (of.ttft_s, of.decode_tokens_per_s);
+        }
+        self.completion += of.completion_tokens;
+        self.drafted += of.drafted_tokens;
+        self.accepted += of.accepted_tokens;
+        self.cache_bytes += finish.memory.bytes();
+    }
+
+    pub fn json(&self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        })
+    }
+
+    /// In OpenAI's newer words.
+    pub fn of_response(&self) -> Value {
+        json!({
+            "input_tokens": self.prompt,
+            "input_tokens_details": {"cached_tokens": self.cached},
+            "output_tokens": self.completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.prompt + self.completion,
+        })
+    }
+
+    /// What OpenAI does not tell.
+    pub fn timings(&self) -> Value {
+        json!({
+            "ttft_s": self.ttft_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "cached_tokens": self.cached,
+            "cache_bytes": self.cache_bytes,
+            "drafted_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+        })
+    }
+}
+
+impl Answers {
+    /// Hands the prompts in, `n` answers to each, and waits until the model has accepted them.
+    ///
+    /// # Errors
+    /// A queue that is full, or what the model refuses.
+    pub async fn begin(
+        server: Arc<Server>,
+        client: Client,
+        model: Arc<Model>,
+        prompts: Vec<Prompt>,
+        n: usize,
+        params: &SamplingParams,
+    ) -> Result<Self, ApiError> {
+        if server.is_closing() {
+            return Err(ApiError::busy("the server is being stopped"));
+        }
+        let total = prompts.len() * n;
+        let most = model.engine.options.max_batch + server.limits.queue;
+        if total > most {
+            let said = format!("{total} answers at once: this server takes at most {most}");
+            return Err(ApiError::bad(said));
+        }
+        let places = model.places.clone().try_acquire_many_owned(total as u32);
+        let Ok(places) = places else {
+            let said = format!(
+                "model {} has {most} answers under way and waiting",
+                model.about.name
+            );
+            return Err(ApiError::too_many(said, 1));
+        };
+        let (tell, mut told) = unbounded_channel();
+        let mut tickets = Vec::new();
+        let (count, mut early) = (prompts.len(), VecDeque::new());
+        for (i, prompt) in prompts.into_iter().enumerate() {
+            tickets.push(model.worker.submit(Job {
+                prompt: prompt.tokens,
+                memory: prompt.memory,
+                params: SamplingParams {
+                    seed: params.seed.wrapping_add((i * n) as u64),
+                    ..params.clone()
+                },
+                choices: i * n..(i + 1) * n,
+                tell: tell.clone(),
+            }));
+        }
+        drop(tell);
+        let mut accepted = 0;
+        while accepted < count {
+            match told.recv().await {
+                Some(Told::Accepted) => accepted += 1,
+                Some(Told::Failed(error)) => return Err(ApiError::failed(error)),
+                Some(other) => early.push_back(other),
+                None => return Err(ApiError::bug("the model's thread has ended")),
+            }
+        }
+        Ok(Self {
+            server,
+            client,
+            model,
+            told,
+            early,
+            _tickets: tickets,
+            _places: places,
+            n,
+            left: total,
+            constrained: params.format.is_some(),
+            usage: Usage::default(),
+        })
+    }
+
+    pub fn count(&self) -> usize {
+        self.left
+    }
+
+    pub fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
+    /// What comes next; nothing when all answers are done.
+    ///
+    /// # Errors
+    /// An answer that cannot go on.
+    pub async fn next(&mut self) -> Result<Option<Told>, ApiError> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let told = match self.early.pop_front() {
+            Some(told) => Some(told),
+            None => self.told.recv().await,
+        };
+        match told {
+            None => Err(ApiError::bug("the model's thread has ended")),
+            // A form that nothing can follow is the request's own.
+            Some(Told::Failed(error)) if self.constrained => Err(ApiError::failed(error)),
+            Some(Told::Failed(error)) => Err(ApiError::bug(error)),
+            Some(told) => {
+                if let Told::Done(choice, finish) = &told {
+                    self.left -= 1;
+                    self.note(*choice, finish);
+                }
+                Ok(Some(told))
+            }
+        }
+    }
+
+    fn note(&mut self, choice: usize, finish: &Finish) {
+        self.usage.add(choice, self.n, finish);
+        let of = &finish.generation;
+        let first = choice.is_multiple_of(self.n);
+        self.server
+            .metrics
+            .answer(&self.model.about.name, of, first);
+        let prompt = if first { of.prompt_tokens } else { 0 };
+        if let Some(key) = &self.client.key {
+            key.charge(prompt + of.completion_tokens);
+        }
+        tracing::info!(
+            request = self.client.request,
+            key = self.client.key.as_ref().map(|key| key.name.as_str()),
+            model = self.model.about.name,
+            choice,
+            prompt_tokens = of.prompt_tokens,
+            cached_tokens = of.cached_tokens,
+            completion_tokens = of.completion_tokens,
+            ttft_s = of.ttft_s,
+            tokens_per_s = of.decode_tokens_per_s,
+            finish_reason = of.finish_reason,
+            "answered"
+        );
+    }
+}
+
+/// How a kind of answer is written.
+pub trait Shape: Send + 'static {
+    /// `id`, `object`, `created`, `model`; of a piece, or of the whole.
+    fn head(&self, piece: bool) -> Value;
+    /// What a stream begins a choice with.
+    fn begin(&mut self, choice: usize) -> Option<Value>;
+    /// More text of a choice.
+    fn piece(
+        &mut self,
+        model: &Model,
+        choice: usize,
+        text: &str,
+        logprobs: &[Logprob],
+    ) -> Vec<Value>;
+    /// What a stream ends a choice with.
+    fn end(&mut self, model: &Model, choice: usize, finish: &Finish) -> Vec<Value>;
+    /// A choice as a whole.
+    fn whole(&mut self, model: &Model, choice: usize, finish: &Finish) -> Value;
+    /// When all is said.
+    ///
+    /// # Errors
+    /// What could not be kept of it.
+    fn after(&mut self, model: &Model, choice: usize, finish: &Finish) -> Result<(), ApiError> {
+        let _ = (model, choice, finish);
+        Ok(())
+    }
+}
+
+/// All of it at once.
+///
+/// # Errors
+/// An answer that cannot go on.
+pub async fn whole(mut answers: Answers, mut shape: impl Shape) -> Result<Response, ApiError> {
+    let mut choices = vec![Value::Null; answers.count()];
+    while let Some(told) = answers.next().await? {
+        if let Told::Done(choice, finish) = told {
+            choices[choice] = shape.whole(&answers.model, choice, &finish);
+            shape = kept(shape, &answers.model, choice, finish).await?;
+        }
+    }
+    let mut body = shape.head(false);
+    body["choices"] = choices.into();
+    body["usage"] = answers.usage.json();
+    body["timings"] = answers.usage.timings();
+    Ok(Json(body).into_response())
+}
+
+/// Calls [`Shape::after`] where it may wait for a disk.
+async fn kept<S: Shape>(
+    mut shape: S,
+    model: &Arc<Model>,
+    choice: usize,
+    finish: Box<Finish>,
+) -> Result<S, ApiError> {
+    let model = model.clone();
+    let work = move || shape.after(&model, choice, &finish).map(|()| shape);
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(ApiError::bug)?
+}
+
+struct Streaming<S> {
+    answers: Answers,
+    shape: Option<S>,
+    events: VecDeque<Event>,
+    include_usage: bool,
+    over: bool,
+}
+
+/// Piece by piece.
+pub fn streamed(answers: Answers, mut shape: impl Shape, include_usage: bool) -> Response {
+    let begun: Vec<Value> = (0..answers.count())
+        .filter_map(|choice| shape.begin(choice))
+        .collect();
+    let mut streaming = Streaming {
+        answers,
+        shape: Some(shape),
+        events: VecDeque::new(),
+        include_usage,
+        over: false,
+    };
+    streaming.say(begun);
+    let events = stream::unfold(streaming, |mut streaming| async move {
+        loop {
+            if let Some(event) = streaming.events.pop_front() {
+                return Some((Ok::<_, Infallible>(event), streaming));
+            }
+            if streaming.over {
+                return None;
+            }
+            streaming.advance().await;
+        }
+    });
+    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
+    Sse::new(events).keep_alive(keep_alive).into_response()
+}
+
+impl<S: Shape> Streaming<S> {
+    async fn advance(&mut self) {
+        if let Err(error) = self.try_advance().await {
+            self.over = true;
+            tracing::warn!("a stream ended early: {}", error.message);
+            self.push(error.body());
+        }
+    }
+
+    async fn try_advance(&mut self) -> Result<(), ApiError> {
+        let told = self.answers.next().await?;
+        let Some(mut shape) = self.shape.take() else {
+            return Err(ApiError::bug("what was to be kept of the answer is lost"));
+        };
+        let model = self.answers.model.clone();
+        match told {
+            Some(Told::Text(choice, text, logprobs)) => {
+                let said = shape.piece(&model, choice, &text, &logprobs);
+                self.shape = Some(shape);
+                self.say(said);
+            }
+            Some(Told::Done(choice, finish)) => {
+                let said = shape.end(&model, choice, &finish);
+                self.shape = Some(kept(shape, &model, choice, finish).await?);
+                self.say(said);
+            }
+            Some(Told::Accepted | Told::Failed(_)) => self.shape = Some(shape),
+            None => {
+                if self.include_usage {
+                    let mut last = shape.head(true);
+                    last["choices"] = json!([]);
+                    last["usage"] = self.answers.usage.json();
+                    last["timings"] = self.answers.usage.timings();
+                    self.push(last);
+                }
+                self.events.push_back(Event::default().data("[DONE]"));
+                self.shape = Some(shape);
+                self.over = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, choices: Vec<Value>) {
+        for choice in choices {
+            let Some(shape) = &self.shape else {
+                return;
+            };
+            let mut piece = shape.head(true);
+            piece["choices"] = json!([choice]);
+            if self.include_usage {
+                piece["usage"] = Value::Null;
+            }
+            self.push(piece);
+        }
+    }
+
+    fn push(&mut self, body: Value) {
+        self.events
+            .push_back(Event::default().data(body.to_string()));
+    }
+}
+
+/// A token as text: its bytes, where they are no text alone.
+pub fn token_text(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.to_owned(),
+        Err(_) => {
+            let bytes = bytes.iter().map(|byte| format!("\\x{byte:02x}"));
+            format!("bytes:{}", bytes.collect::<String>())
+        }
+    }
+}

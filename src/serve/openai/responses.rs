@@ -1,0 +1,267 @@
+//! `/v1/responses`: the plain-text part of OpenAI's newer interface. Nothing is kept between requests.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use futures_util::stream;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::super::error::ApiError;
+use super::super::state::{Client, Server};
+use super::super::worker::Told;
+use super::answer::{Answers, Usage};
+use super::chat::{conversation, room};
+use super::fields::{Body, Common, ResponseFormat};
+
+#[derive(Debug, Deserialize)]
+struct Fields {
+    input: Input,
+    /// Said before all else, as the system.
+    instructions: Option<String>,
+    max_output_tokens: Option<usize>,
+    text: Option<TextOptions>,
+    previous_response_id: Option<Value>,
+    tools: Option<Vec<Value>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "a text or a list of messages")]
+enum Input {
+    Text(String),
+    Messages(Vec<Map<String, Value>>),
+}
+
+#[derive(Debug, Deserialize)]
+struct TextOptions {
+    format: Option<Value>,
+}
+
+impl TextOptions {
+    /// As chat completions have it, where schemas lie one deeper.
+    fn format(self) -> Result<Option<ResponseFormat>, ApiError> {
+        let Some(mut format) = self.format else {
+            return Ok(None);
+        };
+        if format["type"] == "json_schema" {
+            format = json!({"type": "json_schema", "json_schema": {"schema": format["schema"]}});
+        }
+        let read = serde_json::from_value(format);
+        read.map(Some)
+            .map_err(|e| ApiError::field("text.format", e))
+    }
+}
+
+/// An answer as far as it has come.
+struct Answer {
+    id: String,
+    item: String,
+    model: String,
+    created: u64,
+    text: String,
+    /// Of events so far.
+    sequence: usize,
+}
+
+pub async fn create(
+    State(server): State<Arc<Server>>,
+    Extension(client): Extension<Client>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let mut common: Common = body.read()?;
+    let fields: Fields = body.read()?;
+    if fields.previous_response_id.is_some() {
+        let said = "responses are not kept: send the whole conversation as input";
+        return Err(ApiError::field("previous_response_id", said));
+    }
+    if fields.tools.is_some_and(|tools| !tools.is_empty()) {
+        return Err(ApiError::field(
+            "tools",
+            "tools are known to /v1/chat/completions only",
+        ));
+    }
+    if let Some(text) = fields.text {
+        common.response_format = text.format()?;
+    }
+    let model = server.models.get(common.model.as_deref()).await?;
+    let mut params = common.params(
+        &model.about.defaults,
+        model.engine.decoder.config.vocab_size,
+    )?;
+    let mut messages = Vec::new();
+    let said = |role: &str, text: String| {
+        let fields = [("role", role.into()), ("content", text.into())];
+        fields
+            .map(|(name, value): (&str, Value)| (name.to_owned(), value))
+            .into_iter()
+            .collect()
+    };
+    messages.extend(fields.instructions.map(|text| said("system", text)));
+    match fields.input {
+        Input::Text(text) => messages.push(said("user", text)),
+        Input::Messages(all) => messages.extend(all.into_iter().map(texts_only)),
+    }
+    let (of, asked, most) = (
+        model.clone(),
+        fields.max_output_tokens,
+        server.limits.tokens,
+    );
+    let prepare = move || {
+        let prompt = conversation(&of, messages, None, None)?.prompt;
+        params.max_tokens = Some(room(&of, prompt.tokens.len(), asked, most)?);
+        of.engine
+            .check(prompt.tokens.len(), &params)
+            .map_err(ApiError::failed)?;
+        Ok((prompt, params))
+    };
+    let prepared: Result<_, ApiError> = tokio::task::spawn_blocking(prepare)
+        .await
+        .map_err(ApiError::bug)?;
+    let (prompt, params) = prepared?;
+    let answer = Answer {
+        id: server.name("resp_"),
+        item: server.name("msg_"),
+        model: model.about.name.clone(),
+        created: super::now(),
+        text: String::new(),
+        sequence: 0,
+    };
+    let answers = Answers::begin(server, client, model, vec![prompt], 1, &params).await?;
+    match common.streams() {
+        true => Ok(streamed(answers, answer)),
+        false => whole(answers, answer).await,
+    }
+}
+
+/// Parts of a message, which are named apart here (`input_text`, `output_text`), as one text.
+fn texts_only(mut message: Map<String, Value>) -> Map<String, Value> {
+    if let Some(Value::Array(parts)) = message.get("content") {
+        let texts = parts.iter().filter_map(|part| part["text"].as_str());
+        let text: String = texts.collect();
+        message.insert("content".into(), text.into());
+    }
+    if message.get("role").is_some_and(|role| role == "developer") {
+        message.insert("role".into(), "system".into());
+    }
+    message
+}
+
+async fn whole(mut answers: Answers, mut answer: Answer) -> Result<Response, ApiError> {
+    let mut reason = "stop";
+    while let Some(told) = answers.next().await? {
+        if let Told::Done(_, finish) = told {
+            reason = finish.generation.finish_reason;
+            answer.text = finish.generation.text;
+        }
+    }
+    Ok(Json(answer.response(Some(reason), Some(answers.usage()))).into_response())
+}
+
+impl Answer {
+    fn part(&self) -> Value {
+        json!({"type": "output_text", "text": self.text, "annotations": [], "logprobs": []})
+    }
+
+    fn item(&self, status: &str) -> Value {
+        let content = match status {
+            "in_progress" => json!([]),
+            _ => json!([self.part()]),
+        };
+        json!({"type": "message", "id": self.item, "status": status, "role": "assistant", "content": content})
+    }
+
+    fn response(&self, reason: Option<&str>, usage: Option<&Usage>) -> Value {
+        let (status, details) = match reason {
+            None => ("in_progress", Value::Null),
+            Some("length") => ("incomplete", json!({"reason": "max_output_tokens"})),
+            Some(_) => ("completed", Value::Null),
+        };
+        let output = match reason {
+            None => json!([]),
+            Some(_) => json!([self.item(status)]),
+        };
+        json!({
+            "id": self.id, "object": "response", "created_at": self.created, "model": self.model,
+            "status": status, "incomplete_details": details, "error": null, "output": output,
+            "parallel_tool_calls": false, "tool_choice": "none", "tools": [],
+            "usage": usage.map(Usage::of_response),
+        })
+    }
+
+    fn event(&mut self, kind: &str, mut fields: Value) -> Event {
+        fields["type"] = kind.into();
+        fields["sequence_number"] = self.sequence.into();
+        self.sequence += 1;
+        Event::default().event(kind).data(fields.to_string())
+    }
+
+    /// An event about the answer's only part.
+    fn of_part(&mut self, kind: &str, field: &str, value: Value) -> Event {
+        let fields = json!({"item_id": self.item, "output_index": 0, "content_index": 0, "logprobs": [], field: value});
+        self.event(kind, fields)
+    }
+}
+
+fn streamed(answers: Answers, mut answer: Answer) -> Response {
+    let begun = json!({"response": answer.response(None, None)});
+    let item = json!({"output_index": 0, "item": answer.item("in_progress")});
+    let part = answer.part();
+    let events = VecDeque::from([
+        answer.event("response.created", begun.clone()),
+        answer.event("response.in_progress", begun),
+        answer.event("response.output_item.added", item),
+        answer.of_part("response.content_part.added", "part", part),
+    ]);
+    let events = stream::unfold(
+        (answers, answer, events, false),
+        |(mut answers, mut answer, mut events, mut over)| async move {
+            while events.is_empty() && !over {
+                match answers.next().await {
+                    Ok(Some(Told::Text(_, text, _))) => {
+                        answer.text.push_str(&text);
+                        events.push_back(answer.of_part(
+                            "response.output_text.delta",
+                            "delta",
+                            text.into(),
+                        ));
+                    }
+                    Ok(Some(Told::Done(_, finish))) => {
+                        let reason = finish.generation.finish_reason;
+                        let (text, part) = (answer.text.clone().into(), answer.part());
+                        let response = answer.response(Some(reason), Some(answers.usage()));
+                        let (status, last) = match reason {
+                            "length" => ("incomplete", "response.incomplete"),
+                            _ => ("completed", "response.completed"),
+                        };
+                        let item = json!({"output_index": 0, "item": answer.item(status)});
+                        events.push_back(answer.of_part("response.output_text.done", "text", text));
+                        events.push_back(answer.of_part(
+                            "response.content_part.done",
+                            "part",
+                            part,
+                        ));
+                        events.push_back(answer.event("response.output_item.done", item));
+                        events.push_back(answer.event(last, json!({"response": response})));
+                    }
+                    Ok(Some(Told::Accepted | Told::Failed(_))) => {}
+                    Ok(None) => over = true,
+                    Err(error) => {
+                        over = true;
+                        let said = json!({"message": error.message, "code": "server_error", "param": null});
+                        events.push_back(answer.event("error", said));
+                    }
+                }
+            }
+            let event = events.pop_front()?;
+            Some((Ok::<_, Infallible>(event), (answers, answer, events, over)))
+        },
+    );
+    Sse::new(events)
+        .keep_alive(KeepAlive::new())
+        .into_response()
+}

@@ -1,0 +1,245 @@
+//! The thread that a model computes in: jobs in, what they bring out. It has the model's only scheduler, so that all requests share every
+//! pass over the weights.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::{collections::BTreeMap, ops::Range, thread};
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::generate::{
+    Engine, Event, Finish, Logprob, Request, SamplingParams, Scheduler, Statistics,
+};
+use crate::mixer::Memory;
+use crate::{Error, Result};
+
+/// A prompt to be answered.
+pub struct Job {
+    pub prompt: Vec<u32>,
+    pub params: SamplingParams,
+    /// Numbers of its answers, which draw from `params.seed` and the seeds behind it.
+    pub choices: Range<usize>,
+    /// What has read the prompt's beginning.
+    pub memory: Option<Memory>,
+    pub tell: UnboundedSender<Told>,
+}
+
+/// What a job brings, in this order; the numbers are its choices.
+pub enum Told {
+    /// It waits for its turn: nothing is wrong with it.
+    Accepted,
+    Text(usize, String, Vec<Logprob>),
+    Done(usize, Box<Finish>),
+    Failed(Error),
+}
+
+enum Order {
+    Begin(u64, Box<Job>),
+    Cancel(Range<u64>),
+    /// End what is under way with what it has.
+    StopAll,
+}
+
+/// How the thread is doing.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub struct Status {
+    pub waiting: usize,
+    pub running: usize,
+    pub cache_bytes: usize,
+    pub cache_limit_bytes: usize,
+    #[serde(flatten)]
+    pub statistics: Statistics,
+}
+
+#[derive(Clone)]
+pub struct Worker {
+    orders: Sender<Order>,
+    next: Arc<AtomicU64>,
+    status: Arc<Mutex<Status>>,
+}
+
+/// A job under way: it is cancelled, and all it had is free, when this is dropped.
+pub struct Ticket {
+    orders: Sender<Order>,
+    ids: Range<u64>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        // A thread that has ended has nothing to cancel.
+        let _ = self.orders.send(Order::Cancel(self.ids.clone()));
+    }
+}
+
+impl Worker {
+    /// The thread ends when the last handle is dropped.
+    pub fn start(name: &str, engine: Arc<Engine>) -> Result<Self> {
+        let (orders, taken) = channel();
+        let status = Arc::new(Mutex::new(Status {
+            cache_limit_bytes: engine.pool.limit(),
+            ..Status::default()
+        }));
+        let shown = status.clone();
+        let work = move || {
+            // A bug in one pass ends what was under way, not the service.
+            while catch_unwind(AssertUnwindSafe(|| Thread::run(&engine, &taken, &shown))).is_err() {
+                tracing::error!("a pass over the weights panicked: a bug in zebroid");
+            }
+        };
+        let built = thread::Builder::new()
+            .name(format!("model {name}"))
+            .spawn(work);
+        built.map_err(|e| Error::invalid(format!("no thread for model {name}: {e}")))?;
+        Ok(Self {
+            orders,
+            next: Arc::default(),
+            status,
+        })
+    }
+
+    pub fn submit(&self, job: Job) -> Ticket {
+        let count = job.choices.len() as u64;
+        let first = self.next.fetch_add(count, Ordering::Relaxed);
+        // A thread that has ended drops the job, and its sender with it: the receiver sees the end.
+        let _ = self.orders.send(Order::Begin(first, Box::new(job)));
+        Ticket {
+            orders: self.orders.clone(),
+            ids: first..first + count,
+        }
+    }
+
+    pub fn stop_all(&self) {
+        let _ = self.orders.send(Order::StopAll);
+    }
+
+    pub fn status(&self) -> Status {
+        *self.status.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// Who is told of a sequence, and as which choice.
+type Listeners = BTreeMap<u64, (usize, UnboundedSender<Told>)>;
+
+struct Thread<'e> {
+    scheduler: Scheduler<'e>,
+    listeners: Listeners,
+}
+
+impl<'e> Thread<'e> {
+    /// Until nobody can give orders any more.
+    fn run(engine: &'e Engine, orders: &Receiver<Order>, status: &Mutex<Status>) {
+        let mut thread = Self {
+            scheduler: Scheduler::new(engine),
+            listeners: Listeners::new(),
+        };
+        loop {
+            if thread.scheduler.is_idle() {
+                thread.show(engine, status);
+                match orders.recv() {
+                    Ok(order) => thread.obey(order),
+                    Err(_) => return,
+                }
+            }
+            loop {
+                match orders.try_recv() {
+                    Ok(order) => thread.obey(order),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            }
+            match thread.scheduler.step() {
+                Ok(events) => events.into_iter().for_each(|event| thread.tell(event)),
+                Err(error) => {
+                    let said = error.to_string();
+                    tracing::error!("a pass failed: {said}");
+                    for (_, tell) in std::mem::take(&mut thread.listeners).into_values() {
+                        let _ = tell.send(Told::Failed(Error::invalid(&said)));
+                    }
+                    thread.scheduler = Scheduler::new(engine);
+                }
+            }
+            thread.show(engine, status);
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Begin(first, job) => {
+                let Job {
+                    choices,
+                    params,
+                    prompt,
+                    memory,
+                    tell,
+                } = *job;
+                let ids = (choices.zip(first..)).map(|(choice, id)| (id, choice));
+                let ids: Vec<(u64, usize)> = ids.collect();
+                let names = ids
+                    .iter()
+                    .zip(0..)
+                    .map(|((id, _), i)| (*id, params.seed.wrapping_add(i)));
+                let request = Request {
+                    memory,
+                    siblings: names.skip(1).collect(),
+                    ..Request::new(first, prompt, params)
+                };
+                let told = match self.scheduler.submit(request) {
+                    Ok(()) => {
+                        let listeners = ids
+                            .into_iter()
+                            .map(|(id, choice)| (id, (choice, tell.clone())));
+                        self.listeners.extend(listeners);
+                        Told::Accepted
+                    }
+                    Err(error) => Told::Failed(error),
+                };
+                let _ = tell.send(told);
+            }
+            Order::Cancel(ids) => {
+                for id in ids {
+                    if self.listeners.remove(&id).is_some() {
+                        self.scheduler.cancel(id);
+                    }
+                }
+            }
+            Order::StopAll => self
+                .listeners
+                .keys()
+                .for_each(|id| self.scheduler.stop(*id)),
+        }
+    }
+
+    /// Who has left is not told.
+    fn tell(&mut self, event: Event) {
+        match event {
+            Event::Text { id, text, logprobs } => {
+                if let Some((choice, tell)) = self.listeners.get(&id) {
+                    let _ = tell.send(Told::Text(*choice, text, logprobs));
+                }
+            }
+            Event::Done { id, finish } => {
+                if let Some((choice, tell)) = self.listeners.remove(&id) {
+                    let _ = tell.send(Told::Done(choice, finish));
+                }
+            }
+            Event::Failed { id, error } => {
+                if let Some((_, tell)) = self.listeners.remove(&id) {
+                    let _ = tell.send(Told::Failed(error));
+                }
+            }
+        }
+    }
+
+    fn show(&self, engine: &Engine, status: &Mutex<Status>) {
+        let (waiting, running) = self.scheduler.load();
+        *status.lock().unwrap_or_else(|e| e.into_inner()) = Status {
+            waiting,
+            running,
+            cache_bytes: engine.pool.used(),
+            cache_limit_bytes: engine.pool.limit(),
+            statistics: self.scheduler.statistics(),
+        };
+    }
+}
