@@ -12,10 +12,8 @@
 //! | `sessions.rs` | conversations in files |
 //! | `state.rs` | what all requests share |
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -23,8 +21,6 @@ use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
-use rand::TryRng;
-use rand::rngs::SysRng;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -42,30 +38,16 @@ mod openai;
 mod page;
 mod sessions;
 mod state;
+#[cfg(test)]
+mod tests;
 mod worker;
 pub use keys::Keys;
 pub use models::{About, Load, Models};
-pub use state::Limits;
+pub use state::{Limits, Options};
 
 use error::ApiError;
-use metrics::Metrics;
 use sessions::Sessions;
 use state::Server;
-
-/// What a server is told at its start.
-pub struct Options {
-    pub address: SocketAddr,
-    pub keys: Keys,
-    pub limits: Limits,
-    /// PEM files: certificates and key.
-    pub tls: Option<(PathBuf, PathBuf)>,
-    /// Other sites whose pages may ask.
-    pub origins: Vec<String>,
-    /// Names by which this machine is asked, beside its addresses and localhost.
-    pub hosts: Vec<String>,
-    pub sessions: Option<PathBuf>,
-    pub runs: Option<PathBuf>,
-}
 
 /// Serves until Ctrl-C or SIGTERM; `started` is told the address once the first model is ready.
 ///
@@ -92,24 +74,10 @@ async fn serve(models: Models, options: Options, started: impl FnOnce(&str)) -> 
     let listener =
         listener.map_err(|e| Error::invalid(format!("cannot listen on {address}: {e}")))?;
     let address = listener.local_addr().unwrap_or(address);
-    let models = Arc::new(models);
-    // A name that points to this machine only by a trick has no key to show.
-    let closed = address.ip().is_loopback() && options.keys.is_empty();
-    let server = Arc::new(Server {
-        metrics: Metrics::new(models.clone()),
-        models: models.clone(),
-        keys: options.keys,
-        limits: options.limits,
-        origins: options.origins,
-        hosts: closed.then_some(options.hosts),
-        sessions: options.sessions.map(Sessions::new).transpose()?,
-        runs: options.runs,
-        closing: AtomicBool::new(false),
-        started: SysRng.try_next_u64().unwrap_or_default(),
-        count: AtomicU64::new(0),
-    });
+    let server = Arc::new(Server::new(models, options)?);
     // What is wrong with the first model is said at once.
-    models
+    server
+        .models
         .get(None)
         .await
         .map_err(|e| Error::invalid(e.message))?;

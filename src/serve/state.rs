@@ -1,17 +1,22 @@
 //! What all requests share.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use rand::TryRng;
+use rand::rngs::SysRng;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::keys::{Key, Keys};
 use super::metrics::Metrics;
 use super::models::Models;
 use super::sessions::Sessions;
+use super::worker::Status;
+use crate::Result;
 
 /// What a client may take.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +50,23 @@ impl Default for Limits {
     }
 }
 
+/// What a server is told at its start.
+pub struct Options {
+    pub address: SocketAddr,
+    pub keys: Keys,
+    pub limits: Limits,
+    /// PEM files: certificates and key.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Other sites whose pages may ask.
+    pub origins: Vec<String>,
+    /// Names by which this machine is asked, beside its addresses and localhost.
+    pub hosts: Vec<String>,
+    /// A folder for conversations that name a session.
+    pub sessions: Option<PathBuf>,
+    /// A folder of training runs.
+    pub runs: Option<PathBuf>,
+}
+
 pub struct Server {
     pub models: Arc<Models>,
     pub metrics: Metrics,
@@ -59,15 +81,36 @@ pub struct Server {
     pub runs: Option<PathBuf>,
     pub closing: AtomicBool,
     /// A random number of this process, and requests so far: their names.
-    pub started: u64,
-    pub count: AtomicU64,
+    process: u64,
+    count: AtomicU64,
 }
 
 impl Server {
+    /// # Errors
+    /// A folder for sessions that cannot be made.
+    pub fn new(models: Models, options: Options) -> Result<Self> {
+        let models = Arc::new(models);
+        // A name that points to this machine only by a trick has no key to show.
+        let closed = options.address.ip().is_loopback() && options.keys.is_empty();
+        Ok(Self {
+            metrics: Metrics::new(models.clone()),
+            models,
+            keys: options.keys,
+            limits: options.limits,
+            origins: options.origins,
+            hosts: closed.then_some(options.hosts),
+            sessions: options.sessions.map(Sessions::new).transpose()?,
+            runs: options.runs,
+            closing: AtomicBool::new(false),
+            process: SysRng.try_next_u64().unwrap_or_default(),
+            count: AtomicU64::new(0),
+        })
+    }
+
     /// A name that no other request has.
     pub fn name(&self, prefix: &str) -> String {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
-        format!("{prefix}{:016x}{count:08x}", self.started)
+        format!("{prefix}{:016x}{count:08x}", self.process)
     }
 
     pub fn is_closing(&self) -> bool {
@@ -75,7 +118,7 @@ impl Server {
     }
 
     /// How the models that are loaded are doing, by name.
-    pub fn status(&self) -> BTreeMap<&str, Option<super::worker::Status>> {
+    pub fn status(&self) -> BTreeMap<&str, Option<Status>> {
         let all = self.models.all();
         let all = all.map(|(about, model)| (about.name.as_str(), model.map(|m| m.worker.status())));
         all.collect()

@@ -149,7 +149,10 @@ impl<'e> Thread<'e> {
                     Err(TryRecvError::Disconnected) => return,
                 }
             }
-            match thread.scheduler.step() {
+            let stepped = thread.scheduler.step();
+            // Before anybody is told, so that who is told finds it so.
+            thread.show(engine, status);
+            match stepped {
                 Ok(events) => events.into_iter().for_each(|event| thread.tell(event)),
                 Err(error) => {
                     let said = error.to_string();
@@ -160,7 +163,6 @@ impl<'e> Thread<'e> {
                     thread.scheduler = Scheduler::new(engine);
                 }
             }
-            thread.show(engine, status);
         }
     }
 
