@@ -10,6 +10,7 @@ mod golden;
 mod input;
 mod memory;
 mod output;
+mod page;
 mod pipeline;
 mod processors;
 mod readme;

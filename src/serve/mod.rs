@@ -35,6 +35,7 @@ mod listen;
 mod metrics;
 mod models;
 mod openai;
+mod page;
 mod sessions;
 mod state;
 #[cfg(test)]
@@ -122,10 +123,12 @@ fn router(server: Arc<Server>) -> Router {
         .route("/api/models", get(status))
         .route("/v1/sessions", get(sessions))
         .route("/v1/sessions/{name}", get(session).delete(forget))
+        .merge(page::runs(server.runs.clone()))
         .route_layer(from_fn_with_state(server.clone(), guard::key));
     let open = Router::new()
         .route("/health", get(health))
-        .route("/ready", get(ready));
+        .route("/ready", get(ready))
+        .merge(page::pages());
     let cors = CorsLayer::new()
         .allow_origin(match server.origins.iter().any(|origin| origin == "*") {
             true => AllowOrigin::any(),

@@ -1,5 +1,6 @@
 //! Runs as they lie on a disk: results with their metrics or record, and those on the way to one (`NAME.partial`).
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -208,20 +209,8 @@ impl Run {
     /// # Errors
     /// Files that cannot be read.
     pub fn figures(&self) -> Result<Vec<(String, f64)>> {
-        let mut all = Vec::new();
-        if let Some(Value::Object(last)) = Metrics::read(&self.folder)?.last() {
-            for (name, value) in last {
-                match value {
-                    Value::Array(list) => {
-                        let each = list.iter().enumerate();
-                        let each =
-                            each.filter_map(|(i, x)| Some((format!("{name}/{i}"), x.as_f64()?)));
-                        all.extend(each);
-                    }
-                    value => all.extend(value.as_f64().map(|x| (name, x))),
-                }
-            }
-        }
+        let last = Metrics::read(&self.folder)?.last();
+        let mut all = last.iter().flat_map(numbers).collect::<Vec<_>>();
         let record = self.record()?;
         for (name, value) in record.steps.last().iter().flat_map(|step| &step.figures) {
             if !all.iter().any(|(known, _)| known == name) {
@@ -233,6 +222,30 @@ impl Run {
             all.extend(ratio.map(|(ratio, _)| ("kv_ratio".to_owned(), ratio)));
         }
         Ok(all)
+    }
+
+    /// One of its figures over the steps after `since`, those that have it.
+    ///
+    /// # Errors
+    /// Metrics that cannot be read.
+    pub fn curve(&self, metric: &str, since: u64) -> Result<Curve> {
+        let mut curve = Curve::default();
+        let metrics = Metrics::read(&self.folder)?;
+        for line in metrics.backwards() {
+            let step = line["step"].as_u64().unwrap_or(0);
+            if step <= since {
+                break;
+            }
+            let tokens = line["tokens"].as_u64().unwrap_or(0);
+            for (name, value) in numbers(&line) {
+                if name == metric {
+                    curve.points.push((step, tokens, value));
+                }
+                curve.names.insert(name);
+            }
+        }
+        curve.points.reverse();
+        Ok(curve)
     }
 
     /// Removes the run's folder.
@@ -292,6 +305,30 @@ impl Run {
         }
         Ok(None)
     }
+}
+
+/// How a figure went.
+#[derive(Debug, Default, PartialEq)]
+pub struct Curve {
+    /// Of all figures that these steps have.
+    pub names: BTreeSet<String>,
+    /// Step, tokens so far, value; first to last.
+    pub points: Vec<(u64, u64, f64)>,
+}
+
+/// The figures of a line; one of several values is several, `NAME/INDEX`.
+fn numbers(line: &Value) -> Vec<(String, f64)> {
+    let mut all = Vec::new();
+    for (name, value) in line.as_object().into_iter().flatten() {
+        match value {
+            Value::Array(list) => {
+                let each = list.iter().enumerate();
+                all.extend(each.filter_map(|(i, x)| Some((format!("{name}/{i}"), x.as_f64()?))));
+            }
+            value => all.extend(value.as_f64().map(|x| (name.clone(), x))),
+        }
+    }
+    all
 }
 
 /// `metrics.jsonl`, as text: only few of its lines are looked at.
