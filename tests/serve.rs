@@ -137,7 +137,7 @@ fn what_cannot_be_served_is_said_before_anything_is_loaded() {
             ],
             "PEM",
         ),
-        (&["serve"], "--model"),
+        (&["serve"], "CHECKPOINT"),
     ] {
         let said = fails(2, args);
         assert!(said.contains(within), "{args:?}: {said}");

@@ -487,7 +487,7 @@ fn what_cannot_be_answered_is_refused_in_openais_shape() {
 #[test]
 fn tools_are_called_where_the_template_teaches_them() {
     // Hermes' format, on a model that must be held to it.
-    let source = "{{ bos_token }}{% for t in tools %}<tool_call> {{ t | tojson }} {% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}";
+    let source = "{{ bos_token }}{% for t in tools %}<tool_call> {{ t.function.name }} {% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}";
     let template = ChatTemplate::new(source, vec![("bos_token".into(), "<s>".into())]).unwrap();
     let about = About::open("tools".into(), TEACHER.into(), Some(template)).unwrap();
     let models = Models::new(vec![about], Box::new(engine), None, 4 << 20, 8).unwrap();
@@ -552,7 +552,7 @@ fn tools_are_called_where_the_template_teaches_them() {
             "{found}"
         );
         assert_eq!(
-            found["usage"]["prompt_tokens"].as_u64() > Some(30),
+            found["usage"]["prompt_tokens"].as_u64() > Some(4),
             choice == "auto"
         );
     }
