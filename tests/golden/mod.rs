@@ -1,6 +1,7 @@
 //! Outputs of other implementations: Hugging Face transformers (`llama/`, shipped with its script) and
 //! lm-evaluation-harness (`harness/`, likewise) and the reference implementation of the method (shared material).
 
+mod chat;
 mod gguf;
 mod harness;
 mod numerics;

@@ -71,6 +71,12 @@ impl ToolFormat {
         FORMATS.iter().find(taught).copied()
     }
 
+    /// The spellings around calls, which a tokenizer may hold as special tokens: decode with
+    /// [`showing`](crate::data::DecodeStream::showing) them.
+    pub fn marks(&self) -> [&'static str; 2] {
+        [self.open, self.close]
+    }
+
     /// A grammar in Lark's syntax (as `llguidance` reads it) of an answer that is calls and nothing else: of tool `only`,
     /// or of any; of one, or with `several` of one or more where the format has lists. `tools` is OpenAI's list.
     ///
@@ -355,5 +361,150 @@ impl Scan {
             }
         }
         Found::More
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn format(name: &str) -> ToolFormat {
+        *FORMATS.iter().find(|format| format.name == name).unwrap()
+    }
+
+    /// What comes of an answer, whole and in pieces of every size; texts joined.
+    fn read(name: &str, answer: &str) -> Vec<Piece> {
+        let letters: Vec<char> = answer.chars().collect();
+        let mut found: Vec<Vec<Piece>> = Vec::new();
+        for size in 1..=letters.len() {
+            let mut reader = ToolReader::new(format(name));
+            let mut pieces = Vec::new();
+            for part in letters.chunks(size) {
+                pieces.extend(reader.push(&part.iter().collect::<String>()));
+            }
+            pieces.extend(reader.finish());
+            let mut joined = Vec::new();
+            for piece in pieces {
+                match piece {
+                    Piece::Text(text) => say(&text, &mut joined),
+                    call => joined.push(call),
+                }
+            }
+            found.push(joined);
+        }
+        assert!(found.iter().all(|pieces| *pieces == found[0]), "{found:?}");
+        found.swap_remove(0)
+    }
+
+    fn text(text: &str) -> Piece {
+        Piece::Text(text.to_owned())
+    }
+
+    fn call(name: &str, arguments: &str) -> Piece {
+        let (name, arguments) = (name.to_owned(), arguments.to_owned());
+        Piece::Call { name, arguments }
+    }
+
+    #[test]
+    fn calls_are_read_in_every_format() {
+        let a = call("f", r#"{"x":"} </tool_call> \" ]"}"#);
+        let json = r#"{"name": "f", "arguments": {"x": "} </tool_call> \" ]"}}"#;
+        let g = call("g", "{}");
+        let hermes = format!(
+            "Let me see.\n\n<tool_call>\n{json}\n</tool_call>\n<tool_call>{{\"name\": \"g\", \"arguments\": {{}}}}\n"
+        );
+        assert_eq!(
+            read("hermes", &hermes),
+            [text("Let me see."), a.clone(), g.clone()]
+        );
+        let mistral =
+            format!(" [{json}, {{\"name\": \"g\", \"arguments\": {{}}, \"id\": \"abcdefghi\"}}]");
+        for answer in [format!("[TOOL_CALLS]{mistral}"), mistral] {
+            assert_eq!(read("mistral", &answer), [a.clone(), g.clone()]);
+        }
+        let llama = json.replace("arguments", "parameters");
+        assert_eq!(read("llama", &llama), [a.clone()]);
+        let two = format!("<|python_tag|>{llama}; {{\"name\": \"g\", \"parameters\": {{}}}}");
+        assert_eq!(read("llama", &two), [a.clone(), g]);
+        let texts = r#"{"name": "f", "arguments": "{\"x\":1}"}"#;
+        assert_eq!(read("llama", texts), [call("f", r#"{"x":1}"#)]);
+        let behind = format!("<tool_call>{json}</tool_call> \n Done <b> ");
+        assert_eq!(read("hermes", &behind), [a, text("Done <b> ")]);
+    }
+
+    #[test]
+    fn what_only_looks_like_a_call_is_text() {
+        for (name, answer) in [
+            ("hermes", " a < b\n<tool_\ncall> "),
+            (
+                "hermes",
+                "Say <tool_call> to call\n <tool_call>{\"name\": 3}</tool_call>",
+            ),
+            (
+                "hermes",
+                "x <tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": ",
+            ),
+            ("mistral", "[1] is a source, [TOOL_CALLS] a mark "),
+            ("llama", "{\"name\": \"Tom\", \"age\": 3}\n"),
+            ("llama", "Tom: {\"name\": \"f\", \"parameters\": {}}"),
+            ("llama", " \n"),
+        ] {
+            assert_eq!(read(name, answer), [text(answer)]);
+        }
+        // Nothing is held that cannot become a call.
+        let mut reader = ToolReader::new(format("hermes"));
+        assert_eq!(reader.push("a < b"), [text("a < b")]);
+        assert!(reader.push(" <tool").is_empty());
+        assert_eq!(reader.push("s"), [text(" <tools")]);
+    }
+
+    #[test]
+    fn templates_tell_their_format() {
+        for (file, name) in [
+            ("llama3", Some("llama")),
+            ("qwen2", Some("hermes")),
+            ("qwen3", Some("hermes")),
+            ("smollm3", Some("hermes")),
+            ("mistral", Some("mistral")),
+            ("smollm2", None),
+        ] {
+            let file = format!("tests/golden/chat/templates/{file}.jinja");
+            let source = std::fs::read_to_string(file).unwrap();
+            let template = ChatTemplate::new(&source, Vec::new()).unwrap();
+            assert_eq!(ToolFormat::of(&template).map(|format| format.name), name);
+        }
+    }
+
+    #[test]
+    fn grammars_name_the_tools() {
+        let tools = json!([
+            {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},
+            {"type": "function", "function": {"name": "g"}},
+        ]);
+        let grammar = format("hermes").grammar(&tools, None, true).unwrap();
+        assert_eq!(
+            grammar,
+            r#"start: "<tool_call>\n" call ("\n</tool_call>\n<tool_call>\n" call)* "\n</tool_call>"
+call: call_0 | call_1
+call_0: "{\"name\": \"f\", \"arguments\": " arguments_0 "}"
+arguments_0: %json {"type":"object"}
+call_1: "{\"name\": \"g\", \"arguments\": " arguments_1 "}"
+arguments_1: %json {"type":"object","properties":{}}
+"#
+        );
+        let one = format("llama").grammar(&tools, Some("g"), true).unwrap();
+        assert!(
+            one.starts_with("start: call\ncall: call_1\ncall_1: "),
+            "{one}"
+        );
+        let refused = |tools: &Json, only| {
+            let refused = format("llama").grammar(tools, only, false).unwrap_err();
+            refused.to_string()
+        };
+        assert!(refused(&tools, Some("h")).contains("(f, g)"));
+        assert!(refused(&json!([{"name": "f"}]), None).contains("tools[0]"));
+        assert!(refused(&Json::Null, None).contains("no tools"));
     }
 }

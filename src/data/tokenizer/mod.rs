@@ -157,6 +157,7 @@ impl Tokenizer {
             tokenizer: self.clone(),
             ids: context.to_vec(),
             done: context.len(),
+            shown: Vec::new(),
         }
     }
 
@@ -282,11 +283,20 @@ pub struct DecodeStream {
     /// its space), then ids whose text is held back.
     ids: Vec<u32>,
     done: usize,
+    /// Special tokens that are text here.
+    shown: Vec<u32>,
 }
 
 impl DecodeStream {
     /// After so many tokens without a whole character the bytes are garbage and come out as U+FFFD.
     const HELD: usize = 16;
+
+    /// With the special tokens of these spellings as text, which are left out otherwise (see `ToolFormat::marks`).
+    pub fn showing(mut self, tokens: &[&str]) -> Self {
+        let ids = tokens.iter().filter_map(|token| self.tokenizer.id(token));
+        self.shown = ids.collect();
+        self
+    }
 
     /// The text that has become certain with `id`; often empty inside a multi-byte character.
     pub fn push(&mut self, id: u32) -> Result<String> {
@@ -307,14 +317,29 @@ impl DecodeStream {
     }
 
     fn pending(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.ids[..self.done])?;
-        let now = self.tokenizer.decode(&self.ids)?;
+        let before = self.decode(&self.ids[..self.done])?;
+        let now = self.decode(&self.ids)?;
         match now.strip_prefix(&before) {
             Some(text) => Ok(text.to_owned()),
             // A stray byte after whole ones makes byte-fallback decoders take back the whole run; what
             // is out stays out.
-            None => self.tokenizer.decode(&self.ids[self.done..]),
+            None => self.decode(&self.ids[self.done..]),
         }
+    }
+
+    fn decode(&self, ids: &[u32]) -> Result<String> {
+        if self.shown.is_empty() {
+            return self.tokenizer.decode(ids);
+        }
+        let inner = &self.tokenizer.inner;
+        let special = |id: u32| {
+            let token = inner.id_to_token(id);
+            token.is_some_and(|token| inner.get_added_vocabulary().is_special_token(&token))
+        };
+        let ids = ids.iter().copied();
+        let ids = ids.filter(|id| self.shown.contains(id) || !special(*id));
+        let ids: Vec<u32> = ids.collect();
+        inner.decode(&ids, false).map_err(failed)
     }
 }
 

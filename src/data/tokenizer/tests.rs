@@ -71,6 +71,16 @@ fn stream_equals_decode_and_never_splits_a_character() {
 }
 
 #[test]
+fn streams_show_the_special_tokens_that_are_asked_for() {
+    let tokenizer = llama();
+    let ids = [7, 0, 2, 7];
+    assert_eq!(streamed(&tokenizer, &[1], &ids), "ab ab");
+    let mut stream = tokenizer.decode_stream(&[1]).showing(&["</s>", "none"]);
+    let pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    assert_eq!(pieces, ["ab", "", "</s>", " ab"]);
+}
+
+#[test]
 fn stream_after_a_prompt_keeps_the_first_space() {
     let tokenizer = llama();
     assert_eq!(streamed(&tokenizer, &[1, 7], &[6, 6]), " a a");
