@@ -36,6 +36,8 @@ pub struct SamplingParams {
     pub logprobs: Option<usize>,
     /// Say the log-probability of each token of the prompt but the first too, and those of so many likeliest.
     pub prompt_logprobs: Option<usize>,
+    /// Special tokens that the text shows, by their spelling; others it leaves out.
+    pub shown_tokens: Vec<&'static str>,
     /// What the whole answer must look like.
     pub format: Option<Format>,
 }
@@ -59,6 +61,7 @@ impl Default for SamplingParams {
             logit_bias: Vec::new(),
             logprobs: None,
             prompt_logprobs: None,
+            shown_tokens: Vec::new(),
             format: None,
         }
     }

@@ -196,7 +196,7 @@ impl<'e> Scheduler<'e> {
         self.waiting.push_back(Sequence {
             id,
             sampler: Sampler::new(&params, &prompt).constrained(constraint),
-            stream: self.engine.tokenizer.decode_stream(&prompt),
+            stream: (self.engine.tokenizer.decode_stream(&prompt)).showing(&params.shown_tokens),
             stops: Stops::new(params.stop.clone()),
             most,
             submitted: Instant::now(),

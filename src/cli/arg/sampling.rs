@@ -93,6 +93,7 @@ impl SamplingArg {
             logit_bias: Vec::new(),
             logprobs: self.logprobs,
             prompt_logprobs: None,
+            shown_tokens: Vec::new(),
             format: self.format()?,
         };
         params.validate()?;

@@ -232,6 +232,7 @@ fn tools(
         let grammar = grammar.map_err(|e| ApiError::field("tool_choice", e))?;
         params.format = Some(Format::Lark(grammar));
     }
+    params.shown_tokens = format.marks().to_vec();
     Ok(Some(format))
 }
 
