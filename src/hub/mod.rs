@@ -199,7 +199,7 @@ impl Hub {
             (None, _) => folder.remember(&id.revision, &listed.commit)?,
             (Some(file), Some(why)) => {
                 return Err(Error::Unreachable(format!(
-                    "{} is in {} without its {file}, and {why}",
+                    "model {} is in {} without its {file}, and {why}",
                     id.repo,
                     folder.root.display()
                 )));
@@ -468,8 +468,8 @@ impl Hub {
     fn warn(&self, id: &Id, why: &str) {
         if !self.offline {
             tracing::warn!(
-                "{}; taking what is kept of {}",
-                self.unreachable(why),
+                "{} cannot be reached ({why}); taking what is kept of {}",
+                self.endpoint,
                 id.repo
             );
         }
@@ -478,7 +478,10 @@ impl Hub {
     fn unreachable(&self, why: &str) -> String {
         match self.offline {
             true => why.to_owned(),
-            false => format!("{} cannot be reached ({why})", self.endpoint),
+            false => format!(
+                "{} cannot be reached ({why}): try again when it can be, or name another hub with HF_ENDPOINT",
+                self.endpoint
+            ),
         }
     }
 
@@ -489,20 +492,27 @@ impl Hub {
             Kind::Model => format!("{endpoint}/{repo}"),
             Kind::Dataset => format!("{endpoint}/datasets/{repo}"),
         };
+        // What may have been meant for one.
+        let no_path = match id.kind {
+            Kind::Model => format!("no path {repo} is here, and "),
+            Kind::Dataset => String::new(),
+        };
         let (status, code, message) = match failure {
             Failure::Here(error) => return error,
             Failure::Interrupted => {
-                return Error::Interrupted(format!("nothing of {repo} was being downloaded yet"));
+                return Error::Interrupted(format!(
+                    "nothing of {repo} has come yet; run the same command again"
+                ));
             }
             Failure::Unreachable(why) if self.offline => {
                 return Error::Unreachable(format!(
-                    "{noun} {repo} is not in {}, and {why}",
+                    "{no_path}{noun} {repo} is not in {}; {why}",
                     self.cache.display()
                 ));
             }
             Failure::Unreachable(why) => {
                 return Error::Unreachable(format!(
-                    "{noun} {repo}: {}; try again when it can be, or name another hub with HF_ENDPOINT",
+                    "{no_path}{noun} {repo}: {}",
                     self.unreachable(&why)
                 ));
             }
@@ -530,15 +540,9 @@ impl Hub {
                 id.revision,
                 id.revision
             ),
-            ("RepoNotFound", _) | ("", 401 | 404) => {
-                let no_path = match id.kind {
-                    Kind::Model => format!("no path {repo} is here, and "),
-                    Kind::Dataset => String::new(),
-                };
-                format!(
-                    "{no_path}{endpoint} has no {noun} {repo}, or a private one: check the name; {token}"
-                )
-            }
+            ("RepoNotFound", _) | ("", 401 | 404) => format!(
+                "{no_path}{endpoint} has no {noun} {repo}, or a private one: check the name; {token}"
+            ),
             _ => format!(
                 "{noun} {repo}: {endpoint} answers {status} {code} {message}: {token}, or name another hub with HF_ENDPOINT"
             ),
