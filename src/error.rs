@@ -37,6 +37,9 @@ pub enum Error {
     /// A step of training whose loss, gradient or weights cannot be gone on with.
     #[error("{0}")]
     Diverged(String),
+    /// A hub that cannot be asked, or shall not be: another time the same command may do.
+    #[error("{0}")]
+    Unreachable(String),
     /// Whoever read standard output has left: no failure.
     #[error("standard output is closed")]
     Closed,
@@ -83,7 +86,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Io { source, .. } if names_the_wrong(source.kind()) => 2,
-            Error::Io { .. } | Error::Tensor(_) => 1,
+            Error::Io { .. } | Error::Tensor(_) | Error::Unreachable(_) => 1,
             Error::Closed => 0,
             Error::Interrupted(_) => 130,
             _ => 2,

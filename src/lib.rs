@@ -19,6 +19,7 @@
 //! | 7 | [`mixer`] | `<name>/`: config, forward, step, state, initialisation from attention, cost |
 //! | 8 | [`weights`] | named weights, taken strictly; where and in what they are computed with |
 //! | 8 | [`gguf`] | a GGUF file: the container, its tokenizer |
+//! | 9 | [`hub`] | models and data sets of the Hugging Face hub, and their cache |
 //! | 9 | [`op`] | one folder per kernel: public function, plain version, CPU kernel, tests |
 //! | 10 | [`numerics`] | what results that are kept depend on besides their inputs |
 //! | 10 | [`atomic`] | files that appear whole or not at all |
@@ -61,6 +62,7 @@ pub mod eval;
 pub mod generate;
 pub mod gguf;
 pub mod hash;
+pub mod hub;
 pub mod mapped;
 pub mod mixer;
 pub mod model;

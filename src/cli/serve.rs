@@ -1,11 +1,13 @@
 //! `zebroid serve`: models behind HTTP.
 
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::arg::chat::ChatArg;
 use super::arg::engine::EngineArg;
+use super::arg::hub::Model;
 use super::arg::memory::size;
 use super::positive;
 use super::show::{note, print};
@@ -27,9 +29,9 @@ use crate::{Error, Result};
     A key of its own: $ZEBROID_API_KEY. In the key file a [[key]] may have requests_per_minute, tokens_per_minute and concurrent.\n\
     Paths: /v1/models, /v1/chat/completions, /v1/completions, /v1/responses, /v1/sessions, /health, /ready, /metrics.")]
 pub struct Args {
-    /// Checkpoint folder of any format, with its tokenizer, or a .gguf file; its name is the folder's.
+    /// Checkpoint folder of any format, with its tokenizer, .gguf file, or Hugging Face id; its name is the folder's, or the id.
     #[arg(required_unless_present_any = ["model", "make_key"])]
-    checkpoint: Option<PathBuf>,
+    checkpoint: Option<Model>,
     /// One more model, loaded when it is first asked for (several times: several).
     #[arg(long, value_name = "NAME=PATH")]
     model: Vec<String>,
@@ -112,6 +114,10 @@ fn seconds(flag: &str, value: f64) -> Result<Duration> {
 
 /// What a model is called that nobody has named.
 fn own_name(path: &Path) -> String {
+    if !path.exists() {
+        // The hub's.
+        return path.to_string_lossy().into_owned();
+    }
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let name = match path.extension().is_some_and(|e| e == "gguf") {
         true => path.file_stem(),
@@ -146,19 +152,19 @@ impl Args {
         let first = self
             .checkpoint
             .iter()
-            .map(|path| Ok((own_name(path), path.clone())));
+            .map(|model| Ok((own_name(model.named()), model.clone())));
         let named = self.model.iter().map(|model| match model.split_once('=') {
             Some((name, path)) if !name.is_empty() && !path.is_empty() => {
-                Ok((name.to_owned(), PathBuf::from(path)))
+                Ok((name.to_owned(), Model::from(OsString::from(path))))
             }
             _ => Err(Error::invalid(format!("--model {model}: write NAME=PATH"))),
         });
         first
             .chain(named)
             .map(|found| {
-                let (name, path) = found?;
+                let (name, model) = found?;
                 let template = self.chat.asked()?;
-                About::open(name, path, template)
+                About::open(name, model.fetch()?, template)
             })
             .collect()
     }

@@ -5,6 +5,7 @@ pub mod chat;
 pub mod data;
 pub mod device;
 pub mod engine;
+pub mod hub;
 pub mod init;
 pub mod memory;
 pub mod sampling;
