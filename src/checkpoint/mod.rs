@@ -113,10 +113,7 @@ impl Checkpoint {
         if Gguf::is_named(path) {
             return Ok((GgufFile::open(path)?.1, Format::Gguf));
         }
-        let file = match path.is_dir() {
-            true => path.join("config.json"),
-            false => path.to_owned(),
-        };
+        let file = config_file(path);
         if !file.exists() {
             let message = "no checkpoint here; give its folder, or its config.json";
             return Err(Error::file(path, message));
@@ -148,6 +145,43 @@ impl Checkpoint {
                 ))
             }
         }
+    }
+
+    /// What a checkpoint calls its model: the `model_type` of its `config.json`, a GGUF's `general.architecture`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn model_type(path: &Path) -> Result<Option<String>> {
+        if Gguf::is_named(path) {
+            let mut file = Gguf::open(path)?;
+            return Ok(match file.header.metadata.remove(gguf::ARCHITECTURE) {
+                Some(crate::gguf::Value::Text(name)) => Some(name),
+                _ => None,
+            });
+        }
+        let config = read_json(&config_file(path))?;
+        Ok(config["model_type"].as_str().map(str::to_owned))
+    }
+
+    /// Whether there are weights beside a config, whole or not.
+    pub fn has_weights(path: &Path) -> bool {
+        Gguf::is_named(path) || (path.is_dir() && TensorFiles::are_in(path))
+    }
+
+    /// What stands on the disk, by type.
+    pub fn on_disk(&self) -> BTreeMap<String, OnDisk> {
+        let mut all = BTreeMap::<String, OnDisk>::new();
+        let mut add = |(kind, shape, bytes): (String, &[usize], usize)| {
+            let of = all.entry(kind).or_default();
+            of.tensors += 1;
+            of.entries += shape.iter().product::<usize>();
+            of.bytes += bytes;
+        };
+        match &self.source {
+            Source::Folder(files) => files.stored().for_each(&mut add),
+            Source::Gguf(file) => file.stored().for_each(&mut add),
+        }
+        all
     }
 
     /// All that the model needs: matrices where they stand in the files, the rest (norms, recurrences, convolutions) in f32.
@@ -206,6 +240,22 @@ impl Checkpoint {
     /// The model, ready to run.
     pub fn model(&self, place: &Place) -> Result<Lm> {
         self.parts()?.lm(place)
+    }
+}
+
+/// Tensors of one type in a checkpoint's files.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct OnDisk {
+    pub tensors: usize,
+    pub entries: usize,
+    pub bytes: usize,
+}
+
+/// Of a folder, or the file itself.
+fn config_file(path: &Path) -> PathBuf {
+    match path.is_dir() {
+        true => path.join("config.json"),
+        false => path.to_owned(),
     }
 }
 

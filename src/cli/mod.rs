@@ -22,6 +22,7 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod harness;
+pub mod info;
 pub mod parity;
 pub mod plan;
 pub mod plot;
@@ -104,6 +105,8 @@ pub enum Command {
     /// Measure speed and memory.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// What a checkpoint is: sizes, layers, memory, tokenizer, origin.
+    Info(info::Args),
 }
 
 /// Reads the command line, and does what it says.
@@ -157,6 +160,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Export(args) => export::run(args)?,
         Command::Quantize(args) => quantize::run(args)?,
         Command::Bench(args) => bench::run(args)?,
+        Command::Info(args) => info::run(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

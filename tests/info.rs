@@ -1,0 +1,79 @@
+//! What the program says of a checkpoint, of the machine, and of itself.
+
+use serde_json::Value;
+
+use crate::cli::{TEACHER, fails, succeeds, text};
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&succeeds(args)).unwrap()
+}
+
+/// One hybrid in every format, and its teacher, whose cache is what they are compared with.
+#[test]
+fn info_is_the_same_of_every_format() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| text(&folder.path().join(name)).to_owned();
+    let (own, amd, gguf) = (at("own"), at("amd"), at("hybrid.gguf"));
+    let sizes = [
+        "--mla",
+        "1",
+        "--kv-rank",
+        "16",
+        "--rope-dim",
+        "8",
+        "--init",
+        "published",
+    ];
+    succeeds(&[&["compose", TEACHER, &own], &sizes[..]].concat());
+    succeeds(&["export", &own, &amd, "--format", "amd"]);
+    succeeds(&["quantize", &own, &gguf, "--type", "q8_0"]);
+    let contexts = ["--contexts", "100,256", "--json"];
+    let info = |model: &str| json(&[&["info", model], &contexts[..]].concat());
+    let teacher = info(TEACHER);
+    let cache = &teacher["memory"][0]["cache_bytes"];
+    // Keys and values of 4 heads of 32 in 4 layers, 100 tokens, 2 bytes.
+    assert_eq!(cache, 2 * 4 * 32 * 4 * 100 * 2);
+    assert_eq!(&teacher["memory"][0]["full_cache_bytes"], cache);
+    for (model, format) in [(&own, "zebroid"), (&amd, "amd"), (&gguf, "gguf")] {
+        let found = info(model);
+        assert_eq!(found["format"], format);
+        let kinds = found["parameters_by_kind"].as_object().unwrap();
+        let sum: u64 = kinds.values().map(|n| n.as_u64().unwrap()).sum();
+        assert_eq!(found["parameters"], sum, "{kinds:?}");
+        let stored = found["on_disk"].as_object().unwrap().values();
+        let stored: u64 = stored.map(|of| of["entries"].as_u64().unwrap()).sum();
+        assert_eq!(stored, sum);
+        let memory = &found["memory"][0];
+        assert_eq!(memory["cache_bytes"], (16 + 8) * 100 * 2);
+        assert_eq!(&memory["full_cache_bytes"], cache, "{format}");
+        assert_eq!(memory["state_bytes"], found["memory"][1]["state_bytes"]);
+        assert_eq!(found["tokenizer"]["tokens"], 431);
+        assert_eq!(found["tokenizer"]["eos"], serde_json::json!([1]));
+        let said = succeeds(&["info", model]);
+        assert!(
+            said.contains("2-3    mamba2") && said.contains("2.34 %"),
+            "{said}"
+        );
+    }
+    assert_eq!(info(&own)["full_cache_of"], "teacher");
+    assert_eq!(info(&own)["provenance"]["steps"][0]["stage"], "compose");
+    assert_eq!(info(&gguf)["on_disk"]["q8_0"]["tensors"], 19);
+}
+
+/// A config alone says as much as it can, in a folder without weights too.
+#[test]
+fn info_needs_no_weights() {
+    let folder = "recipes/teachers/llama-3.2-1b";
+    for path in [folder, &format!("{folder}/config.json")] {
+        let found = json(&["info", path, "--json"]);
+        assert_eq!(found["parameters"], 1_235_814_400u64);
+        assert_eq!(found["on_disk"], Value::Null);
+        let tokens = found["memory"].as_array().unwrap().iter();
+        let tokens: Vec<_> = tokens.map(|m| m["tokens"].as_u64().unwrap()).collect();
+        assert_eq!(tokens, [2048, 8192, 32_768, 131_072]);
+        let why = found["tokenizer"]["error"].as_str().unwrap();
+        assert!(why.contains("copy tokenizer.json"), "{why}");
+    }
+    let said = fails(2, &["info", TEACHER, "--contexts", "8,0"]);
+    assert!(said.contains("must not be 0"), "{said}");
+}
