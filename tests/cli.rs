@@ -87,6 +87,7 @@ fn help_has_examples_for_every_command() {
         &["stories"],
         &["bench", "train"],
         &["info"],
+        &["doctor"],
     ] {
         let help = succeeds(&[command, &["--help"]].concat());
         assert!(help.contains("Example"), "{command:?} has no example");

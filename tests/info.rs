@@ -1,8 +1,10 @@
 //! What the program says of a checkpoint, of the machine, and of itself.
 
+use std::path::Path;
+
 use serde_json::Value;
 
-use crate::cli::{TEACHER, fails, succeeds, text};
+use crate::cli::{TEACHER, fails, succeeds, text, zebroid};
 
 fn json(args: &[&str]) -> Value {
     serde_json::from_str(&succeeds(args)).unwrap()
@@ -76,4 +78,65 @@ fn info_needs_no_weights() {
     }
     let said = fails(2, &["info", TEACHER, "--contexts", "8,0"]);
     assert!(said.contains("must not be 0"), "{said}");
+}
+
+/// Every part that is damaged is a failure of its own, with what mends it.
+#[test]
+fn the_doctor_finds_what_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(TEACHER).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    let failures = || -> Vec<(String, String)> {
+        let output = zebroid(&["doctor", text(&model), "--json"]);
+        let checks: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let failed = checks.iter().filter(|c| c["state"] == "failure");
+        let failed: Vec<_> = failed
+            .map(|check| {
+                let mend = check["mend"].as_str().unwrap();
+                assert!(mend.ends_with('.'), "{mend}");
+                let word = |name: &str| check[name].as_str().unwrap().to_owned();
+                (word("name"), word("found"))
+            })
+            .collect();
+        assert_eq!(output.status.code(), Some(i32::from(!failed.is_empty())));
+        failed
+    };
+    assert_eq!(failures(), []);
+    let damage = |name: &str, change: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = std::fs::read(Path::new(TEACHER).join(name)).unwrap_or_default();
+        change(&mut bytes);
+        std::fs::write(model.join(name), bytes).unwrap();
+    };
+    let whole = |name: &str| damage(name, &|_| ());
+    // A number that is none, in a file of nobody's checksum.
+    damage("model.safetensors", &|bytes| {
+        let end = bytes.len();
+        bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    damage("tokenizer.json", &|bytes| bytes.truncate(100));
+    let found = failures();
+    let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["values", "tokenizer"], "{found:?}");
+    damage("model.safetensors", &|bytes| {
+        bytes.truncate(bytes.len() - 1)
+    });
+    whole("tokenizer.json");
+    std::fs::write(model.join("chat_template.jinja"), "{% for %}").unwrap();
+    std::fs::write(model.join("provenance.json"), "[]").unwrap();
+    let found = failures();
+    let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["tensors", "chat template", "record"], "{found:?}");
+    std::fs::remove_file(model.join("config.json")).unwrap();
+    assert!(failures()[0].1.contains("no checkpoint here"));
+    let said = zebroid(&["doctor", text(&model)]).stdout;
+    let said = String::from_utf8(said).unwrap();
+    assert!(
+        said.contains("FAILURE  config") && said.contains("→ Name the folder"),
+        "{said}"
+    );
+    assert!(said.contains("1 of "), "{said}");
 }

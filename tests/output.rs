@@ -89,6 +89,8 @@ const COMMANDS: &str = "
     bench batch teacher --batches 1,3 --tokens 2 --repeat 1 --cache-type int8
     info teacher
     info hybrid --contexts 8,16 --json
+    doctor
+    doctor hybrid --json
     --version
     --help
     plan --help

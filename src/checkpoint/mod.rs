@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::op::linear::Matrix;
+use crate::watch::Watch;
 use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
@@ -213,6 +214,28 @@ impl Checkpoint {
             Ok((name, weight))
         });
         Ok(all.collect::<Result<BTreeMap<_, _>>>()?.into())
+    }
+
+    /// Reads all data once and keeps none: checksums, and whether every number is finite.
+    ///
+    /// # Errors
+    /// Names the file whose data are not those that were written, or every tensor that holds NaN or infinite values.
+    pub fn examine(&self, watch: &dyn Watch) -> Result<()> {
+        let params = self.config.params();
+        watch.start("values", params.len());
+        self.verify()?;
+        let mut problems = Vec::new();
+        for (done, (name, _)) in params.iter().enumerate() {
+            problems.extend(self.matrix(name).err().map(|e| e.to_string()));
+            watch.reached(done + 1, params.len(), "tensors")?;
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Tensors {
+                path: self.folder.clone(),
+                problems,
+            }),
+        }
     }
 
     fn verify(&self) -> Result<()> {

@@ -18,6 +18,7 @@ pub mod chat;
 pub mod compose;
 pub mod data;
 pub mod demo;
+pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod generate;
@@ -107,6 +108,8 @@ pub enum Command {
     Bench(bench::Bench),
     /// What a checkpoint is: sizes, layers, memory, tokenizer, origin.
     Info(info::Args),
+    /// Check this machine, and a checkpoint.
+    Doctor(doctor::Args),
 }
 
 /// Reads the command line, and does what it says.
@@ -161,6 +164,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Quantize(args) => quantize::run(args)?,
         Command::Bench(args) => bench::run(args)?,
         Command::Info(args) => info::run(args)?,
+        Command::Doctor(args) => return doctor::run(args),
     }
     Ok(ExitCode::SUCCESS)
 }
