@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use clap::CommandFactory;
 use serde_json::Value;
 
 use crate::cli::{TEACHER, fails, succeeds, text, zebroid};
@@ -139,4 +140,49 @@ fn the_doctor_finds_what_is_damaged() {
         "{said}"
     );
     assert!(said.contains("1 of "), "{said}");
+}
+
+/// Every command and its own, by the words that call it.
+fn commands(command: &clap::Command, before: &str) -> Vec<String> {
+    let inner = command
+        .get_subcommands()
+        .filter(|inner| inner.get_name() != "help");
+    let named = inner.flat_map(|inner| {
+        let name = format!("{before}-{}", inner.get_name());
+        let deeper = commands(inner, &name);
+        [name].into_iter().chain(deeper)
+    });
+    named.collect()
+}
+
+#[test]
+fn every_command_is_completed_and_has_a_page() {
+    let all = commands(&zebroid::cli::Cli::command(), "zebroid");
+    assert!(all.contains(&"zebroid-train-kd".to_owned()), "{all:?}");
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let said = succeeds(&["completions", shell]);
+        for name in &all {
+            let last = name.rsplit('-').next().unwrap();
+            assert!(said.contains(last), "{shell}: {name}");
+        }
+        assert!(
+            said.contains("--kv-lora-rank") || shell == "fish",
+            "{shell}"
+        );
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("man1");
+    succeeds(&["man", text(&out)]);
+    for name in all.iter().map(String::as_str).chain(["zebroid"]) {
+        let page = std::fs::read_to_string(out.join(format!("{name}.1"))).unwrap();
+        assert!(
+            page.contains(".SH SYNOPSIS") && page.contains("\\-\\-help"),
+            "{name}: {page}"
+        );
+    }
+    let page = std::fs::read_to_string(out.join("zebroid-info.1")).unwrap();
+    assert!(
+        page.contains("\\-\\-contexts") && page.contains("Examples"),
+        "{page}"
+    );
 }

@@ -91,6 +91,8 @@ const COMMANDS: &str = "
     info hybrid --contexts 8,16 --json
     doctor
     doctor hybrid --json
+    completions bash
+    man OUT
     --version
     --help
     plan --help

@@ -15,6 +15,7 @@ pub mod arg;
 pub mod bench;
 pub mod calibrate;
 pub mod chat;
+pub mod completions;
 pub mod compose;
 pub mod data;
 pub mod demo;
@@ -24,6 +25,7 @@ pub mod export;
 pub mod generate;
 pub mod harness;
 pub mod info;
+pub mod man;
 pub mod parity;
 pub mod plan;
 pub mod plot;
@@ -110,6 +112,10 @@ pub enum Command {
     Info(info::Args),
     /// Check this machine, and a checkpoint.
     Doctor(doctor::Args),
+    /// Write a shell's completions.
+    Completions(completions::Args),
+    /// Write the manual pages.
+    Man(man::Args),
 }
 
 /// Reads the command line, and does what it says.
@@ -165,6 +171,8 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(args)?,
         Command::Info(args) => info::run(args)?,
         Command::Doctor(args) => return doctor::run(args),
+        Command::Completions(args) => completions::run(args)?,
+        Command::Man(args) => man::run(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }
