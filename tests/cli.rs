@@ -86,6 +86,10 @@ fn help_has_examples_for_every_command() {
         &["select"],
         &["stories"],
         &["bench", "train"],
+        &["info"],
+        &["doctor"],
+        &["completions"],
+        &["man"],
     ] {
         let help = succeeds(&[command, &["--help"]].concat());
         assert!(help.contains("Example"), "{command:?} has no example");

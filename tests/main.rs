@@ -8,6 +8,7 @@ mod data;
 mod eval;
 mod golden;
 mod hub;
+mod info;
 mod input;
 mod memory;
 mod output;

@@ -88,6 +88,12 @@ const COMMANDS: &str = "
     bench decode teacher --depths 0,40 --tokens 2 --repeat 1
     bench prefill teacher --lengths 40 --repeat 1 --json
     bench batch teacher --batches 1,3 --tokens 2 --repeat 1 --cache-type int8
+    info teacher
+    info hybrid --contexts 8,16 --json
+    doctor
+    doctor hybrid --json
+    completions bash
+    man OUT
     --version
     --help
     plan --help

@@ -273,6 +273,23 @@ impl TensorFiles {
         }
     }
 
+    /// Whether a folder has any, whole or not.
+    pub fn are_in(folder: &Path) -> bool {
+        let files = || all_safetensors(folder).is_ok_and(|files| !files.is_empty());
+        folder.join(INDEX).exists() || files()
+    }
+
+    /// All that is stored: type, shape and bytes of each tensor.
+    pub fn stored(&self) -> impl Iterator<Item = (String, &[usize], usize)> {
+        let files = self.files.iter();
+        let infos = files.flat_map(|file| file.header.tensors().into_values());
+        infos.map(|info| {
+            let (from, to) = info.data_offsets;
+            let name = info.dtype.to_string().to_lowercase();
+            (name, info.shape.as_slice(), to - from)
+        })
+    }
+
     /// # Errors
     /// Names the file whose data are not those that were written.
     pub fn verify(&self) -> Result<()> {

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::op::linear::Matrix;
+use crate::watch::Watch;
 use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
@@ -113,10 +114,7 @@ impl Checkpoint {
         if Gguf::is_named(path) {
             return Ok((GgufFile::open(path)?.1, Format::Gguf));
         }
-        let file = match path.is_dir() {
-            true => path.join("config.json"),
-            false => path.to_owned(),
-        };
+        let file = config_file(path);
         if !file.exists() {
             let message = "no checkpoint here; give its folder, its config.json, or an id of the Hugging Face hub (org/name)";
             return Err(Error::file(path, message));
@@ -150,6 +148,43 @@ impl Checkpoint {
         }
     }
 
+    /// What a checkpoint calls its model: the `model_type` of its `config.json`, a GGUF's `general.architecture`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn model_type(path: &Path) -> Result<Option<String>> {
+        if Gguf::is_named(path) {
+            let mut file = Gguf::open(path)?;
+            return Ok(match file.header.metadata.remove(gguf::ARCHITECTURE) {
+                Some(crate::gguf::Value::Text(name)) => Some(name),
+                _ => None,
+            });
+        }
+        let config = read_json(&config_file(path))?;
+        Ok(config["model_type"].as_str().map(str::to_owned))
+    }
+
+    /// Whether there are weights beside a config, whole or not.
+    pub fn has_weights(path: &Path) -> bool {
+        Gguf::is_named(path) || (path.is_dir() && TensorFiles::are_in(path))
+    }
+
+    /// What stands on the disk, by type.
+    pub fn on_disk(&self) -> BTreeMap<String, OnDisk> {
+        let mut all = BTreeMap::<String, OnDisk>::new();
+        let mut add = |(kind, shape, bytes): (String, &[usize], usize)| {
+            let of = all.entry(kind).or_default();
+            of.tensors += 1;
+            of.entries += shape.iter().product::<usize>();
+            of.bytes += bytes;
+        };
+        match &self.source {
+            Source::Folder(files) => files.stored().for_each(&mut add),
+            Source::Gguf(file) => file.stored().for_each(&mut add),
+        }
+        all
+    }
+
     /// All that the model needs: matrices where they stand in the files, the rest (norms, recurrences, convolutions) in f32.
     ///
     /// # Errors
@@ -181,6 +216,28 @@ impl Checkpoint {
         Ok(all.collect::<Result<BTreeMap<_, _>>>()?.into())
     }
 
+    /// Reads all data once and keeps none: checksums, and whether every number is finite.
+    ///
+    /// # Errors
+    /// Names the file whose data are not those that were written, or every tensor that holds NaN or infinite values.
+    pub fn examine(&self, watch: &dyn Watch) -> Result<()> {
+        let params = self.config.params();
+        watch.start("values", params.len());
+        self.verify()?;
+        let mut problems = Vec::new();
+        for (done, (name, _)) in params.iter().enumerate() {
+            problems.extend(self.matrix(name).err().map(|e| e.to_string()));
+            watch.reached(done + 1, params.len(), "tensors")?;
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Tensors {
+                path: self.folder.clone(),
+                problems,
+            }),
+        }
+    }
+
     fn verify(&self) -> Result<()> {
         match &self.source {
             Source::Folder(files) => files.verify(),
@@ -206,6 +263,22 @@ impl Checkpoint {
     /// The model, ready to run.
     pub fn model(&self, place: &Place) -> Result<Lm> {
         self.parts()?.lm(place)
+    }
+}
+
+/// Tensors of one type in a checkpoint's files.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct OnDisk {
+    pub tensors: usize,
+    pub entries: usize,
+    pub bytes: usize,
+}
+
+/// Of a folder, or the file itself.
+fn config_file(path: &Path) -> PathBuf {
+    match path.is_dir() {
+        true => path.join("config.json"),
+        false => path.to_owned(),
     }
 }
 

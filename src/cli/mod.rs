@@ -15,13 +15,17 @@ pub mod arg;
 pub mod bench;
 pub mod calibrate;
 pub mod chat;
+pub mod completions;
 pub mod compose;
 pub mod data;
 pub mod demo;
+pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod harness;
+pub mod info;
+pub mod man;
 pub mod parity;
 pub mod plan;
 pub mod plot;
@@ -110,6 +114,14 @@ pub enum Command {
     /// Measure speed and memory.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// What a checkpoint is: sizes, layers, memory, tokenizer, origin.
+    Info(info::Args),
+    /// Check this machine, and a checkpoint.
+    Doctor(doctor::Args),
+    /// Write a shell's completions.
+    Completions(completions::Args),
+    /// Write the manual pages.
+    Man(man::Args),
 }
 
 /// Reads the command line, and does what it says.
@@ -168,6 +180,10 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Export(args) => export::run(args)?,
         Command::Quantize(args) => quantize::run(args)?,
         Command::Bench(args) => bench::run(args)?,
+        Command::Info(args) => info::run(args)?,
+        Command::Doctor(args) => return doctor::run(args),
+        Command::Completions(args) => completions::run(args)?,
+        Command::Man(args) => man::run(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

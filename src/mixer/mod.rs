@@ -178,6 +178,16 @@ impl MixerConfig {
         }
     }
 
+    /// Scalars that attention with this mixer's keys and values caches for a token: of a converted layer the teacher's.
+    pub fn full_cache(&self) -> usize {
+        match self {
+            MixerConfig::Attention(c) => c.full_cache(),
+            MixerConfig::Mla(c) => c.full_cache(),
+            MixerConfig::Mamba2(c) => c.full_cache(),
+            MixerConfig::Window(c) => c.attention.full_cache(),
+        }
+    }
+
     /// What training `windows` takes beyond the mixer's input, its output and the products with its weights.
     pub fn pass(&self, windows: Windows) -> Pass {
         match self {

@@ -178,6 +178,32 @@ impl ModelConfig {
             .sum()
     }
 
+    /// Trained scalars by what they are: embedding, mixers by their names, MLP, norms, an untied head.
+    pub fn parameters_by_kind(&self) -> Vec<(&'static str, usize)> {
+        let (d, ff, v) = (self.hidden_size, self.intermediate_size, self.vocab_size);
+        let layers = self.layers.len();
+        let mut all = vec![("embedding", v * d)];
+        for layer in &self.layers {
+            let params = layer.cost(d, 0).params;
+            match all.iter_mut().find(|(name, _)| *name == layer.name()) {
+                Some((_, sum)) => *sum += params,
+                None => all.push((layer.name(), params)),
+            }
+        }
+        all.push(("MLP", layers * 3 * d * ff));
+        all.push(("norms", (2 * layers + 1) * d));
+        if !self.tie_word_embeddings {
+            all.push(("head", v * d));
+        }
+        all
+    }
+
+    /// Scalars that a Transformer of these keys and values caches for `length` tokens: of a hybrid its teacher.
+    pub fn full_cache(&self, length: usize) -> usize {
+        let layers = self.layers.iter().map(MixerConfig::full_cache);
+        length.saturating_mul(layers.sum())
+    }
+
     /// Trained scalars.
     pub fn parameters(&self) -> usize {
         self.cost(0).params

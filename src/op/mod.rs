@@ -12,6 +12,7 @@ pub mod adamw;
 pub mod attention;
 pub mod blocks;
 pub mod causal_conv;
+pub mod cgroup;
 pub mod cpu;
 pub mod isa;
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 
+use super::cgroup;
+
 /// Index of `mi_option_purge_delay` in mimalloc's `mi_option_e`.
 const PURGE_DELAY: i32 = 15;
 
@@ -39,9 +41,16 @@ fn keep_freed_pages() {
     unsafe { libmimalloc_sys::mi_option_set_default(PURGE_DELAY, KEEP_FREED_MS) };
 }
 
-/// Free memory in bytes, where the system tells it.
+/// Memory in bytes that is free, on the machine and in this process's control groups, where the system tells it.
 pub fn free_memory() -> Option<usize> {
-    in_proc("/proc/meminfo", "MemAvailable:")
+    let machine = in_proc("/proc/meminfo", "MemAvailable:");
+    let group = cgroup::memory().map(|group| group.left);
+    machine.into_iter().chain(group).min()
+}
+
+/// Memory of the machine in bytes, where the system tells it.
+pub fn total_memory() -> Option<usize> {
+    in_proc("/proc/meminfo", "MemTotal:")
 }
 
 /// The highest resident size so far in bytes, where the system tells it.

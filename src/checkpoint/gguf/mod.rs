@@ -20,6 +20,8 @@ use crate::{Error, Result};
 
 mod llama;
 
+/// Key of what kind of model it is.
+pub(super) const ARCHITECTURE: &str = "general.architecture";
 /// Our own architecture, and the key of its config.
 const OWN: &str = "zebroid";
 const CONFIG: &str = "zebroid.config";
@@ -41,7 +43,7 @@ impl GgufFile {
         let file = Gguf::open(path)?;
         let at = |e: Error| Error::file(path, e);
         let metadata = &file.header.metadata;
-        let (config, llama) = match metadata.get("general.architecture") {
+        let (config, llama) = match metadata.get(ARCHITECTURE) {
             Some(Value::Text(name)) if name == llama::ARCHITECTURE => {
                 let freqs = file.header.tensors.get(llama::ROPE_FREQS);
                 let freqs = freqs.map(|info| widened(&file, info));
@@ -112,6 +114,15 @@ impl GgufFile {
                 problems,
             }),
         }
+    }
+
+    /// All that is stored: type, shape and bytes of each tensor.
+    pub fn stored(&self) -> impl Iterator<Item = (String, &[usize], usize)> {
+        let infos = self.file.header.tensors.values();
+        infos.map(|info| {
+            let name = info.storage.name().to_owned();
+            (name, info.shape.as_slice(), info.range.len())
+        })
     }
 
     fn name(&self, ours: &str) -> String {
@@ -218,7 +229,7 @@ pub fn save_gguf(
     check_output(out, force, &[])?;
     let llama = llama::write(config);
     let mut metadata: Vec<(String, Value)> = vec![(
-        "general.architecture".into(),
+        ARCHITECTURE.into(),
         Value::Text(llama.as_ref().map_or(OWN, |_| llama::ARCHITECTURE).into()),
     )];
     let name = source.file_stem().unwrap_or_default().to_string_lossy();

@@ -77,6 +77,16 @@ fn automatic(idle: Option<&str>) -> (Device, Option<String>) {
     (Device::Cpu, said)
 }
 
+/// Back ends that this binary has, and an accelerator that it can use.
+pub fn accelerators() -> (Vec<&'static str>, Option<&'static str>) {
+    let built = [
+        ("cuda", cfg!(feature = "cuda")),
+        ("metal", cfg!(feature = "metal")),
+    ];
+    let built = built.into_iter().filter(|(_, built)| *built);
+    (built.map(|(name, _)| name).collect(), accelerator())
+}
+
 /// An accelerator of this machine that this binary was built for, as `--device` names it.
 fn accelerator() -> Option<&'static str> {
     let cuda = || cfg!(feature = "cuda") && Device::new_cuda(0).is_ok();

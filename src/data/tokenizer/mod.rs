@@ -182,6 +182,24 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// How it cuts words: `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
+    pub fn kind(&self) -> &'static str {
+        use tokenizers::ModelWrapper::*;
+        match self.inner.get_model() {
+            BPE(_) => "BPE",
+            Unigram(_) => "Unigram",
+            WordPiece(_) => "WordPiece",
+            WordLevel(_) => "WordLevel",
+        }
+    }
+
+    /// Tokens that are no text, by id.
+    pub fn special(&self) -> std::collections::BTreeMap<u32, String> {
+        let added = self.inner.get_added_tokens_decoder().into_iter();
+        let special = added.filter(|(_, token)| token.special);
+        special.map(|(id, token)| (id, token.content)).collect()
+    }
+
     /// The id of a token spelled as in `tokenizer.json`.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

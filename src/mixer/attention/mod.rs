@@ -122,6 +122,10 @@ impl AttentionConfig {
         params
     }
 
+    pub(super) fn full_cache(&self) -> usize {
+        2 * self.num_key_value_heads * self.head_dim
+    }
+
     pub(super) fn cost(&self, hidden: usize, length: usize) -> Cost {
         let (h, g, hd) = (
             self.num_attention_heads,
@@ -140,7 +144,7 @@ impl AttentionConfig {
         };
         Cost {
             params: 2 * hidden * (h + g) * hd + biases + norms,
-            cached: length.saturating_mul(2 * g * hd),
+            cached: length.saturating_mul(self.full_cache()),
             state: 0,
         }
     }

@@ -158,6 +158,10 @@ impl Mamba2Config {
         )]
     }
 
+    pub(super) fn full_cache(&self) -> usize {
+        2 * self.num_kv_heads * self.head_dim
+    }
+
     pub(super) fn cost(&self, hidden: usize) -> Cost {
         let (h, g, p, n) = (
             self.num_heads,

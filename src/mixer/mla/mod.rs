@@ -196,6 +196,10 @@ impl MlaConfig {
         vec![("kv_a_proj_with_mqa.weight", rows)]
     }
 
+    pub(super) fn full_cache(&self) -> usize {
+        2 * self.num_key_value_heads * self.v_head_dim
+    }
+
     pub(super) fn cost(&self, hidden: usize, length: usize) -> Cost {
         let (h, g) = (self.num_attention_heads, self.kv_heads());
         let (rq, r, rope) = (self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim);

@@ -15,6 +15,15 @@ pub enum Storage {
 }
 
 impl Storage {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Blocks(kind) => kind.name(),
+        }
+    }
+
     /// Bytes of an entry.
     ///
     /// # Panics
