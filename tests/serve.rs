@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,12 +21,13 @@ pub struct Served {
 
 impl Served {
     pub fn start(args: &[&str]) -> Self {
-        let mut child = command()
-            .args(["serve", TEACHER, "--port", "0"])
-            .args(args)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = command();
+        command.args(["serve", TEACHER, "--port", "0"]).args(args);
+        Self::of(command)
+    }
+
+    fn of(mut command: Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut before = String::new();
         let url = loop {
@@ -73,7 +74,7 @@ impl Served {
     }
 
     fn signal(&self, name: &str) {
-        let sent = std::process::Command::new("kill")
+        let sent = Command::new("kill")
             .args([name, &self.child.id().to_string()])
             .status();
         assert!(sent.unwrap().success());
@@ -277,6 +278,48 @@ fn a_session_outlives_a_kill() {
         "{gone_on}"
     );
     assert_eq!(gone_on["choices"], ask(&second, &said, None)["choices"]);
+}
+
+/// A file that ends where the disk does: what was kept before stays, and the server goes on.
+#[test]
+fn a_session_that_finds_no_room_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let sessions = folder.path().join("sessions");
+    let zebroid = env!("CARGO_BIN_EXE_zebroid");
+    // Blocks of 1024 bytes; with the signal ignored a write beyond them fails.
+    let limited = format!("trap '' XFSZ; ulimit -f 60; exec {zebroid} \"$@\"");
+    let mut shell = Command::new("bash");
+    shell.args([
+        "-c",
+        &limited,
+        "serve",
+        "serve",
+        TEACHER,
+        "--port",
+        "0",
+        "--chat-template",
+        "chatml",
+    ]);
+    shell.args(["--sessions", text(&sessions), "--cache-type", "f32"]);
+    let served = Served::of(shell);
+    let ask = |content: &str, session: Option<&str>| {
+        let body = json!({"messages": [{"role": "user", "content": content}], "session": session, "max_tokens": 1});
+        served.post("/v1/chat/completions", &body)
+    };
+    let (status, found) = ask(&"Tom had a ball. ".repeat(5), Some("a"));
+    assert_eq!(status, 500);
+    assert!(
+        found["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("was not kept"),
+        "{found}"
+    );
+    let left: Vec<_> = std::fs::read_dir(sessions.join("teacher"))
+        .unwrap()
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert_eq!(ask("Tom", None).0, 200);
 }
 
 #[test]

@@ -17,6 +17,9 @@ pub struct PrefixStatistics {
     pub evicted: usize,
 }
 
+/// Snapshots of which one goes when there is no room.
+const SHARE: usize = 16;
+
 pub struct PrefixCache {
     root: Node,
     /// Whether snapshots serve only their own length.
@@ -110,14 +113,20 @@ impl PrefixCache {
         best.filter(|memory| !memory.is_empty())
     }
 
-    /// Lets go of the snapshot that was not used for longest; false when there is none.
+    /// Lets go of the snapshots that were not used for longest, of [`SHARE`] one, as all must be looked at to find them; false when
+    /// there is none.
     pub fn evict(&mut self) -> bool {
-        let Some(oldest) = self.root.oldest() else {
+        let mut used = Vec::new();
+        self.root.clocks(&mut used);
+        if used.is_empty() {
             return false;
-        };
-        self.root.remove(oldest);
-        self.statistics.snapshots -= 1;
-        self.statistics.evicted += 1;
+        }
+        // Clocks differ, so that at least one goes.
+        let last = (used.len() / SHARE).saturating_sub(1);
+        let (_, last, _) = used.select_nth_unstable(last);
+        let gone = self.root.remove(*last);
+        self.statistics.snapshots -= gone;
+        self.statistics.evicted += gone;
         true
     }
 }
@@ -158,24 +167,21 @@ impl Node {
         }
     }
 
-    fn oldest(&self) -> Option<u64> {
-        let below = self
-            .children
-            .values()
-            .filter_map(|(_, child)| child.oldest());
-        below.chain(self.snapshot.as_ref().map(|s| s.used)).min()
+    /// When each snapshot at or below was last used.
+    fn clocks(&self, found: &mut Vec<u64>) {
+        found.extend(self.snapshot.as_ref().map(|s| s.used));
+        let below = self.children.values();
+        below.for_each(|(_, child)| child.clocks(found));
     }
 
-    /// Removes the snapshots last used at `clock`, and nodes that lead to none.
-    fn remove(&mut self, clock: u64) {
-        if self.snapshot.as_ref().is_some_and(|s| s.used == clock) {
-            self.snapshot = None;
-            return;
-        }
+    /// Removes the snapshots last used at `clock` or before, and nodes that lead to none; how many.
+    fn remove(&mut self, clock: u64) -> usize {
+        let mut gone = usize::from(self.snapshot.take_if(|s| s.used <= clock).is_some());
         self.children.retain(|_, (_, child)| {
-            child.remove(clock);
+            gone += child.remove(clock);
             child.snapshot.is_some() || !child.children.is_empty()
         });
+        gone
     }
 }
 
