@@ -96,7 +96,7 @@ batch_size = 1
 const SWEEP: &str = r#"
 teacher = "embedded"
 init = "published"
-sweep = [[{ seed = 0 }, { seed = 1, name = "one" }], [{ plan.kv_lora_rank = "budget:50%" }, { plan.mla = [0] }]]
+sweep = [[{ seed = 0 }, { seed = 1, name = "one" }], [{ plan.kv_lora_rank = 4 }, { plan.use_lora_layer_norm = true }]]
 [data]
 train = "stories:1:20"
 validation = "stories:3:10"

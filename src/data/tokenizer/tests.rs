@@ -194,7 +194,7 @@ fn what_a_gguf_cannot_say_is_named() {
     assert!(say(|j| j["model"]["vocab"]["c"] = 300.into()).contains("\"c\" has no id below 300"));
 }
 
-/// The parser panics at both.
+/// The parser panics at the first.
 #[test]
 fn files_that_the_parser_panics_at_are_refused() {
     for text in [
