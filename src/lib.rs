@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | 1 | [`cli`] | one file per command |
 //! | 2 | [`serve`] | models behind HTTP |
+//! | 1 | [`fuzz`] | parsers of outside input as functions of bytes |
 //! | 2 | [`pipeline`] | an opened teacher and its stages, shared by commands and recipes |
 //! | 3 | [`eval`] | KL, perplexity, parity, recall, probes, retention, sensitivity; `task/<name>.rs` and `harness/` |
 //! | 3 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
@@ -59,6 +60,8 @@ pub mod convert;
 pub mod data;
 pub mod error;
 pub mod eval;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod generate;
 pub mod gguf;
 pub mod hash;

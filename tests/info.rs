@@ -127,7 +127,7 @@ fn the_doctor_finds_what_is_damaged() {
     });
     whole("tokenizer.json");
     std::fs::write(model.join("chat_template.jinja"), "{% for %}").unwrap();
-    std::fs::write(model.join("provenance.json"), "[]").unwrap();
+    std::fs::write(model.join("provenance.json"), "{").unwrap();
     let found = failures();
     let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["tensors", "chat template", "record"], "{found:?}");

@@ -6,6 +6,7 @@ mod chat;
 mod cli;
 mod data;
 mod eval;
+mod fuzz;
 mod golden;
 mod hub;
 mod info;

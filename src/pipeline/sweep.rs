@@ -6,6 +6,8 @@ use toml::{Table, Value};
 use crate::{Error, Result};
 
 const SWEEP: &str = "sweep";
+/// Variants of a file: axes multiply, and a few lines too many would fill the memory.
+const MOST: usize = 10_000;
 /// Key of a point: what it is called.
 const NAME: &str = "name";
 
@@ -25,6 +27,15 @@ pub(super) fn tables(text: &str, settings: &[String]) -> Result<Vec<(String, Tab
         Some(sweep) => axes(sweep)?,
         None => Vec::new(),
     };
+    let count = axes
+        .iter()
+        .try_fold(1usize, |n, axis| n.checked_mul(axis.len()));
+    if count.is_none_or(|count| count > MOST) {
+        return Err(Error::invalid(format!(
+            "sweep: {} axes are more than {MOST} variants: divide it into several files",
+            axes.len()
+        )));
+    }
     let mut all = vec![(String::new(), file)];
     for axis in axes {
         let step = |(label, table): &(String, Table)| {
@@ -162,6 +173,8 @@ mod tests {
         };
         assert!(say("sweep = 1", &[]).contains("a list of axes"));
         assert!(say("sweep = [[]]", &[]).contains("a list of axes"));
+        let axes = "[{ seed = 1 }, { seed = 2 }],".repeat(64);
+        assert!(say(&format!("sweep = [{axes}]"), &[]).contains("64 axes are more than"));
         assert!(say("", &["seed"]).contains("give KEY=VALUE"));
         assert!(say("", &["a b=1"]).contains("setting \"a b=1\""));
     }

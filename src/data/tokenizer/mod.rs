@@ -3,12 +3,19 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io, ops::Range, sync::Arc};
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use super::chat::ChatTemplate;
 use crate::gguf::{self, Gguf};
 use crate::hash::Hash;
 use crate::{Error, Result};
+use guard::guarded;
+
+mod guard;
+
+/// A text of words, numbers, spaces and other scripts.
+const TRIED: &str = "Ab 12  c\n<s>é世";
 
 /// A `tokenizer.json` with the ids that begin and end a text. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -97,14 +104,21 @@ impl Tokenizer {
 
     /// From the text of a `tokenizer.json`; it knows neither begin nor end id.
     pub fn from_json(json: &[u8]) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json)
-            .map_err(|e| Error::invalid(format!("not a tokenizer ({e})")))?;
-        // Some published files carry the truncation of their last training run, which would silently
-        // shorten documents.
-        inner
-            .with_truncation(None)
-            .map_err(|e| Error::invalid(format!("not a tokenizer ({e})")))?
-            .with_padding(None);
+        let not = |e: &dyn std::fmt::Display| Error::invalid(format!("not a tokenizer ({e})"));
+        serde_json::from_slice::<IgnoredAny>(json).map_err(|e| not(&e))?;
+        let inner = guarded(|| {
+            let mut inner = tokenizers::Tokenizer::from_bytes(json)?;
+            // Some published files carry the truncation of their last training run, which would silently
+            // shorten documents.
+            inner.with_truncation(None)?.with_padding(None);
+            // Some mistakes are met by the first text only; one that cannot be encoded is none of them.
+            if let Ok(tried) = inner.encode(TRIED, true) {
+                let _ = inner.decode(tried.get_ids(), true);
+            }
+            Ok::<_, tokenizers::Error>(inner)
+        });
+        let inner = inner.ok_or_else(|| not(&"its parts do not fit together"))?;
+        let inner = inner.map_err(|e| not(&e))?;
         distinct(&inner)?;
         Ok(Self {
             inner: Arc::new(inner),

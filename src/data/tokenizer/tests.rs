@@ -203,3 +203,17 @@ fn what_a_gguf_cannot_say_is_named() {
     );
     assert!(say(|j| j["model"]["vocab"]["c"] = 300.into()).contains("\"c\" has no id below 300"));
 }
+
+/// The parser panics at the first.
+#[test]
+fn files_that_the_parser_panics_at_are_refused() {
+    for text in [
+        r#"{"version": "1.0", "decoder": {"type": "Sequence" "decoders": []}}"#,
+        r#"{"version": "1.0", "decoder": {"type": "Sequence"}, "model": {"type": "BPE", "vocab": {}, "merges": []}}"#,
+    ] {
+        let said = Tokenizer::from_json(text.as_bytes())
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains("not a tokenizer"), "{said}");
+    }
+}
