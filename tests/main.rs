@@ -7,6 +7,7 @@ mod cli;
 mod data;
 mod eval;
 mod golden;
+mod hub;
 mod input;
 mod memory;
 mod output;

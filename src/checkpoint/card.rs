@@ -173,7 +173,14 @@ fn about(record: &Provenance, config: &ModelConfig) -> String {
         config.parameters()
     );
     match &record.base {
-        Some(base) => _ = write!(text, ", made from `{}` (weights {}).", base.name, base.hash),
+        Some(base) => {
+            _ = write!(
+                text,
+                ", made from `{}` (weights {}).",
+                base.spelled(),
+                base.hash
+            )
+        }
         None => text += ".",
     }
     if let Some((ratio, context)) = record.kv_ratio(config) {
@@ -208,8 +215,9 @@ fn history(record: &Provenance) -> String {
 
 fn lines(step: &Step) -> String {
     let mut text = format!("- by: zebroid {}\n", step.version);
-    for Input { role, name, hash } in &step.inputs {
-        _ = match hash {
+    for input in &step.inputs {
+        let (role, name) = (&input.role, input.spelled());
+        _ = match &input.hash {
             Some(hash) => writeln!(text, "- {role}: `{name}` ({hash})"),
             None => writeln!(text, "- {role}: `{name}`"),
         };
@@ -259,6 +267,7 @@ mod tests {
         Provenance {
             base: Some(Origin {
                 name: "meta/llama".into(),
+                revision: Some("89ab".into()),
                 hash: "0123".into(),
                 license: [("license".to_owned(), "mit".to_owned())].into(),
                 cache: Some(Cache {
@@ -279,7 +288,7 @@ mod tests {
             "\"results\":[{\"task\":{\"type\":\"text-generation\"},\"dataset\":{\"name\":\"validation.jsonl\",",
             "\"type\":\"kl_divergence\",\"name\":\"KL to the teacher (nats a token)\",\"value\":0.25}",
             "\n# llama-",
-            "made from `meta/llama` (weights 0123). Its KV cache is 50.00 % of the base's, at 16 tokens.",
+            "made from `meta/llama@89ab` (weights 0123). Its KV cache is 50.00 % of the base's, at 16 tokens.",
             "| 0 | attention |",
             "### 1. kd\n",
             "- data: `data.jsonl` (00ff)\n",

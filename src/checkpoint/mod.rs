@@ -93,7 +93,7 @@ impl Checkpoint {
         if !folder.is_dir() {
             return Err(Error::file(
                 folder,
-                "no such folder; give the folder of a checkpoint",
+                "no such folder; give the folder of a checkpoint, or an id of the Hugging Face hub (org/name)",
             ));
         }
         let (mut config, format) = Self::config_only(folder)?;
@@ -118,7 +118,7 @@ impl Checkpoint {
             false => path.to_owned(),
         };
         if !file.exists() {
-            let message = "no checkpoint here; give its folder, or its config.json";
+            let message = "no checkpoint here; give its folder, its config.json, or an id of the Hugging Face hub (org/name)";
             return Err(Error::file(path, message));
         }
         let config = read_json(&file)?;

@@ -34,6 +34,9 @@ pub struct Provenance {
 pub struct Origin {
     /// On the Hugging Face hub where its folder says so, else the folder's own.
     pub name: String,
+    /// The hub's commit, where it came from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// A fingerprint of sizes and values ([`Parts::hash`](crate::model::Parts::hash)).
     pub hash: String,
     /// What its own card says of its licence, by the hub's keys.
@@ -84,6 +87,9 @@ pub struct Input {
     pub role: String,
     /// Without its folder.
     pub name: String,
+    /// As [`Origin::revision`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// Of a text the fingerprint of its tokens, of a checkpoint that of its weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash: Option<String>,
@@ -94,13 +100,31 @@ impl Input {
         Self {
             role: role.to_owned(),
             name: name.into(),
+            revision: None,
             hash,
         }
     }
 
+    /// Its name, as `org/name@commit` where it is the hub's.
+    pub fn spelled(&self) -> String {
+        spelled(&self.name, self.revision.as_ref())
+    }
+
     /// A file or folder.
     pub fn file(role: &str, path: &Path, hash: Option<String>) -> Self {
-        Self::new(role, name_of(path), hash)
+        let (name, revision) = name_of(path);
+        Self {
+            revision,
+            ..Self::new(role, name, hash)
+        }
+    }
+}
+
+/// A name, of what is the hub's with its commit.
+fn spelled(name: &str, revision: Option<&String>) -> String {
+    match revision {
+        Some(commit) => format!("{name}@{commit}"),
+        None => name.to_owned(),
     }
 }
 
@@ -188,13 +212,20 @@ impl Provenance {
 }
 
 impl Origin {
+    /// As [`Input::spelled`].
+    pub fn spelled(&self) -> String {
+        spelled(&self.name, self.revision.as_ref())
+    }
+
     fn new(checkpoint: &Checkpoint, hash: String) -> Self {
         let config = &checkpoint.config;
         let context = config.max_position_embeddings;
         let is_attention = |layer: &MixerConfig| matches!(layer, MixerConfig::Attention(_));
         let transformer = config.layers.iter().all(is_attention);
+        let (name, revision) = name_of(&checkpoint.folder);
         Self {
-            name: name_of(&checkpoint.folder),
+            name,
+            revision,
             hash,
             license: license(&checkpoint.folder),
             cache: transformer.then(|| Cache {
@@ -224,19 +255,43 @@ fn license(folder: &Path) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// `OWNER/NAME` of a folder in the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`), else the last part of the path.
-fn name_of(path: &Path) -> String {
+/// `OWNER/NAME` of what is in the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`, of data sets `datasets--..`) and its commit, else
+/// the last part of the path.
+fn name_of(path: &Path) -> (String, Option<String>) {
+    let text = |path: &Path| -> Vec<String> {
+        let parts = path.iter().map(|part| part.to_string_lossy().into_owned());
+        parts.collect()
+    };
+    // A file there is a link that leads away from its commit.
+    let named = std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path));
     let whole = fs::canonicalize(path).unwrap_or_else(|_| PathBuf::from(path));
-    let parts: Vec<_> = whole.iter().map(|part| part.to_string_lossy()).collect();
-    let hub = parts
-        .iter()
-        .find_map(|part| part.strip_prefix("models--"))
-        .map(|name| name.replacen("--", "/", 1));
+    let (named, whole) = (text(&named), text(&whole));
+    if let Some(found) = on_hub(&named).or_else(|| on_hub(&whole)) {
+        return found;
+    }
     // What a link is called says more than what it leads to.
-    let own = path.file_name().map(|name| name.to_string_lossy());
-    hub.or_else(|| Some(own?.into_owned()))
-        .or_else(|| Some(parts.last()?.to_string()))
-        .unwrap_or_default()
+    let own = path
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned());
+    (own.or(whole.last().cloned()).unwrap_or_default(), None)
+}
+
+fn on_hub(parts: &[String]) -> Option<(String, Option<String>)> {
+    let kinds = ["models--", "datasets--"];
+    let repo = |part: &String| {
+        kinds
+            .iter()
+            .find_map(|kind| part.strip_prefix(kind).map(str::to_owned))
+    };
+    let (at, repo) = parts
+        .iter()
+        .enumerate()
+        .find_map(|(at, part)| Some((at, repo(part)?)))?;
+    let commit = match parts.get(at + 1..at + 3) {
+        Some([snapshots, commit]) if snapshots == "snapshots" => Some(commit.clone()),
+        _ => None,
+    };
+    Some((repo.replacen("--", "/", 1), commit))
 }
 
 #[cfg(test)]
@@ -252,12 +307,34 @@ mod tests {
             .path()
             .join("models--meta-llama--Llama-3.2-1B/snapshots/0123");
         fs::create_dir_all(&cached).unwrap();
-        assert_eq!(name_of(&cached), "meta-llama/Llama-3.2-1B");
+        let of_hub = (
+            "meta-llama/Llama-3.2-1B".to_owned(),
+            Some("0123".to_owned()),
+        );
+        assert_eq!(name_of(&cached), of_hub);
+        #[cfg(unix)]
+        {
+            // A file of the cache, and a link to it from elsewhere.
+            let gguf = cached.join("q4.gguf");
+            let blobs = cached.join("../../blobs");
+            fs::create_dir(&blobs).unwrap();
+            fs::write(blobs.join("ab"), "").unwrap();
+            std::os::unix::fs::symlink("../../blobs/ab", &gguf).unwrap();
+            assert_eq!(name_of(&gguf), of_hub);
+            let link = root.path().join("mine");
+            std::os::unix::fs::symlink(&cached, &link).unwrap();
+            assert_eq!(name_of(&link), of_hub);
+        }
+        let plain = |path: &Path| {
+            let (name, revision) = name_of(path);
+            assert_eq!(revision, None);
+            name
+        };
         let inside = root.path().join("teacher");
         fs::create_dir(&inside).unwrap();
-        assert_eq!(name_of(&inside), "teacher");
-        assert_eq!(name_of(&inside.join("..").join("teacher/.")), "teacher");
-        assert_eq!(name_of(&root.path().join("nowhere.jsonl")), "nowhere.jsonl");
+        assert_eq!(plain(&inside), "teacher");
+        assert_eq!(plain(&inside.join("..").join("teacher/.")), "teacher");
+        assert_eq!(plain(&root.path().join("nowhere.jsonl")), "nowhere.jsonl");
     }
 
     #[test]

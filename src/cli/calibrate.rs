@@ -1,10 +1,9 @@
 //! `zebroid calibrate`: what the teacher's mixers read and write on a text.
 
-use std::path::PathBuf;
-
 use serde_json::json;
 
 use super::arg::device::DeviceArg;
+use super::arg::hub::Model;
 use super::arg::{cache, data};
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::convert::{CalibrationConfig, calibrate};
@@ -19,8 +18,8 @@ use crate::pipeline::{Base, Text};
     zebroid calibrate ./teacher train.jsonl\n  \
     zebroid calibrate ./teacher train.jsonl --calibration-tokens 1000000 --json")]
 pub struct Args {
-    /// Llama checkpoint folder.
-    teacher: PathBuf,
+    /// Llama checkpoint folder or Hugging Face id.
+    teacher: Model,
     /// Texts (train kd --help says in what forms).
     #[arg(value_name = "TEXT", required = true)]
     data: Vec<Text>,
@@ -34,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let base = Base::open(&args.teacher, args.device.place()?)?;
+    let base = Base::open(&args.teacher.fetch()?, args.device.place()?)?;
     let watch = Progress::default();
     let corpus = data::corpus(&args.data, &base.tokenizer, Packing::Documents, &watch)?;
     let (parts, place, folder) = (&base.parts, &base.place, cache::folder());

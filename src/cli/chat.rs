@@ -4,6 +4,7 @@ use std::io::{BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 
 use super::arg::engine::EngineArg;
+use super::arg::hub::Model;
 use super::arg::sampling::SamplingArg;
 use super::show::{check_file, interrupt, note, print};
 use crate::data::chat::{CHATML, ChatTemplate, Message};
@@ -22,8 +23,8 @@ use crate::{Error, Result};
     /stats       tokens, time to the first token, tokens a second, what was read before\n  \
     /exit        end")]
 pub struct Args {
-    /// Checkpoint folder of any format, with its tokenizer, or a .gguf file.
-    checkpoint: PathBuf,
+    /// Checkpoint folder of any format, with its tokenizer, a .gguf file, or a Hugging Face id.
+    checkpoint: Model,
     /// What the model is told first.
     #[arg(long)]
     system: Option<String>,
@@ -71,9 +72,10 @@ struct Talk<'e> {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let params = args.sampling.params()?;
-    let template = template(&args.checkpoint, args.chat_template.as_deref())?;
     args.session.iter().try_for_each(|path| check_file(path))?;
-    let engine = args.engine.open(&args.checkpoint)?;
+    let checkpoint = args.checkpoint.fetch()?;
+    let template = template(&checkpoint, args.chat_template.as_deref())?;
+    let engine = args.engine.open(&checkpoint)?;
     let system = args.system.iter().map(|text| Message {
         role: "system".into(),
         content: text.clone(),

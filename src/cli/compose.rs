@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::arg::hub::Model;
 use super::arg::init::InitArgs;
 use super::plan::{as_json, as_table};
 use super::show::{Progress, check_file, print, print_json, table};
@@ -26,8 +27,8 @@ use crate::{Error, Result};
     zebroid compose ./teacher ./hybrid --mla 0,3 --kv-rank 16 --init published\n  \
     zebroid compose ./teacher ./hybrid --mla 2 --bank ./bank")]
 pub struct Args {
-    /// Llama checkpoint folder.
-    teacher: PathBuf,
+    /// Llama checkpoint folder or Hugging Face id.
+    teacher: Model,
     /// Folder of the hybrid; must not exist.
     out: PathBuf,
     #[command(flatten)]
@@ -55,11 +56,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let inputs = [Some(&args.teacher), args.bank.as_ref()];
-    let inputs: Vec<&Path> = inputs.into_iter().flatten().map(|p| p.as_path()).collect();
+    let inputs = [Some(args.teacher.named()), args.bank.as_deref()];
+    let inputs: Vec<&Path> = inputs.into_iter().flatten().collect();
     let _lock = checkpoint::claim(&args.out, args.force, &inputs)?;
     args.report.iter().try_for_each(|path| check_file(path))?;
-    let base = Base::open(&args.teacher, Place::cpu())?;
+    let teacher = args.teacher.fetch()?;
+    let base = Base::open(&teacher, Place::cpu())?;
     // Sizes that need no weights are refused before the text is read.
     if !args.plan.needs_weights() {
         base.plan(&args.plan, &Init::Published { seed: args.seed })?;
@@ -80,7 +82,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         args.format,
         &composed.config,
         &composed.weights,
-        Some(&args.teacher),
+        Some(&teacher),
         &record,
         args.force,
     )?;

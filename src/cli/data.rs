@@ -1,11 +1,11 @@
 //! `zebroid data`: what a corpus is made of.
 
-use std::path::PathBuf;
-
 use super::arg::data::DataArgs;
+use super::arg::hub::Model;
 use super::positive;
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::data::{Batches, Listed, Tokenizer};
+use crate::hub::Part;
 use crate::pipeline::Text;
 
 /// Tokenise texts as training does, keep the tokens of large ones in the cache (ZEBROID_CACHE), and say what they are: records, tokens,
@@ -19,9 +19,9 @@ pub struct Args {
     /// Texts (train kd --help says in what forms, and how they are mixed).
     #[arg(value_name = "TEXT", required = true)]
     texts: Vec<Text>,
-    /// Folder with tokenizer.json, or a GGUF file.
+    /// Folder with tokenizer.json, a GGUF file, or a Hugging Face id.
     #[arg(long)]
-    tokenizer: PathBuf,
+    tokenizer: Model,
     #[command(flatten)]
     data: DataArgs,
     /// Tokens a window, for what an epoch takes.
@@ -33,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let tokenizer = Tokenizer::open(&args.tokenizer)?;
+    let tokenizer = Tokenizer::open(&args.tokenizer.part(Part::Tokenizer)?)?;
     let watch = Progress::default();
     let corpus = args.data.corpus(&args.texts, &tokenizer, &watch)?;
     corpus.check(1, args.seq_len)?;

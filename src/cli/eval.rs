@@ -1,9 +1,8 @@
 //! `zebroid eval kl` and `zebroid eval recall`.
 
-use std::path::PathBuf;
-
 use super::arg::data;
 use super::arg::device::DeviceArg;
+use super::arg::hub::Model;
 use super::positive;
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
@@ -34,12 +33,12 @@ pub enum Eval {
     after_help = "Example:\n  zebroid eval kl --teacher ./teacher --student ./hybrid --data validation.jsonl --json"
 )]
 pub struct KlArgs {
-    /// Checkpoint folder of the teacher.
+    /// Checkpoint folder, .gguf file or Hugging Face id of the teacher.
     #[arg(long)]
-    teacher: PathBuf,
-    /// Checkpoint folder of the student.
+    teacher: Model,
+    /// Those of the student.
     #[arg(long)]
-    student: PathBuf,
+    student: Model,
     /// Texts (train kd --help says in what forms).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
@@ -73,8 +72,8 @@ pub fn run(command: Eval) -> anyhow::Result<()> {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  zebroid eval recall ./runs/demo/distilled --count 400")]
 pub struct RecallArgs {
-    /// Checkpoint folder with the stories' tokenizer.
-    checkpoint: PathBuf,
+    /// Checkpoint folder (or Hugging Face id) with the stories' tokenizer.
+    checkpoint: Model,
     /// Stories read.
     #[arg(long, value_parser = positive, default_value_t = 400)]
     count: usize,
@@ -89,8 +88,9 @@ pub struct RecallArgs {
 }
 
 fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let folder = args.checkpoint.fetch()?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    let tokenizer = Tokenizer::open(&folder)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
     let lm = checkpoint.model(&args.device.place()?)?;
     let stories: Vec<_> = StoryGenerator::new(args.seed).take(args.count).collect();
@@ -111,11 +111,12 @@ fn run_recall(args: RecallArgs) -> anyhow::Result<()> {
 
 fn run_kl(args: KlArgs) -> anyhow::Result<()> {
     let place = args.device.place()?;
+    let folder = args.teacher.fetch()?;
     let (teacher, student) = (
-        Checkpoint::open(&args.teacher)?,
-        Checkpoint::open(&args.student)?,
+        Checkpoint::open(&folder)?,
+        Checkpoint::open(&args.student.fetch()?)?,
     );
-    let tokenizer = Tokenizer::open(&args.teacher)?;
+    let tokenizer = Tokenizer::open(&folder)?;
     tokenizer.check(teacher.config.vocab_size)?;
     let watch = Progress::default();
     let corpus = data::corpus(&args.data, &tokenizer, args.packing, &watch)?;

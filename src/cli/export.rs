@@ -6,6 +6,7 @@ use candle_core::DType;
 use serde::Serialize;
 use serde_json::json;
 
+use super::arg::hub::Model;
 use super::show::print;
 use crate::Result;
 use crate::checkpoint::{self, Checkpoint, Format, Provenance, Step};
@@ -18,8 +19,8 @@ use crate::weights::Weights;
     zebroid export ./Zebra-Llama-1B-4MLA-12Mamba-SFT ./own --format zebroid\n  \
     zebroid export ./distilled ./small --format zebroid --dtype bf16")]
 pub struct Args {
-    /// Checkpoint folder of any format.
-    checkpoint: PathBuf,
+    /// Checkpoint folder of any format, .gguf file or Hugging Face id.
+    checkpoint: Model,
     /// Folder to write; must not exist.
     out: PathBuf,
     /// The format to write.
@@ -42,8 +43,9 @@ enum Rounding {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let _lock = checkpoint::claim(&args.out, args.force, &[&args.checkpoint])?;
-    let source = Checkpoint::open(&args.checkpoint)?;
+    let _lock = checkpoint::claim(&args.out, args.force, &[args.checkpoint.named()])?;
+    let checkpoint = args.checkpoint.fetch()?;
+    let source = Checkpoint::open(&checkpoint)?;
     let stored = source.stored()?;
     let weights = match args.dtype {
         Some(rounding) => rounded(&stored, rounding)?,
@@ -63,7 +65,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         args.format,
         &source.config,
         &weights,
-        Some(&args.checkpoint),
+        Some(&checkpoint),
         &record,
         args.force,
     )?;

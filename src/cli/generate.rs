@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::arg::engine::EngineArg;
+use super::arg::hub::Model;
 use super::arg::sampling::SamplingArg;
 use super::positive;
 use super::show::interrupt;
@@ -17,12 +18,13 @@ use crate::{Error, Result};
     zebroid generate ./teacher --prompt \"Once upon a time\" --max-tokens 100\n  \
     zebroid generate ./hybrid --temperature 0.8 --top-p 0.9 --seed 7 -n 3\n  \
     zebroid generate model.gguf --prompt-file prompt.txt --cache-type int8\n  \
+    zebroid generate HuggingFaceTB/SmolLM2-135M --prompt \"Once upon a time\"\n  \
     zebroid generate ./hybrid --prompt \"A person: \" --json-schema person.json\n  \
     zebroid generate ./llama-8b --draft ./hybrid-1b --prompt-file prompt.txt\n  \
     cat prompts.txt | zebroid generate ./hybrid --prompts - --json")]
 pub struct Args {
-    /// Checkpoint folder of any format, with its tokenizer, or a .gguf file.
-    checkpoint: PathBuf,
+    /// Checkpoint folder of any format, with its tokenizer, a .gguf file, or a Hugging Face id: org/name[@revision][/FILE.gguf].
+    checkpoint: Model,
     /// Text to continue; none at all: start from the BOS token. Several are continued together.
     #[arg(long)]
     prompt: Vec<String>,
@@ -82,7 +84,7 @@ fn read(path: &Path) -> Result<String> {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let params = args.sampling.params()?;
     let texts = args.texts()?;
-    let engine = args.engine.open(&args.checkpoint)?;
+    let engine = args.engine.open(&args.checkpoint.fetch()?)?;
     interrupt::install();
     let prompts: Vec<&str> = texts.iter().map(String::as_str).collect();
     // One text is shown as it grows; several would grow into each other.

@@ -7,15 +7,17 @@ use serde_json::json;
 
 use super::arg::cache;
 use super::arg::device::DeviceArg;
+use super::arg::hub::Model;
 use super::positive;
 use super::show::{Progress, check_file, print};
 use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::data::Tokenizer;
 use crate::eval::harness::{
-    FEWSHOT_SEED, HarnessConfig, Hub, Source, TaskResult, markdown, max_length, run_task, to_json,
+    FEWSHOT_SEED, HarnessConfig, Source, TaskResult, markdown, max_length, run_task, to_json,
 };
 use crate::eval::task::{Examples, GROUPS, Task, find};
 use crate::hash::Hash;
+use crate::hub::Hub;
 use crate::{Error, Result};
 
 /// Run benchmark tasks: prompts, few-shot examples, tokens, scores and standard errors are those of
@@ -26,8 +28,8 @@ use crate::{Error, Result};
     zebroid eval harness ./hybrid --tasks zebra\n  \
     zebroid eval harness ./hybrid --tasks mmlu --num-fewshot 5 --limit 10 --data-dir ./data --log-samples --json mmlu.json")]
 pub struct Args {
-    /// Checkpoint folder.
-    checkpoint: PathBuf,
+    /// Checkpoint folder, .gguf file or Hugging Face id.
+    checkpoint: Model,
     /// Tasks and groups (zebra: the paper's eight; fewshot: ARC-25, HellaSwag-10, MMLU-5, WinoGrande-5, TruthfulQA-0).
     #[arg(long, value_delimiter = ',', required = true)]
     tasks: Vec<String>,
@@ -38,7 +40,7 @@ pub struct Args {
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
     /// Folder of the datasets: JSON lines or parquet with Hugging Face's field names, e.g. arc_easy_test.jsonl
-    /// [default: downloaded from Hugging Face; HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE].
+    /// [default: downloaded from Hugging Face; zebroid --help says into which cache].
     #[arg(long)]
     data_dir: Option<PathBuf>,
     /// Tokens read at once.
@@ -67,15 +69,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let tasks = tasks(&args.tasks, args.num_fewshot)?;
     args.json.iter().try_for_each(|path| check_file(path))?;
     let place = args.device.place()?;
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let folder = args.checkpoint.fetch()?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    let tokenizer = Tokenizer::open(&folder)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
     let parts = checkpoint.parts()?;
     let (fingerprint, lm) = (parts.hash()?, parts.lm(&place)?);
     let config = HarnessConfig {
         data: match args.data_dir.clone() {
             Some(folder) => Source::Folder(folder),
-            None => Source::Hub(Hub::from_env(cache::folder().join("datasets"))),
+            None => Source::Hub(Hub::from_env()),
         },
         limit: args.limit.map(|l| l as usize),
         batch_tokens: args.batch_tokens,
@@ -111,7 +114,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "documents_per_second": documents as f64 / seconds,
             "tokens_per_second": tokens as f64 / seconds,
         });
-        let model = args.checkpoint.display().to_string();
+        let model = args.checkpoint.named().display().to_string();
         let all = to_json(&results, &model, about, args.log_samples);
         write_atomic(path, serde_json::to_string_pretty(&all)?.as_bytes())?;
     }

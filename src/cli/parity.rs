@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::arg::device::DeviceArg;
+use super::arg::hub::Model;
 use super::show::{note, print, print_json, table};
 use crate::checkpoint::Checkpoint;
 use crate::eval::parity::parity;
@@ -14,8 +15,8 @@ use crate::eval::parity::parity;
     after_help = "Example:\n  zebroid parity ./hybrid ./hybrid/expected.safetensors --tolerance 1e-4"
 )]
 pub struct Args {
-    /// Checkpoint folder of any format.
-    checkpoint: PathBuf,
+    /// Checkpoint folder of any format, .gguf file or Hugging Face id.
+    checkpoint: Model,
     /// input_ids with hidden_states, mixer_out and logits.
     expected: PathBuf,
     /// Greatest difference that is taken for equal.
@@ -29,7 +30,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
+    let lm = Checkpoint::open(&args.checkpoint.fetch()?)?.model(&args.device.place()?)?;
     let report = parity(&lm, &args.expected)?;
     let departure = report.first_departure(args.tolerance);
     let printed = if args.json {

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::arg::hub::Model;
 use super::arg::memory::size;
 use super::positive;
 use super::show::forecast::{forecast_json, forecast_table};
-use super::show::{bytes, print, print_json, table, thousands};
+use super::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Init, PlanOptions, plan};
+use crate::hub::Part;
 use crate::model::ModelConfig;
 use crate::pipeline::device::Device;
 use crate::pipeline::forecast::{changes, forecast};
@@ -24,12 +26,13 @@ use crate::{Error, Result};
     zebroid plan ./Llama-3.2-1B-Instruct --mla 0,5,10,14 --kv-rank 128 --q-rank 1344\n  \
     zebroid plan ./teacher/config.json --layers mla:16,mamba2,mla:8,mamba2,mamba2 --json\n  \
     zebroid plan ./teacher --mla 0,3 --kv-rank budget:5%\n  \
+    zebroid plan HuggingFaceTB/SmolLM2-135M --mla 0,10,20 --kv-rank 64\n  \
     zebroid plan --train recipes/zebra-llama/1b-4mla-12m2.toml\n  \
     zebroid plan --train recipes/zebra-llama/8b-8mla-24m2.toml --device-spec h200 --set kd.train.batch_size=4")]
 pub struct Args {
-    /// Llama checkpoint folder, or just its config.json [default with --train: the recipe's].
+    /// Llama checkpoint folder, just its config.json, or a Hugging Face id [default with --train: the recipe's].
     #[arg(required_unless_present = "train")]
-    teacher: Option<PathBuf>,
+    teacher: Option<Model>,
     #[command(flatten)]
     plan: PlanOptions,
     /// Tokens of a sequence whose cache is shown [default: the teacher's context].
@@ -38,9 +41,9 @@ pub struct Args {
     /// A recipe that is to be trained: what every stage would take.
     #[arg(long, value_name = "RECIPE", help_heading = "Training")]
     train: Option<PathBuf>,
-    /// The teacher of KD stages that name one of their own: its folder, or just its config.json.
+    /// The teacher of KD stages that name one of their own: its folder, just its config.json, or its id.
     #[arg(long, requires = "train", help_heading = "Training")]
-    kd_teacher: Option<PathBuf>,
+    kd_teacher: Option<Model>,
     /// Replace what the recipe says: a key as in its file, and a value; may be given again.
     #[arg(
         long,
@@ -70,14 +73,19 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(recipe) = &args.train {
         return Ok(training(&args, recipe)?);
     }
-    let path = args.teacher.as_deref().unwrap_or(Path::new(""));
-    let (teacher, _) = Checkpoint::config_only(path)?;
+    let said = args.teacher.as_ref();
+    let said = said.ok_or_else(|| Error::invalid("name a teacher, or a recipe with --train"))?;
     // Ranks by energy or budget are read off the weights; all else needs the config alone.
+    let path = said.part(match args.plan.needs_weights() {
+        false => Part::Config,
+        true => Part::Whole,
+    })?;
+    let (teacher, _) = Checkpoint::config_only(&path)?;
     let student = match args.plan.needs_weights() {
         false => plan(&teacher, &args.plan)?,
         true => {
             let init = Init::Published { seed: 0 };
-            Base::open(path, Place::cpu())?.plan(&args.plan, &init)?
+            Base::open(&path, Place::cpu())?.plan(&args.plan, &init)?
         }
     };
     let length = args.length.unwrap_or(teacher.max_position_embeddings);
@@ -93,7 +101,10 @@ fn variants(args: &Args, recipe: &Path, more: &[String]) -> Result<Vec<Variant>>
     let settings = [args.set.as_slice(), more].concat();
     let mut variants = Recipe::load_all(recipe, &settings)?;
     for Variant { recipe, .. } in &mut variants {
-        recipe.teach(args.teacher.as_deref(), args.kd_teacher.as_deref());
+        recipe.teach(
+            args.teacher.as_ref().map(Model::named),
+            args.kd_teacher.as_ref().map(Model::named),
+        );
     }
     Ok(variants)
 }
@@ -109,9 +120,11 @@ fn training(args: &Args, recipe: &Path) -> Result<()> {
     let memory = args.memory.map_or(device.memory, |memory| memory as f64);
     let mut all = Vec::new();
     for (i, variant) in variants(args, recipe, &[])?.iter().enumerate() {
-        let found = forecast(&variant.recipe, &device, memory)?;
+        let fetched = (variant.recipe).fetched(Part::Config, &Progress::default())?;
+        let found = forecast(&fetched, &device, memory)?;
         let changed = changes(&found, memory, |more| {
-            forecast(&variants(args, recipe, more)?[i].recipe, &device, memory)
+            let other = variants(args, recipe, more)?.swap_remove(i).recipe;
+            forecast(&other.taught_as(&fetched), &device, memory)
         })?;
         match args.json {
             true => all.push(forecast_json(variant, &device, memory, &found, &changed)),

@@ -1,8 +1,9 @@
 //! `zebroid eval ppl`: perplexity of a text.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::arg::device::DeviceArg;
+use super::arg::hub::{DataFile, Model};
 use super::positive;
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
@@ -16,11 +17,11 @@ use crate::{Error, Result};
     zebroid eval ppl ./hybrid --data validation.jsonl\n  \
     zebroid eval ppl ./hybrid --data book.txt --mode stream --window 2048 --stride 512 --json")]
 pub struct Args {
-    /// Checkpoint folder.
-    checkpoint: PathBuf,
-    /// A file of texts (train kd --help says in what forms); any other file is one document.
+    /// Checkpoint folder, .gguf file or Hugging Face id.
+    checkpoint: Model,
+    /// A file of texts, here or on the hub (train kd --help says in what forms); any other file is one document.
     #[arg(long)]
-    data: PathBuf,
+    data: DataFile,
     /// Whether the context is reset at each document.
     #[arg(long, value_enum, default_value = "documents")]
     mode: PplMode,
@@ -41,10 +42,11 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
-    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let (place, checkpoint) = (args.device.place()?, args.checkpoint.fetch()?);
+    let lm = Checkpoint::open(&checkpoint)?.model(&place)?;
+    let tokenizer = Tokenizer::open(&checkpoint)?;
     tokenizer.check(lm.config.vocab_size)?;
-    let texts = documents(&args.data, &tokenizer)?;
+    let texts = documents(&args.data.fetch()?, &tokenizer)?;
     let context = lm.config.max_position_embeddings;
     let window = args.window.unwrap_or(context.min(WINDOW));
     let stride = args.stride.unwrap_or(window / 2);

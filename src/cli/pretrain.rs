@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use super::arg::hub::Model;
 use super::show::Progress;
 use super::train::{TrainArgs, TrainRun};
 use crate::checkpoint::Provenance;
 use crate::data::Tokenizer;
+use crate::hub::Part;
 use crate::mixer::sizes::{MAX_LAYERS, bounded};
 use crate::mixer::{AttentionConfig, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig};
@@ -23,9 +25,9 @@ pub struct Args {
     /// Texts (train kd --help says in what forms).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
-    /// Folder with tokenizer.json.
+    /// Folder with tokenizer.json, or a Hugging Face id.
     #[arg(long)]
-    tokenizer: PathBuf,
+    tokenizer: Model,
     /// Channels of the residual stream.
     #[arg(long, default_value_t = 128)]
     hidden_size: usize,
@@ -52,12 +54,13 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let tokenizer = [args.tokenizer.as_path()].into_iter();
+    let tokenizer = [args.tokenizer.named()].into_iter();
     let inputs: Vec<&Path> = tokenizer
         .chain(args.data.iter().filter_map(Text::source))
         .collect();
     let (settings, _lock) = args.train.claim(&args.out, &inputs)?;
-    let tokenizer = Tokenizer::open(&args.tokenizer)?;
+    let folder = args.tokenizer.part(Part::Tokenizer)?;
+    let tokenizer = Tokenizer::open(&folder)?;
     let attention = AttentionConfig::new(
         args.num_heads,
         args.num_kv_heads,
@@ -92,7 +95,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         name: "pretrain",
         config: &settings,
         out: &args.out,
-        tokenizer: &args.tokenizer,
+        tokenizer: &folder,
         teacher: None,
         sources: Sources {
             record: Provenance::default(),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::arg::device::DeviceArg;
+use super::arg::hub::Model;
 use super::positive;
 use super::show::{Progress, check_file, print, print_json, table};
 use crate::checkpoint::Checkpoint;
@@ -17,8 +18,8 @@ use crate::report::Report;
     zebroid eval probe ./hybrid --lengths 128,256,512 --report probes.html\n  \
     zebroid eval probe ./hybrid --probes needle,mqar --lengths 1024,4096 --depths 5 --count 50 --json")]
 pub struct Args {
-    /// Checkpoint folder.
-    checkpoint: PathBuf,
+    /// Checkpoint folder, .gguf file or Hugging Face id.
+    checkpoint: Model,
     /// Which ones [default: all].
     #[arg(long, value_enum, value_delimiter = ',')]
     probes: Option<Vec<Probe>>,
@@ -49,8 +50,9 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     args.report.iter().try_for_each(|path| check_file(path))?;
-    let lm = Checkpoint::open(&args.checkpoint)?.model(&args.device.place()?)?;
-    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let (place, checkpoint) = (args.device.place()?, args.checkpoint.fetch()?);
+    let lm = Checkpoint::open(&checkpoint)?.model(&place)?;
+    let tokenizer = Tokenizer::open(&checkpoint)?;
     tokenizer.check(lm.config.vocab_size)?;
     let wanted = Sweep {
         probes: args.probes.clone().unwrap_or(Probe::ALL.to_vec()),
@@ -137,7 +139,7 @@ fn page(args: &Args, wanted: &Sweep, cells: &[Cell]) -> Report {
     let mut report = Report::new("Probes");
     report.paragraph(&format!(
         "{}: share of exact answers over length and depth of the answer, {} questions a cell. A copying oracle has 100 %.",
-        args.checkpoint.display(),
+        args.checkpoint.named().display(),
         wanted.count
     ));
     for grid in grids(wanted, cells) {

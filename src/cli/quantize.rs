@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::arg::data;
+use super::arg::hub::Model;
 use super::positive;
 use super::show::{Progress, bytes, check_file, print, print_json, table, thousands};
 use crate::checkpoint::{self, Checkpoint, save_gguf, write_atomic};
@@ -25,8 +26,8 @@ use crate::{Error, Result};
     zebroid quantize ./hybrid hybrid-q4_k.gguf --type q4_k --calibration train.jsonl --validation held-out.jsonl\n  \
     zebroid quantize ./teacher teacher-q8_0.gguf --type q8_0")]
 pub struct Args {
-    /// Checkpoint folder of any format, with its tokenizer, or a GGUF file.
-    checkpoint: PathBuf,
+    /// Checkpoint folder of any format, with its tokenizer, a GGUF file, or a Hugging Face id.
+    checkpoint: Model,
     /// File to write (.gguf); must not exist.
     out: PathBuf,
     /// Type of the blocks: q8_0, q6_k, q4_k or q4_0.
@@ -65,16 +66,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let texts = args.calibration.iter().chain(&args.validation);
     let texts = texts.filter_map(Text::source);
-    let inputs: Vec<&Path> = [args.checkpoint.as_path()]
-        .into_iter()
-        .chain(texts)
-        .collect();
+    let inputs: Vec<&Path> = [args.checkpoint.named()].into_iter().chain(texts).collect();
     let _lock = checkpoint::claim(&args.out, args.force, &inputs)?;
     args.save_importance
         .iter()
         .try_for_each(|path| check_file(path))?;
-    let source = Checkpoint::open(&args.checkpoint)?;
-    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let checkpoint = args.checkpoint.fetch()?;
+    let source = Checkpoint::open(&checkpoint)?;
+    let tokenizer = Tokenizer::open(&checkpoint)?;
     tokenizer.check(source.config.vocab_size)?;
     let parts = source.parts()?;
     check(args.kind, &parts)?;
@@ -112,7 +111,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         &args.out,
         config,
         weights,
-        &args.checkpoint,
+        &checkpoint,
         args.force,
         &kept,
         &encode,

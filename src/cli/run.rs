@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 
 use super::arg::cache;
 use super::arg::device::DeviceArg;
+use super::arg::hub::Model;
 use super::plan::{as_json, as_table};
 use super::show::{Progress, print, print_json, table};
 use crate::checkpoint::{self, Checkpoint};
+use crate::hub::Part;
 use crate::mixer::LayerKind;
 use crate::pipeline::{self, Mixture, Outcome, Recipe, Surroundings, Text, Variant};
 use crate::report::{Report, Series};
@@ -29,12 +31,12 @@ pub struct Args {
     /// Folder for everything that the run makes [default: runs/ and the recipe's name].
     #[arg(long)]
     out: Option<PathBuf>,
-    /// The teacher's folder, instead of the recipe's.
+    /// The teacher's folder or Hugging Face id, instead of the recipe's.
     #[arg(long)]
-    teacher: Option<PathBuf>,
+    teacher: Option<Model>,
     /// The teacher of KD stages that name one of their own.
     #[arg(long)]
-    kd_teacher: Option<PathBuf>,
+    kd_teacher: Option<Model>,
     /// Training text, instead of the recipe's; may be given again (train kd --help says how texts are mixed).
     #[arg(long, value_name = "TEXT")]
     train: Vec<Text>,
@@ -69,7 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .unwrap_or_else(|| Path::new("runs").join(name));
     let (cache, watch) = (cache::folder(), Progress::default());
     if args.plan {
-        show_plans(&variants, args.json)?;
+        show_plans(&variants, args.json, &watch)?;
         return Ok(check(&variants, &out, &cache, &watch)?);
     }
     let _lock = checkpoint::lock(&out)?;
@@ -139,7 +141,10 @@ fn labelled(variant: &Variant, error: Error) -> Error {
 fn variants(args: &Args) -> Result<Vec<Variant>> {
     let mut variants = Recipe::load_all(&args.recipe, &args.set)?;
     for Variant { recipe, .. } in &mut variants {
-        recipe.teach(args.teacher.as_deref(), args.kd_teacher.as_deref());
+        recipe.teach(
+            args.teacher.as_ref().map(Model::named),
+            args.kd_teacher.as_ref().map(Model::named),
+        );
         let data = &mut recipe.data;
         for (texts, of) in [
             (&args.train, &mut data.train),
@@ -160,10 +165,10 @@ fn variants(args: &Args) -> Result<Vec<Variant>> {
 pub const SAVE_EVERY: u64 = 100;
 
 /// What would be done.
-fn show_plans(variants: &[Variant], json: bool) -> anyhow::Result<()> {
+fn show_plans(variants: &[Variant], json: bool, watch: &dyn Watch) -> anyhow::Result<()> {
     let mut plans = Vec::new();
     for variant in variants {
-        let plan = show_plan(variant, json).map_err(|e| labelled(variant, e))?;
+        let plan = show_plan(variant, json, watch).map_err(|e| labelled(variant, e))?;
         plans.extend(plan);
     }
     match &plans[..] {
@@ -182,10 +187,15 @@ fn check(variants: &[Variant], out: &Path, cache: &Path, watch: &dyn Watch) -> R
 }
 
 /// Prints a plan, or gives it as JSON.
-fn show_plan(variant: &Variant, json: bool) -> Result<Option<serde_json::Value>> {
+fn show_plan(
+    variant: &Variant,
+    json: bool,
+    watch: &dyn Watch,
+) -> Result<Option<serde_json::Value>> {
     let recipe = &variant.recipe;
+    let fetched = recipe.fetched(Part::Config, watch)?;
     let scratch = tempfile::tempdir().map_err(Error::io("cannot create", &std::env::temp_dir()))?;
-    let folder = pipeline::teacher_folder(&recipe.teacher, scratch.path())?;
+    let folder = pipeline::teacher_folder(&fetched.teacher, scratch.path())?;
     let (teacher, _) = Checkpoint::config_only(&folder)?;
     let students = recipe.check(&teacher)?;
     let last = students

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::arg::data;
 use super::arg::device::DeviceArg;
+use super::arg::hub::Model;
 use super::arg::init::InitArgs;
 use super::positive;
 use super::show::{Progress, bytes, check_file, print, print_json, table, thousands};
@@ -30,9 +31,9 @@ use crate::{Error, Result};
     zebroid select --method budget --teacher ./teacher --data validation.jsonl --calibration train.jsonl \\\n    \
       --kv-bytes 48 --state-bytes 20000 --candidates mamba2,mla:8,mla:16 --rope-dim 4")]
 pub struct Args {
-    /// Llama checkpoint folder.
+    /// Llama checkpoint folder or Hugging Face id.
     #[arg(long, required_unless_present = "scores")]
-    teacher: Option<PathBuf>,
+    teacher: Option<Model>,
     /// Result of train ild, whose candidates are chosen from; budget goes without.
     #[arg(long)]
     bank: Option<PathBuf>,
@@ -192,10 +193,8 @@ fn read(path: &Path) -> Result<Saved> {
 }
 
 fn open(args: &Args, watch: &dyn Watch) -> Result<(Base, Corpus)> {
-    let base = Base::open(
-        needed(args.teacher.as_ref(), "--teacher")?,
-        args.device.place()?,
-    )?;
+    let teacher = needed(args.teacher.as_ref(), "--teacher")?;
+    let base = Base::open(&teacher.fetch()?, args.device.place()?)?;
     let corpus = data::corpus(&args.data, &base.tokenizer, Packing::Documents, watch)?;
     corpus.check(1, args.seq_len)?;
     Ok((base, corpus))

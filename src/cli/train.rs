@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::arg::data::DataArgs;
 use super::arg::device::DeviceArg;
+use super::arg::hub::{DataFile, Model};
 use super::arg::init::InitArgs;
 use super::show::dashboard::Dashboard;
 use super::show::{Progress, command_line, note, print_line};
@@ -54,16 +55,17 @@ enum StageArgs {
     zebroid train ild --teacher ./teacher --data train.jsonl ./bank --candidates mla:8,mla:16,mamba2 --tokens 400000\n  \
     zebroid train ild --teacher ./teacher --student ./hybrid --inputs joint --data train.jsonl ./aligned --tokens 400000")]
 struct IldArgs {
-    /// Llama checkpoint folder.
+    /// Llama checkpoint folder or Hugging Face id.
     #[arg(long)]
-    teacher: PathBuf,
+    teacher: Model,
     /// Align this hybrid, instead of training a bank.
     #[arg(long)]
-    student: Option<PathBuf>,
+    student: Option<Model>,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
     /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
     /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
-    /// program, manifest:FILE is what an earlier run learned from (its data.json).
+    /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub, manifest:FILE is what an earlier run learned
+    /// from (its data.json).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
     /// Folder of the result, a bank (a folder a candidate) or with --student a checkpoint; must not exist.
@@ -103,16 +105,17 @@ struct IldArgs {
     zebroid train kd --schedule stepwise --trained mixers --kl-weight 0.1 --ce-weight 1 --labels teacher \\\n    \
       --teacher ./teacher --student ./hybrid --data train.jsonl ./stepwise --epochs 1")]
 struct KdArgs {
-    /// Checkpoint folder of the teacher.
+    /// Checkpoint folder or Hugging Face id of the teacher.
     #[arg(long)]
-    teacher: PathBuf,
-    /// Hybrid checkpoint folder to start from.
+    teacher: Model,
+    /// Hybrid to start from: checkpoint folder or Hugging Face id.
     #[arg(long)]
-    student: PathBuf,
+    student: Model,
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
     /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
     /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
-    /// program, manifest:FILE is what an earlier run learned from (its data.json).
+    /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub, manifest:FILE is what an earlier run learned
+    /// from (its data.json).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
     /// Folder of the result, a checkpoint; must not exist.
@@ -127,12 +130,13 @@ struct KdArgs {
 #[command(after_help = "Example:\n  \
     zebroid train dpo --student ./distilled --data preferences.jsonl ./aligned --lr 5e-7 --beta 0.01")]
 struct DpoArgs {
-    /// Checkpoint folder to start from.
+    /// Checkpoint folder or Hugging Face id to start from.
     #[arg(long)]
-    student: PathBuf,
+    student: Model,
     /// Pairs: JSON lines, a JSON list or parquet of prompt, chosen and rejected, strings or messages; .gz and .zst are unpacked.
+    /// hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub.
     #[arg(long)]
-    data: PathBuf,
+    data: DataFile,
     /// Folder of the result, a checkpoint; must not exist.
     out: PathBuf,
     #[command(flatten, next_help_heading = "DPO")]
@@ -312,16 +316,18 @@ fn open(
 }
 
 fn ild(args: &IldArgs) -> Result<()> {
-    let student = args.student.iter().map(PathBuf::as_path);
-    let models = student.chain([args.teacher.as_path()]);
+    let student = args.student.iter().map(Model::named);
+    let models = student.chain([args.teacher.named()]);
     let inputs: Vec<&Path> = models
         .chain(args.data.iter().filter_map(Text::source))
         .collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, text) = open(&args.train, &config, &args.teacher, &args.data, &watch)?;
+    let teacher = args.teacher.fetch()?;
+    let student = args.student.as_ref().map(Model::fetch).transpose()?;
+    let (base, text) = open(&args.train, &config, &teacher, &args.data, &watch)?;
     let stage = IldStage {
-        target: match args.student {
+        target: match student {
             Some(_) => IldTarget::Hybrid,
             None => IldTarget::Bank,
         },
@@ -330,7 +336,7 @@ fn ild(args: &IldArgs) -> Result<()> {
         train: args.train.settings.clone(),
         layers_at_once: args.layers_at_once,
     };
-    let (students, record) = match &args.student {
+    let (students, record) = match &student {
         Some(student) => {
             let student = Checkpoint::open(student)?;
             (vec![(None, student.parts()?)], student.provenance()?)
@@ -355,7 +361,7 @@ fn ild(args: &IldArgs) -> Result<()> {
         name: "ild",
         config: &config,
         out: &args.out,
-        tokenizer: &args.teacher,
+        tokenizer: &teacher,
         teacher: Some(&base),
         sources: Sources {
             record,
@@ -366,24 +372,25 @@ fn ild(args: &IldArgs) -> Result<()> {
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
-    let models = [&args.teacher, &args.student].map(PathBuf::as_path);
+    let models = [&args.teacher, &args.student].map(Model::named);
     let texts = args.data.iter().filter_map(Text::source);
     let inputs: Vec<&Path> = models.into_iter().chain(texts).collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (base, text) = open(&args.train, &config, &args.teacher, &args.data, &watch)?;
+    let (teacher, student) = (args.teacher.fetch()?, args.student.fetch()?);
+    let (base, text) = open(&args.train, &config, &teacher, &args.data, &watch)?;
     let stage = KdStage {
         objective: args.kd,
         train: args.train.settings.clone(),
         ..KdStage::default()
     };
-    let student = Checkpoint::open(&args.student)?;
+    let student = Checkpoint::open(&student)?;
     let stage = stage.distil(&base, &student, &[], &text)?;
     let run = TrainRun {
         name: "kd",
         config: &config,
         out: &args.out,
-        tokenizer: &args.teacher,
+        tokenizer: &teacher,
         teacher: Some(&base),
         sources: Sources {
             record: student.provenance()?,
@@ -394,15 +401,16 @@ fn kd(args: &KdArgs) -> Result<()> {
 }
 
 fn dpo(args: &DpoArgs) -> Result<()> {
-    let student = args.student.as_path();
     args.train.data.check_unused()?;
-    let (config, _lock) = args.train.claim(&args.out, &[student, &args.data])?;
+    let inputs = [args.student.named(), args.data.named()];
+    let (config, _lock) = args.train.claim(&args.out, &inputs)?;
+    let (student, data) = (args.student.fetch()?, args.data.fetch()?);
     let watch = Progress::default();
-    let checkpoint = Checkpoint::open(student)?;
-    let tokenizer = Tokenizer::open(student)?;
+    let checkpoint = Checkpoint::open(&student)?;
+    let tokenizer = Tokenizer::open(&student)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
     let (prompt, length) = (args.dpo.max_prompt, args.dpo.max_length);
-    let pairs = Preferences::load(&args.data, &tokenizer, prompt, length)?;
+    let pairs = Preferences::load(&data, &tokenizer, prompt, length)?;
     pairs.check(config.batch_size, config.seq_len)?;
     let stage = DpoStage {
         objective: args.dpo,
@@ -415,11 +423,11 @@ fn dpo(args: &DpoArgs) -> Result<()> {
         name: "dpo",
         config: &config,
         out: &args.out,
-        tokenizer: student,
+        tokenizer: &student,
         teacher: None,
         sources: Sources {
             record: checkpoint.provenance()?,
-            inputs: vec![Input::file("data", &args.data, Some(pairs.hash()))],
+            inputs: vec![Input::file("data", &data, Some(pairs.hash()))],
         },
     };
     args.train.finish(run, stage.into(), watch)

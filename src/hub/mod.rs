@@ -199,7 +199,7 @@ impl Hub {
             (None, _) => folder.remember(&id.revision, &listed.commit)?,
             (Some(file), Some(why)) => {
                 return Err(Error::Unreachable(format!(
-                    "{} is in {} without its {file}, and {why}",
+                    "model {} is in {} without its {file}, and {why}",
                     id.repo,
                     folder.root.display()
                 )));
@@ -468,8 +468,8 @@ impl Hub {
     fn warn(&self, id: &Id, why: &str) {
         if !self.offline {
             tracing::warn!(
-                "{}; taking what is kept of {}",
-                self.unreachable(why),
+                "{} cannot be reached ({why}); taking what is kept of {}",
+                self.endpoint,
                 id.repo
             );
         }
@@ -478,7 +478,10 @@ impl Hub {
     fn unreachable(&self, why: &str) -> String {
         match self.offline {
             true => why.to_owned(),
-            false => format!("{} cannot be reached ({why})", self.endpoint),
+            false => format!(
+                "{} cannot be reached ({why}): try again when it can be, or name another hub with HF_ENDPOINT",
+                self.endpoint
+            ),
         }
     }
 
@@ -501,10 +504,7 @@ impl Hub {
                 ));
             }
             Failure::Unreachable(why) => {
-                return Error::Unreachable(format!(
-                    "{noun} {repo}: {}; try again when it can be, or name another hub with HF_ENDPOINT",
-                    self.unreachable(&why)
-                ));
+                return Error::Unreachable(format!("{noun} {repo}: {}", self.unreachable(&why)));
             }
             Failure::Refused {
                 status,

@@ -366,6 +366,18 @@ fn processes_that_download_the_same_share_the_work() {
     assert_eq!(fake.downloads(), 2);
 }
 
+/// A recipe's names are read from its folder, ids from anywhere.
+#[test]
+fn names_in_files_are_settled_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |said: &str| super::settled(Path::new(said), folder.path());
+    assert_eq!(at("org/model@v1"), Path::new("hf://org/model@v1"));
+    assert_eq!(at("hf://org/model"), Path::new("hf://org/model"));
+    assert_eq!(at("../teacher"), folder.path().join("../teacher"));
+    fs::create_dir_all(folder.path().join("org/model")).unwrap();
+    assert_eq!(at("org/model"), folder.path().join("org/model"));
+}
+
 #[test]
 fn settings_are_those_of_hugging_faces_tools() {
     let home = tempfile::tempdir().unwrap();

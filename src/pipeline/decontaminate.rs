@@ -6,15 +6,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::data::{Decontamination, Ngrams, Records};
-use crate::eval::harness::{Dataset, Hub, Source};
+use crate::eval::harness::{Dataset, Source};
 use crate::eval::task::{GROUPS, Task, find};
+use crate::hub::{self, Hub, Id};
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 /// `[data.decontaminate]`: texts that share a run of words with these are not learned from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Decontaminate {
-    /// Files of records, or tasks and groups of tasks.
+    /// Files of records (here or on the hub), or tasks and groups of tasks.
     pub against: Vec<String>,
     /// Words of a run.
     #[serde(default = "ngram")]
@@ -52,11 +54,11 @@ impl Decontaminate {
         }
     }
 
-    /// The runs of all. `cache`: where datasets are kept that were downloaded.
+    /// The runs of all.
     ///
     /// # Errors
-    /// A name that is neither a file nor a task, or records that cannot be read.
-    pub fn ngrams(&self, cache: &Path) -> Result<Ngrams> {
+    /// A name that is neither a file nor a task, records that cannot be read, or what became of a download.
+    pub fn ngrams(&self, watch: &dyn Watch) -> Result<Ngrams> {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let text = |path: &Path| absolute(path).display().to_string();
         let named = self.against.iter().map(|name| match Path::new(name) {
@@ -68,19 +70,20 @@ impl Decontaminate {
         let mut ngrams = Ngrams::new(self.ngram, &named, folder)?;
         let source = match &self.data_dir {
             Some(folder) => Source::Folder(folder.clone()),
-            None => Source::Hub(Hub::from_env(cache.join("datasets"))),
+            None => Source::Hub(Hub::from_env()),
         };
         for name in &named {
             let file = Path::new(name);
-            if file.is_file() {
-                for record in Records::open(file, "a JSON object")? {
+            if file.is_file() || Id::data(file)?.is_some() {
+                let file = hub::data(file, watch)?;
+                for record in Records::open(&file, "a JSON object")? {
                     ngrams.add(&record?);
                 }
                 continue;
             }
             let missing = |e: Error| Error::invalid(format!("decontaminate: no file {name}; {e}"));
             for task in tasks(name).map_err(missing)? {
-                let rows = Dataset::open(&source, task, task.split)?.rows;
+                let rows = Dataset::open(&source, task, task.split, watch)?.rows;
                 ngrams.add(&Value::Array(rows));
             }
         }
@@ -106,6 +109,7 @@ fn tasks(name: &str) -> Result<Vec<&'static Task>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::watch::Quiet;
 
     #[test]
     fn tasks_and_files_are_read() {
@@ -120,7 +124,7 @@ mod tests {
         };
         let file = file.to_str().unwrap();
         let ngrams = asked(&["lambada_openai", file], 13)
-            .ngrams(folder.path())
+            .ngrams(&Quiet::default())
             .unwrap();
         assert!(ngrams.find(&format!("So: {own}.")).is_some());
         let rows = std::fs::read_to_string("tests/golden/harness/data/lambada_openai_test.jsonl");
@@ -136,7 +140,7 @@ mod tests {
             (&[file], 14, "no run of 14 words"),
             (&[file], 0, "ngram must not be 0"),
         ] {
-            let said = asked(names, ngram).ngrams(folder.path()).unwrap_err();
+            let said = asked(names, ngram).ngrams(&Quiet::default()).unwrap_err();
             assert!(said.to_string().contains(part), "{said}");
         }
     }

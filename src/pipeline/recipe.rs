@@ -14,8 +14,10 @@ use super::stage::{Common, Sizes, Stage, at};
 use super::sweep;
 use super::texts::Data;
 use crate::convert::{CalibrationConfig, InitName, PlanOptions};
+use crate::hub::{self, Part};
 use crate::mixer::LayerKind;
 use crate::model::ModelConfig;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -24,7 +26,7 @@ pub struct Recipe {
     /// What it makes, and where it is from.
     #[serde(default)]
     pub about: String,
-    /// Folder of a Llama checkpoint, or `embedded`.
+    /// Folder of a Llama checkpoint, the id of one on the hub, or `embedded`.
     pub teacher: Teacher,
     pub data: Data,
     /// Of what the initialisation draws; added to the seeds of all stages.
@@ -151,13 +153,41 @@ impl Recipe {
     }
 
     fn settle(&mut self, folder: &Path) {
-        if let Teacher::Folder(path) = &mut self.teacher {
-            *path = folder.join(&*path);
-        }
         self.data.settle(folder);
-        for path in self.kd.iter_mut().filter_map(|kd| kd.teacher.as_mut()) {
-            *path = folder.join(&*path);
+        for path in self.teachers() {
+            *path = hub::settled(path, folder);
         }
+    }
+
+    /// Its teacher, where it is named, and those of KD.
+    fn teachers(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let own = match &mut self.teacher {
+            Teacher::Embedded => None,
+            Teacher::Folder(path) => Some(path),
+        };
+        let others = self.kd.iter_mut().filter_map(|kd| kd.teacher.as_mut());
+        own.into_iter().chain(others)
+    }
+
+    /// With its teachers' paths on this machine; what the hub has is downloaded.
+    ///
+    /// # Errors
+    /// As [`hub::model`].
+    pub fn fetched(&self, part: Part, watch: &dyn Watch) -> Result<Self> {
+        let mut fetched = self.clone();
+        for path in fetched.teachers() {
+            *path = hub::model(&*path, part, watch)?;
+        }
+        Ok(fetched)
+    }
+
+    /// With the teachers of a recipe that differs in nothing but settings.
+    pub fn taught_as(mut self, other: &Self) -> Self {
+        self.teacher = other.teacher.clone();
+        for (kd, other) in self.kd.iter_mut().zip(&other.kd) {
+            kd.teacher = other.teacher.clone();
+        }
+        self
     }
 
     /// What holds for all stages.

@@ -16,6 +16,7 @@ use super::texts::Texts;
 use crate::checkpoint::{Checkpoint, Store};
 use crate::data::{Reading, Tokenizer};
 use crate::hash::Hash;
+use crate::hub::Part;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -40,6 +41,7 @@ pub struct Outcome {
 /// A recipe that does not fit its teacher or data (before anything is made), or [`Error::Interrupted`]
 /// (what was done is kept).
 pub fn run(recipe: &Recipe, with: &Surroundings) -> Result<Outcome> {
+    let recipe = &recipe.fetched(Part::Whole, with.watch)?;
     let (teacher, texts) = open(recipe, with.out, with.out, (with.cache, with.watch))?;
     let base = Base::open(&teacher, with.place.clone())?;
     let context = Context {
@@ -73,7 +75,8 @@ pub fn run(recipe: &Recipe, with: &Surroundings) -> Result<Outcome> {
 /// Names what cannot work.
 pub fn check(recipe: &Recipe, out: &Path, cache: &Path, watch: &dyn Watch) -> Result<()> {
     let scratch = tempfile::tempdir().map_err(Error::io("cannot create", &std::env::temp_dir()))?;
-    open(recipe, out, scratch.path(), (cache, watch)).map(drop)
+    let recipe = recipe.fetched(Part::Whole, watch)?;
+    open(&recipe, out, scratch.path(), (cache, watch)).map(drop)
 }
 
 /// The teacher's folder and the texts, checked; `made`: where the embedded teacher and texts that are written go.
@@ -98,7 +101,7 @@ fn open(
     (recipe.data.check(recipe.dpo.is_some())).map_err(at("data"))?;
     recipe.check_with(&teacher, true)?;
     let against = recipe.data.decontaminate.as_ref();
-    let ngrams = against.map(|against| against.ngrams(cache));
+    let ngrams = against.map(|against| against.ngrams(watch));
     let ngrams = ngrams.transpose().map_err(at("data"))?;
     let reading = Reading {
         tokenizer: &tokenizer,

@@ -12,9 +12,11 @@ use super::decontaminate::Decontaminate;
 use crate::checkpoint::{self, Input};
 use crate::data::{Batches, Corpus, DataSet, Manifest, Reading, Records, file_hash, stories};
 use crate::hash::Hash;
+use crate::hub::{Hub, Id};
+use crate::watch::Watch;
 use crate::{Error, Result};
 
-/// A file of texts, or `stories:SEED:COUNT`, which the program writes itself; behind it `#K/N` for every N-th line, from the K-th (from
+/// A file of texts, here or on the hub (`hf://datasets/org/name[@revision]/FILE`), or `stories:SEED:COUNT`, which the program writes itself; behind it `#K/N` for every N-th line, from the K-th (from
 /// 1), and of several texts `#weight=W` and `#tokens=N`; or `manifest:FILE`, which names all of a corpus. A file that has such a name
 /// goes before what it would mean.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +32,8 @@ pub struct Text {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Source {
     File(PathBuf),
+    /// A file of a data set on the hub.
+    Hub(Id),
     Stories {
         seed: u64,
         count: usize,
@@ -60,7 +64,7 @@ impl Text {
     pub fn source(&self) -> Option<&Path> {
         match &self.source {
             Source::File(path) | Source::Manifest(path) => Some(path),
-            Source::Stories { .. } => None,
+            Source::Hub(_) | Source::Stories { .. } => None,
         }
     }
 
@@ -93,7 +97,7 @@ impl Text {
                 (stories::to_jsonl(*seed, SOME).len() * count / SOME) as u64
             }
             // What it names is not looked at.
-            Source::Manifest(_) => return None,
+            Source::Hub(_) | Source::Manifest(_) => return None,
         };
         let packed = |path: &Path| {
             let ending = path.extension().and_then(|e| e.to_str());
@@ -114,11 +118,16 @@ impl Text {
         }
     }
 
-    /// The text as a file; what is written for it goes into `made`.
+    /// The text as a file; what is written for it goes into `made`, what is downloaded into the hub's cache.
     ///
     /// # Errors
-    /// A file that cannot be read or written.
-    pub(super) fn file(&self, made: &Path, preferences: bool) -> Result<PathBuf> {
+    /// A file that cannot be read or written, or what became of a download.
+    pub(super) fn file(
+        &self,
+        made: &Path,
+        preferences: bool,
+        watch: &dyn Watch,
+    ) -> Result<PathBuf> {
         let write = |name: String, lines: String| {
             let path = made.join(format!("{name}.jsonl"));
             checkpoint::write_atomic(&path, lines.as_bytes())?;
@@ -126,6 +135,7 @@ impl Text {
         };
         let path = match &self.source {
             Source::File(path) => path.clone(),
+            Source::Hub(id) => Hub::from_env().file(id, watch)?,
             Source::Manifest(path) => {
                 let message =
                     "a manifest is read alone, and for texts; name it as manifest:FILE once";
@@ -168,7 +178,7 @@ impl Text {
     }
 
     /// The text as a part of a mixture; `made` as in [`Text::file`].
-    fn data_set(&self, made: &Path) -> Result<DataSet> {
+    fn data_set(&self, made: &Path, watch: &dyn Watch) -> Result<DataSet> {
         let mut named = Self {
             weight: None,
             tokens: None,
@@ -179,7 +189,7 @@ impl Text {
         }
         Ok(DataSet {
             name: named.to_string(),
-            path: self.file(made, false)?,
+            path: self.file(made, false, watch)?,
             weight: self.weight,
             tokens: self.tokens,
         })
@@ -220,10 +230,11 @@ impl FromStr for Text {
         }
         let manifest = name.strip_prefix("manifest:");
         found.source = match name.strip_prefix("stories:") {
-            None => manifest.map_or_else(
-                || Source::File(name.into()),
-                |path| Source::Manifest(path.into()),
-            ),
+            None => match (manifest, Id::data(Path::new(name))?) {
+                (Some(path), _) => Source::Manifest(path.into()),
+                (None, Some(id)) => Source::Hub(id),
+                (None, None) => Source::File(name.into()),
+            },
             Some(rest) => {
                 let numbers = rest.split_once(':');
                 let numbers = numbers
@@ -262,6 +273,7 @@ impl fmt::Display for Text {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
             Source::File(path) => write!(f, "{}", path.display())?,
+            Source::Hub(id) => write!(f, "{id}")?,
             Source::Stories { seed, count } => write!(f, "stories:{seed}:{count}")?,
             Source::Manifest(path) => write!(f, "manifest:{}", path.display())?,
         }
@@ -359,7 +371,7 @@ impl Mixture {
         {
             return replay(path, made, reading);
         }
-        let sets = self.0.iter().map(|text| text.data_set(made));
+        let sets = (self.0.iter()).map(|text| text.data_set(made, reading.watch));
         Corpus::open(&sets.collect::<Result<Vec<_>>>()?, reading)
     }
 }
@@ -381,8 +393,7 @@ fn replay(path: &Path, made: &Path, reading: &Reading) -> Result<Corpus> {
         return Err(Error::file(path, message));
     }
     let ngrams = manifest.decontaminate.as_ref().map(|before| {
-        let cache = reading.cache.unwrap_or(made);
-        let ngrams = Decontaminate::of(before).ngrams(cache)?;
+        let ngrams = Decontaminate::of(before).ngrams(reading.watch)?;
         match ngrams.hash().to_string() == before.hash {
             true => Ok(ngrams),
             false => Err(changed(&format!(
@@ -399,7 +410,7 @@ fn replay(path: &Path, made: &Path, reading: &Reading) -> Result<Corpus> {
             tokens: listed.limit,
             ..listed.text.parse()?
         };
-        let set = text.data_set(made)?;
+        let set = text.data_set(made, reading.watch)?;
         let now = file_hash(&set.path, reading.watch)?.to_string();
         if listed.hash != Some(now) {
             return Err(changed(&listed.text));
@@ -470,7 +481,7 @@ mod tests {
         std::fs::write(&path, "1\n2\n3\n4\n5\n").unwrap();
         let part = |share: &str| {
             let text: Text = format!("{}#{share}", path.display()).parse().unwrap();
-            let file = text.file(root.path(), false).unwrap();
+            let file = text.file(root.path(), false, &Quiet::default()).unwrap();
             assert!(Text::is_made(file.file_name().unwrap().to_str().unwrap()));
             assert_eq!(text.name(), format!("all.jsonl#{share}"));
             std::fs::read_to_string(file).unwrap()
@@ -488,11 +499,26 @@ mod tests {
             "a#weight=x",
             "a#tokens=-1",
             "a#1/2#1/2",
+            "hf://datasets/org/set",
         ] {
             let error = wrong.parse::<Text>().unwrap_err().to_string();
             assert!(error.contains(wrong), "{error}");
         }
         assert!(!Text::is_made("stories.jsonl") && !Text::is_made("mine-1-2.jsonl"));
+    }
+
+    #[test]
+    fn texts_of_the_hub_have_parts_and_weights() {
+        let spelled = "hf://datasets/org/set@v1/in/a.parquet#1/2#weight=0.7";
+        let mut text: Text = spelled.parse().unwrap();
+        assert_eq!((text.weight, text.source()), (Some(0.7), None));
+        // It is nobody's path.
+        text.settle(Path::new("/recipes"));
+        assert_eq!(
+            (text.to_string(), text.name()),
+            (spelled.into(), spelled.into())
+        );
+        assert_eq!(text.bytes(), None);
     }
 
     #[test]
@@ -554,7 +580,7 @@ mod tests {
             ngram: 50,
             data_dir: None,
         };
-        let ngrams = against.ngrams(folder.path()).unwrap();
+        let ngrams = against.ngrams(&quiet).unwrap();
         let reading = Reading {
             packing: Packing::Stream,
             eos: Eos::Always,

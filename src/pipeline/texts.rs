@@ -112,7 +112,7 @@ impl Texts {
         };
         let pairs = dpo.zip(data.preferences.as_ref()).map(|(dpo, text)| {
             let (prompt, length) = (dpo.max_prompt, dpo.max_length);
-            let file = text.file(made, true)?;
+            let file = text.file(made, true, reading.watch)?;
             Preferences::load(&file, reading.tokenizer, prompt, length)
         });
         Ok(Self {

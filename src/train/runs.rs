@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::state::{BEST, METRICS, PIECES, RESULT, STATE};
 use super::{FROZEN, partial_folder};
-use crate::checkpoint::{self, Checkpoint, EVENTS, Input, Provenance, RECORD};
+use crate::checkpoint::{self, Checkpoint, EVENTS, Provenance, RECORD};
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -180,7 +180,10 @@ impl Run {
         let record = self.record()?;
         let mut all = Vec::new();
         if let Some(base) = &record.base {
-            all.push(("base".to_owned(), format!("{} ({})", base.name, base.hash)));
+            all.push((
+                "base".to_owned(),
+                format!("{} ({})", base.spelled(), base.hash),
+            ));
         }
         for (i, step) in record.steps.iter().enumerate() {
             let before = record.steps[..i].iter();
@@ -188,15 +191,10 @@ impl Run {
                 0 => step.stage.clone(),
                 count => format!("{} {}", step.stage, count + 1),
             };
-            for Input {
-                role,
-                name: of,
-                hash,
-            } in &step.inputs
-            {
-                let hash = hash.iter().map(|hash| format!(" ({hash})"));
-                let value = hash.fold(of.clone(), |of, hash| of + &hash);
-                all.push((format!("{name}.{role}"), value));
+            for input in &step.inputs {
+                let hash = input.hash.iter().map(|hash| format!(" ({hash})"));
+                let value = hash.fold(input.spelled(), |of, hash| of + &hash);
+                all.push((format!("{name}.{}", input.role), value));
             }
             flatten(&step.settings, &name, &mut all);
         }

@@ -18,13 +18,13 @@ pub struct DataArgs {
     /// Whether a token ends each text: if the tokenizer itself adds one (auto), always or never. What a chat template writes stays.
     #[arg(long, value_enum, default_value = "auto")]
     pub eos: Eos,
-    /// Leave out texts of --data that share a run of words with these evaluation sets: files of records, tasks, or groups of tasks.
+    /// Leave out texts of --data that share a run of words with these evaluation sets: files of records (hf://datasets/.. too), tasks, or groups of tasks.
     #[arg(long, value_delimiter = ',', value_name = "FILE|TASK,..")]
     pub decontaminate: Vec<String>,
     /// Words of such a run.
     #[arg(long, value_parser = positive, default_value_t = NGRAM)]
     pub ngram: usize,
-    /// Folder of the tasks' datasets [default: Hugging Face's, as eval harness keeps them].
+    /// Folder of the tasks' datasets [default: downloaded from Hugging Face].
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
 }
@@ -47,7 +47,7 @@ impl DataArgs {
         };
         let ngrams = match self.decontaminate.is_empty() {
             true => None,
-            false => Some(against.ngrams(&cache::folder())?),
+            false => Some(against.ngrams(watch)?),
         };
         let reading = Reading {
             packing: self.packing,

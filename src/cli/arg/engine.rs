@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::device::DeviceArg;
+use super::hub::Model;
 use super::memory::MemoryArg;
 use crate::Result;
 use crate::checkpoint::Checkpoint;
@@ -19,9 +20,9 @@ pub struct EngineArg {
     #[command(flatten)]
     memory: MemoryArg,
     /// Speculative decoding: guess at the next tokens by what followed the last ones before (ngram), or by a smaller model of the same
-    /// vocabulary. The text stays the same; guessing ends where it does not pay.
+    /// vocabulary (folder, .gguf file or Hugging Face id). The text stays the same; guessing ends where it does not pay.
     #[arg(long, value_name = "ngram|MODEL")]
-    draft: Option<String>,
+    draft: Option<Model>,
     #[command(flatten)]
     device: DeviceArg,
 }
@@ -40,13 +41,13 @@ impl EngineArg {
             ..EngineOptions::default()
         };
         let mut drafter = None;
-        match self.draft.as_deref() {
+        match &self.draft {
             None => {}
-            Some("ngram") => drafter = Some(Drafter::Ngrams),
-            Some(path) => {
-                let path = Path::new(path);
-                let opened = Checkpoint::open(path)?;
-                let own = Tokenizer::open(path)?;
+            Some(draft) if draft.named() == Path::new("ngram") => drafter = Some(Drafter::Ngrams),
+            Some(draft) => {
+                let path = draft.fetch()?;
+                let opened = Checkpoint::open(&path)?;
+                let own = Tokenizer::open(&path)?;
                 let draft = opened.model(&place)?;
                 // What both remember of a token shares the memory.
                 let limit = options.memory_limit();

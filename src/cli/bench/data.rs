@@ -1,14 +1,15 @@
 //! `zebroid bench data`: tokenising a text, drawing batches from it, and in how much memory.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
 
 use crate::cli::arg::data;
+use crate::cli::arg::hub::Model;
 use crate::cli::positive;
 use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::data::{Batches, Packing, Tokenizer};
+use crate::hub::Part;
 use crate::op::runtime::peak_memory;
 use crate::pipeline::Text;
 
@@ -20,9 +21,9 @@ pub struct Args {
     /// Texts (train kd --help says in what forms).
     #[arg(value_name = "TEXT", required = true)]
     data: Vec<Text>,
-    /// Folder with tokenizer.json, or a GGUF file.
+    /// Folder with tokenizer.json, a GGUF file, or a Hugging Face id.
     #[arg(long)]
-    tokenizer: PathBuf,
+    tokenizer: Model,
     /// Windows a batch.
     #[arg(long, value_parser = positive, default_value_t = 16)]
     batch_size: usize,
@@ -49,7 +50,7 @@ struct Report {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let tokenizer = Tokenizer::open(&args.tokenizer)?;
+    let tokenizer = Tokenizer::open(&args.tokenizer.part(Part::Tokenizer)?)?;
     let (rows, len) = (args.batch_size, args.seq_len);
     let (watch, started) = (Progress::default(), Instant::now());
     let corpus = data::corpus(&args.data, &tokenizer, Packing::Documents, &watch)?;

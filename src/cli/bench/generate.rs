@@ -1,6 +1,5 @@
 //! `zebroid bench decode|prefill|batch`: the engine at any depth and batch.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -8,6 +7,7 @@ use serde::Serialize;
 use super::{median, use_threads};
 use crate::checkpoint::Checkpoint;
 use crate::cli::arg::device::DeviceArg;
+use crate::cli::arg::hub::Model;
 use crate::cli::arg::memory::MemoryArg;
 use crate::cli::positive;
 use crate::cli::show::{Progress, bytes, print, print_json, table};
@@ -19,8 +19,8 @@ use crate::watch::Watch;
 
 #[derive(Debug, clap::Args)]
 struct Common {
-    /// Checkpoint folder or .gguf file.
-    model: PathBuf,
+    /// Checkpoint folder, .gguf file or Hugging Face id.
+    model: Model,
     #[command(flatten)]
     memory: MemoryArg,
     /// Measurements of which the median is taken.
@@ -128,7 +128,7 @@ struct Setup {
 impl Setup {
     fn new(common: &Common) -> anyhow::Result<Self> {
         use_threads(common.threads)?;
-        let lm = Checkpoint::open(&common.model)?.model(&common.device.place()?)?;
+        let lm = Checkpoint::open(&common.model.fetch()?)?.model(&common.device.place()?)?;
         let decoder = lm.decoder()?;
         let kind = common.memory.cache_type;
         let limit = common.memory.cache_memory.unwrap_or(usize::MAX);
@@ -136,7 +136,7 @@ impl Setup {
             pool: Pool::new(&decoder.keeps(), kind, limit, 1)?,
             reading: Reading::default(),
             report: Report {
-                model: common.model.display().to_string(),
+                model: common.model.named().display().to_string(),
                 cpu: cpu(),
                 isa: Isa::here().level().name(),
                 threads: rayon::current_num_threads(),

@@ -1,6 +1,5 @@
 //! `zebroid bench train`: tokens a second, peak memory, time per phase.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use rand::{RngExt, SeedableRng};
@@ -10,6 +9,7 @@ use serde::Serialize;
 use super::{median, use_threads};
 use crate::checkpoint::Checkpoint;
 use crate::cli::arg::device::DeviceArg;
+use crate::cli::arg::hub::Model;
 use crate::cli::positive;
 use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::convert::{Init, PlanOptions, compose, plan};
@@ -28,8 +28,8 @@ use crate::watch::Watch;
 #[command(after_help = "Example:\n  \
     zebroid bench train ./teacher --mla 2 --kv-rank 16 --rope-dim 8 --batch-size 16 --seq-len 256 --threads 2")]
 pub struct Args {
-    /// Llama checkpoint folder.
-    teacher: PathBuf,
+    /// Llama checkpoint folder or Hugging Face id.
+    teacher: Model,
     #[command(flatten)]
     plan: PlanOptions,
     /// Windows per step.
@@ -83,10 +83,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     check_batch(rows, 1, len)?;
     use_threads(args.threads)?;
     let place = args.device.place()?;
-    let teacher = Checkpoint::open(&args.teacher)?;
+    let folder = args.teacher.fetch()?;
+    let teacher = Checkpoint::open(&folder)?;
     let student = plan(&teacher.config, &args.plan)?;
     let taught = teacher.config.clone();
-    let files = Source::open(&args.teacher)?.bytes;
+    let files = Source::open(&folder)?.bytes;
     let teacher = teacher.parts()?;
     let watch = Progress::default();
     let init = Init::Published { seed: 0 };

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::hub::Hub;
 use crate::data::read_records;
 use crate::eval::task::Task;
 use crate::hash::Hash;
+use crate::hub::Hub;
+use crate::watch::Watch;
 use crate::{Error, Result};
 
 /// Where datasets come from.
@@ -40,12 +41,13 @@ impl Dataset {
     /// split's (`arc_easy_test.jsonl`), or, where the dataset is a folder of files, all files in it.
     ///
     /// # Errors
-    /// Names what was looked for and what is there.
-    pub fn open(source: &Source, task: &Task, split: &str) -> Result<Self> {
+    /// Names what was looked for and what is there, or what became of a download.
+    pub fn open(source: &Source, task: &Task, split: &str, watch: &dyn Watch) -> Result<Self> {
         let (files, revision) = match source {
             Source::Folder(folder) => (files(folder, task, split)?, None),
             Source::Hub(hub) => {
-                let (files, revision) = hub.files(task.dataset, task.config, split)?;
+                let found = hub.split(task.dataset, task.config, split, watch);
+                let (files, revision) = found.map_err(other_source)?;
                 (files, Some(revision))
             }
         };
@@ -80,6 +82,16 @@ impl Dataset {
             }
             [] => String::new(),
         }
+    }
+}
+
+/// What cannot be downloaded can be given.
+fn other_source(error: Error) -> Error {
+    let more = |what| format!("{what}; or give the data set's files with --data-dir");
+    match error {
+        Error::Invalid(what) => Error::Invalid(more(what)),
+        Error::Unreachable(what) => Error::Unreachable(more(what)),
+        other => other,
     }
 }
 

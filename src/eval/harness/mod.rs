@@ -19,14 +19,12 @@ use crate::watch::Watch;
 use crate::{Error, Result};
 
 mod data;
-mod hub;
 mod random;
 mod results;
 #[cfg(test)]
 mod tests;
 
 pub use data::{Dataset, Source};
-pub use hub::Hub;
 pub use results::{markdown, to_json};
 
 /// How tasks are run.
@@ -109,7 +107,7 @@ pub fn run_task(
 ) -> Result<TaskResult> {
     // It may have to be downloaded.
     watch.start(&format!("{} data", task.name), 0);
-    let opened = Opened::new(task, num_fewshot, &config.data)?;
+    let opened = Opened::new(task, num_fewshot, &config.data, watch)?;
     let parts = opened
         .parts()
         .map(|part| part.run(lm, tokenizer, config, watch))
@@ -135,8 +133,13 @@ struct Opened {
 }
 
 impl Opened {
-    fn new(task: &'static Task, num_fewshot: usize, source: &Source) -> Result<Self> {
-        let dataset = Dataset::open(source, task, task.split)?;
+    fn new(
+        task: &'static Task,
+        num_fewshot: usize,
+        source: &Source,
+        watch: &dyn Watch,
+    ) -> Result<Self> {
+        let dataset = Dataset::open(source, task, task.split, watch)?;
         let examples = match (task.examples, num_fewshot) {
             (_, 0) => None,
             (Examples::None, n) => {
@@ -146,7 +149,7 @@ impl Opened {
                 )));
             }
             (Examples::Random(split) | Examples::First(split), _) => {
-                Some(Dataset::open(source, task, split)?)
+                Some(Dataset::open(source, task, split, watch)?)
             }
         };
         let (rows, names) = divide(task, &dataset)?;

@@ -1,23 +1,20 @@
 //! Requests are scored right however they are batched; samples, files and results are those of the harness.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
 use super::Opened;
 use super::data::{Dataset, Source};
-use super::hub::Hub;
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::eval::task::{TASKS, find};
 use crate::generate::score::{Tokens, log_likelihoods, survives, tokens};
 use crate::hash::Hash;
+use crate::hub::Hub;
+use crate::hub::fake_tests::{COMMIT, FakeHub};
 use crate::mixer::MixerOptions;
 use crate::model::{Lm, ModelConfig};
 use crate::watch::Quiet;
@@ -131,96 +128,58 @@ fn folder() -> Source {
     Source::Folder("tests/golden/harness/data".into())
 }
 
-/// A hub of one dataset: lists the golden files and sends them; counts the requests.
-fn serve(requests: Arc<AtomicUsize>) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            requests.fetch_add(1, Ordering::Relaxed);
-            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-            let head: Vec<String> = (lines.by_ref())
-                .map(Result::unwrap)
-                .take_while(|l| !l.is_empty())
-                .collect();
-            assert!(
-                head.iter().any(|l| l == "authorization: Bearer secret"),
-                "{head:?}"
-            );
-            let path = head[0].split(' ').nth(1).unwrap();
-            let body = match path.split_once("/resolve/abc123/") {
-                Some((_, file)) => std::fs::read(format!("tests/golden/harness/hub/{file}")).ok(),
-                None if path.ends_with("/revision/refs%2Fconvert%2Fparquet")
-                    && !path.contains("race") =>
-                {
-                    let files = [
-                        "ARC-Easy/test",
-                        "ARC-Easy/train",
-                        "all/test",
-                        "anaphor_number_agreement/train",
-                        "wh_island/train",
-                    ];
-                    let files = files
-                        .iter()
-                        .filter(|f| path.contains("blimp") == f.contains('_'));
-                    let files = files.map(|f| json!({ "rfilename": format!("{f}/0000.parquet") }));
-                    Some(
-                        json!({ "sha": "abc123", "siblings": files.collect::<Vec<_>>() })
-                            .to_string()
-                            .into_bytes(),
-                    )
-                }
-                None => None,
-            };
-            let status = if body.is_some() {
-                "200 OK"
-            } else {
-                "404 Not Found"
-            };
-            let body = body.unwrap_or_default();
-            let head = format!(
-                "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
-                body.len()
-            );
-            stream.write_all(head.as_bytes()).unwrap();
-            stream.write_all(&body).unwrap();
-        }
-    });
-    format!("http://{address}")
+/// A hub of the tasks' data sets, whose files are the golden ones.
+fn hub() -> FakeHub {
+    let hub = FakeHub::start();
+    for (task, files) in [
+        ("arc_easy", &["ARC-Easy/test", "ARC-Easy/train"][..]),
+        ("mmlu", &["all/test"]),
+        (
+            "blimp",
+            &["anaphor_number_agreement/train", "wh_island/train"],
+        ),
+    ] {
+        let read = |name: &&str| {
+            let name = format!("{name}/0000.parquet");
+            let bytes = std::fs::read(format!("tests/golden/harness/hub/{name}")).unwrap();
+            (name, bytes)
+        };
+        let files: Vec<(String, Vec<u8>)> = files.iter().map(read).collect();
+        let files: Vec<_> = files
+            .iter()
+            .map(|(n, b)| (n.as_str(), b.as_slice()))
+            .collect();
+        let path = format!("datasets/{}", find(task).unwrap().dataset);
+        hub.add(&path, "refs/convert/parquet", &files);
+    }
+    hub
 }
 
 /// Parquet from the hub holds the rows of the JSON lines; it is fetched once.
 #[test]
 fn the_hub_gives_the_same_rows_once() {
-    let requests = Arc::new(AtomicUsize::new(0));
-    let kept = tempfile::tempdir().unwrap();
-    let mut hub = Hub {
-        endpoint: serve(requests.clone()),
-        token: Some("secret".into()),
-        offline: false,
-        folder: kept.path().to_owned(),
+    let (fake, kept) = (hub(), tempfile::tempdir().unwrap());
+    let mut hub = fake.hub(kept.path());
+    let open = |hub: &Hub, name: &str, split: &str| {
+        let source = Source::Hub(hub.clone());
+        Dataset::open(&source, find(name).unwrap(), split, &Quiet::default())
     };
     for (name, split) in [
         ("arc_easy", "test"),
         ("arc_easy", "train"),
         ("mmlu", "test"),
         ("blimp", "train"),
+        ("blimp", "train"),
     ] {
+        let theirs = open(&hub, name, split).unwrap();
         let task = find(name).unwrap();
-        let theirs = Dataset::open(&Source::Hub(hub.clone()), task, split).unwrap();
-        assert_eq!(
-            theirs.rows,
-            Dataset::open(&folder(), task, split).unwrap().rows
-        );
-        assert_eq!(theirs.revision.as_deref(), Some("abc123"));
+        let ours = Dataset::open(&folder(), task, split, &Quiet::default());
+        assert_eq!(theirs.rows, ours.unwrap().rows);
+        assert_eq!(theirs.revision.as_deref(), Some(COMMIT));
     }
-    // Two of ARC (the second lists again), one of MMLU, two of BLiMP, and four listings.
-    assert_eq!(requests.load(Ordering::Relaxed), 9);
-    let say = |hub: &Hub, name: &str, split: &str| {
-        let opened = Dataset::open(&Source::Hub(hub.clone()), find(name).unwrap(), split);
-        opened.unwrap_err().to_string()
-    };
+    // Two of ARC, one of MMLU, two of BLiMP.
+    assert_eq!(fake.downloads(), 5);
+    let say = |hub: &Hub, name: &str, split: &str| open(hub, name, split).unwrap_err().to_string();
     let message = say(&hub, "arc_challenge", "test");
     assert!(
         message.contains("configuration ARC-Challenge, split test"),
@@ -228,17 +187,16 @@ fn the_hub_gives_the_same_rows_once() {
     );
     let message = say(&hub, "race", "test");
     assert!(
-        message.contains("EleutherAI/race cannot be downloaded") && message.contains("404"),
+        message.contains("no data set EleutherAI/race") && message.contains("--data-dir"),
         "{message}"
     );
     // Without the hub: what is kept.
     hub.offline = true;
-    let rows = Dataset::open(&Source::Hub(hub.clone()), find("arc_easy").unwrap(), "test")
-        .unwrap()
-        .rows;
-    assert_eq!(rows.len(), 6);
-    let message = say(&hub, "race", "test");
-    assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+    assert_eq!(open(&hub, "arc_easy", "test").unwrap().rows.len(), 6);
+    for (name, split) in [("race", "test"), ("mmlu", "dev")] {
+        let message = say(&hub, name, split);
+        assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+    }
 }
 
 /// Description, examples, contexts and continuations of every document, letter by letter, are those that
@@ -262,7 +220,10 @@ fn prompts_are_the_harnesss_own() {
                 if !recorded.contains_key(&key) {
                     continue;
                 }
-                for part in Opened::new(task, shots, &folder()).unwrap().parts() {
+                for part in Opened::new(task, shots, &folder(), &Quiet::default())
+                    .unwrap()
+                    .parts()
+                {
                     let theirs = &recorded[&format!("{}@{shots}", part.name)].prompts;
                     let ours = part.documents(None).unwrap();
                     assert_eq!(ours.len(), theirs.len(), "{}, {shots} examples", part.name);
@@ -289,7 +250,7 @@ fn prompts_are_the_harnesss_own() {
 /// A document that is among its own examples several times is shown other ones, as many as asked for.
 #[test]
 fn doubles_of_a_document_are_no_examples_of_it() {
-    let opened = Opened::new(find("winogrande").unwrap(), 5, &folder()).unwrap();
+    let opened = Opened::new(find("winogrande").unwrap(), 5, &folder(), &Quiet::default()).unwrap();
     let part = opened.parts().next().unwrap();
     let documents = part.documents(None).unwrap();
     for (prefix, document) in &documents {
@@ -297,7 +258,7 @@ fn doubles_of_a_document_are_no_examples_of_it() {
         assert!(!prefix.contains(&document.example), "{prefix}");
     }
     // Eight rows, two of them the first document: six others are too few for seven.
-    let opened = Opened::new(find("winogrande").unwrap(), 7, &folder()).unwrap();
+    let opened = Opened::new(find("winogrande").unwrap(), 7, &folder(), &Quiet::default()).unwrap();
     let error = opened.parts().next().unwrap().documents(None).unwrap_err();
     assert!(
         error.to_string().contains("winogrande_train.jsonl has 6"),

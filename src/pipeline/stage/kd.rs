@@ -23,7 +23,7 @@ use crate::train::{self, Sources, TrainSettings};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct KdStage {
-    /// Another teacher than the base, with the same vocabulary.
+    /// Another teacher than the base, with the same vocabulary: its folder, or its id on the hub.
     pub teacher: Option<PathBuf>,
     /// Converts more layers before it trains: layers that the student has already stay as they are.
     pub plan: Option<PlanOptions>,
