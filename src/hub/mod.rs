@@ -492,19 +492,29 @@ impl Hub {
             Kind::Model => format!("{endpoint}/{repo}"),
             Kind::Dataset => format!("{endpoint}/datasets/{repo}"),
         };
+        // What may have been meant for one.
+        let no_path = match id.kind {
+            Kind::Model => format!("no path {repo} is here, and "),
+            Kind::Dataset => String::new(),
+        };
         let (status, code, message) = match failure {
             Failure::Here(error) => return error,
             Failure::Interrupted => {
-                return Error::Interrupted(format!("nothing of {repo} was being downloaded yet"));
+                return Error::Interrupted(format!(
+                    "{repo} was still being asked for; run the same command again"
+                ));
             }
             Failure::Unreachable(why) if self.offline => {
                 return Error::Unreachable(format!(
-                    "{noun} {repo} is not in {}, and {why}",
+                    "{no_path}{noun} {repo} is not in {}; {why}",
                     self.cache.display()
                 ));
             }
             Failure::Unreachable(why) => {
-                return Error::Unreachable(format!("{noun} {repo}: {}", self.unreachable(&why)));
+                return Error::Unreachable(format!(
+                    "{no_path}{noun} {repo}: {}",
+                    self.unreachable(&why)
+                ));
             }
             Failure::Refused {
                 status,
@@ -530,15 +540,9 @@ impl Hub {
                 id.revision,
                 id.revision
             ),
-            ("RepoNotFound", _) | ("", 401 | 404) => {
-                let no_path = match id.kind {
-                    Kind::Model => format!("no path {repo} is here, and "),
-                    Kind::Dataset => String::new(),
-                };
-                format!(
-                    "{no_path}{endpoint} has no {noun} {repo}, or a private one: check the name; {token}"
-                )
-            }
+            ("RepoNotFound", _) | ("", 401 | 404) => format!(
+                "{no_path}{endpoint} has no {noun} {repo}, or a private one: check the name; {token}"
+            ),
             _ => format!(
                 "{noun} {repo}: {endpoint} answers {status} {code} {message}: {token}, or name another hub with HF_ENDPOINT"
             ),
