@@ -112,13 +112,14 @@ impl<'a> Partial<'a> {
     }
 
     fn add(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.file.write_all(bytes).map_err(|error| match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::file(
-                self.path,
-                "the disk is full; what has come is kept. Make room, or move the cache to another disk and name it with HF_HUB_CACHE, and \
-                 run the same command again",
-            ),
-            _ => Error::io("cannot write", self.path)(error),
+        self.file.write_all(bytes).map_err(|error| {
+            let error = match error.kind() {
+                kind @ (io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                    io::Error::new(kind, FULL)
+                }
+                _ => error,
+            };
+            Error::io("cannot write", self.path)(error)
         })?;
         self.sum.add(bytes);
         self.bytes += bytes.len() as u64;
@@ -127,6 +128,8 @@ impl<'a> Partial<'a> {
 }
 
 const BUFFER: usize = 1 << 18;
+const FULL: &str = "the disk is full. What has come is kept: make room, or move the cache to another disk and name it with HF_HUB_CACHE, and \
+    run the same command again";
 
 /// Makes `blob` the announced file. `told` hears how many bytes of it are there.
 pub(super) fn download(
@@ -238,4 +241,28 @@ fn receive(
         client.wait(in_vain, None, watch)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_full_disk_is_called_one() {
+        let path = Path::new("/dev/full");
+        let mut partial = Partial {
+            file: File::options().write(true).open(path).unwrap(),
+            path,
+            bytes: 0,
+            sum: Sum::None,
+        };
+        let error = partial.add(b"x").unwrap_err();
+        assert_eq!(error.exit_code(), 1);
+        let said = error.to_string();
+        assert!(
+            said.contains("the disk is full") && said.contains("HF_HUB_CACHE"),
+            "{said}"
+        );
+    }
 }

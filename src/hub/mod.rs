@@ -501,7 +501,7 @@ impl Hub {
             Failure::Here(error) => return error,
             Failure::Interrupted => {
                 return Error::Interrupted(format!(
-                    "nothing of {repo} has come yet; run the same command again"
+                    "{repo} was still being asked for; run the same command again"
                 ));
             }
             Failure::Unreachable(why) if self.offline => {

@@ -16,9 +16,9 @@ use crate::hub::{Hub, Id};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
-/// A file of texts, here or on the hub (`hf://datasets/org/name[@revision]/FILE`), or `stories:SEED:COUNT`, which the program writes itself; behind it `#K/N` for every N-th line, from the K-th (from
-/// 1), and of several texts `#weight=W` and `#tokens=N`; or `manifest:FILE`, which names all of a corpus. A file that has such a name
-/// goes before what it would mean.
+/// A file of texts, here or on the hub (`hf://datasets/org/name[@revision]/FILE`), or `stories:SEED:COUNT`, which the program writes
+/// itself; behind it `#K/N` for every N-th line, from the K-th (from 1), and of several texts `#weight=W` and `#tokens=N`; or
+/// `manifest:FILE`, which names all of a corpus. A file that has such a name goes before what it would mean.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Text {
     source: Source,
