@@ -16,6 +16,7 @@ mod processors;
 mod readme;
 mod recipes;
 mod runs;
+mod serve;
 mod watch;
 
 use std::path::{Path, PathBuf};

@@ -485,6 +485,87 @@ fn what_cannot_be_answered_is_refused_in_openais_shape() {
 }
 
 #[test]
+fn tools_are_called_where_the_template_teaches_them() {
+    // Hermes' format, on a model that must be held to it.
+    let source = "{{ bos_token }}{% for t in tools %}<tool_call> {{ t | tojson }} {% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}";
+    let template = ChatTemplate::new(source, vec![("bos_token".into(), "<s>".into())]).unwrap();
+    let about = About::open("tools".into(), TEACHER.into(), Some(template)).unwrap();
+    let models = Models::new(vec![about], Box::new(engine), None, 4 << 20, 8).unwrap();
+    let site = Site::new(models, options());
+    let tool = |name: &str| {
+        let parameters = json!({"type": "object", "properties": {"to": {"enum": ["Tom", "Mia"]}}, "required": ["to"], "additionalProperties": false});
+        json!({"type": "function", "function": {"name": name, "parameters": parameters}})
+    };
+    let mut body = json!({"messages": [{"role": "user", "content": "Tom"}], "tools": [tool("wave"), tool("call")], "max_tokens": 120,
+        "parallel_tool_calls": false, "seed": 1});
+    for (choice, names) in [
+        (json!("required"), vec!["wave", "call"]),
+        (
+            json!({"type": "function", "function": {"name": "call"}}),
+            vec!["call"],
+        ),
+    ] {
+        body["tool_choice"] = choice;
+        body["stream"] = false.into();
+        let found = site.post("/v1/chat/completions", body.clone()).json();
+        let choice = &found["choices"][0];
+        assert_eq!(
+            (&choice["finish_reason"], &choice["message"]["content"]),
+            (&json!("tool_calls"), &Value::Null),
+            "{found}"
+        );
+        let call = &choice["message"]["tool_calls"][0]["function"];
+        assert!(names.contains(&call["name"].as_str().unwrap()), "{call}");
+        let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+        assert!(["Tom", "Mia"].contains(&arguments["to"].as_str().unwrap()));
+        body["stream"] = true.into();
+        let events = site.post("/v1/chat/completions", body.clone()).events();
+        let deltas = events
+            .iter()
+            .filter_map(|event| event["choices"][0]["delta"]["tool_calls"].get(0));
+        let deltas: Vec<&Value> = deltas.collect();
+        assert_eq!((deltas.len(), &deltas[0]["function"]), (1, call));
+        assert_eq!(
+            events.last().unwrap()["choices"][0]["finish_reason"],
+            "tool_calls"
+        );
+        assert!(events.iter().all(|event| {
+            event["choices"][0]["delta"]["content"]
+                .as_str()
+                .unwrap_or_default()
+                .is_empty()
+        }));
+    }
+    body["stream"] = false.into();
+    body["tool_choice"] = json!({"type": "function", "function": {"name": "sing"}});
+    assert_eq!(
+        site.post("/v1/chat/completions", body.clone()).json()["error"]["param"],
+        "tool_choice"
+    );
+    // Free to choose, it says what it says; forbidden, it is not told of them.
+    for choice in ["auto", "none"] {
+        body["tool_choice"] = choice.into();
+        body["max_tokens"] = 5.into();
+        let found = site.post("/v1/chat/completions", body.clone()).json();
+        assert!(
+            found["choices"][0]["message"]["content"].is_string(),
+            "{found}"
+        );
+        assert_eq!(
+            found["usage"]["prompt_tokens"].as_u64() > Some(30),
+            choice == "auto"
+        );
+    }
+    let body = json!({"messages": [{"role": "user", "content": "Tom"}], "tools": [tool("wave")]});
+    let asked = Site::plain().post("/v1/chat/completions", body);
+    assert!(
+        asked.status == 400 && asked.text.contains("knows no tools"),
+        "{}",
+        asked.text
+    );
+}
+
+#[test]
 fn a_full_queue_says_when_to_come_again() {
     let site = Site::plain();
     let model = site.runtime.block_on(site.server.models.get(None)).unwrap();

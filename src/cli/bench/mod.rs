@@ -2,6 +2,7 @@
 
 mod data;
 mod generate;
+mod serve;
 mod train;
 
 #[derive(Debug, clap::Subcommand)]
@@ -11,6 +12,7 @@ pub enum Bench {
     Decode(generate::Decode),
     Prefill(generate::Prefill),
     Batch(generate::BatchArgs),
+    Serve(serve::Args),
 }
 
 pub fn run(command: Bench) -> anyhow::Result<()> {
@@ -20,6 +22,7 @@ pub fn run(command: Bench) -> anyhow::Result<()> {
         Bench::Decode(args) => generate::decode(args),
         Bench::Prefill(args) => generate::prefill(args),
         Bench::Batch(args) => generate::batch(args),
+        Bench::Serve(args) => serve::run(args),
     }
 }
 

@@ -14,20 +14,57 @@ use super::super::sessions::Turn;
 use super::super::state::{Client, Server};
 use super::answer::{self, Answers, Prompt, Shape, token_text};
 use super::fields::{Body, Common, MOST_LOGPROBS};
-use crate::data::chat::Message;
-use crate::generate::{Finish, Logprob, SamplingParams};
+use crate::data::chat::{ChatTemplate, End, Message, Piece, Rendering, ToolFormat, ToolReader};
+use crate::generate::{Finish, Format, Logprob, SamplingParams};
 
 #[derive(Debug, Deserialize)]
 struct Fields {
     messages: Vec<Map<String, Value>>,
     tools: Option<Vec<Value>>,
-    tool_choice: Option<Value>,
+    tool_choice: Option<ToolChoice>,
+    parallel_tool_calls: Option<bool>,
+    /// For templates that retrieve.
+    documents: Option<Value>,
+    /// Further variables of the template (`enable_thinking`, ..).
+    chat_template_kwargs: Option<Map<String, Value>>,
+    /// The last message is gone on with, instead of answered.
+    continue_final_message: Option<bool>,
     max_tokens: Option<usize>,
     max_completion_tokens: Option<usize>,
     logprobs: Option<bool>,
     top_logprobs: Option<usize>,
     /// A name under which the server keeps the conversation.
     session: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "none, auto, required or a function")]
+enum ToolChoice {
+    Mode(ToolMode),
+    Function { function: Named },
+}
+
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ToolMode {
+    None,
+    Auto,
+    Required,
+}
+
+#[derive(Debug, Deserialize)]
+struct Named {
+    name: String,
+}
+
+/// What a conversation is rendered from.
+#[derive(Default)]
+pub struct Told {
+    pub messages: Vec<Map<String, Value>>,
+    pub tools: Value,
+    pub documents: Value,
+    pub variables: Value,
+    pub goes_on: bool,
 }
 
 /// A conversation, ready to be read.
@@ -43,6 +80,12 @@ struct Chat {
     created: u64,
     logprobs: bool,
     kept: Option<Kept>,
+    /// How each choice's calls of tools are read, where there are tools.
+    readers: Vec<ToolReader>,
+    /// Calls of each choice so far.
+    calls: Vec<usize>,
+    /// Names of calls.
+    server: Arc<Server>,
 }
 
 /// Where the conversation is kept, and what was said before the answer.
@@ -97,15 +140,27 @@ pub async fn create(
         }
         (Some(name), Some(sessions)) => Some(sessions.turn(&model.about.name, name).await?),
     };
-    let tools = match fields.tool_choice.as_ref().and_then(Value::as_str) {
-        Some("none") => None,
-        _ => fields.tools,
-    };
     let most = server.limits.tokens;
-    let (of, messages) = (model.clone(), fields.messages);
+    let format = match model.about.template.as_ref() {
+        Some(template) => tools(&fields, template, &mut params)?,
+        None => None,
+    };
+    let told = Told {
+        messages: fields.messages,
+        tools: match (&format, fields.tools) {
+            (Some(_), Some(tools)) => tools.into(),
+            _ => Value::Null,
+        },
+        documents: fields.documents.unwrap_or_default(),
+        variables: fields
+            .chat_template_kwargs
+            .map_or(Value::Null, Value::Object),
+        goes_on: fields.continue_final_message.unwrap_or(false),
+    };
+    let of = model.clone();
     let prepare = move || -> Result<(Conversation, SamplingParams, Option<Kept>), ApiError> {
-        let plain = turn.is_some().then(|| plain(&messages)).transpose()?;
-        let read = conversation(&of, messages, tools, turn.as_ref())?;
+        let plain = turn.is_some().then(|| plain(&told.messages)).transpose()?;
+        let read = conversation(&of, told, turn.as_ref())?;
         params.max_tokens = Some(room(&of, read.prompt.tokens.len(), asked, most)?);
         of.engine
             .check(read.prompt.tokens.len(), &params)
@@ -127,6 +182,9 @@ pub async fn create(
         created: super::now(),
         logprobs: params.logprobs.is_some(),
         kept,
+        readers: format.map_or(Vec::new(), |format| vec![ToolReader::new(format); n]),
+        calls: vec![0; n],
+        server: server.clone(),
     };
     let (streams, usage) = (common.streams(), common.include_usage());
     let answers = Answers::begin(server, client, model, vec![read.prompt], n, &params).await?;
@@ -136,14 +194,54 @@ pub async fn create(
     }
 }
 
+/// How calls of tools are written, where there are tools that may be called; where one must be, the answer is held to that.
+///
+/// # Errors
+/// A template that knows no tools, or a choice that cannot be made.
+fn tools(
+    fields: &Fields,
+    template: &ChatTemplate,
+    params: &mut SamplingParams,
+) -> Result<Option<ToolFormat>, ApiError> {
+    let tools = fields.tools.as_deref().unwrap_or_default();
+    let only = match &fields.tool_choice {
+        Some(ToolChoice::Function { function }) => Some(function.name.as_str()),
+        _ => None,
+    };
+    let must = only.is_some()
+        || matches!(
+            fields.tool_choice,
+            Some(ToolChoice::Mode(ToolMode::Required))
+        );
+    if matches!(fields.tool_choice, Some(ToolChoice::Mode(ToolMode::None)))
+        || (tools.is_empty() && !must)
+    {
+        return Ok(None);
+    }
+    let Some(format) = ToolFormat::of(template) else {
+        let said = "the model's chat template knows no tools (in a format that is known here)";
+        return Err(ApiError::field("tools", said));
+    };
+    if must {
+        if params.format.is_some() {
+            let said = "an answer is a call or of a response_format: leave one of both out";
+            return Err(ApiError::field("tool_choice", said));
+        }
+        let several = only.is_none() && fields.parallel_tool_calls.unwrap_or(true);
+        let grammar = format.grammar(&tools.into(), only, several);
+        let grammar = grammar.map_err(|e| ApiError::field("tool_choice", e))?;
+        params.format = Some(Format::Lark(grammar));
+    }
+    Ok(Some(format))
+}
+
 /// What a conversation is to the model; where a session has read its beginning, it is not read again.
 ///
 /// # Errors
 /// A model without a template, or what the template refuses.
 pub fn conversation(
     model: &Model,
-    messages: Vec<Map<String, Value>>,
-    tools: Option<Vec<Value>>,
+    told: Told,
     turn: Option<&Turn>,
 ) -> Result<Conversation, ApiError> {
     let Some(template) = &model.about.template else {
@@ -153,20 +251,28 @@ pub fn conversation(
         );
         return Err(ApiError::bad(said));
     };
-    if messages.is_empty() {
+    if told.messages.is_empty() {
         return Err(ApiError::field("messages", "there is no message"));
     }
-    for (i, message) in messages.iter().enumerate() {
+    for (i, message) in told.messages.iter().enumerate() {
         if !message.get("role").is_some_and(Value::is_string) {
             let said = format!("message {i} has no role");
             return Err(ApiError::field(format!("messages[{i}].role"), said));
         }
     }
-    let messages = messages.into_iter().map(Value::Object).collect();
-    let tools = tools
-        .filter(|tools| !tools.is_empty())
-        .map_or(Value::Null, Value::Array);
-    let text = template.render_json(&messages, &tools, true);
+    let rendering = Rendering {
+        tools: &told.tools,
+        documents: &told.documents,
+        variables: &told.variables,
+        end: match told.goes_on {
+            true => End::Continued,
+            false => End::Answer,
+        },
+    };
+    let messages = told.messages.into_iter().map(Value::Object).collect();
+    let text = template
+        .of_openai(&messages)
+        .and_then(|messages| template.render_with(&messages, &rendering));
     let text = text.map_err(|e| ApiError::field("messages", e))?;
     let engine = &model.engine;
     let session = turn.map(|turn| turn.open(engine)).transpose();
@@ -234,6 +340,31 @@ fn plain(messages: &[Map<String, Value>]) -> Result<Vec<Message>, ApiError> {
 }
 
 impl Chat {
+    fn call(&self, name: String, arguments: String) -> Value {
+        let id = self.server.name("call_");
+        json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+    }
+
+    fn deltas(&mut self, choice: usize, pieces: Vec<Piece>) -> Vec<Value> {
+        let pieces = pieces.into_iter().map(|piece| match piece {
+            Piece::Text(text) => delta(choice, json!({"content": text}), Value::Null, None),
+            Piece::Call { name, arguments } => {
+                let mut call = self.call(name, arguments);
+                call["index"] = self.calls[choice].into();
+                self.calls[choice] += 1;
+                delta(choice, json!({"tool_calls": [call]}), Value::Null, None)
+            }
+        });
+        pieces.collect()
+    }
+
+    fn reason(&self, choice: usize, finish: &Finish) -> &'static str {
+        match finish.generation.finish_reason {
+            "stop" if self.calls[choice] > 0 => "tool_calls",
+            reason => reason,
+        }
+    }
+
     fn lists(&self, model: &Model, logprobs: &[Logprob]) -> Value {
         if !self.logprobs {
             return Value::Null;
@@ -281,21 +412,59 @@ impl Shape for Chat {
         logprobs: &[Logprob],
     ) -> Vec<Value> {
         let lists = self.lists(model, logprobs);
-        vec![delta(choice, json!({"content": text}), lists, None)]
+        let Some(reader) = self.readers.get_mut(choice) else {
+            return vec![delta(choice, json!({"content": text}), lists, None)];
+        };
+        let pieces = reader.push(text);
+        let mut said = self.deltas(choice, pieces);
+        // Of a text that is held back too.
+        match said.first_mut() {
+            Some(first) => first["logprobs"] = lists,
+            None if self.logprobs => said.push(delta(choice, json!({}), lists, None)),
+            None => {}
+        }
+        said
     }
 
     fn end(&mut self, _model: &Model, choice: usize, finish: &Finish) -> Vec<Value> {
-        let reason = Some(finish.generation.finish_reason);
-        vec![delta(choice, json!({}), Value::Null, reason)]
+        let rest = self
+            .readers
+            .get(choice)
+            .map(|reader| reader.clone().finish());
+        let mut said = self.deltas(choice, rest.unwrap_or_default());
+        let reason = self.reason(choice, finish);
+        said.push(delta(choice, json!({}), Value::Null, Some(reason)));
+        said
     }
 
     fn whole(&mut self, model: &Model, choice: usize, finish: &Finish) -> Value {
         let of = &finish.generation;
+        let mut message = json!({"role": "assistant", "content": of.text, "refusal": null});
+        if let Some(reader) = self.readers.get(choice) {
+            let mut reader = reader.clone();
+            let mut pieces = reader.push(&of.text);
+            pieces.extend(reader.finish());
+            let (mut text, mut calls) = (String::new(), Vec::new());
+            for piece in pieces {
+                match piece {
+                    Piece::Text(more) => text.push_str(&more),
+                    Piece::Call { name, arguments } => calls.push(self.call(name, arguments)),
+                }
+            }
+            self.calls[choice] = calls.len();
+            message["content"] = match (text.is_empty(), calls.is_empty()) {
+                (true, false) => Value::Null,
+                _ => text.into(),
+            };
+            if !calls.is_empty() {
+                message["tool_calls"] = calls.into();
+            }
+        }
         json!({
             "index": choice,
-            "message": {"role": "assistant", "content": of.text, "refusal": null},
+            "message": message,
             "logprobs": self.lists(model, &of.logprobs),
-            "finish_reason": of.finish_reason,
+            "finish_reason": self.reason(choice, finish),
         })
     }
 

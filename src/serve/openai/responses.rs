@@ -16,7 +16,7 @@ use super::super::error::ApiError;
 use super::super::state::{Client, Server};
 use super::super::worker::Told;
 use super::answer::{Answers, Usage};
-use super::chat::{conversation, room};
+use super::chat::{self, conversation, room};
 use super::fields::{Body, Common, ResponseFormat};
 
 #[derive(Debug, Deserialize)]
@@ -106,13 +106,17 @@ pub async fn create(
         Input::Text(text) => messages.push(said("user", text)),
         Input::Messages(all) => messages.extend(all.into_iter().map(texts_only)),
     }
+    let told = chat::Told {
+        messages,
+        ..chat::Told::default()
+    };
     let (of, asked, most) = (
         model.clone(),
         fields.max_output_tokens,
         server.limits.tokens,
     );
     let prepare = move || {
-        let prompt = conversation(&of, messages, None, None)?.prompt;
+        let prompt = conversation(&of, told, None)?.prompt;
         params.max_tokens = Some(room(&of, prompt.tokens.len(), asked, most)?);
         of.engine
             .check(prompt.tokens.len(), &params)
