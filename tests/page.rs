@@ -85,6 +85,7 @@ impl Browser {
         let folder = format!("--user-data-dir={}", text(profile.path()));
         let arguments = [
             "--headless",
+            "--window-size=1280,900",
             "--no-sandbox",
             "--disable-gpu",
             "--disable-quic",
@@ -196,7 +197,7 @@ const WRITING: &str = "document.querySelector('[aria-busy=true] .text')?.textCon
 fn slow(folder: &Path) -> PathBuf {
     let (stories, slow) = (folder.join("stories"), folder.join("slow"));
     succeeds(&["stories", text(&stories), "--count", "2"]);
-    let sizes = "--hidden-size 512 --intermediate-size 1536 --num-layers 12 --seq-len 16 --batch-size 1 --steps 1";
+    let sizes = "--hidden-size 256 --intermediate-size 768 --num-layers 8 --seq-len 16 --batch-size 1 --steps 1";
     let data = stories.join("stories.jsonl");
     let words = [
         "pretrain",
@@ -345,6 +346,9 @@ fn runs_are_shown_while_they_train() {
     append(&metrics, &steps(1, 3));
     // The next is just being written.
     append(&metrics, "{\"step\":4,\"tok");
+    // A process works on it.
+    let lock = std::fs::File::create(place("deep/.zebroid-ild.lock")).unwrap();
+    lock.lock().unwrap();
     append(&place("other/metrics.jsonl"), &steps(1, 2));
     let config = Path::new(TEACHER).join("config.json");
     std::fs::copy(config, place("other/config.json")).unwrap();
@@ -380,6 +384,7 @@ fn runs_are_shown_while_they_train() {
     };
     browser.go(&format!("{url}/runs"));
     browser.until("document.querySelectorAll('#runs input').length === 2");
+    assert!(browser.text("#runs").contains("running"));
     // One is drawn; now both are.
     browser.run("document.querySelectorAll('#runs input').forEach((box) => { if (!box.checked) box.click(); })");
     let points = "[...document.querySelectorAll('#chart .curve')].map((path) => path.getAttribute('d').split(/[ML]/).length - 1)";

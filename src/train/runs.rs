@@ -230,7 +230,9 @@ impl Run {
         let mut curve = Curve::default();
         let metrics = Metrics::read(&self.folder)?;
         for line in metrics.backwards() {
-            let step = line["step"].as_u64().unwrap_or(0);
+            let Some(step) = line["step"].as_u64() else {
+                continue;
+            };
             if step <= since {
                 break;
             }

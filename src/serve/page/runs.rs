@@ -18,6 +18,7 @@ use crate::train::runs::{Curve, Run, list};
 
 type Folder = Arc<Option<PathBuf>>;
 
+/// `None`: the server was told of no folder, and says so.
 pub fn runs<S>(folder: Option<PathBuf>) -> Router<S> {
     Router::new()
         .route("/api/runs", get(all))
@@ -72,6 +73,10 @@ async fn one(
             false => nothing(),
         };
         let mut run = Run::open(&folder).map_err(failed)?;
+        // Beside a folder that is none itself; nobody has looked where that leads.
+        if run.folder != folder {
+            return Err(nothing());
+        }
         let settings = run.settings().map_err(failed)?;
         let figures = run.figures().map_err(failed)?;
         let curve = run.curve(&asked.metric, asked.since);
