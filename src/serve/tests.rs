@@ -529,6 +529,9 @@ fn tools_are_called_where_the_template_teaches_them() {
         assert!(names.contains(&call["name"].as_str().unwrap()), "{call}");
         let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
         assert!(["Tom", "Mia"].contains(&arguments["to"].as_str().unwrap()));
+        // No blanks but those of the templates.
+        let spelled = format!("{{\"to\": {}}}", arguments["to"]);
+        assert_eq!(call["arguments"], spelled);
         body["stream"] = true.into();
         let events = site.post("/v1/chat/completions", body.clone()).events();
         let deltas = events
