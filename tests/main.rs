@@ -4,6 +4,7 @@
 mod arrows;
 mod chat;
 mod cli;
+mod clients;
 mod data;
 mod eval;
 mod fuzz;

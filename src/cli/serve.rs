@@ -163,8 +163,9 @@ impl Args {
             .chain(named)
             .map(|found| {
                 let (name, model) = found?;
-                let template = self.chat.asked()?;
-                About::open(name, model.fetch()?, template)
+                let path = model.fetch()?;
+                let template = self.chat.asked(&path)?;
+                About::open(name, path, template)
             })
             .collect()
     }

@@ -169,17 +169,29 @@ impl Engine {
         some
     }
 
-    /// The bytes of a token; where the tokenizer does not tell, or the token stands for something else than text, how it is spelled.
-    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+    /// What a token is made of, and whether it stands for something else than text.
+    fn word(&self, id: u32) -> Option<(&[u8], bool)> {
         let words = self
             .words
             .get_or_init(|| constraint::words(&self.tokenizer).ok());
-        let word = words.as_ref().and_then(|words| words.get(id as usize));
-        match word.map(Vec::as_slice) {
-            Some([TokTrie::SPECIAL_TOKEN_MARKER, rest @ ..]) if !rest.is_empty() => rest.to_vec(),
-            Some(word) => word.to_vec(),
+        let word = words.as_ref().and_then(|words| words.get(id as usize))?;
+        Some(match word.as_slice() {
+            [TokTrie::SPECIAL_TOKEN_MARKER, rest @ ..] if !rest.is_empty() => (rest, true),
+            word => (word, false),
+        })
+    }
+
+    /// The bytes of a token; where the tokenizer does not tell, or the token stands for something else than text, how it is spelled.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        match self.word(id) {
+            Some((word, _)) => word.to_vec(),
             None => self.tokenizer.token(id).unwrap_or_default().into_bytes(),
         }
+    }
+
+    /// Whether a token stands for something else than text: decoding leaves it out.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.word(id).is_some_and(|(_, special)| special)
     }
 
     /// Whether a request can be answered; what takes long of it (a form to compile) is done and kept.

@@ -314,6 +314,17 @@ fn prompts_are_scored_token_by_token() {
         json!(found[..tokens.len()])
     );
     assert_eq!(scored["choices"][1]["text"], "Mia");
+    // Tokens lie where the text has them, which lacks the first (BOS); of "é" the second byte lies behind its only character.
+    let ids = [vec![0], engine.prompt("Mia é").unwrap()];
+    let body = json!({"prompt": ids, "max_tokens": 0, "logprobs": 0, "echo": true});
+    let scored = site.post("/v1/completions", body).json();
+    let lists = |i: usize| &scored["choices"][i]["logprobs"];
+    assert_eq!(lists(0)["tokens"], json!(["<s>"]));
+    assert_eq!(
+        lists(1)["tokens"],
+        json!(["<s>", "Mia", " ", "bytes:\\xc3", "bytes:\\xa9"])
+    );
+    assert_eq!(lists(1)["text_offset"], json!([0, 0, 3, 4, 5]));
     assert_eq!(scored["usage"]["completion_tokens"], 0);
 }
 
@@ -518,6 +529,9 @@ fn tools_are_called_where_the_template_teaches_them() {
         assert!(names.contains(&call["name"].as_str().unwrap()), "{call}");
         let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
         assert!(["Tom", "Mia"].contains(&arguments["to"].as_str().unwrap()));
+        // No blanks but those of the templates.
+        let spelled = format!("{{\"to\": {}}}", arguments["to"]);
+        assert_eq!(call["arguments"], spelled);
         body["stream"] = true.into();
         let events = site.post("/v1/chat/completions", body.clone()).events();
         let deltas = events

@@ -13,18 +13,18 @@ pub struct ChatArg {
 }
 
 impl ChatArg {
-    /// The template that was asked for.
+    /// The template that was asked for, with the checkpoint's special tokens.
     ///
     /// # Errors
     /// A file that cannot be read, or is no template.
-    pub fn asked(&self) -> Result<Option<ChatTemplate>> {
+    pub fn asked(&self, checkpoint: &Path) -> Result<Option<ChatTemplate>> {
         match self.chat_template.as_deref() {
             None => Ok(None),
             Some("chatml") => ChatTemplate::new(CHATML, Vec::new()).map(Some),
             Some(path) => {
                 let path = Path::new(path);
                 let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-                let template = ChatTemplate::new(&text, Vec::new());
+                let template = ChatTemplate::new(&text, ChatTemplate::tokens(checkpoint)?);
                 template
                     .map(Some)
                     .map_err(|e| Error::file(path, e.to_string()))
@@ -37,7 +37,7 @@ impl ChatArg {
     /// # Errors
     /// None of both, besides.
     pub fn open(&self, checkpoint: &Path) -> Result<ChatTemplate> {
-        let found = match self.asked()? {
+        let found = match self.asked(checkpoint)? {
             Some(template) => Some(template),
             None => ChatTemplate::open(checkpoint)?,
         };

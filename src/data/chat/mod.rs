@@ -124,11 +124,6 @@ impl ChatTemplate {
                 .map(Some)
                 .map_err(|e| Error::file(path, e.to_string()));
         }
-        let json = |file: &Path| match std::fs::read(file) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|e| Error::file(file, format!("{e}: fetch or save the file again"))),
-            Err(_) => Ok(Json::Null),
-        };
         let config = path.join(CONFIG);
         let config_json = json(&config)?;
         let own = path.join(OWN_FILE);
@@ -156,6 +151,20 @@ impl ChatTemplate {
         template
             .map(Some)
             .map_err(|e| Error::file(&file, e.to_string()))
+    }
+
+    /// The texts of special tokens that templates for a checkpoint may name.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn tokens(checkpoint: &Path) -> Result<Vec<(String, String)>> {
+        match Gguf::is_named(checkpoint) {
+            true => {
+                let gguf = Gguf::open(checkpoint)?;
+                Ok(gguf::tokenizer::special(&gguf.header.metadata))
+            }
+            false => Ok(special(&json(&checkpoint.join(CONFIG))?)),
+        }
     }
 
     /// Hash of all that it is.
@@ -367,6 +376,15 @@ fn named(template: &Json, name: &str) -> Option<String> {
     }
 }
 
+/// A file of JSON; null where there is none.
+fn json(file: &Path) -> Result<Json> {
+    match std::fs::read(file) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map_err(|e| Error::file(file, format!("{e}: fetch or save the file again"))),
+        Err(_) => Ok(Json::Null),
+    }
+}
+
 /// Special tokens that a tokenizer's config names: texts, or objects with a `content`.
 fn special(config: &Json) -> Vec<(String, String)> {
     let all = config.as_object().into_iter().flatten();
@@ -398,7 +416,8 @@ mod tests {
         let llama = "{{- bos_token }}{% for m in messages %}\n    {%- if m['role'] == 'system' %}\n        \
                      {{- '[' + m['content'].strip() + ']' }}\n    {%- else %}\n        {{- m.content }}\n    {%- endif %}\n\
                      {% endfor %}\n{% generation %}{% if add_generation_prompt %}>{% endif %}{% endgeneration %}";
-        let template = ChatTemplate::new(llama, vec![("bos_token".into(), "<s>".into())]).unwrap();
+        let tokens = ChatTemplate::tokens(Path::new("assets/teacher")).unwrap();
+        let template = ChatTemplate::new(llama, tokens).unwrap();
         assert_eq!(
             template.render(&conversation()).unwrap(),
             "<s>[Be brief.]Hi <you>>"

@@ -98,10 +98,15 @@ impl ToolFormat {
             if only.is_some_and(|only| only != name) {
                 continue;
             }
-            let parameters = match &function["parameters"] {
+            let mut parameters = match &function["parameters"] {
                 Json::Null => serde_json::json!({"type": "object", "properties": {}}),
                 schema => schema.clone(),
             };
+            if let Some(fields) = parameters.as_object_mut() {
+                // As templates write them, which models have seen; left free, a model may go on in blanks for ever.
+                let spelled = || serde_json::json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
+                fields.entry("x-guidance").or_insert_with(spelled);
+            }
             let name = Json::from(name);
             let before = format!("{{\"name\": {name}, \"{}\": ", self.arguments);
             rules += &format!(

@@ -169,9 +169,12 @@ struct Lists {
 impl Lists {
     fn push(&mut self, model: &Model, token: u32, known: Option<&Logprob>) {
         let text = |token: u32| token_text(&model.engine.token_bytes(token));
-        let own = text(token);
         self.text_offset.push(self.offset.into());
-        self.offset += own.chars().count();
+        if !model.engine.is_special(token) {
+            // Characters begin in one token and may end in another.
+            let bytes = model.engine.token_bytes(token);
+            self.offset += bytes.iter().filter(|byte| **byte & 0xC0 != 0x80).count();
+        }
         self.token_logprobs
             .push(known.map_or(Value::Null, |known| known.logprob.into()));
         self.top_logprobs.push(known.map_or(Value::Null, |known| {
@@ -183,7 +186,7 @@ impl Lists {
             }
             Value::Object(top)
         }));
-        self.tokens.push(own.into());
+        self.tokens.push(text(token).into());
     }
 
     fn json(self) -> Value {
@@ -248,8 +251,8 @@ impl Shape for Text {
             .echo
             .as_ref()
             .map_or("", |texts| &texts[choice / self.n]);
-        let logprobs = match (self.logprobs, before.is_empty()) {
-            (true, false) => {
+        let logprobs = match self.logprobs && self.echo.is_some() {
+            true => {
                 let mut lists = Lists::default();
                 lists.push(model, finish.tokens[0], None);
                 for known in of.prompt_logprobs.iter().chain(&of.logprobs) {
@@ -257,7 +260,7 @@ impl Shape for Text {
                 }
                 lists.json()
             }
-            _ => self.lists(model, 0, &of.logprobs),
+            false => self.lists(model, 0, &of.logprobs),
         };
         let text = format!("{before}{}", of.text);
         self.choice(choice, &text, logprobs, Some(of.finish_reason))
