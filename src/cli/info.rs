@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::arg::hub::Model;
 use super::positive;
 use super::show::{bytes, print, print_json, table, thousands};
 use crate::Result;
 use crate::atomic::parent;
 use crate::checkpoint::{Checkpoint, Format, Provenance};
 use crate::data::Tokenizer;
+use crate::hub::Part;
 use crate::mixer::MixerConfig;
 use crate::model::ModelConfig;
 
@@ -21,8 +23,8 @@ use crate::model::ModelConfig;
     zebroid info ./Llama-3.2-1B --contexts 2048,32768,131072\n  \
     zebroid info hybrid-q4_k.gguf --json")]
 pub struct Args {
-    /// Checkpoint folder of any format, a GGUF file, or just a config.json.
-    model: PathBuf,
+    /// Checkpoint folder of any format, a GGUF file, just a config.json, or a Hugging Face id (of which no weights are downloaded).
+    model: Model,
     /// Tokens of a sequence whose memory is shown [default: some up to the model's context].
     #[arg(long, value_parser = positive, value_delimiter = ',', value_name = "TOKENS")]
     contexts: Vec<usize>,
@@ -32,7 +34,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let info = Info::read(&args.model, &args.contexts)?;
+    let model = args.model.part(Part::Tokenizer)?;
+    let info = Info::read(&model, &args.contexts)?;
     match args.json {
         true => print_json(&info.as_json())?,
         false => print(info.as_text())?,

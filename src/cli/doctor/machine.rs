@@ -1,17 +1,18 @@
 //! What the machine has for zebroid.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::{Check, State};
 use crate::cli::arg::{cache, device};
 use crate::cli::show::bytes;
+use crate::hub::Hub;
 use crate::op::cgroup;
 use crate::op::isa::{Isa, Level, VARIABLE};
 use crate::op::runtime::{free_memory, total_memory};
 use crate::pipeline::device::{CPU, Device};
 
 pub(super) fn checks() -> Vec<Check> {
-    let (cache, hub) = (cache::folder(), hub_folder());
+    let (cache, hub) = (cache::folder(), Hub::from_env().cache);
     let mut all = vec![processor(), cores(), memory()];
     all.extend(speed());
     all.push(gpu());
@@ -183,14 +184,6 @@ fn writable(name: &'static str, folder: &Path, variable: &str) -> Check {
 
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
-}
-
-/// Hugging Face's own place.
-fn hub_folder() -> PathBuf {
-    let home = || variable("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let root = variable("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
-    let usual = || root.unwrap_or_default().join("huggingface");
-    variable("HF_HOME").map_or_else(usual, PathBuf::from)
 }
 
 /// What is set of how the hub is asked; a token is not shown.

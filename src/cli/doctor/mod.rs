@@ -1,10 +1,10 @@
 //! `zebroid doctor`: what is wrong with this machine or a checkpoint, and what mends it.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
+use super::arg::hub::Model;
 use super::show::{Progress, print, print_json};
 
 mod machine;
@@ -19,7 +19,7 @@ mod model;
     zebroid doctor model.gguf --json")]
 pub struct Args {
     /// Checkpoint folder of any format, or a GGUF file; all of it is read.
-    model: Option<PathBuf>,
+    model: Option<Model>,
     /// A JSON list instead of the lines.
     #[arg(long)]
     json: bool,
@@ -87,8 +87,8 @@ impl Check {
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut checks = machine::checks();
-    if let Some(path) = &args.model {
-        checks.extend(model::checks(path, &Progress::default())?);
+    if let Some(model) = &args.model {
+        checks.extend(model::checks(&model.fetch()?, &Progress::default())?);
     }
     let failures = checks.iter().filter(|c| c.state == State::Failure).count();
     match args.json {
