@@ -22,6 +22,8 @@ use crate::{Error, Result};
 
 /// Where the system has no more room for connections.
 const PAUSE: Duration = Duration::from_millis(50);
+/// For the ends of answers that were hurried.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// What is not read by the other side for so long ends the connection.
 const UNREAD: Duration = Duration::from_secs(60);
 
@@ -104,7 +106,7 @@ pub async fn serve(
         .is_err()
     {
         hurry();
-        let _ = tokio::time::timeout(limits.grace, ended).await;
+        let _ = tokio::time::timeout(LAST_WORDS, ended).await;
     }
 }
 
