@@ -111,6 +111,30 @@ fn long_request() -> String {
 }
 
 #[test]
+fn a_connection_outlives_a_refusal() {
+    let served = Served::start(&[]);
+    for (asked, status) in [
+        ("POST /nowhere HTTP/1.1\r\n", 404),
+        (
+            "POST /v1/completions HTTP/1.1\r\norigin: http://elsewhere\r\n",
+            403,
+        ),
+    ] {
+        let mut stream = served.connect();
+        let head = format!("{asked}host: localhost\r\ncontent-length: 2\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        // The body comes when all is known that the answer needs.
+        std::thread::sleep(Duration::from_millis(50));
+        let rest = "{}GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+        stream.write_all(rest.as_bytes()).unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).unwrap();
+        assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{said}");
+        assert!(said.contains("HTTP/1.1 200"), "{said}");
+    }
+}
+
+#[test]
 fn what_cannot_be_served_is_said_before_anything_is_loaded() {
     let said = fails(2, &["serve", TEACHER, "--host", "0.0.0.0"]);
     assert!(

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::uri::Authority;
@@ -16,6 +16,9 @@ use super::state::{Client, Server};
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Of a client's own name for a request.
 const LONGEST_ID: usize = 128;
+/// Bytes of a refused request's body that are taken, and for how long.
+const MOST_REFUSED: usize = 64 << 10;
+const REFUSED_FOR: Duration = Duration::from_secs(2);
 
 /// Names the request, counts it and writes it down.
 pub async fn watch(
@@ -58,19 +61,27 @@ pub async fn watch(
     response
 }
 
+/// Answers without having read the request. What the client is still sending is taken, so that it reads the answer and its connection is
+/// good for the next request; of one that sends much the connection ends.
+pub async fn refuse(request: Request, error: ApiError) -> Response {
+    let rest = axum::body::to_bytes(request.into_body(), MOST_REFUSED);
+    let _ = tokio::time::timeout(REFUSED_FOR, rest).await;
+    error.into_response()
+}
+
 /// Lets pass who has a key, where keys are asked for.
 pub async fn key(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
     if !server.keys.is_empty() {
         let sent = request.headers().get(header::AUTHORIZATION);
         let sent = sent.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         let Some(key) = sent.and_then(|sent| server.keys.find(sent.trim())) else {
-            return ApiError::unauthorized().into_response();
+            return refuse(request, ApiError::unauthorized()).await;
         };
         // Looking is free; answers are counted.
         let counts = request.method() == axum::http::Method::POST;
         let place = match counts.then(|| key.begin()).transpose() {
             Ok(place) => place.map(Arc::new),
-            Err(error) => return error.into_response(),
+            Err(error) => return refuse(request, error).await,
         };
         if let Some(client) = request.extensions_mut().get_mut::<Client>() {
             client.key = Some(key.clone());
@@ -84,7 +95,7 @@ pub async fn key(State(server): State<Arc<Server>>, mut request: Request, next: 
 pub async fn origin(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
     match check_origin(&server, request.headers()) {
         Ok(()) => next.run(request).await,
-        Err(error) => error.into_response(),
+        Err(error) => refuse(request, error).await,
     }
 }
 

@@ -144,14 +144,17 @@ fn router(server: Arc<Server>) -> Router {
         .allow_headers(AllowHeaders::mirror_request());
     keyed
         .merge(open)
-        .fallback(|| async {
-            ApiError::status(StatusCode::NOT_FOUND, "there is no such path here")
+        .fallback(|request| async {
+            let said = "there is no such path here";
+            guard::refuse(request, ApiError::status(StatusCode::NOT_FOUND, said)).await
         })
-        .method_not_allowed_fallback(|| async {
-            ApiError::status(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "this path knows other methods",
+        .method_not_allowed_fallback(|request| async {
+            let said = "this path knows other methods";
+            guard::refuse(
+                request,
+                ApiError::status(StatusCode::METHOD_NOT_ALLOWED, said),
             )
+            .await
         })
         .layer(cors)
         .layer(from_fn_with_state(server.clone(), guard::origin))
