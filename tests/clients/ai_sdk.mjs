@@ -53,7 +53,7 @@ assert.deepEqual(last, toy)
 
 // A tool is called, carried out here, and what came of it is read.
 const look = tool({ description: 'Looks at a place.', inputSchema: z.object({ place: z.enum(['park', 'lake']) }), execute: ({ place }) => `a ${place}` })
-const steps = { ...ask, maxOutputTokens: 60, tools: { look }, toolChoice: { type: 'tool', toolName: 'look' }, stopWhen: stepCountIs(2) }
+const steps = { ...ask, maxOutputTokens: 100, tools: { look }, toolChoice: { type: 'tool', toolName: 'look' }, stopWhen: stepCountIs(2) }
 for (const { toolResults } of [(await generateText(steps)).steps[1], (await streamText(steps).steps)[1]]) {
   assert.equal(toolResults.length, 1)
   assert.equal(toolResults[0].output, `a ${toolResults[0].input.place}`)
