@@ -489,16 +489,18 @@ mod tests {
             {"type": "function", "function": {"name": "g"}},
         ]);
         let grammar = format("hermes").grammar(&tools, None, true).unwrap();
-        assert_eq!(
-            grammar,
-            r#"start: "<tool_call>\n" call ("\n</tool_call>\n<tool_call>\n" call)* "\n</tool_call>"
+        let spelled = r#","x-guidance":{"whitespace_flexible":false,"item_separator":", ","key_separator":": "}}"#;
+        let expected = r#"start: "<tool_call>\n" call ("\n</tool_call>\n<tool_call>\n" call)* "\n</tool_call>"
 call: call_0 | call_1
 call_0: "{\"name\": \"f\", \"arguments\": " arguments_0 "}"
 arguments_0: %json {"type":"object"}
 call_1: "{\"name\": \"g\", \"arguments\": " arguments_1 "}"
 arguments_1: %json {"type":"object","properties":{}}
-"#
-        );
+"#;
+        let plain = grammar.replace(spelled, "}");
+        assert_eq!(plain, expected);
+        assert_eq!(grammar.matches(spelled).count(), 2);
+
         let one = format("llama").grammar(&tools, Some("g"), true).unwrap();
         assert!(
             one.starts_with("start: call\ncall: call_1\ncall_1: "),
