@@ -616,12 +616,13 @@ impl Sequence {
             self.ttft_s = self.submitted.elapsed().as_secs_f64();
         }
         self.so_far.completion_tokens += 1;
+        // One for every token that is counted, the end's too.
+        self.unsaid.extend(logprob);
         if engine.is_eos(token) {
             self.so_far.finish_reason = "stop";
             return Ok(());
         }
         self.tokens.push(token);
-        self.unsaid.extend(logprob);
         let piece = self.stream.push(token)?;
         let (text, stopped) = self.stops.push(&piece);
         if stopped || last {
@@ -659,7 +660,11 @@ impl Sequence {
             self.say(text, events);
         }
         let logprobs = std::mem::take(&mut self.unsaid);
-        self.so_far.logprobs.extend(logprobs);
+        if !logprobs.is_empty() {
+            self.so_far.logprobs.extend(logprobs.iter().cloned());
+            let (id, text) = (self.id, String::new());
+            events.push(Event::Text { id, text, logprobs });
+        }
         let decoding = self.submitted.elapsed().as_secs_f64() - self.ttft_s;
         self.so_far.ttft_s = self.ttft_s;
         self.so_far.decode_tokens_per_s =

@@ -306,6 +306,21 @@ fn prompts_are_scored_token_by_token() {
         .map(|one| one.as_f64().unwrap())
         .sum();
     assert!((sum - own[0].0).abs() < 1e-3, "{sum} {}", own[0].0);
+    // Where the answer is the end at once, it has one all the same: lm_eval leaves the last one out.
+    let eos = engine.tokenizer.eos()[0];
+    let mut ended = body.clone();
+    ended["logit_bias"] = json!({eos.to_string(): 100});
+    let ended = site.post("/v1/completions", ended).json();
+    let choice = &ended["choices"][0];
+    assert_eq!(
+        (&choice["text"], &choice["finish_reason"]),
+        (&json!(text), &json!("stop"))
+    );
+    let scored = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert_eq!(
+        (scored.len(), &scored[..tokens.len()]),
+        (found.len(), &found[..tokens.len()])
+    );
     // Without an answer, and several at once.
     let body = json!({"prompt": [text, "Mia"], "max_tokens": 0, "logprobs": 0, "echo": true});
     let scored = site.post("/v1/completions", body).json();
