@@ -124,14 +124,10 @@ fn form(value: &Value) -> Value {
                     ("top_logprobs", Value::Array(all))
                         if !all.iter().any(|one| one["token"].is_string()) =>
                     {
-                        form(
-                            &all.iter()
-                                .map(|one| {
-                                    one.as_object()
-                                        .map(|top| top.values().cloned().collect::<Value>())
-                                })
-                                .collect(),
-                        )
+                        let values = |one: &Value| {
+                            Some(one.as_object()?.values().cloned().collect::<Value>())
+                        };
+                        form(&all.iter().map(values).collect())
                     }
                     _ => form(value),
                 };
@@ -142,13 +138,10 @@ fn form(value: &Value) -> Value {
     }
 }
 
-/// An answer, or the events of a stream: those of each choice in their order, of alike ones in turn the first.
+/// An answer's head, and its form or the events of its stream: those of each choice in their order, of alike ones in turn the first.
 fn told(told: &Value) -> Value {
-    let Some(events) = told["events"].as_array() else {
-        return form(told);
-    };
     let mut choices: BTreeMap<u64, Vec<Value>> = BTreeMap::new();
-    for event in events {
+    for event in told["events"].as_array().into_iter().flatten() {
         let choice = event[1]["choices"][0]["index"].as_u64().unwrap_or(0);
         let all = choices.entry(choice).or_default();
         // Its name, and the end of all, are the protocol's.
@@ -160,7 +153,14 @@ fn told(told: &Value) -> Value {
             all.push(kind);
         }
     }
-    json!([told["status"], choices.into_values().collect::<Vec<_>>()])
+    let events: Vec<Vec<Value>> = choices.into_values().collect();
+    json!([
+        told["status"],
+        told["type"],
+        told["retry"],
+        form(&told["body"]),
+        events
+    ])
 }
 
 /// Asks once more, as a recorded client did.
@@ -226,7 +226,7 @@ fn openais_client_is_answered_as_it_was() {
 
 #[test]
 fn openais_client_works() {
-    let Some(python) = python("openai") else {
+    let Some(python) = python("openai, httpx2") else {
         return;
     };
     let site = Site::new();
