@@ -61,7 +61,7 @@ pub struct Args {
     /// A site whose pages may ask this server (CORS), or * (several times: several).
     #[arg(long, value_name = "ORIGIN")]
     cors_origin: Vec<String>,
-    /// A name of this machine by which it may be asked without a key.
+    /// A name by which this server may be asked where it has no keys, beside its addresses and localhost.
     #[arg(long, value_name = "NAME")]
     allow_host: Vec<String>,
     /// A folder in which conversations are kept that name a session.
@@ -178,12 +178,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let keys = args.keys()?;
     let all = args.all()?;
-    // Models share what is free.
+    // Models share what is free, and leave room for weights where there is a budget.
+    let largest = all.iter().map(|about| about.bytes as usize).max();
+    let left = |budget: usize| budget.saturating_sub(largest.unwrap_or_default()) / 2;
     let free = runtime::free_memory().map(|free| free / 2 / all.len().max(1));
+    let cache = [free, args.memory.map(left)].into_iter().flatten().min();
     let mut options = args.engine.options();
     options.max_batch = args.max_batch;
     options.prefix_cache = !args.no_prefix_cache;
-    options.cache_memory = options.cache_memory.or(free);
+    options.cache_memory = options.cache_memory.or(cache);
     let cache = options.memory_limit() as u64;
     let engine = args.engine.clone();
     let load = Box::new(move |path: &Path| engine.open_with(path, options.clone()));

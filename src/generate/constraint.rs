@@ -98,7 +98,7 @@ impl Constraints {
     pub fn compile(&self, format: &Format) -> Result<Constraint> {
         let kept = || self.kept.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((_, constraint)) = kept().iter().find(|(of, _)| of == format) {
-            return Ok(constraint.clone());
+            return Ok(constraint.own());
         }
         let failed =
             |said: String| Error::invalid(format!("the {} cannot be used: {said}", format.name()));
@@ -126,8 +126,9 @@ impl Constraints {
                 let made = Constraint { matcher };
                 let mut kept = kept();
                 kept.truncate(KEPT - 1);
-                kept.push_front((format.clone(), made.clone()));
-                Ok(made)
+                let own = made.own();
+                kept.push_front((format.clone(), made));
+                Ok(own)
             }
         }
     }
@@ -151,6 +152,13 @@ impl std::fmt::Debug for Constraint {
 }
 
 impl Constraint {
+    /// The same with a lexer of its own: one that another answer has exhausted would fail this one too.
+    fn own(&self) -> Self {
+        Self {
+            matcher: self.matcher.deep_clone(),
+        }
+    }
+
     /// Takes from `logits [V]` what may not come next.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ use llguidance::toktrie::TokTrie;
 pub use prefix::PrefixCache;
 pub use sampler::{Logprob, MAX_TOKENS, Sampler, SamplingParams};
 pub use scheduler::{Event, Finish, Request, Scheduler, Statistics};
-pub use session::Session;
+pub use session::{Session, StoredSession};
 pub use speculation::Drafter;
 
 /// How an engine uses the machine.
@@ -88,6 +88,8 @@ pub struct Generation {
     pub ttft_s: f64,
     /// Decoded tokens a second after the first.
     pub decode_tokens_per_s: f64,
+    /// Of caches and states, when it ended.
+    pub cache_bytes: usize,
     /// Tokens that a drafter guessed, and those of them that were right.
     pub drafted_tokens: usize,
     pub accepted_tokens: usize,

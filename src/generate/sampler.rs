@@ -83,8 +83,9 @@ impl SamplingParams {
         if !(0.0..1.0).contains(&self.min_p) {
             return say("min_p", self.min_p, "at or above 0 and below 1");
         }
-        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
-            return say("repetition_penalty", self.repetition_penalty, "above 0");
+        if !(0.01..=100.0).contains(&self.repetition_penalty) {
+            let value = self.repetition_penalty;
+            return say("repetition_penalty", value, "between 0.01 and 100");
         }
         for (name, value) in [
             ("presence_penalty", self.presence_penalty),
@@ -208,7 +209,9 @@ impl Sampler {
             for token in seen {
                 let logit = &mut logits[token as usize];
                 *logit = match *logit > 0.0 {
-                    true => (f64::from(*logit) / p.repetition_penalty) as f32,
+                    true => {
+                        (f64::from(*logit) / p.repetition_penalty).min(f64::from(f32::MAX)) as f32
+                    }
                     false => (f64::from(*logit) * p.repetition_penalty) as f32,
                 };
             }

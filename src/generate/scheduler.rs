@@ -23,6 +23,8 @@ pub struct Request {
     pub params: SamplingParams,
     /// What has read the prompt's beginning: a session.
     pub memory: Option<Memory>,
+    /// The same from a file: tokens that were read, and [`Memory::to_bytes`] of them.
+    pub stored: Option<(usize, Vec<u8>)>,
     /// Further answers to the same prompt, which is read once: their names and seeds.
     pub siblings: Vec<(u64, u64)>,
 }
@@ -34,6 +36,7 @@ impl Request {
             prompt,
             params,
             memory: None,
+            stored: None,
             siblings: Vec::new(),
         }
     }
@@ -184,6 +187,7 @@ impl<'e> Scheduler<'e> {
             prompt,
             params,
             memory,
+            stored,
             siblings,
         } = request;
         params.validate()?;
@@ -191,7 +195,11 @@ impl<'e> Scheduler<'e> {
         let constraint = self.engine.constraint(params.format.as_ref())?;
         let serves =
             |memory: &Memory| memory.len() < prompt.len() && params.prompt_logprobs.is_none();
-        let memory = memory.filter(serves);
+        let restored = match stored {
+            Some((read, bytes)) if memory.is_none() => self.restore(read, &bytes),
+            _ => None,
+        };
+        let memory = memory.or(restored).filter(serves);
         let memory = memory.unwrap_or_else(|| self.engine.pool.sequence());
         self.waiting.push_back(Sequence {
             id,
@@ -209,6 +217,7 @@ impl<'e> Scheduler<'e> {
                 finish_reason: "length",
                 ttft_s: 0.0,
                 decode_tokens_per_s: 0.0,
+                cache_bytes: 0,
                 drafted_tokens: 0,
                 accepted_tokens: 0,
                 logprobs: Vec::new(),
@@ -226,6 +235,17 @@ impl<'e> Scheduler<'e> {
             memory,
         });
         Ok(())
+    }
+
+    /// What a file remembers; none where there is no room for it even if nothing else is kept: its tokens can be read again.
+    fn restore(&mut self, read: usize, bytes: &[u8]) -> Option<Memory> {
+        loop {
+            match Memory::from_bytes(&self.engine.pool, read, bytes) {
+                Ok(memory) => return Some(memory),
+                Err(_) if self.prefix.as_mut().is_some_and(PrefixCache::evict) => {}
+                Err(_) => return None,
+            }
+        }
     }
 
     /// Ends a request where it stands; all it had is free at once. It is done with the next step.
@@ -248,7 +268,7 @@ impl<'e> Scheduler<'e> {
     /// One pass over the weights.
     ///
     /// # Errors
-    /// Memory that others hold.
+    /// A tensor library that fails.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         let begun = Instant::now();
         let mut events = Vec::new();
@@ -258,7 +278,7 @@ impl<'e> Scheduler<'e> {
         let even = self.engine.drafter.is_some() && self.running.iter().all(|s| s.is_continued());
         let guesses = even && self.pace.pays(self.running.len());
         let catching_up = guesses && self.guess()?;
-        let counts = self.share_out()?;
+        let counts = self.share_out();
         let sequences = self.running.len();
         let tokens_before: usize = self.running.iter().map(|s| s.tokens.len()).sum();
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
@@ -409,11 +429,8 @@ impl<'e> Scheduler<'e> {
         }
     }
 
-    /// How many tokens each running sequence reads now; there is room for them.
-    ///
-    /// # Errors
-    /// A sequence alone that finds none: others than the scheduler hold it.
-    fn share_out(&mut self) -> Result<Vec<usize>> {
+    /// How many tokens each running sequence reads now; there is room for them. A sequence alone that finds none fails.
+    fn share_out(&mut self) -> Vec<usize> {
         loop {
             let mut left = self.engine.options.prefill_chunk.max(1);
             let mut counts = Vec::with_capacity(self.running.len());
@@ -434,7 +451,7 @@ impl<'e> Scheduler<'e> {
                 counts.push(count);
             }
             if !full {
-                return Ok(counts);
+                return counts;
             }
             let guesses = self.running.iter_mut().map(Sequence::give_up_guesses);
             if guesses.fold(false, |any, some| any | some)
@@ -442,11 +459,14 @@ impl<'e> Scheduler<'e> {
             {
                 continue;
             }
-            if self.running.len() == 1 {
+            if let [alone] = &mut self.running[..] {
+                // Others than the scheduler hold the rest.
                 let (used, limit) = (self.engine.pool.used(), self.engine.pool.limit());
-                return Err(Error::invalid(format!(
+                alone.failed = Some(Error::invalid(format!(
                     "no room in the cache for one sequence: {used} of {limit} bytes are in use; raise --cache-memory"
                 )));
+                alone.memory = self.engine.pool.sequence();
+                return vec![0];
             }
             // The youngest lets go of what it has and reads it again later.
             let mut youngest = self.running.pop().expect("one of them found no room");
@@ -667,6 +687,7 @@ impl Sequence {
         }
         let decoding = self.submitted.elapsed().as_secs_f64() - self.ttft_s;
         self.so_far.ttft_s = self.ttft_s;
+        self.so_far.cache_bytes = self.memory.bytes();
         self.so_far.decode_tokens_per_s =
             self.so_far.completion_tokens.saturating_sub(1) as f64 / decoding.max(1e-9);
         events.push(Event::Done {

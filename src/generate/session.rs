@@ -1,5 +1,6 @@
 //! A conversation that goes on in another process: its tokens, and what the model remembers of them.
 
+use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -51,19 +52,9 @@ impl Session {
         }
     }
 
-    /// The tokens of `text`: where it goes on from what was read, those that were read and what follows them (to encode an answer anew
-    /// may give other tokens than those it was drawn as).
-    ///
-    /// # Errors
-    /// A text that the tokenizer cannot encode.
+    /// As [`prompt`].
     pub fn prompt(&self, engine: &Engine, text: &str) -> Result<Vec<u32>> {
-        match text.strip_prefix(&self.text) {
-            Some(rest) if !self.tokens.is_empty() && !rest.is_empty() => {
-                let rest = engine.tokenizer.encode_plain(rest)?;
-                Ok([self.tokens.as_slice(), &rest].concat())
-            }
-            _ => engine.tokenizer.encode_plain(text),
-        }
+        prompt(engine, &self.text, &self.tokens, text)
     }
 
     /// Writes it whole or not at all.
@@ -88,30 +79,39 @@ impl Session {
     }
 
     /// # Errors
+    /// As [`StoredSession::open`]; no room for what the model remembers.
+    pub fn open(engine: &Engine, path: &Path) -> Result<Self> {
+        let stored = StoredSession::open(engine, path)?;
+        let memory = match stored.read {
+            0 => Ok(engine.pool.sequence()),
+            read => Memory::from_bytes(&engine.pool, read, &stored.bytes),
+        };
+        Ok(Self {
+            memory: memory.map_err(|e| Error::file(path, e))?,
+            messages: stored.messages,
+            text: stored.text,
+            tokens: stored.tokens,
+        })
+    }
+}
+
+/// A session as its file has it: what the model remembers takes no room yet.
+pub struct StoredSession {
+    pub messages: Vec<Message>,
+    pub text: String,
+    pub tokens: Vec<u32>,
+    /// Tokens that have been read.
+    pub read: usize,
+    /// What the model remembers of them, as [`Memory::to_bytes`] has it.
+    pub bytes: Vec<u8>,
+}
+
+impl StoredSession {
+    /// # Errors
     /// A file that is no session, is cut off, or is of another model or cache type.
     pub fn open(engine: &Engine, path: &Path) -> Result<Self> {
         let bad = |said: String| Error::file(path, said);
-        let mut file = std::fs::File::open(path).map_err(Error::io("cannot open", path))?;
-        let cut = |_| bad("cut off: it ends before its description does".into());
-        let mut begin = [0; 24];
-        file.read_exact(&mut begin).map_err(cut)?;
-        let (magic, size) = begin.split_at(MAGIC.len());
-        if magic != MAGIC {
-            return Err(bad("not a session of zebroid".into()));
-        }
-        let size = u64::from_le_bytes(size.try_into().expect("eight bytes"));
-        let whole = file
-            .metadata()
-            .map_err(Error::io("cannot read", path))?
-            .len();
-        if size > MOST_HEADER || size > whole {
-            return Err(bad(format!(
-                "a description of {size} bytes in a file of {whole}"
-            )));
-        }
-        let mut header = vec![0; size as usize];
-        file.read_exact(&mut header).map_err(cut)?;
-        let header: Header = serde_json::from_slice(&header).map_err(|e| bad(e.to_string()))?;
+        let (header, mut file) = header(path)?;
         let own = engine.decoder.fingerprint();
         if header.fingerprint != own {
             return Err(bad(format!(
@@ -132,15 +132,78 @@ impl Session {
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)
             .map_err(Error::io("cannot read", path))?;
-        let memory = match header.read {
-            0 => Ok(engine.pool.sequence()),
-            read => Memory::from_bytes(&engine.pool, read, &bytes),
+        let wanted = match header.read {
+            0 => bytes.len(),
+            read => engine.pool.bytes(read),
         };
+        if bytes.len() != wanted {
+            return Err(bad(format!(
+                "{} bytes for {} tokens; this model's take {wanted}",
+                bytes.len(),
+                header.read
+            )));
+        }
         Ok(Self {
-            memory: memory.map_err(|e| bad(e.to_string()))?,
             messages: header.messages,
             text: header.text,
             tokens: header.tokens,
+            read: header.read,
+            bytes,
         })
     }
+
+    /// What was said, of any model.
+    ///
+    /// # Errors
+    /// A file that is no session, or is cut off.
+    pub fn messages(path: &Path) -> Result<Vec<Message>> {
+        header(path).map(|(header, _)| header.messages)
+    }
+
+    /// As [`prompt`].
+    pub fn prompt(&self, engine: &Engine, text: &str) -> Result<Vec<u32>> {
+        prompt(engine, &self.text, &self.tokens, text)
+    }
+}
+
+/// The tokens of `text`: where it goes on from what was read, those that were read and what follows them (to encode an answer anew
+/// may give other tokens than those it was drawn as).
+///
+/// # Errors
+/// A text that the tokenizer cannot encode.
+fn prompt(engine: &Engine, before: &str, tokens: &[u32], text: &str) -> Result<Vec<u32>> {
+    match text.strip_prefix(before) {
+        Some(rest) if !tokens.is_empty() && !rest.is_empty() => {
+            let rest = engine.tokenizer.encode_plain(rest)?;
+            Ok([tokens, &rest].concat())
+        }
+        _ => engine.tokenizer.encode_plain(text),
+    }
+}
+
+/// A file's description, and the file where the memory begins.
+fn header(path: &Path) -> Result<(Header, File)> {
+    let bad = |said: String| Error::file(path, said);
+    let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
+    let cut = |_| bad("cut off: it ends before its description does".into());
+    let mut begin = [0; 24];
+    file.read_exact(&mut begin).map_err(cut)?;
+    let (magic, size) = begin.split_at(MAGIC.len());
+    if magic != MAGIC {
+        return Err(bad("not a session of zebroid".into()));
+    }
+    let size = u64::from_le_bytes(size.try_into().expect("eight bytes"));
+    let whole = file
+        .metadata()
+        .map_err(Error::io("cannot read", path))?
+        .len();
+    if size > MOST_HEADER || size > whole {
+        return Err(bad(format!(
+            "a description of {size} bytes in a file of {whole}"
+        )));
+    }
+    let mut header = vec![0; size as usize];
+    file.read_exact(&mut header).map_err(cut)?;
+    let header = serde_json::from_slice(&header).map_err(|e| bad(e.to_string()))?;
+    Ok((header, file))
 }

@@ -43,6 +43,7 @@ pub async fn watch(
         key: None,
         place: None,
         request: id.clone(),
+        begun,
     });
     let mut response = next.run(request).await;
     if let Ok(id) = HeaderValue::from_str(&id) {

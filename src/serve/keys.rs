@@ -62,6 +62,7 @@ struct Entry {
     concurrent: Option<usize>,
 }
 
+const LONGEST_NAME: usize = 64;
 const MINUTE: Duration = Duration::from_secs(60);
 
 impl Keys {
@@ -73,6 +74,7 @@ impl Keys {
             .map_err(|e| Error::file(path, format!("not a file of keys: {e}")))?;
         let mut keys = Vec::new();
         for entry in entries {
+            check_name(path, &entry.name)?;
             let hash = from_hex(&entry.sha256).ok_or_else(|| {
                 Error::file(
                     path,
@@ -107,6 +109,7 @@ impl Keys {
     /// # Errors
     /// A file that is none, a name that it has, or a place that takes no file.
     pub fn make(path: &Path, name: &str) -> Result<String> {
+        check_name(path, name)?;
         let mut text = String::new();
         if path.exists() {
             let known = Self::open(path)?;
@@ -204,6 +207,18 @@ impl Key {
     }
 }
 
+/// Its conversations lie in a folder of its name.
+fn check_name(path: &Path, name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    match !name.is_empty() && name.len() <= LONGEST_NAME && name.chars().all(plain) {
+        true => Ok(()),
+        false => Err(Error::file(
+            path,
+            format!("key {name:?}: a name has up to {LONGEST_NAME} letters, digits, - and _"),
+        )),
+    }
+}
+
 fn hash(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()
 }
@@ -235,7 +250,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keys.toml");
         let first = Keys::make(&path, "ann").unwrap();
-        let second = Keys::make(&path, "ben \"b\"").unwrap();
+        let second = Keys::make(&path, "ben_2").unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(
             !text.contains(&first) && !text.contains(&second[3..]),
@@ -243,10 +258,11 @@ mod tests {
         );
         let keys = Keys::open(&path).unwrap();
         assert_eq!(keys.find(&first).unwrap().name, "ann");
-        assert_eq!(keys.find(&second).unwrap().name, "ben \"b\"");
+        assert_eq!(keys.find(&second).unwrap().name, "ben_2");
         for wrong in ["", "ann", &first[..66], &first.to_uppercase()] {
             assert!(keys.find(wrong).is_none());
         }
+        assert!(Keys::make(&path, "../ann").is_err());
         let said = Keys::make(&path, "ann").unwrap_err().to_string();
         assert!(said.contains("named ann"), "{said}");
         for bad in [

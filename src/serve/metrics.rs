@@ -99,8 +99,26 @@ impl Metrics {
             .inc();
     }
 
-    /// An answer that ended; `first` of a prompt counts the prompt.
-    pub fn answer(&self, model: &str, of: &Generation, first: bool) {
+    /// Answers that nobody waited for, with the tokens that were read and written for them.
+    pub fn left(&self, model: &str, answers: usize, prompt: usize, completion: usize) {
+        let labels = OfModel {
+            model: model.to_owned(),
+        };
+        let answered = OfAnswer {
+            model: model.to_owned(),
+            finish_reason: "cancelled",
+        };
+        self.answers.get_or_create(&answered).inc_by(answers as u64);
+        self.prompt_tokens
+            .get_or_create(&labels)
+            .inc_by(prompt as u64);
+        self.completion_tokens
+            .get_or_create(&labels)
+            .inc_by(completion as u64);
+    }
+
+    /// An answer that ended, to a request that had `waited` seconds before the model had it; `first` of a prompt counts the prompt.
+    pub fn answer(&self, model: &str, of: &Generation, waited: f64, first: bool) {
         let model = || model.to_owned();
         let finish_reason = of.finish_reason;
         let answers = OfAnswer {
@@ -120,7 +138,7 @@ impl Metrics {
         if of.completion_tokens > 0 {
             self.time_to_first_token
                 .get_or_create(&labels)
-                .observe(of.ttft_s);
+                .observe(waited + of.ttft_s);
         }
         if of.completion_tokens > 1 {
             let seconds = 1.0 / of.decode_tokens_per_s;

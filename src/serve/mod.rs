@@ -20,7 +20,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
 use axum::routing::get;
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -47,7 +47,7 @@ pub use state::{Limits, Options};
 
 use error::ApiError;
 use sessions::Sessions;
-use state::Server;
+use state::{Client, Server};
 
 /// Serves until Ctrl-C or SIGTERM; `started` is told the address once the first model is ready.
 ///
@@ -60,7 +60,11 @@ pub fn run(models: Models, options: Options, started: impl FnOnce(&str)) -> Resu
         .enable_all()
         .build()
         .map_err(|e| Error::invalid(format!("the server cannot be started: {e}")))?;
-    runtime.block_on(serve(models, options, started))
+    let grace = options.limits.grace;
+    let served = runtime.block_on(serve(models, options, started));
+    // Not for a model that is being loaded.
+    runtime.shutdown_timeout(grace);
+    served
 }
 
 async fn serve(models: Models, options: Options, started: impl FnOnce(&str)) -> Result<()> {
@@ -166,13 +170,11 @@ async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
-/// Whether the first model answers.
+/// Whether requests are taken: the first model was loaded before they could come.
 async fn ready(State(server): State<Arc<Server>>) -> Result<Json<Value>, ApiError> {
-    let first = server.models.all().next().and_then(|(_, model)| model);
-    match (server.is_closing(), first) {
-        (false, Some(_)) => Ok(Json(json!({"status": "ready"}))),
-        (true, _) => Err(ApiError::busy("the server is being stopped")),
-        (false, None) => Err(ApiError::busy("the first model is not loaded")),
+    match server.is_closing() {
+        false => Ok(Json(json!({"status": "ready"}))),
+        true => Err(ApiError::busy("the server is being stopped")),
     }
 }
 
@@ -218,50 +220,52 @@ impl Of {
 
 async fn sessions(
     State(server): State<Arc<Server>>,
+    Extension(client): Extension<Client>,
     Query(of): Query<Of>,
 ) -> Result<Json<Value>, ApiError> {
     let (sessions, model) = of.sessions(&server)?;
+    let names = sessions.names(client.key.as_deref(), model);
     Ok(Json(
-        json!({"object": "list", "model": model, "data": sessions.names(model)}),
+        json!({"object": "list", "model": model, "data": names}),
     ))
 }
 
 /// What was said in a session.
 async fn session(
     State(server): State<Arc<Server>>,
+    Extension(client): Extension<Client>,
     Path(name): Path<String>,
     Query(of): Query<Of>,
 ) -> Result<Json<Value>, ApiError> {
     let (sessions, model) = of.sessions(&server)?;
-    let found = server.models.get(Some(model)).await?;
-    let turn = sessions.turn(model, &name).await?;
+    let turn = sessions.turn(client.key.as_deref(), model, &name).await?;
     if !turn.exists() {
-        return Err(ApiError::status(
-            StatusCode::NOT_FOUND,
-            format!("no session {name}"),
-        ));
+        let said = format!("no session {name}");
+        return Err(ApiError::status(StatusCode::NOT_FOUND, said));
     }
-    let opened = tokio::task::spawn_blocking(move || turn.open(&found.engine)).await;
-    let session = opened
+    let read = tokio::task::spawn_blocking(move || turn.messages()).await;
+    let messages = read
         .map_err(ApiError::bug)?
         .map_err(|e| ApiError::field("session", e))?;
-    Ok(Json(json!({
-        "name": name, "model": model, "messages": session.messages,
-        "tokens": session.tokens.len(), "read_tokens": session.memory.len(), "cache_bytes": session.memory.bytes(),
-    })))
+    Ok(Json(
+        json!({"name": name, "model": model, "messages": messages}),
+    ))
 }
 
 async fn forget(
     State(server): State<Arc<Server>>,
+    Extension(client): Extension<Client>,
     Path(name): Path<String>,
     Query(of): Query<Of>,
 ) -> Result<Json<Value>, ApiError> {
     let (sessions, model) = of.sessions(&server)?;
-    match sessions.remove(model, &name)? {
+    // After what is being answered, which would bring it back.
+    let turn = sessions.turn(client.key.as_deref(), model, &name).await?;
+    match turn.remove()? {
         true => Ok(Json(json!({"name": name, "deleted": true}))),
-        false => Err(ApiError::status(
-            StatusCode::NOT_FOUND,
-            format!("no session {name}"),
-        )),
+        false => {
+            let said = format!("no session {name}");
+            Err(ApiError::status(StatusCode::NOT_FOUND, said))
+        }
     }
 }

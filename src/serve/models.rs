@@ -116,8 +116,8 @@ struct Slot {
 pub type Load = dyn Fn(&Path) -> Result<Engine> + Send + Sync;
 
 pub struct Models {
-    slots: Vec<Slot>,
-    load: Box<Load>,
+    slots: Vec<Arc<Slot>>,
+    open: Box<Load>,
     /// Bytes for weights and caches of all that is loaded.
     budget: Option<u64>,
     /// Of each model's cache.
@@ -134,7 +134,7 @@ impl Models {
     /// No model, two of one name, or one that does not fit the budget alone.
     pub fn new(
         all: Vec<About>,
-        load: Box<Load>,
+        open: Box<Load>,
         budget: Option<u64>,
         cache: u64,
         queue: usize,
@@ -158,14 +158,16 @@ impl Models {
                 ));
             }
         }
-        let slots = all.into_iter().map(|about| Slot {
-            about: Arc::new(about),
-            model: Mutex::default(),
-            used: AtomicU64::new(0),
+        let slots = all.into_iter().map(|about| {
+            Arc::new(Slot {
+                about: Arc::new(about),
+                model: Mutex::default(),
+                used: AtomicU64::new(0),
+            })
         });
         Ok(Self {
             slots: slots.collect(),
-            load,
+            open,
             budget,
             cache,
             queue,
@@ -179,27 +181,43 @@ impl Models {
         self.slots.iter().map(|slot| (&slot.about, slot.loaded()))
     }
 
-    /// The model of a name, or the first; loaded if it is not yet.
-    ///
-    /// # Errors
-    /// An unknown name, a checkpoint that cannot be used, or no memory that could be freed.
-    pub async fn get(self: &Arc<Self>, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
+    fn slot(&self, name: Option<&str>) -> Result<&Arc<Slot>, ApiError> {
         let found = match name {
             None => self.slots.first(),
             Some(name) => self.slots.iter().find(|slot| slot.about.name == name),
         };
-        let Some(slot) = found else {
+        found.ok_or_else(|| {
             let names: Vec<&str> = self.slots.iter().map(|s| s.about.name.as_str()).collect();
-            return Err(ApiError::no_model(
-                name.unwrap_or_default(),
-                &names.join(", "),
-            ));
-        };
+            ApiError::no_model(name.unwrap_or_default(), &names.join(", "))
+        })
+    }
+
+    /// What is known of a model, and whether it is loaded.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn about(&self, name: &str) -> Result<(&About, bool), ApiError> {
+        let slot = self.slot(Some(name))?;
+        Ok((&slot.about, slot.loaded().is_some()))
+    }
+
+    /// The model of a name, or the first; loaded if it is not yet. Who leaves meanwhile has begun it for others.
+    ///
+    /// # Errors
+    /// An unknown name, a checkpoint that cannot be used, or no memory that could be freed.
+    pub async fn get(self: &Arc<Self>, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
+        let slot = self.slot(name)?;
         let now = self.clock.fetch_add(1, Ordering::Relaxed);
         slot.used.store(now, Ordering::Relaxed);
         if let Some(model) = slot.loaded() {
             return Ok(model);
         }
+        let (all, slot) = (self.clone(), slot.clone());
+        let loading = tokio::spawn(async move { all.load(slot).await });
+        loading.await.map_err(ApiError::bug)?
+    }
+
+    async fn load(self: Arc<Self>, slot: Arc<Slot>) -> Result<Arc<Model>, ApiError> {
         let _turn = self.turn.lock().await;
         if let Some(model) = slot.loaded() {
             return Ok(model);
@@ -208,7 +226,7 @@ impl Models {
         let (all, about) = (self.clone(), slot.about.clone());
         let opened = tokio::task::spawn_blocking(move || -> Result<Model> {
             tracing::info!(model = about.name, "loading");
-            let engine = Arc::new((all.load)(&about.path)?);
+            let engine = Arc::new((all.open)(&about.path)?);
             Ok(Model {
                 worker: Worker::start(&about.name, engine.clone())?,
                 places: Arc::new(Semaphore::new(engine.options.max_batch + all.queue)),
@@ -216,12 +234,8 @@ impl Models {
                 about,
             })
         });
-        let model = Arc::new(
-            opened
-                .await
-                .map_err(ApiError::bug)?
-                .map_err(ApiError::failed)?,
-        );
+        let opened = opened.await.map_err(ApiError::bug)?;
+        let model = Arc::new(opened.map_err(ApiError::failed)?);
         *slot.lock() = Some(model.clone());
         Ok(model)
     }
@@ -233,7 +247,7 @@ impl Models {
         };
         loop {
             let loaded = self.slots.iter().filter(|slot| slot.loaded().is_some());
-            let loaded: Vec<&Slot> = loaded.collect();
+            let loaded: Vec<&Arc<Slot>> = loaded.collect();
             let used: u64 = loaded
                 .iter()
                 .map(|slot| slot.about.bytes + self.cache)
@@ -241,20 +255,15 @@ impl Models {
             if used + about.bytes + self.cache <= budget {
                 return Ok(());
             }
-            let idle = loaded.into_iter().filter(|slot| {
-                // The slot's own.
-                slot.lock()
-                    .as_ref()
-                    .is_some_and(|model| Arc::strong_count(model) == 1)
-            });
-            let Some(oldest) = idle.min_by_key(|slot| slot.used.load(Ordering::Relaxed)) else {
+            let mut oldest = loaded;
+            oldest.sort_by_key(|slot| slot.used.load(Ordering::Relaxed));
+            let Some(unloaded) = oldest.into_iter().find(|slot| slot.unload()) else {
                 return Err(ApiError::busy(format!(
                     "model {} has no room: the others that are loaded are answering",
                     about.name
                 )));
             };
-            tracing::info!(model = oldest.about.name, "unloading");
-            *oldest.lock() = None;
+            tracing::info!(model = unloaded.about.name, "unloaded");
         }
     }
 }
@@ -262,6 +271,14 @@ impl Models {
 impl Slot {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<Model>>> {
         self.model.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Lets go of a model that nobody holds; whether it did.
+    fn unload(&self) -> bool {
+        // Under one lock, so that nobody takes it in between.
+        self.lock()
+            .take_if(|model| Arc::strong_count(model) == 1)
+            .is_some()
     }
 
     fn loaded(&self) -> Option<Arc<Model>> {

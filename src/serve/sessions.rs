@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::error::ApiError;
+use super::keys::Key;
 use crate::data::chat::Message;
-use crate::generate::{Engine, Finish, Session};
+use crate::generate::{Engine, Finish, Session, StoredSession};
 use crate::{Error, Result};
 
-/// A folder of `MODEL/NAME.session`.
+/// A folder of `MODEL/NAME.session`, and of a key's own conversations `keys/KEY/MODEL/NAME.session`.
 pub struct Sessions {
     folder: PathBuf,
     /// One request at a time goes on with a conversation.
@@ -35,7 +36,7 @@ impl Sessions {
         })
     }
 
-    fn path(&self, model: &str, name: &str) -> Result<PathBuf, ApiError> {
+    fn path(&self, owner: Option<&Key>, model: &str, name: &str) -> Result<PathBuf, ApiError> {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if name.is_empty() || name.len() > LONGEST_NAME || !name.chars().all(plain) {
             return Err(ApiError::field(
@@ -50,16 +51,24 @@ impl Sessions {
             .chars()
             .map(|c| if plain(c) || c == '.' { c } else { '-' })
             .collect();
-        Ok(self
-            .folder
+        let folder = match owner {
+            Some(key) => self.folder.join("keys").join(&key.name),
+            None => self.folder.clone(),
+        };
+        Ok(folder
             .join(model.trim_matches('.'))
             .join(format!("{name}.session")))
     }
 
     /// # Errors
     /// A name that is none.
-    pub async fn turn(&self, model: &str, name: &str) -> Result<Turn, ApiError> {
-        let path = self.path(model, name)?;
+    pub async fn turn(
+        &self,
+        owner: Option<&Key>,
+        model: &str,
+        name: &str,
+    ) -> Result<Turn, ApiError> {
+        let path = self.path(owner, model, name)?;
         let lock = {
             let mut turns = self.turns.lock().unwrap_or_else(|e| e.into_inner());
             turns.retain(|_, lock| Arc::strong_count(lock) > 1);
@@ -72,9 +81,9 @@ impl Sessions {
     }
 
     /// The names that are kept of a model.
-    pub fn names(&self, model: &str) -> Vec<String> {
+    pub fn names(&self, owner: Option<&Key>, model: &str) -> Vec<String> {
         let folder = self
-            .path(model, "x")
+            .path(owner, model, "x")
             .ok()
             .and_then(|path| Some(path.parent()?.to_owned()));
         let entries = folder.and_then(|folder| std::fs::read_dir(folder).ok());
@@ -87,18 +96,6 @@ impl Sessions {
         names.sort();
         names
     }
-
-    /// Whether there was one.
-    ///
-    /// # Errors
-    /// A name that is none, or a file that cannot be removed.
-    pub fn remove(&self, model: &str, name: &str) -> Result<bool, ApiError> {
-        match std::fs::remove_file(self.path(model, name)?) {
-            Ok(()) => Ok(true),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
-            Err(e) => Err(ApiError::bug(e)),
-        }
-    }
 }
 
 impl Turn {
@@ -106,14 +103,34 @@ impl Turn {
         self.path.exists()
     }
 
-    /// What was said so far, or nothing; one of another model, or damaged, is not gone on with.
+    /// What is kept, if something is; one of another model, or damaged, is not gone on with.
     ///
     /// # Errors
-    /// As [`Session::open`].
-    pub fn open(&self, engine: &Engine) -> Result<Session> {
-        match self.path.exists() {
-            true => Session::open(engine, &self.path),
-            false => Ok(Session::new(engine, Vec::new())),
+    /// As [`StoredSession::open`].
+    pub fn open(&self, engine: &Engine) -> Result<Option<StoredSession>> {
+        let exists = self.path.exists();
+        exists
+            .then(|| StoredSession::open(engine, &self.path))
+            .transpose()
+    }
+
+    /// What was said so far.
+    ///
+    /// # Errors
+    /// As [`StoredSession::messages`].
+    pub fn messages(&self) -> Result<Vec<Message>> {
+        StoredSession::messages(&self.path)
+    }
+
+    /// Whether there was one.
+    ///
+    /// # Errors
+    /// A file that cannot be removed.
+    pub fn remove(&self) -> Result<bool, ApiError> {
+        match std::fs::remove_file(&self.path) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(ApiError::bug(e)),
         }
     }
 

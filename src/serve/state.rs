@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::TryRng;
 use rand::rngs::SysRng;
@@ -90,8 +90,8 @@ impl Server {
     /// A folder for sessions that cannot be made.
     pub fn new(models: Models, options: Options) -> Result<Self> {
         let models = Arc::new(models);
-        // A name that points to this machine only by a trick has no key to show.
-        let closed = options.address.ip().is_loopback() && options.keys.is_empty();
+        // A name that points here only by a trick has no key to show.
+        let closed = options.keys.is_empty();
         Ok(Self {
             metrics: Metrics::new(models.clone()),
             models,
@@ -133,4 +133,5 @@ pub struct Client {
     pub place: Option<Arc<OwnedSemaphorePermit>>,
     /// The request's name.
     pub request: String,
+    pub begun: Instant,
 }

@@ -943,7 +943,18 @@ fn garbled(random: &mut ChaCha8Rng) -> (&'static str, Vec<u8>) {
 }
 
 fn value(random: &mut ChaCha8Rng, depth: usize) -> Value {
-    const NUMBERS: [f64; 9] = [0.0, -1.0, 0.5, 1.0, 2.0, 1e6, 1e300, -1e300, 4294967296.0];
+    const NUMBERS: [f64; 10] = [
+        1e-300,
+        0.0,
+        -1.0,
+        0.5,
+        1.0,
+        2.0,
+        1e6,
+        1e300,
+        -1e300,
+        4294967296.0,
+    ];
     const TEXTS: [&str; 8] = [
         "",
         "a",

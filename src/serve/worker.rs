@@ -7,12 +7,12 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::{collections::BTreeMap, ops::Range, thread};
 
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::generate::{
     Engine, Event, Finish, Logprob, Request, SamplingParams, Scheduler, Statistics,
 };
-use crate::mixer::Memory;
 use crate::{Error, Result};
 
 /// A prompt to be answered.
@@ -21,8 +21,12 @@ pub struct Job {
     pub params: SamplingParams,
     /// Numbers of its answers, which draw from `params.seed` and the seeds behind it.
     pub choices: Range<usize>,
-    /// What has read the prompt's beginning.
-    pub memory: Option<Memory>,
+    /// What has read the prompt's beginning: tokens, and a session's bytes of them.
+    pub stored: Option<(usize, Vec<u8>)>,
+    /// Whether what the model remembers is wanted at the end.
+    pub keeps: bool,
+    /// Of its choices in the queue: each is free when its choice is done.
+    pub places: OwnedSemaphorePermit,
     pub tell: UnboundedSender<Told>,
 }
 
@@ -52,6 +56,9 @@ pub struct Status {
     #[serde(flatten)]
     pub statistics: Statistics,
 }
+
+/// Bytes, of which what is not used costs nothing.
+const STACK: usize = 256 << 20;
 
 #[derive(Clone)]
 pub struct Worker {
@@ -90,6 +97,8 @@ impl Worker {
         };
         let built = thread::Builder::new()
             .name(format!("model {name}"))
+            // What was read before stands in a tree as deep as conversations are long.
+            .stack_size(STACK)
             .spawn(work);
         built.map_err(|e| Error::invalid(format!("no thread for model {name}: {e}")))?;
         Ok(Self {
@@ -119,12 +128,32 @@ impl Worker {
     }
 }
 
-/// Who is told of a sequence, and as which choice.
-type Listeners = BTreeMap<u64, (usize, UnboundedSender<Told>)>;
+/// Who is told of a sequence.
+struct Listener {
+    /// As which it is told.
+    choice: usize,
+    keeps: bool,
+    _place: Option<OwnedSemaphorePermit>,
+    tell: UnboundedSender<Told>,
+}
+
+impl Listener {
+    /// Its place is free before it is told, so that who is told finds it so.
+    fn end(self, told: impl FnOnce(usize) -> Told) {
+        let Self {
+            choice,
+            _place: place,
+            tell,
+            ..
+        } = self;
+        drop(place);
+        let _ = tell.send(told(choice));
+    }
+}
 
 struct Thread<'e> {
     scheduler: Scheduler<'e>,
-    listeners: Listeners,
+    listeners: BTreeMap<u64, Listener>,
 }
 
 impl<'e> Thread<'e> {
@@ -132,7 +161,7 @@ impl<'e> Thread<'e> {
     fn run(engine: &'e Engine, orders: &Receiver<Order>, status: &Mutex<Status>) {
         let mut thread = Self {
             scheduler: Scheduler::new(engine),
-            listeners: Listeners::new(),
+            listeners: BTreeMap::new(),
         };
         loop {
             if thread.scheduler.is_idle() {
@@ -157,8 +186,8 @@ impl<'e> Thread<'e> {
                 Err(error) => {
                     let said = error.to_string();
                     tracing::error!("a pass failed: {said}");
-                    for (_, tell) in std::mem::take(&mut thread.listeners).into_values() {
-                        let _ = tell.send(Told::Failed(Error::invalid(&said)));
+                    for listener in std::mem::take(&mut thread.listeners).into_values() {
+                        listener.end(|_| Told::Failed(Error::invalid(&said)));
                     }
                     thread.scheduler = Scheduler::new(engine);
                 }
@@ -173,7 +202,9 @@ impl<'e> Thread<'e> {
                     choices,
                     params,
                     prompt,
-                    memory,
+                    stored,
+                    keeps,
+                    mut places,
                     tell,
                 } = *job;
                 let ids = (choices.zip(first..)).map(|(choice, id)| (id, choice));
@@ -183,15 +214,21 @@ impl<'e> Thread<'e> {
                     .zip(0..)
                     .map(|((id, _), i)| (*id, params.seed.wrapping_add(i)));
                 let request = Request {
-                    memory,
+                    stored,
                     siblings: names.skip(1).collect(),
                     ..Request::new(first, prompt, params)
                 };
                 let told = match self.scheduler.submit(request) {
                     Ok(()) => {
-                        let listeners = ids
-                            .into_iter()
-                            .map(|(id, choice)| (id, (choice, tell.clone())));
+                        let listeners = ids.into_iter().map(|(id, choice)| {
+                            let listener = Listener {
+                                choice,
+                                keeps,
+                                _place: places.split(1),
+                                tell: tell.clone(),
+                            };
+                            (id, listener)
+                        });
                         self.listeners.extend(listeners);
                         Told::Accepted
                     }
@@ -217,18 +254,22 @@ impl<'e> Thread<'e> {
     fn tell(&mut self, event: Event) {
         match event {
             Event::Text { id, text, logprobs } => {
-                if let Some((choice, tell)) = self.listeners.get(&id) {
+                if let Some(Listener { choice, tell, .. }) = self.listeners.get(&id) {
                     let _ = tell.send(Told::Text(*choice, text, logprobs));
                 }
             }
-            Event::Done { id, finish } => {
-                if let Some((choice, tell)) = self.listeners.remove(&id) {
-                    let _ = tell.send(Told::Done(choice, finish));
+            Event::Done { id, mut finish } => {
+                if let Some(listener) = self.listeners.remove(&id) {
+                    if !listener.keeps {
+                        // A slow reader holds no cache.
+                        finish.memory = self.scheduler.engine().pool.sequence();
+                    }
+                    listener.end(|choice| Told::Done(choice, finish));
                 }
             }
             Event::Failed { id, error } => {
-                if let Some((_, tell)) = self.listeners.remove(&id) {
-                    let _ = tell.send(Told::Failed(error));
+                if let Some(listener) = self.listeners.remove(&id) {
+                    listener.end(|_| Told::Failed(error));
                 }
             }
         }

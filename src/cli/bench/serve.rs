@@ -233,7 +233,7 @@ fn bench(args: &Args) -> Result<Report> {
     let mut alone = Vec::new();
     for prompt in &prompts {
         match target.ask(prompt, args.max_tokens, None) {
-            Met::Whole(answer) => alone.push(answer.text),
+            Met::Whole(answer) => alone.push(answer),
             Met::Failed(said) => return Err(Error::invalid(format!("{}: {said}", target.url))),
             Met::Left(_) | Met::Refused => {
                 return Err(Error::invalid(format!("{} is busy", target.url)));
@@ -259,10 +259,16 @@ fn bench(args: &Args) -> Result<Report> {
                     let leave = leaves.then(|| random.random_range(1..=tokens));
                     let met = target.ask(&prompts[which], tokens, leave);
                     match &met {
-                        Met::Whole(answer) | Met::Left(answer) => {
-                            if !alone[which].starts_with(&answer.text) {
-                                wrong.fetch_add(1, Ordering::Relaxed);
-                            }
+                        Met::Whole(answer) => {
+                            let alone = &alone[which];
+                            let right = alone.text.starts_with(&answer.text)
+                                && answer.tokens == tokens.min(alone.tokens)
+                                && (tokens < alone.tokens || answer.text == alone.text);
+                            wrong.fetch_add(usize::from(!right), Ordering::Relaxed);
+                        }
+                        Met::Left(answer) => {
+                            let right = alone[which].text.starts_with(&answer.text);
+                            wrong.fetch_add(usize::from(!right), Ordering::Relaxed);
                         }
                         Met::Refused => thread::sleep(Duration::from_secs(1)),
                         Met::Failed(_) => thread::sleep(Duration::from_millis(100)),

@@ -269,6 +269,10 @@ impl ChatTemplate {
             .as_array_mut()
             .map_or(&mut [][..], Vec::as_mut_slice);
         for (i, message) in all.iter_mut().enumerate() {
+            // OpenAI's newer word, which official clients send.
+            if message["role"] == "developer" && !self.source.contains("developer") {
+                message["role"] = "system".into();
+            }
             let calls = message.get_mut("tool_calls").and_then(Json::as_array_mut);
             for call in calls.into_iter().flatten() {
                 let arguments = call.pointer_mut("/function/arguments");

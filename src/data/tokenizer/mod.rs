@@ -167,6 +167,8 @@ impl Tokenizer {
 
     /// Decodes a continuation id by id; `context` is what it continues (the prompt's ids, or nothing).
     pub fn decode_stream(&self, context: &[u32]) -> DecodeStream {
+        // What stands further back does not change what follows.
+        let context = &context[context.len().saturating_sub(DecodeStream::HELD)..];
         DecodeStream {
             tokenizer: self.clone(),
             ids: context.to_vec(),
@@ -335,7 +337,7 @@ impl DecodeStream {
         self.ids.push(id);
         let text = self.pending()?;
         let held = self.ids.len() - self.done;
-        if text.is_empty() || (text.ends_with('\u{FFFD}') && held < Self::HELD) {
+        if (text.is_empty() || text.ends_with('\u{FFFD}')) && held < Self::HELD {
             return Ok(String::new());
         }
         self.ids.drain(..self.done);

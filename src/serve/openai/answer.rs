@@ -18,15 +18,46 @@ use super::super::models::Model;
 use super::super::state::{Client, Server};
 use super::super::worker::{Job, Ticket, Told};
 use crate::generate::{Finish, Logprob, SamplingParams};
-use crate::mixer::Memory;
 
 /// Between events of a stream that has nothing to say, so that nobody on the way takes it for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// A prompt, and what has read its beginning.
+/// A prompt, and what a session remembers of its beginning: tokens, and their bytes.
 pub struct Prompt {
     pub tokens: Vec<u32>,
-    pub memory: Option<Memory>,
+    pub stored: Option<(usize, Vec<u8>)>,
+}
+
+/// Answers that a model takes now, waiting or under way.
+pub struct Places(OwnedSemaphorePermit);
+
+impl Places {
+    /// Before anything is done for a request.
+    ///
+    /// # Errors
+    /// A queue that is full, or a server that ends.
+    pub fn take(
+        server: &Server,
+        model: &Model,
+        prompts: usize,
+        n: usize,
+    ) -> Result<Self, ApiError> {
+        if server.is_closing() {
+            return Err(ApiError::busy("the server is being stopped"));
+        }
+        let total = prompts.saturating_mul(n);
+        let most = model.engine.options.max_batch + server.limits.queue;
+        if total > most {
+            let said = format!("{total} answers at once: this server takes at most {most}");
+            return Err(ApiError::bad(said));
+        }
+        let places = model.places.clone().try_acquire_many_owned(total as u32);
+        places.map(Self).map_err(|_| {
+            let name = &model.about.name;
+            let said = format!("model {name} has {most} answers under way and waiting");
+            ApiError::too_many(said, 1)
+        })
+    }
 }
 
 /// Answers to one request. Dropping it cancels them.
@@ -38,7 +69,12 @@ pub struct Answers {
     /// What came before all prompts were accepted.
     early: VecDeque<Told>,
     _tickets: Vec<Ticket>,
-    _places: OwnedSemaphorePermit,
+    /// Seconds from the request's first byte to the model.
+    waited: f64,
+    /// Pieces of text of answers that are not done.
+    pieces: usize,
+    /// Tokens of all prompts.
+    asked: usize,
     /// Answers to each prompt.
     n: usize,
     left: usize,
@@ -61,7 +97,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    fn add(&mut self, choice: usize, n: usize, finish: &Finish) {
+    fn add(&mut self, choice: usize, n: usize, finish: &Finish, waited: f64) {
         let of = &finish.generation;
         // Answers to one prompt share it.
         if choice.is_multiple_of(n) {
@@ -69,12 +105,12 @@ impl Usage {
             self.cached += of.cached_tokens;
         }
         if choice == 0 {
-            (self.ttft_s, self.decode_tokens_per_s) = (of.ttft_s, of.decode_tokens_per_s);
+            (self.ttft_s, self.decode_tokens_per_s) = (waited + of.ttft_s, of.decode_tokens_per_s);
         }
         self.completion += of.completion_tokens;
         self.drafted += of.drafted_tokens;
         self.accepted += of.accepted_tokens;
-        self.cache_bytes += finish.memory.bytes();
+        self.cache_bytes += of.cache_bytes;
     }
 
     pub fn json(&self) -> Value {
@@ -111,49 +147,44 @@ impl Usage {
 }
 
 impl Answers {
-    /// Hands the prompts in, `n` answers to each, and waits until the model has accepted them.
+    /// Hands the prompts in, `n` answers to each, and waits until the model has accepted them; `keeps`: what it remembers is wanted at
+    /// the end.
     ///
     /// # Errors
-    /// A queue that is full, or what the model refuses.
+    /// What the model refuses.
     pub async fn begin(
         server: Arc<Server>,
         client: Client,
         model: Arc<Model>,
+        Places(mut places): Places,
         prompts: Vec<Prompt>,
         n: usize,
         params: &SamplingParams,
+        keeps: bool,
     ) -> Result<Self, ApiError> {
-        if server.is_closing() {
-            return Err(ApiError::busy("the server is being stopped"));
-        }
         let total = prompts.len() * n;
-        let most = model.engine.options.max_batch + server.limits.queue;
-        if total > most {
-            let said = format!("{total} answers at once: this server takes at most {most}");
-            return Err(ApiError::bad(said));
-        }
-        let places = model.places.clone().try_acquire_many_owned(total as u32);
-        let Ok(places) = places else {
-            let said = format!(
-                "model {} has {most} answers under way and waiting",
-                model.about.name
-            );
-            return Err(ApiError::too_many(said, 1));
-        };
+        let asked = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+        let waited = client.begun.elapsed().as_secs_f64();
         let (tell, mut told) = unbounded_channel();
         let mut tickets = Vec::new();
         let (count, mut early) = (prompts.len(), VecDeque::new());
         for (i, prompt) in prompts.into_iter().enumerate() {
-            tickets.push(model.worker.submit(Job {
-                prompt: prompt.tokens,
-                memory: prompt.memory,
-                params: SamplingParams {
-                    seed: params.seed.wrapping_add((i * n) as u64),
-                    ..params.clone()
-                },
-                choices: i * n..(i + 1) * n,
-                tell: tell.clone(),
-            }));
+            tickets.push(
+                model.worker.submit(Job {
+                    prompt: prompt.tokens,
+                    stored: prompt.stored,
+                    keeps,
+                    places: places
+                        .split(n)
+                        .ok_or_else(|| ApiError::bug("a place too few"))?,
+                    params: SamplingParams {
+                        seed: params.seed.wrapping_add((i * n) as u64),
+                        ..params.clone()
+                    },
+                    choices: i * n..(i + 1) * n,
+                    tell: tell.clone(),
+                }),
+            );
         }
         drop(tell);
         let mut accepted = 0;
@@ -172,7 +203,9 @@ impl Answers {
             told,
             early,
             _tickets: tickets,
-            _places: places,
+            waited,
+            pieces: 0,
+            asked,
             n,
             left: total,
             constrained: params.format.is_some(),
@@ -206,9 +239,13 @@ impl Answers {
             Some(Told::Failed(error)) if self.constrained => Err(ApiError::failed(error)),
             Some(Told::Failed(error)) => Err(ApiError::bug(error)),
             Some(told) => {
-                if let Told::Done(choice, finish) = &told {
-                    self.left -= 1;
-                    self.note(*choice, finish);
+                match &told {
+                    Told::Done(choice, finish) => {
+                        self.left -= 1;
+                        self.note(*choice, finish);
+                    }
+                    Told::Text(..) => self.pieces += 1,
+                    Told::Accepted | Told::Failed(_) => {}
                 }
                 Ok(Some(told))
             }
@@ -216,12 +253,12 @@ impl Answers {
     }
 
     fn note(&mut self, choice: usize, finish: &Finish) {
-        self.usage.add(choice, self.n, finish);
+        self.usage.add(choice, self.n, finish, self.waited);
         let of = &finish.generation;
         let first = choice.is_multiple_of(self.n);
         self.server
             .metrics
-            .answer(&self.model.about.name, of, first);
+            .answer(&self.model.about.name, of, self.waited, first);
         let prompt = if first { of.prompt_tokens } else { 0 };
         if let Some(key) = &self.client.key {
             key.charge(prompt + of.completion_tokens);
@@ -234,10 +271,34 @@ impl Answers {
             prompt_tokens = of.prompt_tokens,
             cached_tokens = of.cached_tokens,
             completion_tokens = of.completion_tokens,
-            ttft_s = of.ttft_s,
+            ttft_s = self.waited + of.ttft_s,
             tokens_per_s = of.decode_tokens_per_s,
             finish_reason = of.finish_reason,
             "answered"
+        );
+    }
+}
+
+impl Drop for Answers {
+    /// Who leaves early is charged for what came, and counted.
+    fn drop(&mut self) {
+        if self.left == 0 {
+            return;
+        }
+        let (prompt, answer) = (
+            self.asked.saturating_sub(self.usage.prompt),
+            self.pieces.saturating_sub(self.usage.completion),
+        );
+        if let Some(key) = &self.client.key {
+            key.charge(prompt + answer);
+        }
+        let name = &self.model.about.name;
+        self.server.metrics.left(name, self.left, prompt, answer);
+        tracing::info!(
+            request = self.client.request,
+            model = name,
+            answers = self.left,
+            "left"
         );
     }
 }

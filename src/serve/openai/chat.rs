@@ -12,7 +12,7 @@ use super::super::error::ApiError;
 use super::super::models::Model;
 use super::super::sessions::Turn;
 use super::super::state::{Client, Server};
-use super::answer::{self, Answers, Prompt, Shape, token_text};
+use super::answer::{self, Answers, Places, Prompt, Shape, token_text};
 use super::fields::{Body, Common, MOST_LOGPROBS};
 use crate::data::chat::{ChatTemplate, End, Message, Piece, Rendering, ToolFormat, ToolReader};
 use crate::generate::{Finish, Format, Logprob, SamplingParams};
@@ -59,7 +59,7 @@ struct Named {
 
 /// What a conversation is rendered from.
 #[derive(Default)]
-pub struct Told {
+pub struct Said {
     pub messages: Vec<Map<String, Value>>,
     pub tools: Value,
     pub documents: Value,
@@ -104,6 +104,7 @@ pub async fn create(
     let fields: Fields = body.read()?;
     let n = common.choices()?;
     let model = server.models.get(common.model.as_deref()).await?;
+    let places = Places::take(&server, &model, 1, n)?;
     let mut params = common.params(
         &model.about.defaults,
         model.engine.decoder.config.vocab_size,
@@ -138,14 +139,17 @@ pub async fn create(
         (Some(_), Some(_)) if n > 1 => {
             return Err(ApiError::field("n", "a session goes on with one answer"));
         }
-        (Some(name), Some(sessions)) => Some(sessions.turn(&model.about.name, name).await?),
+        (Some(name), Some(sessions)) => {
+            let owner = client.key.as_deref();
+            Some(sessions.turn(owner, &model.about.name, name).await?)
+        }
     };
     let most = server.limits.tokens;
     let format = match model.about.template.as_ref() {
         Some(template) => tools(&fields, template, &mut params)?,
         None => None,
     };
-    let told = Told {
+    let said = Said {
         messages: fields.messages,
         tools: match (&format, fields.tools) {
             (Some(_), Some(tools)) => tools.into(),
@@ -159,8 +163,8 @@ pub async fn create(
     };
     let of = model.clone();
     let prepare = move || -> Result<(Conversation, SamplingParams, Option<Kept>), ApiError> {
-        let plain = turn.is_some().then(|| plain(&told.messages)).transpose()?;
-        let read = conversation(&of, told, turn.as_ref())?;
+        let plain = turn.is_some().then(|| plain(&said.messages)).transpose()?;
+        let read = conversation(&of, said, turn.as_ref())?;
         params.max_tokens = Some(room(&of, read.prompt.tokens.len(), asked, most)?);
         of.engine
             .check(read.prompt.tokens.len(), &params)
@@ -176,6 +180,7 @@ pub async fn create(
         .await
         .map_err(ApiError::bug)?;
     let (read, params, kept) = prepared?;
+    let keeps = kept.is_some();
     let shape = Chat {
         id: server.name("chatcmpl-"),
         model: model.about.name.clone(),
@@ -187,7 +192,17 @@ pub async fn create(
         server: server.clone(),
     };
     let (streams, usage) = (common.streams(), common.include_usage());
-    let answers = Answers::begin(server, client, model, vec![read.prompt], n, &params).await?;
+    let answers = Answers::begin(
+        server,
+        client,
+        model,
+        places,
+        vec![read.prompt],
+        n,
+        &params,
+        keeps,
+    )
+    .await?;
     match streams {
         true => Ok(answer::streamed(answers, shape, usage)),
         false => answer::whole(answers, shape).await,
@@ -242,7 +257,7 @@ fn tools(
 /// A model without a template, or what the template refuses.
 pub fn conversation(
     model: &Model,
-    told: Told,
+    said: Said,
     turn: Option<&Turn>,
 ) -> Result<Conversation, ApiError> {
     let Some(template) = &model.about.template else {
@@ -252,52 +267,51 @@ pub fn conversation(
         );
         return Err(ApiError::bad(said));
     };
-    if told.messages.is_empty() {
+    if said.messages.is_empty() {
         return Err(ApiError::field("messages", "there is no message"));
     }
-    for (i, message) in told.messages.iter().enumerate() {
+    for (i, message) in said.messages.iter().enumerate() {
         if !message.get("role").is_some_and(Value::is_string) {
             let said = format!("message {i} has no role");
             return Err(ApiError::field(format!("messages[{i}].role"), said));
         }
     }
     let rendering = Rendering {
-        tools: &told.tools,
-        documents: &told.documents,
-        variables: &told.variables,
-        end: match told.goes_on {
+        tools: &said.tools,
+        documents: &said.documents,
+        variables: &said.variables,
+        end: match said.goes_on {
             true => End::Continued,
             false => End::Answer,
         },
     };
-    let messages = told.messages.into_iter().map(Value::Object).collect();
+    let messages = said.messages.into_iter().map(Value::Object).collect();
     let text = template
         .of_openai(&messages)
         .and_then(|messages| template.render_with(&messages, &rendering));
     let text = text.map_err(|e| ApiError::field("messages", e))?;
     let engine = &model.engine;
     let session = turn.map(|turn| turn.open(engine)).transpose();
-    let session = session.map_err(|e| ApiError::field("session", e))?;
-    let (tokens, memory) = match session {
-        None => (
-            engine
-                .tokenizer
-                .encode_plain(&text)
-                .map_err(ApiError::failed)?,
-            None,
-        ),
+    let session = session
+        .map_err(|e| ApiError::field("session", e))?
+        .flatten();
+    let (tokens, stored) = match session {
+        None => {
+            let tokens = engine.tokenizer.encode_plain(&text);
+            (tokens.map_err(ApiError::failed)?, None)
+        }
         Some(session) => {
             let tokens = session.prompt(engine, &text).map_err(ApiError::failed)?;
-            let read = session.memory.len();
-            let serves = tokens.starts_with(&session.tokens[..read]);
-            (tokens, serves.then_some(session.memory))
+            let read = session.read;
+            let serves = read > 0 && tokens.starts_with(&session.tokens[..read]);
+            (tokens, serves.then_some((read, session.bytes)))
         }
     };
     if tokens.is_empty() {
         return Err(ApiError::field("messages", "the conversation has no token"));
     }
     Ok(Conversation {
-        prompt: Prompt { tokens, memory },
+        prompt: Prompt { tokens, stored },
         text,
     })
 }

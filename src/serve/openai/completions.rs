@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::super::error::ApiError;
 use super::super::models::Model;
 use super::super::state::{Client, Server};
-use super::answer::{self, Answers, Prompt, Shape, token_text};
+use super::answer::{self, Answers, Places, Prompt, Shape, token_text};
 use super::fields::{Body, Common, MOST_LOGPROBS};
 use crate::generate::{Finish, Logprob};
 
@@ -34,6 +34,19 @@ enum Prompts {
     Texts(Vec<String>),
     ManyTokens(Vec<Vec<u32>>),
 }
+
+impl Prompts {
+    fn count(&self) -> usize {
+        match self {
+            Self::Text(_) | Self::Tokens(_) => 1,
+            Self::Texts(all) => all.len(),
+            Self::ManyTokens(all) => all.len(),
+        }
+    }
+}
+
+/// Entries of the lists that tell of prompts' tokens, in all choices of a request.
+const MOST_SCORED: usize = 1 << 20;
 
 /// Where nobody says how many (OpenAI's).
 const MAX_TOKENS: usize = 16;
@@ -60,6 +73,8 @@ pub async fn create(
     let fields: Fields = body.read()?;
     let n = common.choices()?;
     let model = server.models.get(common.model.as_deref()).await?;
+    let count = fields.prompt.as_ref().map_or(1, Prompts::count);
+    let places = Places::take(&server, &model, count, n)?;
     let (echo, streams) = (fields.echo.unwrap_or(false), common.streams());
     if fields.best_of.is_some_and(|best| best != n) {
         return Err(ApiError::field(
@@ -95,6 +110,16 @@ pub async fn create(
                 .map_err(ApiError::failed)?;
             checked.format = None;
         }
+        if let Some(top) = checked.prompt_logprobs {
+            let total: usize = tokens.iter().map(Vec::len).sum();
+            let entries = total.saturating_mul(n).saturating_mul(top + 1);
+            if entries > MOST_SCORED {
+                let said = format!(
+                    "{total} tokens of prompts with {top} likeliest each, {n} times: at most {MOST_SCORED} in all are told"
+                );
+                return Err(ApiError::field("logprobs", said));
+            }
+        }
         let texts = tokens.iter().map(|prompt| match echo {
             true => of.engine.tokenizer.decode(prompt).map_err(ApiError::failed),
             false => Ok(String::new()),
@@ -107,7 +132,7 @@ pub async fn create(
         .map_err(ApiError::bug)??;
     let prompts = tokens.into_iter().map(|tokens| Prompt {
         tokens,
-        memory: None,
+        stored: None,
     });
     let prompts: Vec<Prompt> = prompts.collect();
     let shape = Text {
@@ -120,7 +145,7 @@ pub async fn create(
         logprobs: params.logprobs.is_some(),
     };
     let usage = common.include_usage();
-    let answers = Answers::begin(server, client, model, prompts, n, &params).await?;
+    let answers = Answers::begin(server, client, model, places, prompts, n, &params, false).await?;
     match streams {
         true => Ok(answer::streamed(answers, shape, usage)),
         false => answer::whole(answers, shape).await,

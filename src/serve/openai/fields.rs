@@ -88,6 +88,10 @@ pub struct NamedSchema {
 /// Answers to one prompt, at most (OpenAI's).
 const MOST_CHOICES: usize = 128;
 const MOST_STOPS: usize = 64;
+/// Of all stop texts; every answer has a copy.
+const MOST_STOP_BYTES: usize = 4 << 10;
+/// Of a schema, an expression or a grammar; every answer has a copy.
+const MOST_FORMAT_BYTES: usize = 128 << 10;
 /// Of likeliest tokens that are told.
 pub const MOST_LOGPROBS: usize = 20;
 const MOST_BIAS: f64 = 100.0;
@@ -138,8 +142,12 @@ impl Common {
             }
         }
         let stop = self.stop.clone().map_or_else(Vec::new, Texts::list);
-        if stop.len() > MOST_STOPS {
-            let said = format!("{} stop texts: at most {MOST_STOPS}", stop.len());
+        let bytes: usize = stop.iter().map(String::len).sum();
+        if stop.len() > MOST_STOPS || bytes > MOST_STOP_BYTES {
+            let said = format!(
+                "{} stop texts of {bytes} bytes: at most {MOST_STOPS} of {MOST_STOP_BYTES}",
+                stop.len()
+            );
             return Err(ApiError::field("stop", said));
         }
         let params = SamplingParams {
@@ -195,7 +203,23 @@ impl Common {
     }
 
     fn format(&self) -> Result<Option<Format>, ApiError> {
-        Ok(match self.response_format.clone() {
+        let format = self.written_format();
+        let bytes = match &format {
+            None => 0,
+            Some(Format::JsonSchema(schema)) => schema.to_string().len(),
+            Some(Format::Regex(text) | Format::Lark(text)) => text.len(),
+        };
+        match bytes > MOST_FORMAT_BYTES {
+            true => Err(ApiError::field(
+                "response_format",
+                format!("{bytes} bytes: at most {MOST_FORMAT_BYTES}"),
+            )),
+            false => Ok(format),
+        }
+    }
+
+    fn written_format(&self) -> Option<Format> {
+        match self.response_format.clone() {
             None | Some(ResponseFormat::Text) => None,
             Some(ResponseFormat::JsonObject) => Some(Format::json_object()),
             Some(ResponseFormat::JsonSchema { json_schema }) => match json_schema.schema {
@@ -204,7 +228,7 @@ impl Common {
             },
             Some(ResponseFormat::Regex { regex }) => Some(Format::Regex(regex)),
             Some(ResponseFormat::Grammar { grammar }) => Some(Format::Lark(grammar)),
-        })
+        }
     }
 }
 

@@ -46,17 +46,8 @@ async fn model(
     State(server): State<Arc<Server>>,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let found = server.models.all().find(|(about, _)| about.name == name);
-    match found {
-        Some((about, model)) => Ok(Json(described(about, model.is_some()))),
-        None => {
-            let names = server.models.all().map(|(about, _)| about.name.as_str());
-            Err(ApiError::no_model(
-                &name,
-                &names.collect::<Vec<_>>().join(", "),
-            ))
-        }
-    }
+    let (about, loaded) = server.models.about(&name)?;
+    Ok(Json(described(about, loaded)))
 }
 
 /// Seconds since 1970.

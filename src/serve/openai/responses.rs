@@ -15,8 +15,8 @@ use serde_json::{Map, Value, json};
 use super::super::error::ApiError;
 use super::super::state::{Client, Server};
 use super::super::worker::Told;
-use super::answer::{Answers, Usage};
-use super::chat::{self, conversation, room};
+use super::answer::{Answers, Places, Usage};
+use super::chat::{Said, conversation, room};
 use super::fields::{Body, Common, ResponseFormat};
 
 #[derive(Debug, Deserialize)]
@@ -89,26 +89,30 @@ pub async fn create(
         common.response_format = text.format()?;
     }
     let model = server.models.get(common.model.as_deref()).await?;
+    let places = Places::take(&server, &model, 1, 1)?;
     let mut params = common.params(
         &model.about.defaults,
         model.engine.decoder.config.vocab_size,
     )?;
     let mut messages = Vec::new();
-    let said = |role: &str, text: String| {
+    let message = |role: &str, text: String| {
         let fields = [("role", role.into()), ("content", text.into())];
         fields
             .map(|(name, value): (&str, Value)| (name.to_owned(), value))
             .into_iter()
             .collect()
     };
-    messages.extend(fields.instructions.map(|text| said("system", text)));
+    messages.extend(fields.instructions.map(|text| message("system", text)));
     match fields.input {
-        Input::Text(text) => messages.push(said("user", text)),
-        Input::Messages(all) => messages.extend(all.into_iter().map(texts_only)),
+        Input::Text(text) => messages.push(message("user", text)),
+        Input::Messages(all) => {
+            let all = all.into_iter().map(texts_only);
+            messages.extend(all.collect::<Result<Vec<_>, _>>()?);
+        }
     }
-    let told = chat::Told {
+    let said = Said {
         messages,
-        ..chat::Told::default()
+        ..Said::default()
     };
     let (of, asked, most) = (
         model.clone(),
@@ -116,7 +120,7 @@ pub async fn create(
         server.limits.tokens,
     );
     let prepare = move || {
-        let prompt = conversation(&of, told, None)?.prompt;
+        let prompt = conversation(&of, said, None)?.prompt;
         params.max_tokens = Some(room(&of, prompt.tokens.len(), asked, most)?);
         of.engine
             .check(prompt.tokens.len(), &params)
@@ -135,7 +139,17 @@ pub async fn create(
         text: String::new(),
         sequence: 0,
     };
-    let answers = Answers::begin(server, client, model, vec![prompt], 1, &params).await?;
+    let answers = Answers::begin(
+        server,
+        client,
+        model,
+        places,
+        vec![prompt],
+        1,
+        &params,
+        false,
+    )
+    .await?;
     match common.streams() {
         true => Ok(streamed(answers, answer)),
         false => whole(answers, answer).await,
@@ -143,16 +157,22 @@ pub async fn create(
 }
 
 /// Parts of a message, which are named apart here (`input_text`, `output_text`), as one text.
-fn texts_only(mut message: Map<String, Value>) -> Map<String, Value> {
+///
+/// # Errors
+/// Parts that are no text.
+fn texts_only(mut message: Map<String, Value>) -> Result<Map<String, Value>, ApiError> {
     if let Some(Value::Array(parts)) = message.get("content") {
-        let texts = parts.iter().filter_map(|part| part["text"].as_str());
-        let text: String = texts.collect();
+        let text = |part: &Value| {
+            let text = part["text"].as_str().map(str::to_owned);
+            text.ok_or_else(|| {
+                let said = format!("a part of type {}: only texts are read", part["type"]);
+                ApiError::field("input", said)
+            })
+        };
+        let text = parts.iter().map(text).collect::<Result<String, _>>()?;
         message.insert("content".into(), text.into());
     }
-    if message.get("role").is_some_and(|role| role == "developer") {
-        message.insert("role".into(), "system".into());
-    }
-    message
+    Ok(message)
 }
 
 async fn whole(mut answers: Answers, mut answer: Answer) -> Result<Response, ApiError> {
