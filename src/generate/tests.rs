@@ -338,6 +338,30 @@ fn a_session_goes_on_where_it_was_saved() {
         let rest = drain(&mut scheduler).remove(&0).unwrap().generation;
         assert_eq!(beginning + &rest.text, whole[0][0].text);
         assert!(rest.cached_tokens > 12);
+        // Where what others began with has filled the cache, it makes room.
+        let stored = StoredSession::open(&first, &path).unwrap();
+        let room = first.pool.bytes(32) * 3 + first.pool.bytes(64) + first.pool.bytes(0);
+        let full = engine(&lm, |options| {
+            options.prefix_cache = true;
+            options.cache_memory = Some(room);
+        });
+        let mut scheduler = Scheduler::new(&full);
+        for i in 0..12 {
+            let prompt = full.prompt(&format!("{i} {}", PROMPTS[0])).unwrap();
+            scheduler
+                .submit(Request::new(i, prompt, greedy(2)))
+                .unwrap();
+            ended(&mut scheduler);
+        }
+        assert!(full.pool.limit() - full.pool.used() < full.pool.bytes(stored.read));
+        scheduler
+            .submit(Request {
+                stored: Some((stored.read, stored.bytes)),
+                ..Request::new(0, stored.tokens, greedy(18))
+            })
+            .unwrap();
+        let again = drain(&mut scheduler).remove(&0).unwrap().generation;
+        assert_eq!((again.text, again.cached_tokens), (rest.text, stored.read));
         // What is no session of this model says so.
         let bytes = std::fs::read(&path).unwrap();
         let [teacher, hybrid] = models();

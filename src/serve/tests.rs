@@ -469,6 +469,24 @@ fn what_cannot_be_answered_is_refused_in_openais_shape() {
             400,
             "token 70000",
         ),
+        (
+            "/v1/completions",
+            json!({"prompt": "a", "repetition_penalty": 1e-300, "min_p": 0.1}),
+            400,
+            "between 0.01 and 100",
+        ),
+        (
+            "/v1/completions",
+            json!({"prompt": "a", "stop": "x".repeat(5000)}),
+            400,
+            "5000 bytes",
+        ),
+        (
+            "/v1/completions",
+            json!({"prompt": "a", "response_format": {"type": "regex", "regex": "x".repeat(200_000)}}),
+            400,
+            "200000 bytes",
+        ),
         ("/v1/completions", json!({"prompt": []}), 400, "no token"),
         (
             "/v1/completions",
@@ -662,6 +680,7 @@ fn keys_are_asked_for_and_their_limits_kept() {
     std::fs::write(&path, format!("{text}requests_per_minute = 2\n")).unwrap();
     let options = Options {
         keys: Keys::open(&path).unwrap(),
+        sessions: Some(folder.path().to_owned()),
         ..options()
     };
     let site = Site::new(models(None), options);
@@ -697,6 +716,17 @@ fn keys_are_asked_for_and_their_limits_kept() {
         }
     }
     assert_eq!(ask(None, Method::GET, "/health").status, 200);
+    // Each key has conversations of its own.
+    let sessions = site.server.sessions.as_ref().unwrap();
+    let paths = [None, site.server.keys.find(&key).map(|key| &**key)].map(|owner| {
+        site.runtime
+            .block_on(sessions.turn(owner, "talk", "a"))
+            .unwrap()
+    });
+    assert!(paths.iter().all(|turn| !turn.exists()));
+    std::fs::create_dir_all(folder.path().join("talk")).unwrap();
+    std::fs::write(folder.path().join("talk/a.session"), "x").unwrap();
+    assert_eq!(paths.map(|turn| turn.exists()), [true, false]);
     for expected in [200, 200, 429] {
         assert_eq!(
             ask(Some(&key), Method::POST, "/v1/completions").status,
@@ -828,6 +858,7 @@ fn models_make_room_for_each_other() {
             (json!(name == "talk"), json!(name == "plain"))
         );
     }
+    assert_eq!(site.get("/ready").status, 200);
     // One that answers is not sent away.
     let held = site
         .runtime
