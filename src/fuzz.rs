@@ -13,6 +13,7 @@ use crate::generate::{Engine, EngineOptions, Request, SamplingParams, Scheduler,
 use crate::mixer::{AttentionConfig, Mamba2Config, MixerConfig, MlaConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig, Parts};
 use crate::pipeline::Recipe;
+use crate::serve;
 use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
@@ -22,7 +23,7 @@ pub struct Target {
     pub parse: fn(&[u8]) -> Result<()>,
 }
 
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     Target {
         name: "safetensors",
         parse: safetensors,
@@ -54,6 +55,10 @@ pub const TARGETS: [Target; 8] = [
     Target {
         name: "session",
         parse: session,
+    },
+    Target {
+        name: "request",
+        parse: request,
     },
 ];
 
@@ -99,6 +104,11 @@ fn sizes(path: &Path) -> Result<()> {
         .sum();
     assert_eq!(cost.params, counted);
     Ok(())
+}
+
+/// The body of a request to the server.
+pub fn request(bytes: &[u8]) -> Result<()> {
+    serve::check_body(bytes)
 }
 
 /// A recipe, with its sweep, for the small model.

@@ -45,9 +45,20 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             UNIGRAM.as_bytes().to_vec(),
         ],
         "session" => vec![saved_session()],
+        "request" => REQUESTS.map(|text| text.as_bytes().to_vec()).into(),
         other => panic!("no seeds for {other}"),
     }
 }
+
+const REQUESTS: [&str; 3] = [
+    r#"{"model": "a", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "tools": [{"type": "function",
+        "function": {"name": "f", "parameters": {"type": "object"}}}], "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "logprobs": true, "top_logprobs": 3, "stream": true, "stream_options": {"include_usage": true}, "max_completion_tokens": 9}"#,
+    r#"{"prompt": [[1, 2], [3]], "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "seed": -1, "n": 2, "stop": ["a", "b"],
+        "logit_bias": {"5": -100}, "echo": true, "logprobs": 2, "presence_penalty": 0.1, "frequency_penalty": -0.1}"#,
+    r#"{"input": [{"role": "user", "content": "Hi"}], "instructions": "Be brief", "max_output_tokens": 9, "text": {"format": {"type":
+        "json_schema", "name": "a", "schema": {"type": "object"}}}, "response_format": {"type": "regex", "regex": "a+"}}"#,
+];
 
 /// Files of a name below a folder, in order.
 fn found(folder: &str, name: &str) -> Vec<PathBuf> {
@@ -333,7 +344,7 @@ macro_rules! targets {
     };
 }
 
-targets!(safetensors gguf config hybrid_config recipe records tokenizer session);
+targets!(safetensors gguf config hybrid_config recipe records tokenizer session request);
 
 /// Every parser is tested here and has a program in `fuzz/`.
 #[test]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A server under load, and the same load on llama.cpp's Python server with the same tiny Llama (docs/results.md, 12).
 # Usage: recipes/peer/serve_load.sh HYBRID TEACHER [SECONDS] [PYTHON with llama-cpp-python[server]]
-# HYBRID and TEACHER: checkpoint folders, e.g. of `zebroid demo` (runs/demo/kd*/ and runs/demo/teacher).
+# HYBRID and TEACHER: checkpoint folders, e.g. the demo's hybrid (runs/demo/kd*) and stories260K, whose tokens llama.cpp reads as we do.
 set -euo pipefail
 hybrid=$1 teacher=$2 seconds=${3:-600} python=${4:-}
 zebroid=${ZEBROID:-target/release/zebroid}
@@ -27,7 +27,8 @@ kill "$pid"; wait "$pid" || true
 if [ -n "$python" ]; then
   echo "== llama_cpp.server, the same teacher"
   "$zebroid" export "$teacher" "$folder/teacher.gguf" --format gguf >/dev/null
-  "$python" -m llama_cpp.server --model "$folder/teacher.gguf" --port 8089 --n_ctx 256 --interrupt_requests False >"$folder/log" 2>&1 & pid=$!
+  context=$(grep -o '"max_position_embeddings": *[0-9]*' "$teacher/config.json" | grep -o '[0-9]*$')
+  "$python" -m llama_cpp.server --model "$folder/teacher.gguf" --port 8089 --n_ctx "$context" --interrupt_requests False >"$folder/log" 2>&1 & pid=$!
   wait_for v1/models
   load --seconds 60
 fi

@@ -49,6 +49,14 @@ use error::ApiError;
 use sessions::Sessions;
 use state::{Client, Server};
 
+/// Whether a body is a request to some path, as far as it tells by itself.
+///
+/// # Errors
+/// What a client would be told.
+pub fn check_body(body: &[u8]) -> Result<()> {
+    openai::check(body).map_err(|e| Error::invalid(e.message))
+}
+
 /// Serves until Ctrl-C or SIGTERM; `started` is told the address once the first model is ready.
 ///
 /// # Errors

@@ -18,7 +18,7 @@ use crate::data::chat::{ChatTemplate, End, Message, Piece, Rendering, ToolFormat
 use crate::generate::{Finish, Format, Logprob, SamplingParams};
 
 #[derive(Debug, Deserialize)]
-struct Fields {
+pub struct Fields {
     messages: Vec<Map<String, Value>>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<ToolChoice>,

@@ -16,7 +16,7 @@ use super::fields::{Body, Common, MOST_LOGPROBS};
 use crate::generate::{Finish, Logprob};
 
 #[derive(Debug, Deserialize)]
-struct Fields {
+pub struct Fields {
     prompt: Option<Prompts>,
     max_tokens: Option<usize>,
     /// So many likeliest tokens are told of every place.

@@ -275,6 +275,10 @@ fn is_too_large(error: &axum::Error) -> bool {
 }
 
 impl Body {
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(Bytes::copy_from_slice(bytes))
+    }
+
     /// # Errors
     /// What is no JSON, or not what it should be: where.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, ApiError> {

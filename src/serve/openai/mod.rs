@@ -9,7 +9,7 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use super::error::ApiError;
-use super::models::About;
+use super::models::{About, Defaults};
 use super::state::Server;
 
 mod answer;
@@ -25,6 +25,26 @@ pub fn router() -> Router<Arc<Server>> {
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/v1/responses", post(responses::create))
+}
+
+/// What is wrong with a body by itself, whichever it is meant for.
+///
+/// # Errors
+/// The first field that cannot be read or is out of range.
+pub fn check(body: &[u8]) -> Result<(), ApiError> {
+    let body = fields::Body::of(body);
+    let common: fields::Common = body.read()?;
+    common.choices()?;
+    common.params(&Defaults::default(), usize::MAX)?;
+    let kinds = [
+        body.read::<chat::Fields>().map(drop),
+        body.read::<completions::Fields>().map(drop),
+        body.read::<responses::Fields>().map(drop),
+    ];
+    kinds
+        .into_iter()
+        .min_by_key(Result::is_err)
+        .unwrap_or(Ok(()))
 }
 
 fn described(about: &About, loaded: bool) -> Value {

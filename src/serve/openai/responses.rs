@@ -20,7 +20,7 @@ use super::chat::{Said, conversation, room};
 use super::fields::{Body, Common, ResponseFormat};
 
 #[derive(Debug, Deserialize)]
-struct Fields {
+pub struct Fields {
     input: Input,
     /// Said before all else, as the system.
     instructions: Option<String>,
