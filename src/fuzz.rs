@@ -115,8 +115,9 @@ pub fn request(bytes: &[u8]) -> Result<()> {
 pub fn recipe(bytes: &[u8]) -> Result<()> {
     const FILE: &str = "recipe.toml";
     alone(FILE, bytes, |folder| {
+        let config = model(Format::Llama).config;
         for variant in Recipe::load_all(&folder.join(FILE), &[])? {
-            variant.recipe.check(&model(Format::Llama).config)?;
+            variant.recipe.check(&config)?;
         }
         Ok(())
     })

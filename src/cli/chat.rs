@@ -168,21 +168,12 @@ impl Talk<'_> {
                     Event::Text { text, .. } => print(text)?,
                     Event::Failed { error, .. } => return Err(error.into()),
                     Event::Done { finish, .. } => {
-                        let answer = finish.generation.text.clone();
                         let messages = std::mem::take(&mut self.session.messages);
-                        self.session = match finish.stopped {
-                            // The tokens say more than the text does.
-                            true => Session::new(self.engine, messages),
-                            false => Session {
-                                text: format!("{text}{answer}"),
-                                tokens: finish.tokens,
-                                memory: finish.memory,
-                                messages,
-                            },
-                        };
+                        let text = text.clone();
+                        self.session = Session::after(self.engine, messages, text, &finish);
                         self.session.messages.push(Message {
                             role: "assistant".into(),
-                            content: answer,
+                            content: finish.generation.text.clone(),
                         });
                         self.last = Some(finish.generation);
                     }

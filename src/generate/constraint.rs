@@ -41,12 +41,13 @@ impl Format {
 /// Between JSON's marks: a blank, or a new line and its indentation.
 const WHITESPACE: &str = r" |\n[ \t]{0,32}";
 
-/// The bytes of every token.
+/// The bytes of every token, as far as `llguidance` knows such tokenizers.
 ///
 /// # Errors
-/// A tokenizer whose tokens are not known by their bytes.
-pub(super) fn words(tokenizer: &Tokenizer) -> anyhow::Result<Vec<Vec<u8>>> {
-    token_bytes_from_tokenizer_json(&tokenizer.to_json()?)
+/// Why they are not known.
+pub(super) fn words(tokenizer: &Tokenizer) -> Result<Vec<Vec<u8>>, String> {
+    let read = || token_bytes_from_tokenizer_json(&tokenizer.to_json()?);
+    catch_unwind(AssertUnwindSafe(read)).map_err(|e| first_line(&e))
 }
 
 /// Makes constraints for the answers of one tokenizer.
@@ -62,15 +63,15 @@ const KEPT: usize = 32;
 impl Constraints {
     /// # Errors
     /// A tokenizer whose tokens are not known by their bytes.
-    pub fn new(tokenizer: &Tokenizer) -> Result<Self> {
-        let failed = |e: anyhow::Error| {
+    pub fn new(tokenizer: &Tokenizer, words: &Result<Vec<Vec<u8>>, String>) -> Result<Self> {
+        let failed = |why: &str| {
             Error::invalid(format!(
-                "answers of a given form need a tokenizer whose tokens are bytes: {}",
-                first_line(&e)
+                "answers of a given form need a tokenizer whose tokens are bytes: {why}"
             ))
         };
+        let words = words.as_ref().map_err(|why| failed(why))?;
         let make = || {
-            let mut words = words(tokenizer)?;
+            let mut words = words.clone();
             // A model that names no end has a token of no bytes for it, which no model draws.
             let eos = tokenizer.eos().first().copied().unwrap_or_else(|| {
                 words.push(Vec::new());
@@ -90,7 +91,7 @@ impl Constraints {
                 kept: Mutex::default(),
             })
         };
-        catch_unwind(AssertUnwindSafe(make)).map_err(failed)
+        catch_unwind(AssertUnwindSafe(make)).map_err(|e| failed(&first_line(&e)))
     }
 
     /// # Errors

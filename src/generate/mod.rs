@@ -70,8 +70,8 @@ pub struct Engine {
     /// Who guesses at the next tokens.
     pub drafter: Option<Drafter>,
     constraints: OnceLock<Constraints>,
-    /// The bytes of every token, where the tokenizer tells.
-    words: OnceLock<Option<Vec<Vec<u8>>>>,
+    /// The bytes of every token, or why they are not known.
+    words: OnceLock<Result<Vec<Vec<u8>>, String>>,
 }
 
 /// How a generation went.
@@ -171,12 +171,14 @@ impl Engine {
         some
     }
 
+    fn words(&self) -> &Result<Vec<Vec<u8>>, String> {
+        self.words
+            .get_or_init(|| constraint::words(&self.tokenizer))
+    }
+
     /// What a token is made of, and whether it stands for something else than text.
     fn word(&self, id: u32) -> Option<(&[u8], bool)> {
-        let words = self
-            .words
-            .get_or_init(|| constraint::words(&self.tokenizer).ok());
-        let word = words.as_ref().and_then(|words| words.get(id as usize))?;
+        let word = self.words().as_ref().ok()?.get(id as usize)?;
         Some(match word.as_slice() {
             [TokTrie::SPECIAL_TOKEN_MARKER, rest @ ..] if !rest.is_empty() => (rest, true),
             word => (word, false),
@@ -297,7 +299,7 @@ impl Engine {
         let constraints = match self.constraints.get() {
             Some(constraints) => constraints,
             None => {
-                let made = Constraints::new(&self.tokenizer)?;
+                let made = Constraints::new(&self.tokenizer, self.words())?;
                 self.constraints.get_or_init(|| made)
             }
         };

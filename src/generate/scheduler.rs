@@ -317,14 +317,13 @@ impl<'e> Scheduler<'e> {
         drop(spans);
         self.statistics.passes += 1;
         self.statistics.read_tokens += tokens.len();
-        let vocab = engine.decoder.config.vocab_size;
-        let mut rows = logits.chunks_exact_mut(vocab);
+        let mut rows = logits.chunks_exact_mut(engine.decoder.config.vocab_size);
         let mut siblings = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
             if *count == 0 {
                 continue;
             }
-            sequence.score(&mut rows, vocab);
+            sequence.score(&mut rows);
             let at_border = sequence.memory.len() == sequence.border();
             if at_border && let Some(prefix) = &mut self.prefix {
                 prefix.insert(&sequence.tokens[..sequence.memory.len()], &sequence.memory);
@@ -505,10 +504,9 @@ impl Sequence {
     }
 
     /// Takes the rows of logits `[V]` that they were asked for.
-    fn score<'l>(&mut self, rows: &mut impl Iterator<Item = &'l mut [f32]>, vocab: usize) {
+    fn score<'l>(&mut self, rows: &mut impl Iterator<Item = &'l mut [f32]>) {
         let scored = std::mem::take(&mut self.scored);
         let rows: Vec<&[f32]> = rows.by_ref().take(scored.len()).map(|row| &*row).collect();
-        debug_assert!(rows.iter().all(|row| row.len() == vocab));
         let top = self.params.prompt_logprobs.unwrap_or_default();
         let mut found = vec![None; rows.len()];
         team().fill(&mut found, 1, |i, found| {

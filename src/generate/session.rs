@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Engine;
+use super::{Engine, Finish};
 use crate::checkpoint::write_atomic;
 use crate::data::chat::Message;
 use crate::mixer::{CacheType, Memory};
@@ -49,6 +49,20 @@ impl Session {
             text: String::new(),
             tokens: Vec::new(),
             memory: engine.pool.sequence(),
+        }
+    }
+
+    /// After an answer to `text`, which is `messages` as the model has seen them.
+    pub fn after(engine: &Engine, messages: Vec<Message>, text: String, finish: &Finish) -> Self {
+        match finish.stopped {
+            // The tokens say more than the text does.
+            true => Self::new(engine, messages),
+            false => Self {
+                messages,
+                text: text + &finish.generation.text,
+                tokens: finish.tokens.clone(),
+                memory: finish.memory.clone(),
+            },
         }
     }
 

@@ -53,10 +53,9 @@ impl Sum {
 
     /// None: nobody can know.
     fn hex(self) -> Option<String> {
-        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect();
         match self {
-            Sum::Sha256(sum) => Some(hex(&sum.finalize())),
-            Sum::Git(sum) => Some(hex(&sum.finalize())),
+            Sum::Sha256(sum) => Some(format!("{:x}", sum.finalize())),
+            Sum::Git(sum) => Some(format!("{:x}", sum.finalize())),
             Sum::None => None,
         }
     }

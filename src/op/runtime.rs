@@ -58,6 +58,11 @@ pub fn peak_memory() -> Option<usize> {
     in_proc("/proc/self/status", "VmHWM:")
 }
 
+/// What another process has resident in bytes, where the system tells it.
+pub fn resident_memory(pid: u32) -> Option<usize> {
+    in_proc(&format!("/proc/{pid}/status"), "VmRSS:")
+}
+
 /// A line of a file in which Linux counts KiB.
 fn in_proc(file: &str, name: &str) -> Option<usize> {
     let text = std::fs::read_to_string(file).ok()?;

@@ -105,6 +105,17 @@ impl ApiError {
     }
 }
 
+/// Does what computes for long, or waits for a disk, where it holds up no other request.
+///
+/// # Errors
+/// Those of `work`.
+pub async fn apart<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(ApiError::bug)?
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         if self.status.is_server_error() {

@@ -1,6 +1,5 @@
 //! API keys: kept as hashes, compared in constant time, each with limits of its own.
 
-use std::fmt::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -22,7 +21,8 @@ pub struct Keys(Vec<Arc<Key>>);
 
 pub struct Key {
     pub name: String,
-    hash: [u8; 32],
+    /// In hexadecimal digits.
+    hash: String,
     limits: Limits,
     minute: Mutex<Minute>,
     answering: Arc<Semaphore>,
@@ -74,13 +74,15 @@ impl Keys {
             .map_err(|e| Error::file(path, format!("not a file of keys: {e}")))?;
         let mut keys = Vec::new();
         for entry in entries {
-            check_name(path, &entry.name)?;
-            let hash = from_hex(&entry.sha256).ok_or_else(|| {
-                Error::file(
+            let name = check_name(&entry.name);
+            name.map_err(|said| Error::file(path, format!("key {said}")))?;
+            let hash = entry.sha256.to_ascii_lowercase();
+            if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(Error::file(
                     path,
                     format!("key {}: sha256 must be 64 hexadecimal digits", entry.name),
-                )
-            })?;
+                ));
+            }
             let limits = Limits {
                 requests_per_minute: entry.requests_per_minute,
                 tokens_per_minute: entry.tokens_per_minute,
@@ -109,7 +111,7 @@ impl Keys {
     /// # Errors
     /// A file that is none, a name that it has, or a place that takes no file.
     pub fn make(path: &Path, name: &str) -> Result<String> {
-        check_name(path, name)?;
+        check_name(name).map_err(|said| Error::file(path, format!("key {said}")))?;
         let mut text = String::new();
         if path.exists() {
             let known = Self::open(path)?;
@@ -119,12 +121,15 @@ impl Keys {
             text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
             text.push('\n');
         }
-        let mut random = [0; 32];
-        let drawn = SysRng.try_fill_bytes(&mut random);
-        drawn.map_err(|e| Error::invalid(format!("the system gives no random bytes: {e}")))?;
-        let key = format!("zb-{}", to_hex(&random));
+        let mut key = "zb-".to_owned();
+        for _ in 0..4 {
+            let drawn = SysRng.try_next_u64();
+            let drawn = drawn
+                .map_err(|e| Error::invalid(format!("the system gives no random bytes: {e}")))?;
+            key += &format!("{drawn:016x}");
+        }
         let named = toml::Value::from(name);
-        let sha256 = to_hex(&hash(&key));
+        let sha256 = hash(&key);
         text.push_str(&format!("[[key]]\nname = {named}\nsha256 = \"{sha256}\"\n"));
         write_atomic(path, text.as_bytes())?;
         Ok(key)
@@ -139,7 +144,7 @@ impl Keys {
         let sent = hash(sent);
         let mut found = None;
         for key in &self.0 {
-            if bool::from(key.hash.ct_eq(&sent)) {
+            if bool::from(key.hash.as_bytes().ct_eq(sent.as_bytes())) {
                 found = Some(key);
             }
         }
@@ -148,7 +153,7 @@ impl Keys {
 }
 
 impl Key {
-    fn new(name: String, hash: [u8; 32], limits: Limits) -> Self {
+    fn new(name: String, hash: String, limits: Limits) -> Self {
         let most = limits.concurrent.unwrap_or(Semaphore::MAX_PERMITS);
         Self {
             answering: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
@@ -207,38 +212,25 @@ impl Key {
     }
 }
 
-/// Its conversations lie in a folder of its name.
-fn check_name(path: &Path, name: &str) -> Result<()> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    match !name.is_empty() && name.len() <= LONGEST_NAME && name.chars().all(plain) {
+/// Of what names of keys and of conversations are made: folders and files are called by them.
+pub fn is_plain(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '-' || c == '_'
+}
+
+/// # Errors
+/// What is no name, and what one is.
+pub fn check_name(name: &str) -> Result<(), String> {
+    match !name.is_empty() && name.len() <= LONGEST_NAME && name.chars().all(is_plain) {
         true => Ok(()),
-        false => Err(Error::file(
-            path,
-            format!("key {name:?}: a name has up to {LONGEST_NAME} letters, digits, - and _"),
+        false => Err(format!(
+            "{name:?}: a name has up to {LONGEST_NAME} letters, digits, - and _"
         )),
     }
 }
 
-fn hash(key: &str) -> [u8; 32] {
-    Sha256::digest(key.as_bytes()).into()
-}
-
-fn to_hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-fn from_hex(text: &str) -> Option<[u8; 32]> {
-    let mut bytes = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (i, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16).ok()?;
-    }
-    Some(bytes)
+/// In hexadecimal digits.
+fn hash(key: &str) -> String {
+    format!("{:x}", Sha256::digest(key.as_bytes()))
 }
 
 #[cfg(test)]
@@ -284,7 +276,7 @@ mod tests {
             tokens_per_minute: Some(10),
             concurrent: Some(1),
         };
-        let key = Arc::new(Key::new("a".into(), [0; 32], limits));
+        let key = Arc::new(Key::new("a".into(), hash("a"), limits));
         let first = key.begin().unwrap();
         let said = key.begin().unwrap_err().message;
         assert!(said.contains("at once"), "{said}");

@@ -45,8 +45,8 @@ pub use keys::Keys;
 pub use models::{About, Load, Models};
 pub use state::{Limits, Options};
 
-use error::ApiError;
-use sessions::Sessions;
+use error::{ApiError, apart};
+use sessions::{NO_SESSIONS, Sessions, Turn};
 use state::{Client, Server};
 
 /// Whether a body is a request to some path, as far as it tells by itself.
@@ -209,12 +209,9 @@ struct Of {
 impl Of {
     /// The sessions of the server, and the model's name.
     fn sessions<'s>(&'s self, server: &'s Server) -> Result<(&'s Sessions, &'s str), ApiError> {
-        let sessions = server.sessions.as_ref().ok_or_else(|| {
-            ApiError::status(
-                StatusCode::NOT_FOUND,
-                "this server keeps no sessions: start it with --sessions FOLDER",
-            )
-        })?;
+        let sessions = server.sessions.as_ref();
+        let sessions =
+            sessions.ok_or_else(|| ApiError::status(StatusCode::NOT_FOUND, NO_SESSIONS))?;
         let first = || {
             server
                 .models
@@ -224,6 +221,22 @@ impl Of {
         };
         Ok((sessions, self.model.as_deref().unwrap_or_else(first)))
     }
+
+    /// One of them, when nobody is at it.
+    async fn turn<'s>(
+        &'s self,
+        server: &'s Server,
+        client: &Client,
+        name: &str,
+    ) -> Result<(Turn, &'s str), ApiError> {
+        let (sessions, model) = self.sessions(server)?;
+        let turn = sessions.turn(client.key.as_deref(), model, name).await?;
+        Ok((turn, model))
+    }
+}
+
+fn no_session(name: &str) -> ApiError {
+    ApiError::status(StatusCode::NOT_FOUND, format!("no session {name}"))
 }
 
 async fn sessions(
@@ -245,16 +258,12 @@ async fn session(
     Path(name): Path<String>,
     Query(of): Query<Of>,
 ) -> Result<Json<Value>, ApiError> {
-    let (sessions, model) = of.sessions(&server)?;
-    let turn = sessions.turn(client.key.as_deref(), model, &name).await?;
+    let (turn, model) = of.turn(&server, &client, &name).await?;
     if !turn.exists() {
-        let said = format!("no session {name}");
-        return Err(ApiError::status(StatusCode::NOT_FOUND, said));
+        return Err(no_session(&name));
     }
-    let read = tokio::task::spawn_blocking(move || turn.messages()).await;
-    let messages = read
-        .map_err(ApiError::bug)?
-        .map_err(|e| ApiError::field("session", e))?;
+    let read = move || turn.messages().map_err(|e| ApiError::field("session", e));
+    let messages = apart(read).await?;
     Ok(Json(
         json!({"name": name, "model": model, "messages": messages}),
     ))
@@ -266,14 +275,10 @@ async fn forget(
     Path(name): Path<String>,
     Query(of): Query<Of>,
 ) -> Result<Json<Value>, ApiError> {
-    let (sessions, model) = of.sessions(&server)?;
     // After what is being answered, which would bring it back.
-    let turn = sessions.turn(client.key.as_deref(), model, &name).await?;
+    let (turn, _) = of.turn(&server, &client, &name).await?;
     match turn.remove()? {
         true => Ok(Json(json!({"name": name, "deleted": true}))),
-        false => {
-            let said = format!("no session {name}");
-            Err(ApiError::status(StatusCode::NOT_FOUND, said))
-        }
+        false => Err(no_session(&name)),
     }
 }

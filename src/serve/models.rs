@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
 
-use super::error::ApiError;
+use super::error::{ApiError, apart};
 use super::worker::Worker;
 use crate::checkpoint::Checkpoint;
 use crate::data::chat::ChatTemplate;
@@ -131,7 +131,7 @@ pub struct Models {
 
 impl Models {
     /// # Errors
-    /// No model, two of one name, or one that does not fit the budget alone.
+    /// Two of one name, or one that does not fit the budget alone.
     pub fn new(
         all: Vec<About>,
         open: Box<Load>,
@@ -224,18 +224,19 @@ impl Models {
         }
         self.make_room(&slot.about)?;
         let (all, about) = (self.clone(), slot.about.clone());
-        let opened = tokio::task::spawn_blocking(move || -> Result<Model> {
+        let opened = apart(move || {
             tracing::info!(model = about.name, "loading");
-            let engine = Arc::new((all.open)(&about.path)?);
+            let engine = (all.open)(&about.path).map_err(ApiError::failed)?;
+            let engine = Arc::new(engine);
+            let worker = Worker::start(&about.name, engine.clone());
             Ok(Model {
-                worker: Worker::start(&about.name, engine.clone())?,
+                worker: worker.map_err(ApiError::failed)?,
                 places: Arc::new(Semaphore::new(engine.options.max_batch + all.queue)),
                 engine,
                 about,
             })
         });
-        let opened = opened.await.map_err(ApiError::bug)?;
-        let model = Arc::new(opened.map_err(ApiError::failed)?);
+        let model = Arc::new(opened.await?);
         *slot.lock() = Some(model.clone());
         Ok(model)
     }

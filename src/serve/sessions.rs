@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::error::ApiError;
-use super::keys::Key;
+use super::keys::{Key, check_name, is_plain};
 use crate::data::chat::Message;
 use crate::generate::{Engine, Finish, Session, StoredSession};
 use crate::{Error, Result};
@@ -17,7 +17,8 @@ pub struct Sessions {
     turns: Mutex<BTreeMap<PathBuf, Arc<tokio::sync::Mutex<()>>>>,
 }
 
-const LONGEST_NAME: usize = 64;
+/// Said where a request names a session.
+pub const NO_SESSIONS: &str = "this server keeps no sessions: start it with --sessions FOLDER";
 
 /// A conversation that a request goes on with; others that name it wait.
 pub struct Turn {
@@ -36,28 +37,19 @@ impl Sessions {
         })
     }
 
-    fn path(&self, owner: Option<&Key>, model: &str, name: &str) -> Result<PathBuf, ApiError> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        if name.is_empty() || name.len() > LONGEST_NAME || !name.chars().all(plain) {
-            return Err(ApiError::field(
-                "session",
-                format!(
-                    "session {name:?}: a name has up to {LONGEST_NAME} letters, digits, - and _"
-                ),
-            ));
-        }
-        // A model may be named as a hub's is.
-        let model: String = model
-            .chars()
-            .map(|c| if plain(c) || c == '.' { c } else { '-' })
-            .collect();
+    /// Those of a key (or of a server without keys) with a model.
+    fn of(&self, owner: Option<&Key>, model: &str) -> PathBuf {
         let folder = match owner {
             Some(key) => self.folder.join("keys").join(&key.name),
             None => self.folder.clone(),
         };
-        Ok(folder
-            .join(model.trim_matches('.'))
-            .join(format!("{name}.session")))
+        // A model may be named as a hub's is.
+        let plain = |c: char| is_plain(c) || c == '.';
+        let model: String = model
+            .chars()
+            .map(|c| if plain(c) { c } else { '-' })
+            .collect();
+        folder.join(model.trim_matches('.'))
     }
 
     /// # Errors
@@ -68,7 +60,8 @@ impl Sessions {
         model: &str,
         name: &str,
     ) -> Result<Turn, ApiError> {
-        let path = self.path(owner, model, name)?;
+        check_name(name).map_err(|said| ApiError::field("session", format!("session {said}")))?;
+        let path = self.of(owner, model).join(format!("{name}.session"));
         let lock = {
             let mut turns = self.turns.lock().unwrap_or_else(|e| e.into_inner());
             turns.retain(|_, lock| Arc::strong_count(lock) > 1);
@@ -82,11 +75,7 @@ impl Sessions {
 
     /// The names that are kept of a model.
     pub fn names(&self, owner: Option<&Key>, model: &str) -> Vec<String> {
-        let folder = self
-            .path(owner, model, "x")
-            .ok()
-            .and_then(|path| Some(path.parent()?.to_owned()));
-        let entries = folder.and_then(|folder| std::fs::read_dir(folder).ok());
+        let entries = std::fs::read_dir(self.of(owner, model));
         let names = entries.into_iter().flatten().filter_map(|entry| {
             let path = entry.ok()?.path();
             let session = path.extension().is_some_and(|e| e == "session");
@@ -147,17 +136,7 @@ impl Turn {
     ) -> Result<()> {
         let folder = self.path.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(folder).map_err(Error::io("cannot make", folder))?;
-        let answer = &finish.generation.text;
-        let session = match finish.stopped {
-            // The tokens say more than the text does.
-            true => Session::new(engine, messages),
-            false => Session {
-                messages,
-                text: format!("{text}{answer}"),
-                tokens: finish.tokens.clone(),
-                memory: finish.memory.clone(),
-            },
-        };
+        let session = Session::after(engine, messages, text, finish);
         session.save(engine, &self.path)
     }
 }

@@ -7,6 +7,7 @@ use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tower::ServiceExt;
 
+use super::worker::Status;
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
@@ -151,8 +152,6 @@ impl Site {
         }
     }
 }
-
-use super::worker::Status;
 
 fn post(path: &str, body: Body) -> Request<Body> {
     Request::post(path)

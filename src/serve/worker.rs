@@ -207,20 +207,16 @@ impl<'e> Thread<'e> {
                     mut places,
                     tell,
                 } = *job;
-                let ids = (choices.zip(first..)).map(|(choice, id)| (id, choice));
-                let ids: Vec<(u64, usize)> = ids.collect();
-                let names = ids
-                    .iter()
-                    .zip(0..)
-                    .map(|((id, _), i)| (*id, params.seed.wrapping_add(i)));
+                let siblings =
+                    (1..choices.len() as u64).map(|i| (first + i, params.seed.wrapping_add(i)));
                 let request = Request {
                     stored,
-                    siblings: names.skip(1).collect(),
+                    siblings: siblings.collect(),
                     ..Request::new(first, prompt, params)
                 };
                 let told = match self.scheduler.submit(request) {
                     Ok(()) => {
-                        let listeners = ids.into_iter().map(|(id, choice)| {
+                        let listeners = (first..).zip(choices).map(|(id, choice)| {
                             let listener = Listener {
                                 choice,
                                 keeps,

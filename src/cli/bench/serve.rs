@@ -12,9 +12,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::quantile;
 use crate::cli::positive;
 use crate::cli::show::{bytes, interrupt, note, print, print_json, table, thousands};
 use crate::data::stories::StoryGenerator;
+use crate::op::runtime::resident_memory;
 use crate::{Error, Result};
 
 /// Clients that ask an OpenAI server (any, not only ours) for greedy completions: prompts and answers of mixed lengths, some of them
@@ -285,12 +287,12 @@ fn bench(args: &Args) -> Result<Report> {
                 while begun.elapsed() < SETTLED && !interrupt::asked() {
                     thread::sleep(Duration::from_millis(100));
                 }
-                *settled.lock().unwrap_or_else(|e| e.into_inner()) = resident(pid);
+                *settled.lock().unwrap_or_else(|e| e.into_inner()) = resident_memory(pid);
             });
         }
     });
     let seconds = begun.elapsed().as_secs_f64();
-    let rss = args.pid.and_then(resident);
+    let rss = args.pid.and_then(resident_memory);
     let all = all.into_inner().unwrap_or_else(|e| e.into_inner());
     let settled = settled.into_inner().unwrap_or_else(|e| e.into_inner());
     Ok(Report {
@@ -353,15 +355,6 @@ fn summed(all: Vec<Met>, seconds: f64, clients: usize) -> Report {
     }
 }
 
-fn quantile(values: &mut [f64], share: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let at = (values.len() as f64 * share) as usize;
-    values
-        .get(at.min(values.len().saturating_sub(1)))
-        .copied()
-        .unwrap_or(f64::NAN)
-}
-
 fn prompts(args: &Args) -> Result<Vec<String>> {
     if let Some(path) = &args.prompts {
         let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
@@ -383,14 +376,6 @@ fn prompts(args: &Args) -> Result<Vec<String>> {
         words[..count.min(words.len())].join(" ")
     });
     Ok(begun.collect())
-}
-
-/// Memory of a process that is not shared out again; Linux tells.
-fn resident(pid: u32) -> Option<usize> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
 }
 
 #[cfg(test)]

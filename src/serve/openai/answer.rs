@@ -13,10 +13,11 @@ use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::super::error::ApiError;
+use super::super::error::{ApiError, apart};
 use super::super::models::Model;
 use super::super::state::{Client, Server};
 use super::super::worker::{Job, Ticket, Told};
+use super::fields::Common;
 use crate::generate::{Finish, Logprob, SamplingParams};
 
 /// Between events of a stream that has nothing to say, so that nobody on the way takes it for dead.
@@ -32,20 +33,12 @@ pub struct Prompt {
 pub struct Places(OwnedSemaphorePermit);
 
 impl Places {
-    /// Before anything is done for a request.
-    ///
     /// # Errors
     /// A queue that is full, or a server that ends.
-    pub fn take(
-        server: &Server,
-        model: &Model,
-        prompts: usize,
-        n: usize,
-    ) -> Result<Self, ApiError> {
+    fn take(server: &Server, model: &Model, total: usize) -> Result<Self, ApiError> {
         if server.is_closing() {
             return Err(ApiError::busy("the server is being stopped"));
         }
-        let total = prompts.saturating_mul(n);
         let most = model.engine.options.max_batch + server.limits.queue;
         if total > most {
             let said = format!("{total} answers at once: this server takes at most {most}");
@@ -60,6 +53,23 @@ impl Places {
     }
 }
 
+/// The model that a request names, `total` places in its queue (before anything else is done for the request), and how its answers are
+/// drawn.
+///
+/// # Errors
+/// An unknown model, a queue that is full, or a setting out of range.
+pub async fn enter(
+    server: &Server,
+    common: &Common,
+    total: usize,
+) -> Result<(Arc<Model>, Places, SamplingParams), ApiError> {
+    let model = server.models.get(common.model.as_deref()).await?;
+    let places = Places::take(server, &model, total)?;
+    let vocab = model.engine.decoder.config.vocab_size;
+    let params = common.params(&model.about.defaults, vocab)?;
+    Ok((model, places, params))
+}
+
 /// Answers to one request. Dropping it cancels them.
 pub struct Answers {
     server: Arc<Server>,
@@ -71,8 +81,8 @@ pub struct Answers {
     _tickets: Vec<Ticket>,
     /// Seconds from the request's first byte to the model.
     waited: f64,
-    /// Pieces of text of answers that are not done.
-    pieces: usize,
+    /// Pieces of text of each answer, until it is done.
+    pieces: Vec<usize>,
     /// Tokens of all prompts.
     asked: usize,
     /// Answers to each prompt.
@@ -204,7 +214,7 @@ impl Answers {
             early,
             _tickets: tickets,
             waited,
-            pieces: 0,
+            pieces: vec![0; total],
             asked,
             n,
             left: total,
@@ -242,9 +252,10 @@ impl Answers {
                 match &told {
                     Told::Done(choice, finish) => {
                         self.left -= 1;
+                        self.pieces[*choice] = 0;
                         self.note(*choice, finish);
                     }
-                    Told::Text(..) => self.pieces += 1,
+                    Told::Text(choice, ..) => self.pieces[*choice] += 1,
                     Told::Accepted | Told::Failed(_) => {}
                 }
                 Ok(Some(told))
@@ -285,10 +296,8 @@ impl Drop for Answers {
         if self.left == 0 {
             return;
         }
-        let (prompt, answer) = (
-            self.asked.saturating_sub(self.usage.prompt),
-            self.pieces.saturating_sub(self.usage.completion),
-        );
+        let prompt = self.asked - self.usage.prompt;
+        let answer = self.pieces.iter().sum();
         if let Some(key) = &self.client.key {
             key.charge(prompt + answer);
         }
@@ -358,10 +367,7 @@ async fn kept<S: Shape>(
     finish: Box<Finish>,
 ) -> Result<S, ApiError> {
     let model = model.clone();
-    let work = move || shape.after(&model, choice, &finish).map(|()| shape);
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(ApiError::bug)?
+    apart(move || shape.after(&model, choice, &finish).map(|()| shape)).await
 }
 
 struct Streaming<S> {

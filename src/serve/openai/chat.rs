@@ -8,11 +8,11 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::super::error::ApiError;
+use super::super::error::{ApiError, apart};
 use super::super::models::Model;
-use super::super::sessions::Turn;
+use super::super::sessions::{NO_SESSIONS, Turn};
 use super::super::state::{Client, Server};
-use super::answer::{self, Answers, Places, Prompt, Shape, token_text};
+use super::answer::{self, Answers, Prompt, Shape, token_text};
 use super::fields::{Body, Common, MOST_LOGPROBS};
 use crate::data::chat::{ChatTemplate, End, Message, Piece, Rendering, ToolFormat, ToolReader};
 use crate::generate::{Finish, Format, Logprob, SamplingParams};
@@ -103,12 +103,7 @@ pub async fn create(
     let common: Common = body.read()?;
     let fields: Fields = body.read()?;
     let n = common.choices()?;
-    let model = server.models.get(common.model.as_deref()).await?;
-    let places = Places::take(&server, &model, 1, n)?;
-    let mut params = common.params(
-        &model.about.defaults,
-        model.engine.decoder.config.vocab_size,
-    )?;
+    let (model, places, mut params) = answer::enter(&server, &common, n).await?;
     params.logprobs = match (fields.logprobs.unwrap_or(false), fields.top_logprobs) {
         (false, None | Some(0)) => None,
         (false, Some(_)) => {
@@ -133,8 +128,7 @@ pub async fn create(
     let turn = match (&fields.session, &server.sessions) {
         (None, _) => None,
         (Some(_), None) => {
-            let said = "this server keeps no sessions: start it with --sessions FOLDER";
-            return Err(ApiError::field("session", said));
+            return Err(ApiError::field("session", NO_SESSIONS));
         }
         (Some(_), Some(_)) if n > 1 => {
             return Err(ApiError::field("n", "a session goes on with one answer"));
@@ -162,24 +156,18 @@ pub async fn create(
         goes_on: fields.continue_final_message.unwrap_or(false),
     };
     let of = model.clone();
-    let prepare = move || -> Result<(Conversation, SamplingParams, Option<Kept>), ApiError> {
+    let (read, params, kept) = apart(move || {
         let plain = turn.is_some().then(|| plain(&said.messages)).transpose()?;
         let read = conversation(&of, said, turn.as_ref())?;
-        params.max_tokens = Some(room(&of, read.prompt.tokens.len(), asked, most)?);
-        of.engine
-            .check(read.prompt.tokens.len(), &params)
-            .map_err(ApiError::failed)?;
+        fit(&of, read.prompt.tokens.len(), asked, most, &mut params)?;
         let kept = turn.zip(plain).map(|(turn, messages)| Kept {
             text: read.text.clone(),
             turn,
             messages,
         });
         Ok((read, params, kept))
-    };
-    let prepared = tokio::task::spawn_blocking(prepare)
-        .await
-        .map_err(ApiError::bug)?;
-    let (read, params, kept) = prepared?;
+    })
+    .await?;
     let keeps = kept.is_some();
     let shape = Chat {
         id: server.name("chatcmpl-"),
@@ -316,16 +304,17 @@ pub fn conversation(
     })
 }
 
-/// Tokens that an answer may have behind a prompt.
+/// Gives an answer the tokens that it may have behind a prompt, of those `asked` for and the `most` that the server allows.
 ///
 /// # Errors
-/// A prompt that leaves no room.
-pub fn room(
+/// A prompt that leaves no room, or what the engine refuses.
+pub fn fit(
     model: &Model,
     prompt: usize,
     asked: Option<usize>,
     most: Option<usize>,
-) -> Result<usize, ApiError> {
+    params: &mut SamplingParams,
+) -> Result<(), ApiError> {
     let room = model.engine.room(prompt);
     if room == 0 {
         let said = format!(
@@ -335,9 +324,9 @@ pub fn room(
         );
         return Err(ApiError::field("messages", said));
     }
-    Ok(room
-        .min(asked.unwrap_or(usize::MAX))
-        .min(most.unwrap_or(usize::MAX)))
+    params.max_tokens = asked.into_iter().chain(most).chain([room]).min();
+    let checked = model.engine.check(prompt, params);
+    checked.map_err(ApiError::failed)
 }
 
 /// Messages as sessions keep them.

@@ -8,10 +8,10 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::super::error::ApiError;
+use super::super::error::{ApiError, apart};
 use super::super::models::Model;
 use super::super::state::{Client, Server};
-use super::answer::{self, Answers, Places, Prompt, Shape, token_text};
+use super::answer::{self, Answers, Prompt, Shape, token_text};
 use super::fields::{Body, Common, MOST_LOGPROBS};
 use crate::generate::{Finish, Logprob};
 
@@ -72,9 +72,9 @@ pub async fn create(
     let common: Common = body.read()?;
     let fields: Fields = body.read()?;
     let n = common.choices()?;
-    let model = server.models.get(common.model.as_deref()).await?;
     let count = fields.prompt.as_ref().map_or(1, Prompts::count);
-    let places = Places::take(&server, &model, count, n)?;
+    let (model, places, mut params) =
+        answer::enter(&server, &common, count.saturating_mul(n)).await?;
     let (echo, streams) = (fields.echo.unwrap_or(false), common.streams());
     if fields.best_of.is_some_and(|best| best != n) {
         return Err(ApiError::field(
@@ -93,23 +93,17 @@ pub async fn create(
             "the prompt's logprobs are not streamed: leave one of echo, logprobs and stream out";
         return Err(ApiError::field("echo", said));
     }
-    let mut params = common.params(
-        &model.about.defaults,
-        model.engine.decoder.config.vocab_size,
-    )?;
     params.logprobs = fields.logprobs;
     params.prompt_logprobs = fields.logprobs.filter(|_| echo);
     let most = server.limits.tokens.unwrap_or(usize::MAX);
     params.max_tokens = Some(fields.max_tokens.unwrap_or(MAX_TOKENS).min(most));
-    let (of, prompts, mut checked) = (model.clone(), fields.prompt, params.clone());
-    let prepare = move || -> Result<(Vec<Vec<u32>>, Vec<String>), ApiError> {
+    let (of, prompts, checked) = (model.clone(), fields.prompt, params.clone());
+    let (tokens, texts) = apart(move || {
         let tokens = tokens(&of, prompts)?;
-        for prompt in &tokens {
-            of.engine
-                .check(prompt.len(), &checked)
-                .map_err(ApiError::failed)?;
-            checked.format = None;
-        }
+        // What there is room for behind the longest fits behind the others.
+        let longest = tokens.iter().map(Vec::len).max().unwrap_or_default();
+        let right = of.engine.check(longest, &checked);
+        right.map_err(ApiError::failed)?;
         if let Some(top) = checked.prompt_logprobs {
             let total: usize = tokens.iter().map(Vec::len).sum();
             let entries = total.saturating_mul(n).saturating_mul(top + 1);
@@ -126,10 +120,8 @@ pub async fn create(
         });
         let texts = texts.collect::<Result<Vec<String>, ApiError>>()?;
         Ok((tokens, texts))
-    };
-    let (tokens, texts) = tokio::task::spawn_blocking(prepare)
-        .await
-        .map_err(ApiError::bug)??;
+    })
+    .await?;
     let prompts = tokens.into_iter().map(|tokens| Prompt {
         tokens,
         stored: None,

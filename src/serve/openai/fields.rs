@@ -1,6 +1,7 @@
 //! What a request may say, in OpenAI's words, with vLLM's and llama.cpp's where OpenAI has none.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
@@ -124,19 +125,15 @@ impl Common {
     /// # Errors
     /// A setting out of range, or one that is not known here.
     pub fn params(&self, defaults: &Defaults, vocab: usize) -> Result<SamplingParams, ApiError> {
-        for (name, said) in [
+        for (name, value, said) in [
             (
                 "functions",
+                &self.functions,
                 "functions are gone from OpenAI's interface: use tools",
             ),
-            ("suffix", "a suffix is not known here"),
-            ("audio", "there is no audio here"),
+            ("suffix", &self.suffix, "a suffix is not known here"),
+            ("audio", &self.audio, "there is no audio here"),
         ] {
-            let value = match name {
-                "functions" => &self.functions,
-                "suffix" => &self.suffix,
-                _ => &self.audio,
-            };
             if value.is_some() {
                 return Err(ApiError::field(name, said));
             }
@@ -235,13 +232,10 @@ impl Common {
 /// A body, under the server's limits.
 pub struct Body(Bytes);
 
-impl FromRequest<std::sync::Arc<Server>> for Body {
+impl FromRequest<Arc<Server>> for Body {
     type Rejection = ApiError;
 
-    async fn from_request(
-        request: Request,
-        server: &std::sync::Arc<Server>,
-    ) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, server: &Arc<Server>) -> Result<Self, ApiError> {
         let limit = server.limits.body;
         let read = axum::body::to_bytes(request.into_body(), limit);
         let read = tokio::time::timeout(server.limits.body_timeout, read).await;

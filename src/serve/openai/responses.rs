@@ -12,11 +12,11 @@ use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::super::error::ApiError;
+use super::super::error::{ApiError, apart};
 use super::super::state::{Client, Server};
 use super::super::worker::Told;
-use super::answer::{Answers, Places, Usage};
-use super::chat::{Said, conversation, room};
+use super::answer::{self, Answers, Usage};
+use super::chat::{Said, conversation, fit};
 use super::fields::{Body, Common, ResponseFormat};
 
 #[derive(Debug, Deserialize)]
@@ -88,12 +88,7 @@ pub async fn create(
     if let Some(text) = fields.text {
         common.response_format = text.format()?;
     }
-    let model = server.models.get(common.model.as_deref()).await?;
-    let places = Places::take(&server, &model, 1, 1)?;
-    let mut params = common.params(
-        &model.about.defaults,
-        model.engine.decoder.config.vocab_size,
-    )?;
+    let (model, places, mut params) = answer::enter(&server, &common, 1).await?;
     let mut messages = Vec::new();
     let message = |role: &str, text: String| {
         let fields = [("role", role.into()), ("content", text.into())];
@@ -119,18 +114,12 @@ pub async fn create(
         fields.max_output_tokens,
         server.limits.tokens,
     );
-    let prepare = move || {
+    let (prompt, params) = apart(move || {
         let prompt = conversation(&of, said, None)?.prompt;
-        params.max_tokens = Some(room(&of, prompt.tokens.len(), asked, most)?);
-        of.engine
-            .check(prompt.tokens.len(), &params)
-            .map_err(ApiError::failed)?;
+        fit(&of, prompt.tokens.len(), asked, most, &mut params)?;
         Ok((prompt, params))
-    };
-    let prepared: Result<_, ApiError> = tokio::task::spawn_blocking(prepare)
-        .await
-        .map_err(ApiError::bug)?;
-    let (prompt, params) = prepared?;
+    })
+    .await?;
     let answer = Answer {
         id: server.name("resp_"),
         item: server.name("msg_"),

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::checkpoint::Checkpoint;
-use crate::serve::error::ApiError;
+use crate::serve::error::{ApiError, apart};
 use crate::train::runs::{Curve, Run, list};
 
 type Folder = Arc<Option<PathBuf>>;
@@ -33,7 +33,7 @@ async fn all(State(folder): State<Folder>) -> Result<Json<Value>, ApiError> {
         runs.iter_mut().for_each(|run| tell_no_place(run, &root));
         Ok(json!({ "runs": runs }))
     };
-    reading(read).await
+    apart(read).await.map(Json)
 }
 
 /// What of a run's curve is asked for.
@@ -95,15 +95,7 @@ async fn one(
             "metric": asked.metric, "metrics": names, "points": points,
         }))
     };
-    reading(read).await
-}
-
-/// A disk may keep one waiting.
-async fn reading(
-    read: impl FnOnce() -> Result<Value, ApiError> + Send + 'static,
-) -> Result<Json<Value>, ApiError> {
-    let read = tokio::task::spawn_blocking(read).await;
-    read.map_err(ApiError::bug)?.map(Json)
+    apart(read).await.map(Json)
 }
 
 /// Where runs are looked for, without links.
