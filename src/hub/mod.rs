@@ -121,6 +121,8 @@ const SMALL: &[&str] = &[
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
     "provenance.json",
     "README.md",
 ];

@@ -113,6 +113,12 @@ impl Server {
         format!("{prefix}{:016x}{count:08x}", self.process)
     }
 
+    /// Nine letters and digits, as Mistral's templates want the ids of calls.
+    pub fn call_id(&self) -> String {
+        let count = self.count.fetch_add(1, Ordering::Relaxed);
+        format!("{:09x}", self.process.wrapping_add(count) & 0xF_FFFF_FFFF)
+    }
+
     pub fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Relaxed)
     }

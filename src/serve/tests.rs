@@ -558,6 +558,11 @@ fn tools_are_called_where_the_template_teaches_them() {
             "{found}"
         );
         let call = &choice["message"]["tool_calls"][0]["function"];
+        let id = choice["message"]["tool_calls"][0]["id"].as_str().unwrap();
+        assert!(
+            id.len() == 9 && id.bytes().all(|b| b.is_ascii_alphanumeric()),
+            "{id}"
+        );
         assert!(names.contains(&call["name"].as_str().unwrap()), "{call}");
         let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
         assert!(["Tom", "Mia"].contains(&arguments["to"].as_str().unwrap()));

@@ -345,7 +345,7 @@ fn plain(messages: &[Map<String, Value>]) -> Result<Vec<Message>, ApiError> {
 
 impl Chat {
     fn call(&self, name: String, arguments: String) -> Value {
-        let id = self.server.name("call_");
+        let id = self.server.call_id();
         json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
     }
 
