@@ -1,7 +1,7 @@
 //! Training: one loop for every stage. `stage/<name>.rs` says what the loss is and what is trained;
 //! this file says how a run goes on: accumulate, clip, step, log, save, resume.
 //!
-//! A run works in `OUT.partial/` (`state-STEP.safetensors`, `metrics.jsonl` and the same for TensorBoard, `provenance.json`) and
+//! A run works in `OUT.partial/` (`state-STEP.safetensors`, `metrics.jsonl` and the same for TensorBoard, `samples.jsonl`, `provenance.json`) and
 //! `OUT` appears, whole, at the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
 
 use std::collections::BTreeMap;
@@ -21,6 +21,7 @@ mod events;
 pub mod params;
 mod recovery;
 pub mod runs;
+mod samples;
 pub mod stage;
 mod state;
 #[cfg(test)]
@@ -32,6 +33,7 @@ pub use config::{
 };
 pub use params::{Optimizer, ParamGroup};
 pub use recovery::Skipped;
+pub use samples::{Sample, read_samples};
 pub use stage::{Shares, Stage};
 
 use state::Run;
@@ -155,7 +157,7 @@ pub fn train(
     }
     let record = options.sources.record(stage, config, steps);
     let key = stage.key(config)?;
-    let mut run = Run::open(&options.out, key, record, options.force, stage)?;
+    let mut run = Run::open(&options, key, record, config.seq_len, stage)?;
     let mut recent: Vec<(u64, Duration)> = Vec::new();
     while run.step < steps {
         let started = Instant::now();
@@ -227,6 +229,10 @@ pub fn train(
         ) = (&options.validation, &judged)
         {
             run.keep_best(stage, &options, judged)?;
+        }
+        if due || run.step == steps {
+            // Before the save that counts it.
+            run.sample(stage)?;
         }
         let stopped = (options.stop)() && run.step < steps;
         if stopped && !due {

@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::state::{BEST, METRICS, PIECES, RESULT, STATE};
-use super::{FROZEN, partial_folder};
-use crate::checkpoint::{self, Checkpoint, EVENTS, Provenance, RECORD};
+use super::{FROZEN, Sample, partial_folder, read_samples};
+use crate::checkpoint::{self, Checkpoint, EVENTS, Provenance, RECORD, SAMPLES};
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -222,6 +222,14 @@ impl Run {
         Ok(all)
     }
 
+    /// What its student wrote now and then.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn samples(&self) -> Result<Vec<Sample>> {
+        read_samples(&self.folder.join(SAMPLES))
+    }
+
     /// One of its figures over the steps after `since`, those that have it.
     ///
     /// # Errors
@@ -284,7 +292,7 @@ impl Run {
         for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
             let path = entry.map_err(Error::io("cannot list", folder))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let known = [METRICS, EVENTS, RECORD, FROZEN].contains(&name.as_ref())
+            let known = [METRICS, EVENTS, SAMPLES, RECORD, FROZEN].contains(&name.as_ref())
                 || name.starts_with(STATE) && name.ends_with(".safetensors");
             let piece = name.starts_with(PIECES) && path.is_dir();
             let found = match name.as_ref() {

@@ -273,6 +273,15 @@ fn interrupted_equals_uninterrupted_bit_for_bit() {
         assert!(other.is_empty() && a.len() == b.len(), "{name}: {other:?}");
         let steps = events::steps(&broken.join(checkpoint::EVENTS));
         assert_eq!(steps, (0..=8).collect::<Vec<_>>(), "{name}");
+        let samples = read_samples(&broken.join(checkpoint::SAMPLES)).unwrap();
+        let steps: Vec<u64> = samples.iter().map(|sample| sample.step).collect();
+        // A bank has no one student.
+        let wanted: &[u64] = if name == "ild" { &[] } else { &[3, 6, 8] };
+        assert_eq!(steps, wanted, "{name}");
+        for sample in &samples {
+            assert_eq!(sample.prompt, samples[0].prompt);
+            assert!(!sample.prompt.is_empty() && !sample.text.is_empty());
+        }
     }
 }
 
