@@ -11,8 +11,8 @@ use faer::linalg::solvers::Solve;
 use super::Mamba2Config;
 use super::init::channel_biases;
 use crate::Result;
-use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output};
-use crate::mixer::linalg::{matrix, tensor};
+use crate::mixer::calibration::{Fitted, Regression, Sample, Statistics, fit_output};
+use crate::mixer::linalg::tensor;
 use crate::mixer::{AttentionWeights, Mixer, MixerConfig};
 use crate::weights::Weights;
 
@@ -40,10 +40,10 @@ pub fn refined(
     c: &Mamba2Config,
     attention: &AttentionWeights,
     statistics: &Statistics,
-    sample: &Sample,
+    samples: &[Sample],
 ) -> Result<Fitted> {
     c.fits(&attention.config)?;
-    let teacher = Teacher::new(attention, statistics, sample)?;
+    let teacher = Teacher::new(attention, statistics, samples)?;
     let heads = attention.config.num_attention_heads;
     let mut best = vec![
         (
@@ -74,16 +74,16 @@ pub fn refined(
     fit_output(
         &MixerConfig::Mamba2(c.clone()),
         teacher.tensors(c, &heads)?,
-        sample,
+        samples.iter().cloned().map(Ok),
     )
 }
 
 struct Teacher<'a> {
     /// Without norms on its heads.
     attention: AttentionWeights,
-    sample: &'a Sample,
-    /// What every head reads from the past, `[B·T, H·hd]`.
-    heads: Tensor,
+    samples: &'a [Sample],
+    /// What every head reads from the past, `[B·T, H·hd]` of each sample.
+    heads: Vec<Tensor>,
     /// Root mean squares of queries, keys and values, one a head.
     sizes: [Vec<f64>; 3],
     gate: Vec<f64>,
@@ -93,7 +93,7 @@ impl<'a> Teacher<'a> {
     fn new(
         attention: &'a AttentionWeights,
         statistics: &Statistics,
-        sample: &'a Sample,
+        samples: &'a [Sample],
     ) -> Result<Self> {
         let a = &attention.config;
         let width = a.num_attention_heads * a.head_dim;
@@ -103,10 +103,12 @@ impl<'a> Teacher<'a> {
         };
         let weights = Weights::new(open.tensors().into_iter().collect());
         let mixer = Mixer::new(&MixerConfig::Attention(a.clone()), &weights)?;
-        let (b, t, d) = sample.input.dims3()?;
-        let heads = mixer
-            .forward(&sample.input, Some(&sample.documents))?
-            .reshape((b * t, width))?;
+        let heads = samples.iter().map(|sample| {
+            let heads = mixer.forward(&sample.input, Some(&sample.documents))?;
+            Ok(heads.flatten(0, 1)?)
+        });
+        let heads = heads.collect::<Result<_>>()?;
+        let d = statistics.input_mean.len();
         let moment = &statistics.moment(attention);
         let attention = attention.linear(Some(moment))?;
         let size = |w: Mat<f64>| -> Vec<f64> {
@@ -136,7 +138,7 @@ impl<'a> Teacher<'a> {
         };
         Ok(Self {
             attention,
-            sample,
+            samples,
             heads,
             sizes,
             gate: (0..d).map(|i| GATE * gate[(i, 0)]).collect(),
@@ -229,32 +231,31 @@ impl<'a> Teacher<'a> {
             &MixerConfig::Mamba2(c.clone()),
             &Weights::new(tensors.into_iter().collect()),
         )?;
-        let features = mixer.forward(&self.sample.input, Some(&self.sample.documents))?;
-        let features = features.reshape(self.heads.shape())?;
         let p = c.head_dim;
-        (0..c.num_heads)
-            .map(|head| {
-                let ours = features.narrow(1, head * p, p)?.contiguous()?;
-                let theirs = self.heads.narrow(1, head * p, p)?.contiguous()?;
-                let turned = ours.t()?.contiguous()?;
-                let (gram, cross) = (
-                    matrix(&turned.matmul(&ours)?)?,
-                    matrix(&turned.matmul(&theirs)?)?,
-                );
-                let floor =
-                    1e-3 * (0..p).map(|i| gram[(i, i)]).sum::<f64>() / p as f64 + f64::MIN_POSITIVE;
-                let left =
-                    Mat::from_fn(p, p, |i, j| gram[(i, j)] + if i == j { floor } else { 0.0 });
-                let Ok(llt) = left.llt(faer::Side::Lower) else {
-                    return Ok(f64::INFINITY);
-                };
-                let solved = llt.solve(&cross);
-                let explained: f64 = (0..p)
-                    .map(|i| (0..p).map(|j| solved[(i, j)] * cross[(i, j)]).sum::<f64>())
-                    .sum();
-                let all: f64 = theirs.sqr()?.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
-                Ok(1.0 - explained / all.max(f64::MIN_POSITIVE))
-            })
-            .collect()
+        let sums = (0..c.num_heads).map(|_| Regression::new(p, p));
+        let mut sums = sums.collect::<Result<Vec<_>>>()?;
+        for (sample, theirs) in self.samples.iter().zip(&self.heads) {
+            let features = mixer.forward(&sample.input, Some(&sample.documents))?;
+            let features = features.flatten(0, 1)?;
+            for (head, sums) in sums.iter_mut().enumerate() {
+                let of = |all: &Tensor| all.narrow(1, head * p, p)?.contiguous();
+                sums.add(&of(&features)?, &of(theirs)?)?;
+            }
+        }
+        let share = |sums: Regression| -> Result<f64> {
+            let [gram, cross] = sums.matrices()?;
+            let floor =
+                1e-3 * (0..p).map(|i| gram[(i, i)]).sum::<f64>() / p as f64 + f64::MIN_POSITIVE;
+            let left = Mat::from_fn(p, p, |i, j| gram[(i, j)] + if i == j { floor } else { 0.0 });
+            let Ok(llt) = left.llt(faer::Side::Lower) else {
+                return Ok(f64::INFINITY);
+            };
+            let solved = llt.solve(&cross);
+            let explained: f64 = (0..p)
+                .map(|i| (0..p).map(|j| solved[(i, j)] * cross[(i, j)]).sum::<f64>())
+                .sum();
+            Ok(1.0 - explained / sums.square.max(f64::MIN_POSITIVE))
+        };
+        sums.into_iter().map(share).collect()
     }
 }
