@@ -14,7 +14,7 @@ use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 /// Tokens that mixers are chosen by, from the beginning of the text; the output projection is fitted to all of it.
-pub const CHOICE: usize = 32_768;
+pub const CHOICE: usize = 8_192;
 /// Tokens of a piece.
 pub const PIECE: usize = 4096;
 

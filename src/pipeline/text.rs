@@ -528,7 +528,7 @@ mod tests {
             "a#weight=x",
             "a#tokens=-1",
             "a#1/2#1/2",
-            "hf://datasets/org/set",
+            "hf://datasets/org/set/train",
         ] {
             let error = wrong.parse::<Text>().unwrap_err().to_string();
             assert!(error.contains(wrong), "{error}");
