@@ -66,7 +66,7 @@ impl Norms {
         }
     }
 
-    /// Adds each layer's sum of squares to `squares`, which is as long as there are layers.
+    /// Adds each layer's sum of squares to `squares`, by the layers' indices.
     pub fn add_to_layers(&self, squares: &mut Vec<f64>) {
         for (part, square) in &self.apart {
             if let Ok(layer) = part.parse::<usize>() {

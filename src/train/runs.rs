@@ -202,13 +202,14 @@ impl Run {
         Ok(all)
     }
 
-    /// The figures of its last step, then those that the record has besides.
+    /// The figures of its last step, but for those of single layers, then those that the record has besides.
     ///
     /// # Errors
     /// Files that cannot be read.
     pub fn figures(&self) -> Result<Vec<(String, f64)>> {
         let last = Metrics::read(&self.folder)?.last();
         let mut all = last.iter().flat_map(numbers).collect::<Vec<_>>();
+        all.retain(|(name, _)| !name.starts_with("layer_grad_norm/"));
         let record = self.record()?;
         for (name, value) in record.steps.last().iter().flat_map(|step| &step.figures) {
             if !all.iter().any(|(known, _)| known == name) {
