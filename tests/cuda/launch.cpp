@@ -1,6 +1,6 @@
 // Launches of kernels on the emulator: each request names a kernel, the shape of the launch and the arguments, each answer holds the
-// arrays as the kernel left them. Arguments that are not of the kernel's own types end the program. The table of kernels
-// (kernels.inc) is written by src/op/cuda/emulated.rs, which speaks to this.
+// arrays as the kernel left them. Arguments that are not of the kernel's own types end the program. The kernels are
+// included, and their table (kernels.inc) written, by src/op/cuda/emulated.rs, which speaks to this.
 #include "emulator.h"
 
 #include <string>

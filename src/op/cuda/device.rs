@@ -33,7 +33,10 @@ const SHARED: usize = 48 << 10;
 /// No such device, or one older than the kernels (compute capability 8.0, Ampere).
 pub fn open(ordinal: usize) -> Result<Device> {
     // Candle's `new_cuda` has a stream for each thread: work of several would not be ordered.
-    let device = Device::new_cuda_with_stream(ordinal)?;
+    let device = Device::new_cuda_with_stream(ordinal).map_err(|error| {
+        let said = error.to_string();
+        candle_core::Error::msg(format!("device {ordinal}: {said}{}", advice(&said)))
+    })?;
     let cuda = device.as_cuda_device()?;
     let stream = cuda.cuda_stream();
     let context = stream.context();
@@ -52,6 +55,34 @@ pub fn open(ordinal: usize) -> Result<Device> {
     }
     keep_freed_memory(context)?;
     Ok(device)
+}
+
+/// What mends an error of the driver.
+fn advice(said: &str) -> &'static str {
+    const ADVICE: [(&str, &str); 5] = [
+        (
+            "NO_DEVICE",
+            "; no GPU is there or visible: see nvidia-smi and CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            "INVALID_DEVICE",
+            "; there are fewer GPUs: nvidia-smi -L lists them",
+        ),
+        (
+            "SYSTEM_DRIVER_MISMATCH",
+            "; the driver's parts are of different versions: restart the machine",
+        ),
+        (
+            "INSUFFICIENT_DRIVER",
+            "; the driver is too old: CUDA 13 wants version 580 or newer",
+        ),
+        (
+            "OUT_OF_MEMORY",
+            "; other processes have the GPU's memory: nvidia-smi lists them",
+        ),
+    ];
+    let found = ADVICE.iter().find(|(error, _)| said.contains(error));
+    found.map_or("", |(_, advice)| advice)
 }
 
 /// Freed memory stays in the pool that allocations come from, instead of going back at every synchronisation.

@@ -6,6 +6,8 @@
 mod device;
 #[cfg(test)]
 pub(crate) mod emulated;
+#[cfg(all(test, feature = "cuda"))]
+mod speed_tests;
 
 use candle_core::{DType, Result, bail};
 

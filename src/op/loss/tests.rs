@@ -1,6 +1,6 @@
 use super::*;
-use crate::op::cuda::Gpu;
 use crate::op::cuda::emulated::{Emulated, Entries};
+use crate::op::cuda::{Array, Gpu};
 use crate::op::laws::{check_cuda, distance, f32, like, noise, truth};
 use candle_core::Var;
 
