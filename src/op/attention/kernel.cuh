@@ -262,9 +262,7 @@ __device__ __forceinline__ void attention_dq(const Attention& a, const T* dy, co
 
         float p[MT][N / 8][4], dp[MT][N / 8][4];
         clear(p);
-        clear(dp);
         Products<T>::template nt<KD, PK, PK>(p, q + warp * 16 * MT * PK, k + stage * N * PK);
-        Products<T>::template nt<VD, PV, PV>(dp, d + warp * 16 * MT * PV, v + stage * N * PV);
         const bool common = key >= keys.common_from && key + N <= keys.common_to;
 #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -276,11 +274,18 @@ __device__ __forceinline__ void attention_dq(const Attention& a, const T* dy, co
                 for (int n = 0; n < N / 8; n++)
 #pragma unroll
                     for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        float w = exp2_fast(fmaf(p[m][n][i], scale, -sum[m][half]));
-                        if (!common && !is.sees(key + column_of(n) + i % 2)) w = 0.f;
-                        dp[m][n][i] = w * (dp[m][n][i] - inner[m][half]);
+                        p[m][n][i] = exp2_fast(fmaf(p[m][n][i], scale, -sum[m][half]));
+                        if (!common && !is.sees(key + column_of(n) + i % 2)) p[m][n][i] = 0.f;
                     }
             }
+        clear(dp);
+        Products<T>::template nt<VD, PV, PV>(dp, d + warp * 16 * MT * PV, v + stage * N * PV);
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - inner[m][i / 2]);
         Products<T>::template rn<PK>(out, dp, room, k + stage * N * PK);
         if (STAGES == 2) stage = 1 - stage;
     }
@@ -422,27 +427,27 @@ attention_dkv(const Attention& a, const T* dy, const float* sums, const float* a
 
 #ifdef __CUDACC__
 // Every type and size of head that is compiled; smaller heads are filled up with zeros.
-#define ATTENTION(name, T, KD, VD, FMT, FN, QN, KVN, STAGES)                                                                     \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)                                                             \
+#define ATTENTION(name, T, KD, VD, FMT, FN, QMT, QN, KVN, STAGES)                                                                     \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 1)                                                             \
         attention_forward_##name(const __grid_constant__ Attention a, T* y, float* sums) {                                     \
         attention_forward<T, KD, VD, FMT, FN, STAGES>(a, y, sums);                                                              \
     }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_dq_##name(                                       \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 1) attention_dq_##name(                                       \
         const __grid_constant__ Attention a, const T* dy, const float* sums, const float* along, T* dq) {                      \
-        attention_dq<T, KD, VD, 1, QN, STAGES>(a, dy, sums, along, dq);                                                         \
+        attention_dq<T, KD, VD, QMT, QN, STAGES>(a, dy, sums, along, dq);                                                         \
     }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_dkv_##name(                                      \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 1) attention_dkv_##name(                                      \
         const __grid_constant__ Attention a, const T* dy, const float* sums, const float* along, T* dk, T* dv) {               \
         attention_dkv<T, KD, VD, KVN, STAGES>(a, dy, sums, along, dk, dv);                                                      \
     }
-ATTENTION(f32_32_32, float, 32, 32, 1, 32, 32, 32, 1)
-ATTENTION(f32_64_64, float, 64, 64, 1, 32, 32, 32, 1)
-ATTENTION(f32_128_128, float, 128, 128, 1, 32, 32, 32, 1)
-ATTENTION(f32_192_128, float, 192, 128, 1, 32, 32, 32, 1)
-ATTENTION(bf16_32_32, bf16, 32, 32, 2, 64, 64, 64, 2)
-ATTENTION(bf16_64_64, bf16, 64, 64, 2, 64, 64, 64, 2)
-ATTENTION(bf16_128_128, bf16, 128, 128, 1, 64, 64, 32, 2)
-ATTENTION(bf16_192_128, bf16, 192, 128, 1, 64, 64, 32, 2)
+ATTENTION(f32_32_32, float, 32, 32, 1, 32, 1, 32, 32, 1)
+ATTENTION(f32_64_64, float, 64, 64, 1, 32, 1, 32, 32, 1)
+ATTENTION(f32_128_128, float, 128, 128, 1, 32, 1, 32, 32, 1)
+ATTENTION(f32_192_128, float, 192, 128, 1, 32, 1, 32, 32, 1)
+ATTENTION(bf16_32_32, bf16, 32, 32, 2, 64, 2, 64, 64, 2)
+ATTENTION(bf16_64_64, bf16, 64, 64, 2, 64, 2, 32, 64, 2)
+ATTENTION(bf16_128_128, bf16, 128, 128, 2, 32, 2, 32, 64, 2)
+ATTENTION(bf16_192_128, bf16, 192, 128, 2, 32, 1, 64, 32, 2)
 
 extern "C" __global__ void attention_along_f32(const float* y, const float* dy, float* along, int t, int heads, int v, int rows) {
     attention_along(y, dy, along, t, heads, v, rows);

@@ -302,14 +302,25 @@ template <> struct Products<float> {
 template <class T, int R, int D, int THREADS>
 __device__ __forceinline__ void fetch(T* tile, const T* from, int first, int rows, int64_t stride, int columns, bool whole) {
     if (whole) {
-        constexpr int E = 16 / sizeof(T), UNITS = D / E;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < R * UNITS; i += THREADS) {
-            int row = i / UNITS, column = i % UNITS * E;
-            bool there = first + row < rows && column < columns;
-            cp_async_16(tile + row * PITCH<T, D> + column, there ? from + (first + row) * stride + column : from, there ? 16 : 0);
+        // Neighbouring threads take 128 bytes of a row. Not unrolled: offsets of all rows would fill the registers of the caller's loop.
+        constexpr int E = 16 / sizeof(T), UNITS = D / E, ACROSS = UNITS < 8 ? UNITS : 8;
+        static_assert(UNITS % ACROSS == 0 && THREADS % ACROSS == 0);
+        const int column = threadIdx.x % ACROSS * E;
+        int row = threadIdx.x / ACROSS;
+        const T* source = from + (first + row) * stride + column;
+        T* target = tile + row * PITCH<T, D> + column;
+#pragma unroll 1
+        for (; row < R; row += THREADS / ACROSS) {
+#pragma unroll
+            for (int i = 0; i < UNITS; i += ACROSS) {
+                bool there = first + row < rows && column + i * E < columns;
+                cp_async_16(target + i * E, there ? source + i * E : from, there ? 16 : 0);
+            }
+            source += THREADS / ACROSS * stride;
+            target += THREADS / ACROSS * PITCH<T, D>;
         }
     } else {
+#pragma unroll 1
         for (int i = threadIdx.x; i < R * D; i += THREADS) {
             int row = i / D, column = i % D;
             bool there = first + row < rows && column < columns;
