@@ -11,7 +11,7 @@ struct Case {
     bool view = false;
 };
 
-template <class T, int KD, int VD, int FMT, int FN, int QN, int KVN, int STAGES> void run(const Case& c) {
+template <class T, int KD, int VD, int FMT, int FN, int QMT, int QN, int KVN, int STAGES> void run(const Case& c) {
     const int B = c.b, TT = c.t, S = c.s, H = c.heads, G = c.groups, K = c.k, V = c.v, past = S - TT;
     const int width = c.view ? K + V + 3 : 0;
     std::vector<T> q = random<T>(size_t(B) * TT * H * K, 1), dy = random<T>(size_t(B) * TT * H * V, 4);
@@ -25,9 +25,9 @@ template <class T, int KD, int VD, int FMT, int FN, int QN, int KVN, int STAGES>
                     if (cut + b % 2 <= t) start = cut + b % 2;
                 starts.push_back(start);
             }
-    Attention a = {};
+    attention::Problem a = {};
     a.q = q.data(), a.k = k.data(), a.v = c.view ? k.data() + K + 1 : v.data();
-    const int64_t of_k = c.view ? width : K, of_v = c.view ? width : V;
+    const long long of_k = c.view ? width : K, of_v = c.view ? width : V;
     a.k_strides[0] = S * G * of_k, a.k_strides[1] = G * of_k, a.k_strides[2] = of_k;
     a.v_strides[0] = S * G * of_v, a.v_strides[1] = G * of_v, a.v_strides[2] = of_v;
     a.starts = starts.empty() ? nullptr : starts.data();
@@ -38,15 +38,15 @@ template <class T, int KD, int VD, int FMT, int FN, int QN, int KVN, int STAGES>
 
     std::vector<T> y(size_t(B) * TT * H * V), dq(q.size()), dk(size_t(B) * S * G * K), dv(size_t(B) * S * G * V);
     std::vector<float> sums(size_t(B) * TT * H), along(sums.size());
-    for (auto* x : {&y, &dq, &dk, &dv}) std::fill(x->begin(), x->end(), narrow<T>(NAN));
-    emu::launch(dim3((TT + 64 * FMT - 1) / (64 * FMT), H, B), 128, AttentionShared<T, KD, VD, FMT, FN, STAGES>::FORWARD,
-                [&] { attention_forward<T, KD, VD, FMT, FN, STAGES>(a, y.data(), sums.data()); });
+    for (auto* x : {&y, &dq, &dk, &dv}) std::fill(x->begin(), x->end(), T(NAN));
+    emu::launch(dim3((TT + 64 * FMT - 1) / (64 * FMT), H, B), 128, attention::Shared<T, KD, VD, FMT, FN, STAGES>::FORWARD,
+                [&] { attention::forward<T, KD, VD, FMT, FN, STAGES>(a, y.data(), sums.data()); });
     emu::launch(dim3((B * TT * H + 3) / 4), 128, 0,
-                [&] { attention_along<T>(y.data(), dy.data(), along.data(), TT, H, V, B * TT * H); });
-    emu::launch(dim3((TT + 63) / 64, H, B), 128, AttentionShared<T, KD, VD, 1, QN, STAGES>::DQ,
-                [&] { attention_dq<T, KD, VD, 1, QN, STAGES>(a, dy.data(), sums.data(), along.data(), dq.data()); });
-    emu::launch(dim3((S + 63) / 64, G, B), 128, AttentionShared<T, KD, VD, 1, KVN, STAGES>::DKV,
-                [&] { attention_dkv<T, KD, VD, KVN, STAGES>(a, dy.data(), sums.data(), along.data(), dk.data(), dv.data()); });
+                [&] { attention::along<T>(y.data(), dy.data(), along.data(), TT, H, V, B * TT * H); });
+    emu::launch(dim3((TT + 64 * QMT - 1) / (64 * QMT), H, B), 128, attention::Shared<T, KD, VD, QMT, QN, STAGES>::DQ,
+                [&] { attention::dq<T, KD, VD, QMT, QN, STAGES>(a, dy.data(), sums.data(), along.data(), dq.data()); });
+    emu::launch(dim3((S + 63) / 64, G, B), 128, attention::Shared<T, KD, VD, 1, KVN, STAGES>::DKV,
+                [&] { attention::dkv<T, KD, VD, KVN, STAGES>(a, dy.data(), sums.data(), along.data(), dk.data(), dv.data()); });
 
     std::vector<double> y_(y.size()), sums_(sums.size()), dq_(dq.size()), dk_(dk.size()), dv_(dv.size());
     const T* value = (const T*)a.v;
@@ -64,24 +64,24 @@ template <class T, int KD, int VD, int FMT, int FN, int QN, int KVN, int STAGES>
                 for (int j = 0; j <= at; j++) {
                     if (!(j >= near || (j >= start && j < far))) continue;
                     double score = 0;
-                    for (int i = 0; i < K; i++) score += (double)wide(q[row * K + i]) * wide(key(j)[i]);
+                    for (int i = 0; i < K; i++) score += (double)widen(q[row * K + i]) * widen(key(j)[i]);
                     total += w[j] = exp(score * a.scale);
                 }
                 sums_[(size_t(b) * H + h) * TT + t] = log(total);
                 for (int j = 0; j <= at; j++) {
                     w[j] /= total;
                     for (int i = 0; i < V; i++) {
-                        y_[row * V + i] += w[j] * wide(val(j)[i]);
-                        dw[j] += (double)wide(dy[row * V + i]) * wide(val(j)[i]);
-                        dv_[((size_t(b) * S + j) * G + g) * V + i] += w[j] * wide(dy[row * V + i]);
+                        y_[row * V + i] += w[j] * widen(val(j)[i]);
+                        dw[j] += (double)widen(dy[row * V + i]) * widen(val(j)[i]);
+                        dv_[((size_t(b) * S + j) * G + g) * V + i] += w[j] * widen(dy[row * V + i]);
                     }
                     inner += w[j] * dw[j];
                 }
                 for (int j = 0; j <= at; j++)
                     for (int i = 0; i < K; i++) {
                         const double ds = a.scale * w[j] * (dw[j] - inner);
-                        dq_[row * K + i] += ds * wide(key(j)[i]);
-                        dk_[((size_t(b) * S + j) * G + g) * K + i] += ds * wide(q[row * K + i]);
+                        dq_[row * K + i] += ds * widen(key(j)[i]);
+                        dk_[((size_t(b) * S + j) * G + g) * K + i] += ds * widen(q[row * K + i]);
                     }
             }
     char name[200];
@@ -108,18 +108,18 @@ int main() {
         {2, 20, 75, 4, 2, 6, 5, 0, 0, {}, true},
     };
     for (const Case& c : small) {
-        run<float, 32, 32, 1, 32, 32, 32, 1>(c);
-        run<bf16, 32, 32, 2, 64, 64, 64, 2>(c);
+        run<float, 32, 32, 1, 32, 1, 32, 32, 1>(c);
+        run<bf16, 32, 32, 2, 64, 2, 64, 64, 2>(c);
     }
     Case big = {1, 150, 150, 2, 1, 64, 64, 0, 0, {0, 33, 100}}, odd = {1, 75, 140, 1, 1, 50, 40}, large = {1, 100, 100, 1, 1, 128, 128, 0, 0, {0, 65}},
          latent = {1, 100, 100, 1, 1, 192, 128, 0, 0, {0, 20}};
-    run<float, 64, 64, 1, 32, 32, 32, 1>(big);
-    run<bf16, 64, 64, 2, 64, 64, 64, 2>(big);
-    run<float, 64, 64, 1, 32, 32, 32, 1>(odd);
-    run<bf16, 64, 64, 2, 64, 64, 64, 2>(odd);
-    run<float, 128, 128, 1, 32, 32, 32, 1>(large);
-    run<bf16, 128, 128, 1, 64, 64, 32, 2>(large);
-    run<float, 192, 128, 1, 32, 32, 32, 1>(latent);
-    run<bf16, 192, 128, 1, 64, 64, 32, 2>(latent);
+    run<float, 64, 64, 1, 32, 1, 32, 32, 1>(big);
+    run<bf16, 64, 64, 2, 64, 2, 32, 64, 2>(big);
+    run<float, 64, 64, 1, 32, 1, 32, 32, 1>(odd);
+    run<bf16, 64, 64, 2, 64, 2, 32, 64, 2>(odd);
+    run<float, 128, 128, 1, 32, 1, 32, 32, 1>(large);
+    run<bf16, 128, 128, 2, 32, 2, 32, 64, 2>(large);
+    run<float, 192, 128, 1, 32, 1, 32, 32, 1>(latent);
+    run<bf16, 192, 128, 2, 32, 1, 64, 32, 2>(latent);
     return finish();
 }

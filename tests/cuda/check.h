@@ -14,7 +14,7 @@ template <class T> std::vector<T> random(size_t count, unsigned seed, float rang
     std::mt19937 engine(seed);
     std::uniform_real_distribution<float> entry(-range, range);
     std::vector<T> x(count);
-    for (T& x : x) x = narrow<T>(entry(engine));
+    for (T& x : x) x = T(entry(engine));
     return x;
 }
 
@@ -22,7 +22,7 @@ template <class T> std::vector<T> random(size_t count, unsigned seed, float rang
 template <class T> double gap(const std::vector<T>& a, const std::vector<double>& b) {
     double off = 0, most = 0;
     for (size_t i = 0; i < a.size(); i++) {
-        const double d = std::fabs(wide(a[i]) - b[i]);
+        const double d = std::fabs(widen(a[i]) - b[i]);
         if (!(d <= off)) off = d;
         if (off != off) return off;
         most = std::fmax(most, std::fabs(b[i]));

@@ -4,39 +4,29 @@
 // (16m + l/4, 8n + 2(l%4)), the one right of it, and both eight rows below, as `mma.m16n8k16` leaves them (PTX ISA 9.7.14).
 // bf16 and f16 go through the tensor cores; f32 through fused multiply-adds in the same layout, so that a kernel is written once.
 #pragma once
+#include "device.cuh"
 #ifdef __CUDACC__
-#include <cstdint>
-#define SHARED(name) extern __shared__ __align__(16) char name[]
-#else
-#include "emulator.h"
-#define SHARED(name) char* name = emu::dynamic
+#include <cuda_fp16.h>
 #endif
 
-/// Bits of a bfloat16.
-struct bf16 {
-    uint16_t bits;
-};
-/// Bits of an IEEE half.
-struct f16 {
-    uint16_t bits;
-};
+using f16 = __half;
 
-__device__ __forceinline__ float wide(float x) { return x; }
-__device__ __forceinline__ float wide(bf16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
+__device__ __forceinline__ float widen(f16 x) { return __half2float(x); }
+__device__ __forceinline__ void narrow(float x, f16& to) { to = __float2half(x); }
+
+namespace tile {
 
 /// Two neighbours in 32 bits, `lo` in the lower half.
 template <class T> __device__ __forceinline__ uint32_t pack(float lo, float hi);
 /// c += a b, a of 16 rows and 16 columns and b of 16 rows and 8 columns spread over the warp.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_bf16_16816(c, a, b);
+}
 
 #ifdef __CUDACC__
 
-__device__ __forceinline__ float wide(f16 x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-}
 template <> __device__ __forceinline__ uint32_t pack<bf16>(float lo, float hi) {
     uint32_t y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
@@ -47,48 +37,15 @@ template <> __device__ __forceinline__ uint32_t pack<f16>(float lo, float hi) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
     return y;
 }
-template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-/// Four 8 × 8 matrices of 16-bit entries: lane `l` points to row `l % 8` of matrix `l / 8`, and gets of each the two entries
-/// (l/4, 2(l%4)) and right of it; transposed, (2(l%4), l/4) and below.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-}
-
-/// 16 bytes to shared memory, zeros from `bytes` on.
-__device__ __forceinline__ void cp_async_16(void* to, const void* from, int bytes) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
-}
+/// 4 bytes from global to shared memory.
 __device__ __forceinline__ void cp_async_4(void* to, const void* from) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from) : "memory");
 }
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
 /// 2^x, relative error 2^-22.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -96,29 +53,20 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-#else // on the CPU, for tests
+#else
 
-inline float wide(f16 x) { return emu::f16_to_float(x.bits); }
 template <> inline uint32_t pack<bf16>(float lo, float hi) {
-    return emu::float_to_bf16(lo) | (uint32_t)emu::float_to_bf16(hi) << 16;
+    return emu::float_to_bf16(lo) | uint32_t(emu::float_to_bf16(hi)) << 16;
 }
-template <> inline uint32_t pack<f16>(float lo, float hi) {
-    return emu::float_to_f16(lo) | (uint32_t)emu::float_to_f16(hi) << 16;
-}
-template <> inline void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16_16816(c, a, b); }
+template <> inline uint32_t pack<f16>(float lo, float hi) { return emu::float_to_f16(lo) | uint32_t(emu::float_to_f16(hi)) << 16; }
 template <> inline void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16_16816(c, a, b); }
 inline float exp2_fast(float x) { return exp2f(x); }
 
 #endif
 
-template <class T> __device__ __forceinline__ T narrow(float x);
-template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
-template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return bf16{(uint16_t)pack<bf16>(x, 0.f)}; }
-template <> __device__ __forceinline__ f16 narrow<f16>(float x) { return f16{(uint16_t)pack<f16>(x, 0.f)}; }
-
 /// Two neighbours of a row.
 template <class T> __device__ __forceinline__ void put2(T* to, float x, float y) { *(uint32_t*)to = pack<T>(x, y); }
-template <> __device__ __forceinline__ void put2<float>(float* to, float x, float y) { to[0] = x, to[1] = y; }
+template <> __device__ __forceinline__ void put2<float>(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
 
 /// Entries from row to row of a tile of D columns in shared memory: 16 bytes more than they need, so that eight rows of 16 bytes
 /// stand in different banks (D a multiple of 16).
@@ -324,7 +272,9 @@ __device__ __forceinline__ void fetch(T* tile, const T* from, int first, int row
         for (int i = threadIdx.x; i < R * D; i += THREADS) {
             int row = i / D, column = i % D;
             bool there = first + row < rows && column < columns;
-            tile[row * PITCH<T, D> + column] = there ? from[(first + row) * stride + column] : narrow<T>(0.f);
+            tile[row * PITCH<T, D> + column] = there ? from[(first + row) * stride + column] : T(0.f);
         }
     }
 }
+
+} // namespace tile
