@@ -2,8 +2,8 @@
 //
 // Forward: `states` sums what each chunk adds to the state, `pass` carries it from chunk to chunk, `outputs` takes products within
 // a chunk and with the state that enters it. Backward: `states` and `pass` do the same for the adjoint, from the last chunk on,
-// `back_reads` has the gradients of C, `back` all others. The heads of a group are one block's there, so that the gradients of x and
-// B that they share have one writer and one order of sums.
+// `back_reads` has the gradient of C, `back_x` that of x, `back_b` those of B and of the steps. The heads of a group are one block's in
+// the last two, so that what they share has one writer and one order of sums.
 //
 // With `ℓ` the logarithm of a decay and `E(t, s) = exp(Σ ℓ over s+1..=t)`, 0 over a border of documents, position t of a chunk has
 // `y = Σ_{s ≤ t} E(t, s) (C_t · B_s) Δ_s x_s + e_t S C_t + D x_t`, and the next state is `f S + Σ_s w_s Δ_s x_s ⊗ B_s`, where e_t is E
@@ -135,7 +135,8 @@ template <class T, int D> struct Shared {
     static constexpr int STATES = (int)sizeof(T) * 2 * ROWS;
     static constexpr int OUTPUTS = (int)sizeof(T) * (3 * ROWS + ROOM);
     static constexpr int BACK_READS = (int)sizeof(T) * (2 * ROWS + PIECES + ROOM);
-    static constexpr int BACK = (int)sizeof(T) * (4 * ROWS + ROOM);
+    static constexpr int BACK_X = OUTPUTS;
+    static constexpr int BACK_B = (int)sizeof(T) * (4 * ROWS + ROOM);
 };
 
 /// What a chunk adds to the state at its end, `Σ_s w_s Δ_s x_s ⊗ B_s`, or, back, to the adjoint at its beginning, `Σ_t e_t dy_t ⊗ C_t`
@@ -371,11 +372,88 @@ __device__ __forceinline__ void passing(float (&m)[1][CHUNK / 8][4], int top, fl
         }
 }
 
-/// The parts of x and B in dxbc [B, T, channels], ddt [B, T, H] and parts of dparams [B·chunks, 3·H], from dy [B, T, H·P], the states that
-/// enter and the adjoints that leave the chunks, and the reads of `back_reads`. Grid: chunks, G, B.
+/// The part of x in dxbc [B, T, channels], `dx_s = Σ_h Δ_s (Σ_{t ≥ s} E(t, s) (B_s · C_t) dy_t + w_s G B_s) + D dy_s`, from dy [B, T, H·P] and
+/// the adjoints G that leave the chunks. Grid: chunks, G, B.
+template <class T, int D> __device__ __forceinline__ void back_x(const Problem<T>& a, const T* dy, const float* leaving, T* dxbc) {
+    constexpr int P = PITCH<T, D>, W = PIECE<D>;
+    T* b_in = dynamic_shared<T>();
+    T* d = b_in + CHUNK * P;
+    T* c_out = d + CHUNK * P;
+    T* adjoint = d; // over both, once they have been used
+    __shared__ Steps steps;
+    const int chunk = blockIdx.x, g = blockIdx.y, b = blockIdx.z, first = chunk * CHUNK;
+    const int warp = threadIdx.x / 32, top = warp * 16, rep = a.heads / a.groups;
+    T* room = c_out + CHUNK * P + warp * Products<T>::template ROOM<1, CHUNK / 8>;
+    fetch_rows<T, D>(b_in, a.b_in(b, g * rep), first, a.t, a.xbc_row, a.n, a.whole);
+    cp_async_commit();
+
+    float dx[1][D / 8][4];
+    clear(dx);
+    for (int h = g * rep; h < (g + 1) * rep; h++) {
+        __syncthreads();
+        const long long dy_row = (long long)a.heads * a.p;
+        fetch_rows<T, D>(d, dy + b * a.t * dy_row + h * a.p, first, a.t, dy_row, a.p, a.whole);
+        fetch_rows<T, D>(c_out, a.c_out(b, h), first, a.t, a.xbc_row, a.n, a.whole);
+        cp_async_commit();
+        fill(steps, a, b, chunk, h);
+        cp_async_wait<0>();
+        __syncthreads();
+
+        // Rows s and columns t.
+        float c[1][CHUNK / 8][4];
+        clear(c);
+        Products<T>::template nt<D, P, P>(c, b_in + top * P, c_out);
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int s = top + row_of(0, i / 2);
+                c[0][n][i] *= steps.decay(column_of(n) + i % 2, s) * steps.delta[s];
+            }
+        Products<T>::template rn<P>(dx, c, room, d);
+        const float skip = a.params[2 * a.heads + h];
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                dx[0][n][i] = fmaf(skip, widen(d[(top + row_of(0, i / 2)) * P + column_of(n) + i % 2]), dx[0][n][i]);
+
+        __syncthreads();
+        load_state<T, D, D>(adjoint, leaving + a.state(b, chunk, h), 0, 0, a.p, a.n);
+        __syncthreads();
+#pragma unroll
+        for (int piece = 0; piece < D; piece += W) {
+            float out[1][W / 8][4];
+            clear(out);
+            Products<T>::template nt<D, P, P>(out, b_in + top * P, adjoint + piece * P);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int s = top + row_of(0, i / 2);
+                const float gain = steps.leaving(s) * steps.delta[s];
+#pragma unroll
+                for (int n = 0; n < W / 8; n++) {
+                    float& to = dx[0][piece / 8 + n][i];
+                    to = fmaf(gain, out[0][n][i], to);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int at = first + top + row_of(0, half);
+        if (at >= a.t) continue;
+        T* row = dxbc + ((long long)b * a.t + at) * a.channels() + g * a.p;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) write2(row, column_of(n), a.p, dx[0][n][2 * half], dx[0][n][2 * half + 1]);
+    }
+}
+
+/// The part of B in dxbc [B, T, channels], `dB_s = Σ_h Δ_s (Σ_{t ≥ s} E(t, s) (dy_t · x_s) C_t + w_s Gᵀ x_s)`, ddt [B, T, H] and parts of
+/// dparams [B·chunks, 3·H], from dy [B, T, H·P], the states that enter and the adjoints G that leave the chunks, and the reads of
+/// `back_reads`. Grid: chunks, G, B.
 template <class T, int D>
-__device__ __forceinline__ void back(const Problem<T>& a, const T* dy, const float* entering, const float* leaving, const float* reads, T* dxbc,
-                     float* ddt, float* dparams) {
+__device__ __forceinline__ void back_b(const Problem<T>& a, const T* dy, const float* entering, const float* leaving, const float* reads,
+                                       T* dxbc, float* ddt, float* dparams) {
     constexpr int P = PITCH<T, D>, W = PIECE<D>;
     T* x = dynamic_shared<T>();
     T* b_in = x + CHUNK * P;
@@ -392,8 +470,7 @@ __device__ __forceinline__ void back(const Problem<T>& a, const T* dy, const flo
     fetch_rows<T, D>(b_in, a.b_in(b, g * rep), first, a.t, a.xbc_row, a.n, a.whole);
     cp_async_commit();
 
-    float dx[1][D / 8][4], db[1][D / 8][4];
-    clear(dx);
+    float db[1][D / 8][4];
     clear(db);
     for (int h = g * rep; h < (g + 1) * rep; h++) {
         __syncthreads();
@@ -409,28 +486,11 @@ __device__ __forceinline__ void back(const Problem<T>& a, const T* dy, const flo
         cp_async_wait<0>();
         __syncthreads();
 
-        // Rows s and columns t: E(t, s) (B_s · C_t), and what passes through it to x.
+        // Rows s and columns t.
         float c[1][CHUNK / 8][4], m[1][CHUNK / 8][4];
         clear(c);
-        Products<T>::template nt<D, P, P>(c, b_in + top * P, c_out);
-#pragma unroll
-        for (int n = 0; n < CHUNK / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int s = top + row_of(0, i / 2);
-                c[0][n][i] *= steps.decay(column_of(n) + i % 2, s);
-                m[0][n][i] = c[0][n][i] * steps.delta[s];
-            }
-        Products<T>::template rn<P>(dx, m, room, d);
-        const float skip = a.params[2 * a.heads + h];
-#pragma unroll
-        for (int n = 0; n < D / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                dx[0][n][i] = fmaf(skip, widen(d[(top + row_of(0, i / 2)) * P + column_of(n) + i % 2]), dx[0][n][i]);
-
-        // x_s · dy_t, and what passes through it to B.
         clear(m);
+        Products<T>::template nt<D, P, P>(c, b_in + top * P, c_out);
         Products<T>::template nt<D, P, P>(m, x + top * P, d);
         float own[2] = {0.f, 0.f}, diagonal = 0.f;
 #pragma unroll
@@ -439,10 +499,10 @@ __device__ __forceinline__ void back(const Problem<T>& a, const T* dy, const flo
             for (int i = 0; i < 4; i++) {
                 const int s = top + row_of(0, i / 2), t = column_of(n) + i % 2;
                 if (s == t) diagonal += m[0][n][i];
+                m[0][n][i] *= steps.decay(t, s);
                 c[0][n][i] *= m[0][n][i];
                 own[i / 2] += c[0][n][i];
-                c[0][n][i] *= steps.delta[s];
-                m[0][n][i] *= steps.decay(t, s) * steps.delta[s];
+                c[0][n][i] *= steps.delta[s], m[0][n][i] *= steps.delta[s];
             }
         Products<T>::template rn<P>(db, m, room, c_out);
         passing(c, top, over[warp]);
@@ -480,15 +540,6 @@ __device__ __forceinline__ void back(const Problem<T>& a, const T* dy, const flo
                     const int column = piece + column_of(n) + i % 2;
                     given[i / 2] = fmaf(out[0][n][i], widen(b_in[(top + row_of(0, i / 2)) * P + column]), given[i / 2]);
                     float& to = db[0][piece / 8 + n][i];
-                    to = fmaf(gain[i / 2], out[0][n][i], to);
-                }
-            clear(out);
-            Products<T>::template nt<D, P, P>(out, b_in + top * P, adjoint + piece * P);
-#pragma unroll
-            for (int n = 0; n < W / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float& to = dx[0][piece / 8 + n][i];
                     to = fmaf(gain[i / 2], out[0][n][i], to);
                 }
         }
@@ -531,12 +582,9 @@ __device__ __forceinline__ void back(const Problem<T>& a, const T* dy, const flo
     for (int half = 0; half < 2; half++) {
         const int at = first + top + row_of(0, half);
         if (at >= a.t) continue;
-        T* row = dxbc + ((long long)b * a.t + at) * a.channels();
+        T* row = dxbc + ((long long)b * a.t + at) * a.channels() + a.groups * a.p + g * a.n;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            write2(row + g * a.p, column_of(n), a.p, dx[0][n][2 * half], dx[0][n][2 * half + 1]);
-            write2(row + a.groups * a.p + g * a.n, column_of(n), a.n, db[0][n][2 * half], db[0][n][2 * half + 1]);
-        }
+        for (int n = 0; n < D / 8; n++) write2(row, column_of(n), a.n, db[0][n][2 * half], db[0][n][2 * half + 1]);
     }
 }
 
@@ -568,10 +616,15 @@ __device__ __forceinline__ void back(const Problem<T>& a, const T* dy, const flo
         ssd::back_reads<T, D>(a, dy, entering, dxbc, reads);                                                                     \
     }                                                                                                                            \
     extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
-        ssd_back_##D##_##type(OPERANDS(T), const T* dy, const float* entering, const float* leaving, const float* reads,         \
-                              T* dxbc, float* ddt, float* dparams) {                                                             \
+        ssd_back_x_##D##_##type(OPERANDS(T), const T* dy, const float* leaving, T* dxbc) {                                       \
         PROBLEM(T);                                                                                                              \
-        ssd::back<T, D>(a, dy, entering, leaving, reads, dxbc, ddt, dparams);                                                    \
+        ssd::back_x<T, D>(a, dy, leaving, dxbc);                                                                                 \
+    }                                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
+        ssd_back_b_##D##_##type(OPERANDS(T), const T* dy, const float* entering, const float* leaving, const float* reads,       \
+                                T* dxbc, float* ddt, float* dparams) {                                                           \
+        PROBLEM(T);                                                                                                              \
+        ssd::back_b<T, D>(a, dy, entering, leaving, reads, dxbc, ddt, dparams);                                                  \
     }
 KERNELS(32, f32, float)
 KERNELS(64, f32, float)
