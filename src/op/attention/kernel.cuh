@@ -23,8 +23,8 @@ struct Problem {
     int window, sinks;
     /// Positive.
     float scale;
-    /// Rows of q and k, of v and of outputs begin at multiples of 16 bytes and fill them.
-    int whole_k, whole_v;
+    /// Whether rows of K entries, and of V, begin at multiples of 16 bytes and fill them.
+    bool whole_k, whole_v;
 };
 
 /// Threads of a block.
@@ -51,7 +51,7 @@ __device__ __forceinline__ Bounds bounds(const Problem& a, int b, int t) {
 /// by way of the warp's rows of a tile in shared memory.
 template <class T, int P, int MT, int NT, class F>
 __device__ __forceinline__ void
-store(const float (&c)[MT][NT][4], T* tile, T* to, int rows, long long stride, int columns, bool whole, F factor) {
+store(const float (&c)[MT][NT][4], T* tile, T* to, int rows, long long stride, int columns, bool wholly, F factor) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -65,7 +65,7 @@ store(const float (&c)[MT][NT][4], T* tile, T* to, int rows, long long stride, i
     __syncwarp();
     constexpr int E = 16 / sizeof(T), UNITS = 8 * NT / E;
     const int lane = threadIdx.x & 31;
-    if (whole) {
+    if (wholly) {
         for (int i = lane; i < 16 * MT * UNITS; i += 32) {
             int row = i / UNITS, column = i % UNITS * E;
             if (row < rows && column < columns) *(uint4*)(to + row * stride + column) = *(const uint4*)(tile + row * P + column);
@@ -437,26 +437,28 @@ dkv(const Problem& a, const T* dy, const float* sums, const float* along, T* dk,
 #define OPERANDS(T)                                                                                                              \
     const T *q, const T *k, const T *v, const uint32_t *starts, long long k_batch, long long k_position, long long k_head,       \
         long long v_batch, long long v_position, long long v_head, int t, int s, int heads, int groups, int k_dim, int v_dim,    \
-        int window, int sinks, int whole_k, int whole_v, float scale
-#define PROBLEM                                                                                                                  \
-    const attention::Problem a = {q,     k, v, {k_batch, k_position, k_head}, {v_batch, v_position, v_head}, starts,             \
-                                  t,     s, heads, groups, k_dim, v_dim, window, sinks, scale, whole_k, whole_v}
+        int window, int sinks, float scale
+#define PROBLEM(of_k, of_v)                                                                                                      \
+    const attention::Problem a = {q, k, v, {k_batch, k_position, k_head}, {v_batch, v_position, v_head}, starts,                 \
+                                  t, s, heads, groups, k_dim, v_dim, window, sinks, scale,                                       \
+                                  tile::whole(q, k_dim) && tile::whole(k, k_batch, k_position, k_head) && of_k,                  \
+                                  tile::whole(v, v_dim, v_batch, v_position, v_head) && of_v}
 
 // Heads of keys and values up to KD and VD entries, which are filled up with zeros. Of `forward` and of `dq` 16 rows of a warp MT
 // times, and the keys that they take at a time, of `dkv` the queries; cuda.rs has the same numbers.
 #define KERNELS(size, type, T, KD, VD, MT, KEYS, DQ_MT, DQ_KEYS, QUERIES, STAGES)                                                \
-    extern "C" __global__ void __launch_bounds__(128, 1) attention_##size##_##type(OPERANDS(T), T* y, float* sums) {             \
-        PROBLEM;                                                                                                                 \
+    extern "C" __launch_bounds__(128, 1) __global__ void attention_##size##_##type(OPERANDS(T), T* y, float* sums) {             \
+        PROBLEM(true, tile::whole(y));                                                                                           \
         attention::forward<T, KD, VD, MT, KEYS, STAGES>(a, y, sums);                                                             \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
-        attention_dq_##size##_##type(OPERANDS(T), const T* dy, const float* sums, const float* along, T* dq) {                   \
-        PROBLEM;                                                                                                                 \
+    extern "C" __launch_bounds__(128, 1) __global__ void attention_dq_##size##_##type(                                           \
+        OPERANDS(T), const T* dy, const float* sums, const float* along, T* dq) {                                                \
+        PROBLEM(tile::whole(dq), tile::whole(dy));                                                                               \
         attention::dq<T, KD, VD, DQ_MT, DQ_KEYS, STAGES>(a, dy, sums, along, dq);                                                \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
-        attention_dkv_##size##_##type(OPERANDS(T), const T* dy, const float* sums, const float* along, T* dk, T* dv) {           \
-        PROBLEM;                                                                                                                 \
+    extern "C" __launch_bounds__(128, 1) __global__ void attention_dkv_##size##_##type(                                          \
+        OPERANDS(T), const T* dy, const float* sums, const float* along, T* dk, T* dv) {                                         \
+        PROBLEM(tile::whole(dk), tile::whole(dy) && tile::whole(dv));                                                            \
         attention::dkv<T, KD, VD, QUERIES, STAGES>(a, dy, sums, along, dk, dv);                                                  \
     }
 KERNELS(32_32, f32, float, 32, 32, 1, 32, 1, 32, 32, 1)

@@ -244,12 +244,17 @@ template <> struct Products<float> {
     }
 };
 
+/// Whether rows that begin `steps` entries from `at` on begin at multiples of 16 bytes.
+template <class T, class... Steps> __device__ __forceinline__ bool whole(const T* at, Steps... steps) {
+    return aligned<PACK<T>>(at) && ((steps % PACK<T> == 0) && ...);
+}
+
 /// Rows `first..first + R` of a matrix of `rows` rows and `columns ≤ D` columns, `stride` entries apart, into a tile of R rows in shared
-/// memory; zeros around them. `whole`: rows begin at multiples of 16 bytes and columns fill them. There after `cp_async_commit`,
+/// memory; zeros around them. `wholly`: rows begin at multiples of 16 bytes and columns fill them. There after `cp_async_commit`,
 /// `cp_async_wait` and a barrier.
 template <class T, int R, int D, int THREADS>
-__device__ __forceinline__ void fetch(T* tile, const T* from, int first, int rows, int64_t stride, int columns, bool whole) {
-    if (whole) {
+__device__ __forceinline__ void fetch(T* tile, const T* from, int first, int rows, int64_t stride, int columns, bool wholly) {
+    if (wholly) {
         // Neighbouring threads take 128 bytes of a row. Not unrolled: offsets of all rows would fill the registers of the caller's loop.
         constexpr int E = 16 / sizeof(T), UNITS = D / E, ACROSS = UNITS < 8 ? UNITS : 8;
         static_assert(UNITS % ACROSS == 0 && THREADS % ACROSS == 0);

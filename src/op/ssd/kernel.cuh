@@ -29,8 +29,8 @@ template <class T> struct Problem {
     /// Entries from batch to batch and from row to row.
     long long xbc_batch, xbc_row, dt_batch, dt_row;
     int t, heads, groups, p, n;
-    /// Heads of x, B and C, and of outputs, begin at multiples of 16 bytes and fill them.
-    int whole;
+    /// Whether heads of x, B, C and dy begin at multiples of 16 bytes and fill them.
+    bool whole;
 
     __device__ int chunks() const { return (t + CHUNK - 1) / CHUNK; }
     __device__ int group(int h) const { return h / (heads / groups); }
@@ -99,8 +99,8 @@ template <class T> __device__ __forceinline__ void fill(Steps& steps, const Prob
 }
 
 /// Rows of 64 positions from `first` on, D wide.
-template <class T, int D> __device__ __forceinline__ void fetch_rows(T* to, const T* from, int first, int t, long long row, int n, int whole) {
-    fetch<T, CHUNK, D, THREADS>(to, from, first, t, row, n, whole);
+template <class T, int D> __device__ __forceinline__ void fetch_rows(T* to, const T* from, int first, int t, long long row, int n, bool wholly) {
+    fetch<T, CHUNK, D, THREADS>(to, from, first, t, row, n, wholly);
 }
 
 /// R rows and D columns from (row, column) on of a state [P, N] in f32.
@@ -593,37 +593,34 @@ __device__ __forceinline__ void back_b(const Problem<T>& a, const T* dy, const f
 // Up to D entries of x and of B and C, which are filled up with zeros.
 #define OPERANDS(T)                                                                                                              \
     const T *xbc, const float *dt, const float *params, const uint32_t *starts, long long xbc_batch, long long xbc_row,          \
-        long long dt_batch, long long dt_row, int t, int heads, int groups, int p, int n, int whole
-#define PROBLEM(T)                                                                                                               \
-    const ssd::Problem<T> a = {xbc, dt, params, starts, xbc_batch, xbc_row, dt_batch, dt_row, t, heads, groups, p, n, whole}
+        long long dt_batch, long long dt_row, int t, int heads, int groups, int p, int n
+#define PROBLEM(T, of_dy)                                                                                                        \
+    const ssd::Problem<T> a = {xbc, dt, params, starts, xbc_batch, xbc_row, dt_batch, dt_row, t, heads, groups, p, n,            \
+                               tile::whole(xbc, xbc_batch, xbc_row, p, n) && of_dy}
 #define KERNELS(D, type, T)                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(128, 1) ssd_states_##D##_##type(OPERANDS(T), float* sums, float* through) {     \
-        PROBLEM(T);                                                                                                              \
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_states_##D##_##type(OPERANDS(T), float* sums, float* through) {     \
+        PROBLEM(T, true);                                                                                                        \
         ssd::states<false, T, D>(a, nullptr, sums, through);                                                                     \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1) ssd_##D##_##type(OPERANDS(T), const float* entering, T* y) {            \
-        PROBLEM(T);                                                                                                              \
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_##D##_##type(OPERANDS(T), const float* entering, T* y) {            \
+        PROBLEM(T, true);                                                                                                        \
         ssd::outputs<T, D>(a, entering, y);                                                                                      \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
-        ssd_back_states_##D##_##type(OPERANDS(T), const T* dy, float* sums, float* through) {                                    \
-        PROBLEM(T);                                                                                                              \
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_states_##D##_##type(OPERANDS(T), const T* dy, float* sums, float* through) {\
+        PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::states<true, T, D>(a, dy, sums, through);                                                                           \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
-        ssd_back_reads_##D##_##type(OPERANDS(T), const T* dy, const float* entering, T* dxbc, float* reads) {                    \
-        PROBLEM(T);                                                                                                              \
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_reads_##D##_##type(OPERANDS(T), const T* dy, const float* entering, T* dxbc, float* reads) {\
+        PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::back_reads<T, D>(a, dy, entering, dxbc, reads);                                                                     \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
-        ssd_back_x_##D##_##type(OPERANDS(T), const T* dy, const float* leaving, T* dxbc) {                                       \
-        PROBLEM(T);                                                                                                              \
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_x_##D##_##type(OPERANDS(T), const T* dy, const float* leaving, T* dxbc) {\
+        PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::back_x<T, D>(a, dy, leaving, dxbc);                                                                                 \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1)                                                                         \
-        ssd_back_b_##D##_##type(OPERANDS(T), const T* dy, const float* entering, const float* leaving, const float* reads,       \
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_b_##D##_##type(OPERANDS(T), const T* dy, const float* entering, const float* leaving, const float* reads,\
                                 T* dxbc, float* ddt, float* dparams) {                                                           \
-        PROBLEM(T);                                                                                                              \
+        PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::back_b<T, D>(a, dy, entering, leaving, reads, dxbc, ddt, dparams);                                                  \
     }
 KERNELS(32, f32, float)
