@@ -92,6 +92,7 @@ fn build(op: &str) -> PathBuf {
         format!("src/op/{op}/kernel.cuh"),
         "src/op/cuda/kernel.cuh".to_owned(),
         "src/op/cuda/device.cuh".to_owned(),
+        "src/op/cuda/tile.cuh".to_owned(),
         "tests/cuda/emulator.h".to_owned(),
         "tests/cuda/launch.cpp".to_owned(),
     ];
@@ -132,18 +133,40 @@ fn build(op: &str) -> PathBuf {
     program
 }
 
-/// Names of a file's kernels; what is defined for several types has their names after `##`.
+/// Names of a file's kernels. What stands in a macro `KERNELS`, until it is undefined, is there once for each of its calls, which begin
+/// lines, and has its names from the calls' arguments.
 fn kernels(source: &str) -> Vec<String> {
-    let declared = source.split("__global__ void ").skip(1);
-    let names = declared.map(|rest| rest.split('(').next().unwrap());
+    const MACRO: &str = "#define KERNELS(";
+    let mut names = Vec::new();
+    for (i, part) in source.split(MACRO).enumerate() {
+        let (body, rest) = part.split_once("#undef KERNELS").unwrap_or(("", part));
+        if i > 0 {
+            let parameters = arguments(body);
+            for call in body.lines().filter_map(|l| l.strip_prefix("KERNELS(")) {
+                let given = arguments(call);
+                let put = |part: &str| match parameters.iter().position(|p| p == part) {
+                    Some(i) => given[i].clone(),
+                    None => part.to_owned(),
+                };
+                let named = declared(body).into_iter();
+                names.extend(named.map(|name| name.split("##").map(put).collect::<String>()));
+            }
+        }
+        names.extend(declared(rest));
+    }
     names
-        .flat_map(|name| match name.strip_suffix("##type") {
-            Some(stem) => ["f32", "bf16"]
-                .map(|dtype| format!("{stem}{dtype}"))
-                .to_vec(),
-            None => vec![name.to_owned()],
-        })
-        .collect()
+}
+
+/// What stands in front of a closing parenthesis, between commas.
+fn arguments(text: &str) -> Vec<String> {
+    let list = text.split(')').next().unwrap_or_default();
+    list.split(',').map(|a| a.trim().to_owned()).collect()
+}
+
+fn declared(source: &str) -> Vec<String> {
+    let declared = source.split("__global__ void ").skip(1);
+    let names = declared.map(|rest| rest.split('(').next().unwrap_or_default());
+    names.map(str::to_owned).collect()
 }
 
 /// Entries on the emulated device.

@@ -606,20 +606,24 @@ __device__ __forceinline__ void back_b(const Problem<T>& a, const T* dy, const f
         PROBLEM(T, true);                                                                                                        \
         ssd::outputs<T, D>(a, entering, y);                                                                                      \
     }                                                                                                                            \
-    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_states_##D##_##type(OPERANDS(T), const T* dy, float* sums, float* through) {\
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_states_##D##_##type(                                           \
+        OPERANDS(T), const T* dy, float* sums, float* through) {                                                                 \
         PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::states<true, T, D>(a, dy, sums, through);                                                                           \
     }                                                                                                                            \
-    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_reads_##D##_##type(OPERANDS(T), const T* dy, const float* entering, T* dxbc, float* reads) {\
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_reads_##D##_##type(                                            \
+        OPERANDS(T), const T* dy, const float* entering, T* dxbc, float* reads) {                                                \
         PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::back_reads<T, D>(a, dy, entering, dxbc, reads);                                                                     \
     }                                                                                                                            \
-    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_x_##D##_##type(OPERANDS(T), const T* dy, const float* leaving, T* dxbc) {\
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_x_##D##_##type(                                                \
+        OPERANDS(T), const T* dy, const float* leaving, T* dxbc) {                                                               \
         PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::back_x<T, D>(a, dy, leaving, dxbc);                                                                                 \
     }                                                                                                                            \
-    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_b_##D##_##type(OPERANDS(T), const T* dy, const float* entering, const float* leaving, const float* reads,\
-                                T* dxbc, float* ddt, float* dparams) {                                                           \
+    extern "C" __launch_bounds__(128, 1) __global__ void ssd_back_b_##D##_##type(                                                \
+        OPERANDS(T), const T* dy, const float* entering, const float* leaving, const float* reads, T* dxbc, float* ddt,          \
+        float* dparams) {                                                                                                        \
         PROBLEM(T, tile::whole(dy));                                                                                             \
         ssd::back_b<T, D>(a, dy, entering, leaving, reads, dxbc, ddt, dparams);                                                  \
     }
