@@ -508,32 +508,37 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 // ------------------------------------------------------------------------------------- products and copies by whole warps
 
 namespace emu {
-inline float bf16_of(const uint32_t* registers, int reg, int high) {
-    return bf16_to_float(uint16_t(registers[reg] >> 16 * high));
-}
 inline void copy_now(const Copy& c) {
     memcpy(c.to, c.from, c.bytes);
     memset((char*)c.to + c.bytes, 0, c.zeros);
 }
 } // namespace emu
 
-/// `mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32`, fragments as the PTX ISA has them: `d += a b`.
-inline void mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+namespace emu {
+/// `mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32`, fragments as the PTX ISA has them: `d += a b`.
+template <class F> void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F entry) {
     struct Given {
         uint32_t r[6];
     } given = {{a[0], a[1], a[2], a[3], b[0], b[1]}};
-    emu::collective("mma_bf16_16816", ~0u, given, [&](const emu::Exchange& e) {
-        const int lane = emu::lane();
+    collective(what, ~0u, given, [&](const Exchange& e) {
         for (int i = 0; i < 4; i++) {
-            const int row = lane / 4 + 8 * (i / 2), col = lane % 4 * 2 + i % 2;
+            const int row = lane() / 4 + 8 * (i / 2), col = lane() % 4 * 2 + i % 2;
             for (int k = 0; k < 16; k++) {
                 const uint32_t* from_a = e.words[row % 8 * 4 + k % 8 / 2];
                 const uint32_t* from_b = e.words[col * 4 + k % 8 / 2];
-                d[i] += emu::bf16_of(from_a, row / 8 + 2 * (k / 8), k % 2) * emu::bf16_of(from_b, 4 + k / 8, k % 2);
+                d[i] += entry(from_a[row / 8 + 2 * (k / 8)] >> 16 * (k % 2)) * entry(from_b[4 + k / 8] >> 16 * (k % 2));
             }
         }
         return 0;
     });
+}
+} // namespace emu
+
+inline void mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emu::mma("mma bf16", d, a, b, [](uint32_t x) { return emu::bf16_to_float(uint16_t(x)); });
+}
+inline void mma_f16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emu::mma("mma f16", d, a, b, [](uint32_t x) { return emu::f16_to_float(uint16_t(x)); });
 }
 
 namespace emu {
@@ -563,6 +568,10 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { emu::ldmatrix
 inline void cp_async_16(void* to, const void* from, int bytes = 16) {
     if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emu::fail("cp.async between places that are not aligned to 16 bytes");
     emu::fibers[emu::current]->copies.back().push_back({to, from, size_t(bytes), size_t(16 - bytes)});
+}
+inline void cp_async_4(void* to, const void* from) {
+    if (uintptr_t(to) % 4 || uintptr_t(from) % 4) emu::fail("cp.async between places that are not aligned to 4 bytes");
+    emu::fibers[emu::current]->copies.back().push_back({to, from, 4, 0});
 }
 inline void cp_async_commit() { emu::fibers[emu::current]->copies.emplace_back(); }
 /// Until all groups but the last `LEFT` have arrived.

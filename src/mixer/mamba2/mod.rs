@@ -281,10 +281,13 @@ impl Mamba2 {
         let xbc = self.project(u)?;
         let xbc = causal_conv(&xbc, &self.conv_weight, &self.conv_bias, true, documents)?;
         let dt = linear(u, &self.dt_proj)?;
-        let params = self.params()?;
-        let dtype = params.dtype();
-        let (xbc, dt) = (xbc.to_dtype(dtype)?, dt.to_dtype(dtype)?);
-        let y = ssd(&xbc, &dt, &params, self.config.ssd_shape(), documents)?;
+        let y = ssd(
+            &xbc,
+            &dt,
+            &self.params()?,
+            self.config.ssd_shape(),
+            documents,
+        )?;
         self.output(u, &y)
     }
 }

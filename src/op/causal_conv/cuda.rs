@@ -3,7 +3,7 @@
 use candle_core::{DType, Result};
 
 use super::Documents;
-use crate::op::cuda::{Arg, Array, Gpu, Launch, named, sum_rows};
+use crate::op::cuda::{Arg, Array, Gpu, Launch, named, starts, sum_rows};
 
 /// Neighbouring channels of a thread (`N` there).
 const CHANNELS: usize = 2;
@@ -38,14 +38,6 @@ impl<G: Gpu> Conv<'_, G> {
         self.taps.len() / self.bias.len().max(1)
     }
 
-    fn starts(&self) -> Result<Option<G::Array>> {
-        let upload = |documents: &Documents| {
-            let rows = (0..documents.batch()).flat_map(|b| documents.row(b));
-            self.gpu.upload(&rows.copied().collect::<Vec<u32>>())
-        };
-        self.documents.map(upload).transpose()
-    }
-
     fn launch(&self, kernel: &str) -> Launch {
         let [b, t, c] = self.rows.dims;
         let packs = c.div_ceil(CHANNELS);
@@ -75,7 +67,7 @@ impl<G: Gpu> Conv<'_, G> {
 
     /// `[B, T, C]`
     pub fn forward(&self) -> Result<G::Array> {
-        let starts = self.starts()?;
+        let starts = starts(self.gpu, self.documents)?;
         let entries = self.rows.dims.iter().product();
         let y = self.gpu.empty(self.taps.dtype(), entries)?;
         let mut args = vec![
@@ -92,7 +84,7 @@ impl<G: Gpu> Conv<'_, G> {
 
     /// From `dy [B, T, C]` the gradients of x (if it is wanted) and of taps and bias (`[W + 1, C]`, the bias last).
     pub fn backward(&self, dy: &G::Array, want_x: bool) -> Result<(Option<G::Array>, G::Array)> {
-        let starts = self.starts()?;
+        let starts = starts(self.gpu, self.documents)?;
         let [_, _, c] = self.rows.dims;
         let launch = self.launch("causal_conv_back");
         let dtype = self.taps.dtype();

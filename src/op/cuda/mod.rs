@@ -11,6 +11,8 @@ mod speed_tests;
 
 use candle_core::{DType, Result, bail};
 
+use super::Documents;
+
 #[cfg(feature = "cuda")]
 pub use device::{Cuda, CudaArray, open};
 
@@ -145,6 +147,15 @@ pub fn parts(rows: usize) -> usize {
 /// The kernel of a type of storage.
 pub fn named(kernel: &str, dtype: DType) -> String {
     format!("{kernel}_{}", dtype.as_str())
+}
+
+/// Where the document of every position begins, `[B, T]`.
+pub fn starts<G: Gpu>(gpu: &G, documents: Option<&Documents>) -> Result<Option<G::Array>> {
+    let upload = |documents: &Documents| {
+        let rows = (0..documents.batch()).flat_map(|b| documents.row(b));
+        gpu.upload(&rows.copied().collect::<Vec<u32>>())
+    };
+    documents.map(upload).transpose()
 }
 
 /// `parts [R, N]` in f32 → their sum over rows, `[N]`.
