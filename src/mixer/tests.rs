@@ -1,5 +1,6 @@
 //! Laws that every mixer keeps, in every config variant.
 
+use crate::op::laws::{placed, truth};
 use crate::weights::Place;
 use std::collections::BTreeMap;
 
@@ -460,28 +461,14 @@ fn kernel_gradients_agree_with_plain_ones() {
         let grads = |dtype: DType| -> BTreeMap<String, Tensor> {
             let vars: BTreeMap<String, Var> = tensors
                 .iter()
-                .map(|(n, t)| {
-                    (
-                        n.clone(),
-                        Var::from_tensor(&t.to_dtype(dtype).unwrap()).unwrap(),
-                    )
-                })
+                .map(|(n, t)| (n.clone(), Var::from_tensor(&placed(t, dtype)).unwrap()))
                 .collect();
             let tracked = vars.iter().map(|(n, v)| (n.clone(), v.as_tensor().clone()));
             let mixer = Mixer::new(&config, &Weights::new(tracked.collect())).unwrap();
             let y = mixer.forward(vars["x"].as_tensor(), None).unwrap();
-            let loss = (y * probe.to_dtype(dtype).unwrap())
-                .unwrap()
-                .sum_all()
-                .unwrap();
+            let loss = (y * placed(&probe, dtype)).unwrap().sum_all().unwrap();
             let grads = loss.backward().unwrap();
-            let of = |v: &Var| {
-                grads
-                    .get(v.as_tensor())
-                    .unwrap()
-                    .to_dtype(DType::F64)
-                    .unwrap()
-            };
+            let of = |v: &Var| truth(grads.get(v.as_tensor()).unwrap());
             vars.iter().map(|(n, v)| (n.clone(), of(v))).collect()
         };
         let (fast, slow) = (grads(DType::F32), grads(DType::F64));

@@ -1,11 +1,26 @@
 //! What every kernel owes its plain version, and what its tests share. Public functions send f32 to the kernel
 //! and f64 to the plain version, so one closure shows both.
 
+use std::sync::LazyLock;
+
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Documents;
+use super::cuda::emulated::{Emulated, Entries};
+
+/// Where kernels are held against their plain versions: the CPU, or what `ZEBROID_TEST_DEVICE` names (`cuda`).
+pub fn device() -> &'static Device {
+    static DEVICE: LazyLock<Device> =
+        LazyLock::new(|| match std::env::var("ZEBROID_TEST_DEVICE").as_deref() {
+            Err(_) | Ok("cpu") => Device::Cpu,
+            #[cfg(feature = "cuda")]
+            Ok("cuda") => super::cuda::open(0).unwrap(),
+            Ok(other) => panic!("ZEBROID_TEST_DEVICE={other}: cpu, or cuda with the feature cuda"),
+        });
+    &DEVICE
+}
 
 /// Seeded tensors in f64, entries in `(−1, 1)`.
 pub fn random(shapes: &[&[usize]], seed: u64) -> Vec<Tensor> {
@@ -28,20 +43,43 @@ pub fn noise(shape: impl Into<Shape>, range: f64, seed: usize) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
+/// What a kernel gets.
 pub fn f32(x: &Tensor) -> Tensor {
-    x.to_dtype(DType::F32).unwrap()
+    placed(x, DType::F32)
+}
+
+/// In the type and the place of `other`.
+pub fn like(x: &Tensor, other: &Tensor) -> Tensor {
+    let x = x.to_dtype(other.dtype()).unwrap();
+    x.to_device(other.device()).unwrap()
+}
+
+/// In f64 on the CPU, where the plain versions are the truth; else on the device that is tested.
+pub fn placed(x: &Tensor, dtype: DType) -> Tensor {
+    let device = if dtype == DType::F64 {
+        &Device::Cpu
+    } else {
+        device()
+    };
+    x.to_dtype(dtype).unwrap().to_device(device).unwrap()
+}
+
+/// In f64 on the CPU.
+pub fn truth(x: &Tensor) -> Tensor {
+    let x = x.to_device(&Device::Cpu).unwrap();
+    x.to_dtype(DType::F64).unwrap()
 }
 
 /// The greatest absolute entry; not a number if one is not.
 fn greatest(x: &Tensor) -> f64 {
-    let x = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
+    let x = truth(x).flatten_all().unwrap();
     let entries = x.to_vec1::<f64>().unwrap().into_iter().map(f64::abs);
     entries.max_by(f64::total_cmp).unwrap_or(0.0)
 }
 
 /// The greatest difference of `a` from `b`, in f64.
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
-    let [a, b] = [a, b].map(|t| t.to_dtype(DType::F64).unwrap());
+    let [a, b] = [a, b].map(truth);
     greatest(&(a - b).unwrap())
 }
 
@@ -70,24 +108,37 @@ pub fn short_documents(b: usize, t: usize) -> Documents {
     Documents::new(starts, t)
 }
 
-/// The value of `op` at `inputs` and the gradients of `Σ op · probe`, all in `dtype`.
+/// By how much a value `y` weighs in what gradients are taken of.
+fn probe(y: &Tensor) -> Tensor {
+    random(&[y.dims()], 99).remove(0)
+}
+
+/// The value of `op` at `inputs`, then the gradients of `Σ op · probe`, all in `dtype`; `round` is what befalls the probe before.
 fn run(
     op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
     inputs: &[Tensor],
     dtype: DType,
-) -> (Tensor, Vec<Tensor>) {
+    round: &dyn Fn(&Tensor) -> Tensor,
+) -> Vec<Tensor> {
     let vars: Vec<Var> = inputs
         .iter()
-        .map(|t| Var::from_tensor(&t.to_dtype(dtype).unwrap()).unwrap())
+        .map(|t| Var::from_tensor(&placed(t, dtype)).unwrap())
         .collect();
     let tracked: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let y = op(&tracked).unwrap();
-    let probe = random(&[y.dims()], 99)[0].to_dtype(dtype).unwrap();
+    let probe = placed(&round(&probe(&y)), y.dtype());
     let grads = (&y * probe).unwrap().sum_all().unwrap().backward().unwrap();
     let grads = vars
         .iter()
         .map(|v| grads.get(v).expect("every input gets a gradient").clone());
-    (y.detach(), grads.collect())
+    std::iter::once(y.detach()).chain(grads).collect()
+}
+
+fn named(i: usize) -> String {
+    match i {
+        0 => "value".to_owned(),
+        i => format!("gradient {}", i - 1),
+    }
 }
 
 /// Kernel and plain version agree in value and in every gradient (`tolerance`, relative to the largest
@@ -98,22 +149,16 @@ pub fn check(
     tolerance: f64,
     op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
 ) {
-    let (fast, fast_grads) = run(op, inputs, DType::F32);
-    let (slow, slow_grads) = run(op, inputs, DType::F64);
-    assert_eq!(fast.dims(), slow.dims(), "{what}");
-    assert!(
-        gap(&fast, &slow) < tolerance,
-        "{what}: value off by {:e}",
-        gap(&fast, &slow)
-    );
-    for (i, (fast, slow)) in fast_grads.iter().zip(&slow_grads).enumerate() {
-        assert!(
-            gap(fast, slow) < tolerance,
-            "{what}: gradient {i} off by {:e}",
-            gap(fast, slow)
-        );
+    let fast = run(op, inputs, DType::F32, &Tensor::clone);
+    let slow = run(op, inputs, DType::F64, &Tensor::clone);
+    assert_eq!(fast[0].dims(), slow[0].dims(), "{what}");
+    for (i, (fast, slow)) in fast.iter().zip(&slow).enumerate() {
+        let of = named(i);
+        let off = gap(fast, slow);
+        assert!(off < tolerance, "{what}: {of} off by {off:e}");
     }
-    let probe = &random(&[slow.dims()], 99)[0];
+    let (slow, slow_grads) = (&slow[0], &slow[1..]);
+    let probe = &probe(slow);
     let loss = |inputs: &[Tensor]| -> f64 {
         (op(inputs).unwrap() * probe)
             .unwrap()
@@ -143,6 +188,55 @@ pub fn check(
                 "{what}: input {i}[{at}]: {} for {numeric}",
                 grad[at]
             );
+        }
+    }
+}
+
+/// The kernels of folder `folder` for CUDA against the plain version of `op`, in value and every gradient, with entries of f32 and of
+/// bf16, aligned and not: on the GPU that is tested, else by the emulator, for which `kernels` launches them with the inputs and the
+/// gradient of the value and returns the value and the inputs' gradients.
+pub fn check_cuda(
+    folder: &str,
+    cases: &[(String, Vec<Tensor>)],
+    op: &dyn Fn(&str, &[Tensor]) -> Result<Tensor>,
+    kernels: &dyn Fn(&str, &Emulated, &[Entries], &Entries) -> Result<Vec<Entries>>,
+) {
+    for (dtype, skew) in [
+        (DType::F32, 0),
+        (DType::F32, 1),
+        (DType::BF16, 0),
+        (DType::BF16, 1),
+    ] {
+        // bf16 keeps 8 bits; the laws of f32 are those of the CPU's kernels.
+        let tolerance = if dtype == DType::BF16 { 4e-3 } else { 1e-5 };
+        let emulated = match device().is_cpu() {
+            true => match Emulated::of(folder, skew) {
+                None => return,
+                found => found,
+            },
+            false => None,
+        };
+        for (what, inputs) in cases {
+            let round = |x: &Tensor| truth(&x.to_dtype(dtype).unwrap());
+            let inputs: Vec<Tensor> = inputs.iter().map(round).collect();
+            let slow = run(&|i| op(what, i), &inputs, DType::F64, &round);
+            let fast = match &emulated {
+                None => run(&|i| op(what, i), &inputs, dtype, &round),
+                Some(gpu) => {
+                    let array = |x: &Tensor| gpu.array(&x.to_dtype(dtype).unwrap());
+                    let arrays: Vec<Entries> = inputs.iter().map(array).collect();
+                    let dy = array(&probe(&slow[0]));
+                    let found = kernels(what, gpu, &arrays, &dy).unwrap();
+                    assert_eq!(found.len(), slow.len(), "{what}");
+                    let shaped = found.iter().zip(&slow).map(|(f, s)| f.tensor(s.shape()));
+                    shaped.collect()
+                }
+            };
+            for (i, (fast, slow)) in fast.iter().zip(&slow).enumerate() {
+                let off = gap(fast, slow);
+                let of = named(i);
+                assert!(off < tolerance, "{what} in {dtype:?}: {of} off by {off:e}");
+            }
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Kernels. One folder an operation: `mod.rs` the public function and its `CustomOp` (forward and
 //! backward), `plain.rs` the same in plain tensor operations, `cpu.rs` loops over slices,
-//! `tests.rs` the laws between them.
+//! `kernel.cuh` kernels for CUDA, `cuda.rs` their launches, `tests.rs` the laws between them.
 //!
-//! Every public function takes tensors on any device: f32 tensors on the CPU go to the kernel, all
+//! Every public function takes tensors on any device: what a kernel computes in goes to it (`route.rs`), all
 //! else (other devices, f64 in gradient tests) to the differentiable plain version.
 
 mod documents;
@@ -14,6 +14,8 @@ pub mod blocks;
 pub mod causal_conv;
 pub mod cgroup;
 pub mod cpu;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 pub mod isa;
 #[cfg(test)]
 pub(crate) mod laws;

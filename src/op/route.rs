@@ -36,6 +36,11 @@ impl Kernels {
         }
     }
 
+    /// And with one for these types on CUDA devices, of one type at a time.
+    pub const fn cuda(self, cuda: &'static [DType]) -> Self {
+        Self { cuda, ..self }
+    }
+
     /// What computes on `tensors`. Where a kernel is missing, that is said once (but not in f64, in which the plain
     /// versions are the truth that tests compare with).
     pub fn route(&self, tensors: &[&Tensor]) -> Route {
@@ -51,7 +56,7 @@ impl Kernels {
         let all = |types: &[DType]| tensors.iter().all(|t| types.contains(&t.dtype()));
         if tensors.iter().all(|t| t.device().is_cpu()) && all(self.cpu) {
             Route::Cpu
-        } else if tensors.iter().all(|t| t.device().is_cuda()) && all(self.cuda) {
+        } else if tensors.iter().all(|t| t.device().is_cuda()) && all(self.cuda) && alike(tensors) {
             Route::Cuda
         } else {
             Route::Plain
@@ -74,6 +79,12 @@ impl Kernels {
             );
         }
     }
+}
+
+fn alike(tensors: &[&Tensor]) -> bool {
+    tensors
+        .windows(2)
+        .all(|pair| pair[0].dtype() == pair[1].dtype())
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use crate::weights::{Frozen, Place};
 use crate::{Error, Result};
 
 /// Why `auto` leaves an accelerator alone.
-const NO_KERNELS: &str = "its kernels are not written yet, and the plain versions that stand in for them \
+const NO_KERNELS: &str = "not all of its kernels are written yet, and the plain versions that stand in for them \
     are slow and large (that of SSD: about 410 GB for a 1B hybrid at 8 x 2,048 tokens)";
 
 #[derive(Debug, Clone, clap::Args)]
@@ -54,11 +54,20 @@ impl DeviceArg {
                     return Err(not_built("cuda"));
                 }
                 tracing::warn!("--device {other}: {NO_KERNELS}");
-                Device::new_cuda(index)
-                    .map_err(|e| Error::invalid(format!("--device {other}: {e}")))
+                cuda(index).map_err(|e| Error::invalid(format!("--device {other}: {e}")))
             }
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(index: usize) -> candle_core::Result<Device> {
+    crate::op::cuda::open(index)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(index: usize) -> candle_core::Result<Device> {
+    Device::new_cuda(index)
 }
 
 fn not_built(feature: &str) -> Error {
@@ -89,7 +98,7 @@ pub fn accelerators() -> (Vec<&'static str>, Option<&'static str>) {
 
 /// An accelerator of this machine that this binary was built for, as `--device` names it.
 fn accelerator() -> Option<&'static str> {
-    let cuda = || cfg!(feature = "cuda") && Device::new_cuda(0).is_ok();
+    let cuda = || cfg!(feature = "cuda") && cuda(0).is_ok();
     let metal = || cfg!(feature = "metal") && Device::new_metal(0).is_ok();
     match () {
         () if cuda() => Some("cuda"),

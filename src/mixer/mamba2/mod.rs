@@ -282,10 +282,8 @@ impl Mamba2 {
     /// Convolution and scan of what [`Mamba2::project`] and [`Mamba2::steps`] gave: `[B, T, H·P]`.
     fn scan(&self, xbc: &Tensor, dt: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
         let xbc = causal_conv(xbc, &self.conv_weight, &self.conv_bias, true, documents)?;
-        let params = self.params()?;
-        let dtype = params.dtype();
-        let (xbc, dt) = (xbc.to_dtype(dtype)?, dt.to_dtype(dtype)?);
-        Ok(ssd(&xbc, &dt, &params, self.config.ssd_shape(), documents)?)
+        let shape = self.config.ssd_shape();
+        Ok(ssd(&xbc, dt, &self.params()?, shape, documents)?)
     }
 
     /// What the output projection reads: the scan's `y` through the gate `z` and the norm, `[B, T, H·P]`.

@@ -1,18 +1,22 @@
 //! Decoupled weight decay Adam (Loshchilov & Hutter 2019), in place.
 
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod eight_bit;
 mod plain;
 #[cfg(test)]
 mod tests;
 
 use crate::op::cpu::{host, slice};
+#[cfg(feature = "cuda")]
+use crate::op::cuda::Cuda;
 use crate::op::route::{Kernels, Route};
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, bail};
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
 
 pub use eight_bit::{BLOCK, Moments, adamw_8bit_step};
 
-const KERNELS: Kernels = Kernels::f32("adamw");
+const KERNELS: Kernels = Kernels::f32("adamw").cuda(&[DType::F32]);
 
 /// The hyperparameters of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,6 +62,13 @@ pub fn adamw_step(
     }
     if KERNELS.route(&[param, grad, moments]) == Route::Plain {
         return plain::adamw_step(param, grad, moments, grad_scale, step, hyper);
+    }
+    #[cfg(feature = "cuda")]
+    if param.device().is_cuda() {
+        let grad = grad.contiguous()?;
+        let gpu = Cuda::of(param)?;
+        let [p, g, m] = [gpu.tensor(param)?, gpu.tensor(&grad)?, gpu.tensor(moments)?];
+        return cuda::step(&gpu, &p, &g, &m, grad_scale, step, hyper);
     }
     moments.inplace_op2(&grad.contiguous()?, &UpdateMoments { grad_scale, hyper })?;
     param.inplace_op2(moments, &UpdateParam(factors(step, hyper)))
@@ -136,6 +147,13 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
         return plain::sum_of_squares(x);
     }
     let x = x.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let gpu = Cuda::of(&x)?;
+        let sums = cuda::sum_of_squares(&gpu, &gpu.tensor(&x)?)?;
+        let count = crate::op::cuda::Array::len(&sums);
+        return Ok(sums.into_tensor(count)?.to_vec1::<f64>()?.iter().sum());
+    }
     let (storage, layout) = x.storage_and_layout();
     Ok(cpu::sum_of_squares(slice(host(&storage)?, layout)?))
 }

@@ -2,20 +2,29 @@
 //! heads ever exists (after FlashAttention, arXiv 2205.14135).
 
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 pub mod online;
 mod plain;
 #[cfg(test)]
 mod tests;
 
 use crate::op::route::{Kernels, Route};
-use std::sync::Mutex;
+use std::sync::OnceLock;
 
 use super::Documents;
 use crate::op::cpu::{host, slice};
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use crate::op::cuda::{Cuda, Gpu};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use cpu::{Heads, Problem};
 
-const KERNELS: Kernels = Kernels::f32("attention");
+const KERNELS: Kernels = Kernels::f32("attention").cuda(&[DType::F32, DType::BF16]);
+
+/// Entries of keys and of values that CUDA's kernels take, at most.
+const LARGEST: [usize; 2] = [192, 128];
 
 /// Which keys a query sees, beside that none comes after it.
 #[derive(Debug, Clone, Default)]
@@ -94,13 +103,15 @@ pub fn causal_attention(
             q.shape()
         );
     }
-    if KERNELS.route(&[q, k, v]) == Route::Plain {
+    // Of CUDA's kernels.
+    let strange = q.device().is_cuda() && (scale <= 0. || dim > LARGEST[0] || v_dim > LARGEST[1]);
+    if strange || KERNELS.route(&[q, k, v]) == Route::Plain {
         return plain::causal_attention(q, k, v, scale, sight);
     }
     let op = CausalAttention {
         scale: scale as f32,
         sight: sight.clone(),
-        log_sums: Mutex::new(Vec::new()),
+        log_sums: OnceLock::new(),
     };
     q.contiguous()?
         .apply_op3(&with_heads(k)?, &with_heads(v)?, op)
@@ -117,8 +128,8 @@ fn with_heads(x: &Tensor) -> Result<Tensor> {
 struct CausalAttention {
     scale: f32,
     sight: Sight,
-    /// Of every query's scores, `[B, T, H]`: kept by the forward pass for the backward pass.
-    log_sums: Mutex<Vec<f32>>,
+    /// Of every query's scores, `[B, T, H]` on the CPU, `[B, H, T]` on a GPU: kept by the forward pass for the backward pass.
+    log_sums: OnceLock<Tensor>,
 }
 
 impl CausalAttention {
@@ -130,6 +141,27 @@ impl CausalAttention {
         v: Heads<'a>,
     ) -> Problem<'a> {
         Problem {
+            q,
+            q_dims: [q_dims[0], q_dims[1], q_dims[2], q_dims[3]],
+            k,
+            v,
+            scale: self.scale,
+            sight: &self.sight,
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl CausalAttention {
+    fn launches<'a, G: Gpu>(
+        &'a self,
+        gpu: &'a G,
+        q: &'a G::Array,
+        q_dims: &[usize],
+        [k, v]: [cuda::Heads<'a, G::Array>; 2],
+    ) -> cuda::Attention<'a, G> {
+        cuda::Attention {
+            gpu,
             q,
             q_dims: [q_dims[0], q_dims[1], q_dims[2], q_dims[3]],
             k,
@@ -160,8 +192,38 @@ impl CustomOp3 for CausalAttention {
         let (y, log_sums) = self
             .problem(slice(q, q_layout)?, q_layout.dims(), k, v)
             .forward();
-        *self.log_sums.lock().unwrap_or_else(|e| e.into_inner()) = log_sums;
+        let log_sums = Tensor::from_vec(log_sums, (b, t, h), &Device::Cpu)?;
+        self.log_sums.get_or_init(|| log_sums);
         Ok((CpuStorage::F32(y), (b, t, h, v_dim).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (b, t, h, _) = q_layout.shape().dims4()?;
+        let (_, _, _, v_dim) = v_layout.shape().dims4()?;
+        let gpu = Cuda::new(&q.device)?;
+        let [q, k, v] = [
+            gpu.array(q, q_layout)?,
+            gpu.view(k, k_layout)?,
+            gpu.view(v, v_layout)?,
+        ];
+        let heads = [
+            cuda::Heads::of(&k, k_layout)?,
+            cuda::Heads::of(&v, v_layout)?,
+        ];
+        let launches = self.launches(&gpu, &q, q_layout.dims(), heads);
+        let [y, log_sums] = launches.forward()?;
+        let log_sums = log_sums.into_tensor((b, h, t))?;
+        self.log_sums.get_or_init(|| log_sums);
+        Ok((y.into_storage()?, (b, t, h, v_dim).into()))
     }
 
     fn bwd(
@@ -173,6 +235,26 @@ impl CustomOp3 for CausalAttention {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
+        let kept = self.log_sums.get();
+        let log_sums = kept.expect("candle records the operation after its forward pass");
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let gpu = Cuda::of(&dy)?;
+            let [k_entries, v_entries] = [gpu.tensor_view(k)?, gpu.tensor_view(v)?];
+            let heads = [
+                cuda::Heads::of(&k_entries, k.layout())?,
+                cuda::Heads::of(&v_entries, v.layout())?,
+            ];
+            let [q_entries, y, dy] = [gpu.tensor(q)?, gpu.tensor(y)?, gpu.tensor(&dy)?];
+            let launches = self.launches(&gpu, &q_entries, q.dims(), heads);
+            let [dq, dk, dv] = launches.backward(&y, &dy, &gpu.tensor(log_sums)?)?;
+            return Ok((
+                Some(dq.into_tensor(q.shape())?),
+                Some(dk.into_tensor(k.shape())?),
+                Some(dv.into_tensor(v.shape())?),
+            ));
+        }
+        let (sums_storage, sums_layout) = log_sums.storage_and_layout();
         let (q_storage, q_layout) = q.storage_and_layout();
         let (k_storage, k_layout) = k.storage_and_layout();
         let (v_storage, v_layout) = v.storage_and_layout();
@@ -191,7 +273,7 @@ impl CustomOp3 for CausalAttention {
         let [dq, dk, dv] = problem.backward(
             slice(host(&y_storage)?, y_layout)?,
             slice(host(&dy_storage)?, dy_layout)?,
-            &self.log_sums.lock().unwrap_or_else(|e| e.into_inner()),
+            slice(host(&sums_storage)?, sums_layout)?,
         );
         Ok((
             Some(Tensor::from_vec(dq, q.shape(), &Device::Cpu)?),

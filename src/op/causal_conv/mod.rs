@@ -1,6 +1,8 @@
 //! Depthwise causal convolution with optional SiLU (the short convolution of Mamba, Gu & Dao 2023).
 
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod plain;
 mod resume;
 #[cfg(test)]
@@ -8,12 +10,19 @@ mod tests;
 
 use super::Documents;
 use crate::op::cpu::{Rows, host, slice, with_rows};
+#[cfg(feature = "cuda")]
+use crate::op::cuda::Cuda;
 use crate::op::route::{Kernels, Route};
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 pub use resume::resume;
 
-const KERNELS: Kernels = Kernels::f32("causal_conv");
+/// Taps that the kernel for CUDA has registers for (`WIDTH` there).
+const CUDA_WIDEST: usize = 4;
+
+const KERNELS: Kernels = Kernels::f32("causal_conv").cuda(&[DType::F32, DType::BF16]);
 
 /// `x [B, T, C]`, `weight [C, W]` (last tap = the present), `bias [C]` → `[B, T, C]`; a tap that would
 /// reach before the sequence or its document reads zero. `x` may be a view whose last axis is
@@ -45,7 +54,8 @@ pub fn causal_conv(
             x.shape()
         );
     }
-    if KERNELS.route(&[x, weight, bias]) == Route::Plain {
+    let too_wide = x.device().is_cuda() && w > CUDA_WIDEST;
+    if too_wide || KERNELS.route(&[x, weight, bias]) == Route::Plain {
         return plain::causal_conv(x, weight, bias, silu, documents);
     }
     let taps = weight.t()?.contiguous()?;
@@ -70,6 +80,35 @@ impl CausalConv {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl CausalConv {
+    fn launches<'a, G: crate::op::cuda::Gpu>(
+        &'a self,
+        gpu: &'a G,
+        x: &'a G::Array,
+        layout: &Layout,
+        taps: &'a G::Array,
+        bias: &'a G::Array,
+    ) -> Result<cuda::Conv<'a, G>> {
+        let (b, t, c) = layout.shape().dims3()?;
+        let &[batch, row, 1] = layout.stride() else {
+            bail!("an operand with a contiguous last axis is wanted, not {layout:?}");
+        };
+        Ok(cuda::Conv {
+            gpu,
+            rows: cuda::Rows {
+                x,
+                dims: [b, t, c],
+                strides: [batch, row],
+            },
+            taps,
+            bias,
+            silu: self.silu,
+            documents: self.documents.as_ref(),
+        })
+    }
+}
+
 /// Operands: x, taps `[W, C]` (the transposed weight: channels side by side) and bias.
 impl CustomOp3 for CausalConv {
     fn name(&self) -> &'static str {
@@ -90,6 +129,23 @@ impl CustomOp3 for CausalConv {
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        taps: &CudaStorage,
+        taps_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let gpu = Cuda::new(&x.device)?;
+        let (x, taps) = (gpu.view(x, x_layout)?, gpu.array(taps, taps_layout)?);
+        let bias = gpu.array(bias, bias_layout)?;
+        let y = self.launches(&gpu, &x, x_layout, &taps, &bias)?.forward()?;
+        Ok((y.into_storage()?, x_layout.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -101,6 +157,17 @@ impl CustomOp3 for CausalConv {
         let (w, c) = taps.dims2()?;
         let (want_x, want_taps) = (x.track_op(), taps.track_op() || bias.track_op());
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let gpu = Cuda::of(&dy)?;
+            let [rows, dy] = [gpu.tensor_view(x)?, gpu.tensor(&dy)?];
+            let [taps, bias] = [gpu.tensor(taps)?, gpu.tensor(bias)?];
+            let conv = self.launches(&gpu, &rows, x.layout(), &taps, &bias)?;
+            let (dx, dtaps) = conv.backward(&dy, want_x)?;
+            let dx = dx.map(|dx| dx.into_tensor(x.shape())).transpose()?;
+            let dtaps = dtaps.into_tensor((w + 1, c))?;
+            return Ok((dx, Some(dtaps.narrow(0, 0, w)?), Some(dtaps.get(w)?)));
+        }
         let (x_storage, x_layout) = x.storage_and_layout();
         let (taps_storage, taps_layout) = taps.storage_and_layout();
         let (bias_storage, bias_layout) = bias.storage_and_layout();

@@ -1,5 +1,7 @@
 use super::*;
-use crate::op::laws::{distance, f32, noise, short_documents};
+use crate::op::cuda::Array;
+use crate::op::cuda::emulated::Emulated;
+use crate::op::laws::{check_cuda, distance, f32, like, noise, short_documents};
 use candle_core::{DType, Var};
 
 /// The output and the gradients of x, weight and bias under uneven weights of the outputs.
@@ -10,9 +12,7 @@ fn run(
 ) -> (Tensor, [Tensor; 3]) {
     let vars = [x, weight, bias].map(|x| Var::from_tensor(x).unwrap());
     let y = causal_conv(&vars[0], &vars[1], &vars[2], silu, documents).unwrap();
-    let weights = noise(y.shape().clone(), 1., 77)
-        .to_dtype(y.dtype())
-        .unwrap();
+    let weights = like(&noise(y.shape().clone(), 1., 77), &y);
     let gradients = (&y * weights)
         .unwrap()
         .sum_all()
@@ -203,4 +203,88 @@ fn misfits_are_named() {
     assert!(error.to_string().contains("[3, W]"), "{error}");
     let documents = short_documents(1, 5);
     assert!(causal_conv(&x, &weight, &bias, true, Some(&documents)).is_err());
+}
+
+#[test]
+fn cuda_kernels_equal_the_plain_version() {
+    let shapes = [
+        [2, 9, 5, 4],
+        [1, 2, 3, 4],
+        [3, 70, 33, 3],
+        [1, 1, 1, 1],
+        [2, 150, 16, 2],
+        [1, 66, 300, 4],
+    ];
+    for (silu, bordered) in [(false, false), (true, false), (true, true)] {
+        let case = |[b, t, c, w]: [usize; 4]| {
+            let inputs = [
+                noise((b, t, c), 1., 1),
+                noise((c, w), 1., 2),
+                noise(c, 1., 3),
+            ];
+            (format!("[{b}, {t}, {c}, {w}]"), inputs.to_vec())
+        };
+        let documents = |b, t| bordered.then(|| short_documents(b, t));
+        check_cuda(
+            "causal_conv",
+            &shapes.map(case),
+            &|_, i| {
+                let (b, t, _) = i[0].dims3()?;
+                causal_conv(&i[0], &i[1], &i[2], silu, documents(b, t).as_ref())
+            },
+            &|what, gpu, i, dy| {
+                let [b, t, c, w]: [usize; 4] = serde_json::from_str(what).unwrap();
+                let dtype = i[0].dtype();
+                let taps = i[1].tensor((c, w)).t()?.contiguous()?.to_dtype(dtype)?;
+                let documents = documents(b, t);
+                let conv = cuda::Conv {
+                    gpu,
+                    rows: cuda::Rows {
+                        x: &i[0],
+                        dims: [b, t, c],
+                        strides: [t * c, c],
+                    },
+                    taps: &gpu.array(&taps),
+                    bias: &i[2],
+                    silu,
+                    documents: documents.as_ref(),
+                };
+                let (dx, sums) = conv.backward(dy, true)?;
+                let sums = sums.tensor((w + 1, c)).to_dtype(dtype)?;
+                let [dtaps, dbias] = [sums.narrow(0, 0, w)?.t()?, sums.get(w)?];
+                let [dtaps, dbias] = [dtaps, dbias].map(|t| gpu.array(&t.contiguous().unwrap()));
+                Ok(vec![conv.forward()?, dx.unwrap(), dtaps, dbias])
+            },
+        );
+    }
+}
+
+/// Rows that lie apart, as in a projection of which the convolution takes a part.
+#[test]
+fn cuda_kernels_read_narrowed_rows_in_place() {
+    let Some(gpu) = Emulated::of("causal_conv", 0) else {
+        return;
+    };
+    let (b, t, c, w) = (2, 7, 6, 4);
+    let whole = noise((b, t, 10), 1., 1);
+    let [taps, bias] = [noise((w, c), 1., 2), noise(c, 1., 3)];
+    // The view begins at channel 4.
+    let seen = whole.flatten_all().unwrap().narrow(0, 4, b * t * 10 - 4);
+    let array = |x: &Tensor| gpu.array(&x.to_dtype(DType::F32).unwrap());
+    let conv = cuda::Conv {
+        gpu: &gpu,
+        rows: cuda::Rows {
+            x: &array(&seen.unwrap()),
+            dims: [b, t, c],
+            strides: [t * 10, 10],
+        },
+        taps: &array(&taps),
+        bias: &array(&bias),
+        silu: true,
+        documents: None,
+    };
+    let found = conv.forward().unwrap().tensor((b, t, c));
+    let x = whole.narrow(2, 4, c).unwrap();
+    let truth = causal_conv(&x, &taps.t().unwrap(), &bias, true, None).unwrap();
+    assert!(distance(&found, &truth) < 1e-6);
 }

@@ -2,12 +2,18 @@
 //! Teachers and targets get no gradient.
 
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod plain;
 #[cfg(test)]
 mod tests;
 
 use crate::op::cpu::{host, slice};
+#[cfg(feature = "cuda")]
+use crate::op::cuda::{Cuda, Gpu};
 use crate::op::route::{Kernels, Route};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
@@ -15,7 +21,8 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 
-const KERNELS: Kernels = Kernels::f32("loss");
+const KERNELS: Kernels = Kernels::f32("loss").cuda(&[DType::F32, DType::BF16]);
+const DISTANCES: Kernels = Kernels::f32("distance");
 
 /// `logits [M, V]`, `targets [M]` (u32) → `−log softmax(logits)[target]`, `[M]`.
 ///
@@ -43,6 +50,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     logits.contiguous()?.apply_op1(CrossEntropy {
         targets: wanted,
         softmaxes: OnceLock::new(),
+        #[cfg(feature = "cuda")]
+        log_sums: OnceLock::new(),
     })
 }
 
@@ -80,6 +89,8 @@ pub fn divergence(
         kind,
         temperature: temperature as f32,
         softmaxes: OnceLock::new(),
+        #[cfg(feature = "cuda")]
+        log_sums: OnceLock::new(),
     };
     teacher
         .detach()
@@ -118,7 +129,7 @@ pub fn top_k(teacher: &Tensor, student: &Tensor, k: usize) -> Result<(Tensor, Te
 /// target is zero.
 pub fn relative_mse(x: &Tensor, target: &Tensor) -> Result<Tensor> {
     same_rows("relative_mse", x, target)?;
-    if KERNELS.route(&[x, target]) == Route::Plain {
+    if DISTANCES.route(&[x, target]) == Route::Plain {
         return plain::relative_mse(x, target);
     }
     Distance::between(x, target, DistanceKind::RelativeSquare)
@@ -127,7 +138,7 @@ pub fn relative_mse(x: &Tensor, target: &Tensor) -> Result<Tensor> {
 /// Mean over rows of `‖x − target‖₂`, a scalar; both `[M, D]`. A row at its target has gradient zero.
 pub fn mean_l2(x: &Tensor, target: &Tensor) -> Result<Tensor> {
     same_rows("mean_l2", x, target)?;
-    if KERNELS.route(&[x, target]) == Route::Plain {
+    if DISTANCES.route(&[x, target]) == Route::Plain {
         return plain::mean_l2(x, target);
     }
     Distance::between(x, target, DistanceKind::MeanNorm)
@@ -147,6 +158,9 @@ fn same_rows(op: &str, lhs: &Tensor, rhs: &Tensor) -> Result<()> {
 struct CrossEntropy {
     targets: Vec<u32>,
     softmaxes: OnceLock<Vec<cpu::Softmax>>,
+    /// The same on the GPU.
+    #[cfg(feature = "cuda")]
+    log_sums: OnceLock<Tensor>,
 }
 
 impl CustomOp1 for CrossEntropy {
@@ -161,8 +175,31 @@ impl CustomOp1 for CrossEntropy {
         Ok((CpuStorage::F32(loss), Shape::from(m)))
     }
 
+    /// The losses are f32, whatever the logits are.
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let gpu = Cuda::new(&logits.device)?;
+        let (m, v) = layout.shape().dims2()?;
+        let targets = gpu.upload(&self.targets)?;
+        let logits = gpu.array(logits, layout)?;
+        let [loss, log_sums] = cuda::cross_entropy(&gpu, &logits, &targets, v)?;
+        let log_sums = log_sums.into_tensor(m)?;
+        self.log_sums.get_or_init(|| log_sums);
+        Ok((loss.into_storage()?, Shape::from(m)))
+    }
+
     fn bwd(&self, logits: &Tensor, _loss: &Tensor, dloss: &Tensor) -> Result<Option<Tensor>> {
         let (_, v) = logits.dims2()?;
+        #[cfg(feature = "cuda")]
+        if logits.device().is_cuda() {
+            let dloss = dloss.contiguous()?;
+            let gpu = Cuda::of(&dloss)?;
+            let (entries, targets) = (gpu.tensor(logits)?, gpu.upload(&self.targets)?);
+            let [log_sums, dloss] = [gpu.tensor(saved(&self.log_sums))?, gpu.tensor(&dloss)?];
+            let dlogits =
+                cuda::cross_entropy_backward(&gpu, &entries, &targets, &log_sums, &dloss, v)?;
+            return dlogits.into_tensor(logits.shape()).map(Some);
+        }
         let dloss = dloss.to_vec1::<f32>()?;
         let softmaxes = saved(&self.softmaxes);
         let (storage, layout) = logits.storage_and_layout();
@@ -177,6 +214,20 @@ struct Diverge {
     kind: Divergence,
     temperature: f32,
     softmaxes: OnceLock<Vec<[cpu::Softmax; 2]>>,
+    /// The same on the GPU, `[M, 2]`.
+    #[cfg(feature = "cuda")]
+    log_sums: OnceLock<Tensor>,
+}
+
+#[cfg(feature = "cuda")]
+impl Diverge {
+    fn launches(&self, v: usize) -> cuda::Diverge {
+        cuda::Diverge {
+            kind: self.kind,
+            temperature: self.temperature,
+            v,
+        }
+    }
 }
 
 impl CustomOp2 for Diverge {
@@ -204,6 +255,25 @@ impl CustomOp2 for Diverge {
         Ok((CpuStorage::F32(value), Shape::from(m)))
     }
 
+    /// The divergences are f32, whatever the logits are.
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        teacher: &CudaStorage,
+        teacher_layout: &Layout,
+        student: &CudaStorage,
+        student_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let gpu = Cuda::new(&student.device)?;
+        let (m, v) = student_layout.shape().dims2()?;
+        let teacher = gpu.array(teacher, teacher_layout)?;
+        let student = gpu.array(student, student_layout)?;
+        let [value, log_sums] = self.launches(v).forward(&gpu, &teacher, &student)?;
+        let log_sums = log_sums.into_tensor((m, 2))?;
+        self.log_sums.get_or_init(|| log_sums);
+        Ok((value.into_storage()?, Shape::from(m)))
+    }
+
     fn bwd(
         &self,
         teacher: &Tensor,
@@ -212,6 +282,16 @@ impl CustomOp2 for Diverge {
         dvalue: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (_, v) = student.dims2()?;
+        #[cfg(feature = "cuda")]
+        if student.device().is_cuda() {
+            let dvalue = dvalue.contiguous()?;
+            let gpu = Cuda::of(&dvalue)?;
+            let [p, q] = [gpu.tensor(teacher)?, gpu.tensor(student)?];
+            let [log_sums, dvalue] = [gpu.tensor(saved(&self.log_sums))?, gpu.tensor(&dvalue)?];
+            let launches = self.launches(v);
+            let dstudent = launches.backward(&gpu, &p, &q, &log_sums, &dvalue)?;
+            return Ok((None, Some(dstudent.into_tensor(student.shape())?)));
+        }
         let dvalue = dvalue.to_vec1::<f32>()?;
         let softmaxes = saved(&self.softmaxes);
         let (teacher, teacher_layout) = teacher.storage_and_layout();

@@ -1,5 +1,7 @@
 use super::*;
-use crate::op::laws::{distance, f32, noise};
+use crate::op::cuda::emulated::{Emulated, Entries};
+use crate::op::cuda::{Array, Gpu};
+use crate::op::laws::{check_cuda, distance, f32, like, noise, truth};
 use candle_core::Var;
 
 /// Value and gradient by `x` of `Σ loss(x) · weights`, where rows weigh differently.
@@ -10,7 +12,7 @@ fn value_and_gradient(x: &Tensor, loss: &dyn Fn(&Tensor) -> Result<Tensor>) -> (
         .map(|i| 0.5 + (i % 3) as f64)
         .collect();
     let weights = Tensor::from_vec(weights, value.shape(), &Device::Cpu).unwrap();
-    let total = (&value * weights.to_dtype(value.dtype()).unwrap())
+    let total = (&value * like(&weights, &value))
         .unwrap()
         .sum_all()
         .unwrap();
@@ -26,35 +28,34 @@ fn losses((m, v): (usize, usize)) -> Vec<(&'static str, Loss)> {
     let targets = Tensor::from_vec(targets, m, &Device::Cpu).unwrap();
     let other = noise((m, v), 4., 9);
     let (teacher, target, goal) = (other.clone(), other.clone(), other);
-    let like = |tensor: &Tensor, x: &Tensor| tensor.to_dtype(x.dtype());
     vec![
         (
             "cross_entropy",
-            Box::new(move |x| cross_entropy(x, &targets)),
+            Box::new(move |x| cross_entropy(x, &targets.to_device(x.device())?)),
         ),
         (
             "forward_kl",
-            Box::new(move |x| forward_kl(&like(&teacher, x)?, x, 1.7)),
+            Box::new(move |x| forward_kl(&like(&teacher, x), x, 1.7)),
         ),
         (
             "reverse_kl",
             Box::new({
                 let teacher = goal.clone();
-                move |x| divergence(Divergence::ReverseKl, &like(&teacher, x)?, x, 1.7)
+                move |x| divergence(Divergence::ReverseKl, &like(&teacher, x), x, 1.7)
             }),
         ),
         (
             "jsd",
             Box::new({
                 let teacher = goal.clone();
-                move |x| divergence(Divergence::Jsd, &like(&teacher, x)?, x, 1.7)
+                move |x| divergence(Divergence::Jsd, &like(&teacher, x), x, 1.7)
             }),
         ),
         (
             "tvd",
             Box::new({
                 let teacher = goal.clone();
-                move |x| divergence(Divergence::Tvd, &like(&teacher, x)?, x, 1.7)
+                move |x| divergence(Divergence::Tvd, &like(&teacher, x), x, 1.7)
             }),
         ),
         (
@@ -62,16 +63,16 @@ fn losses((m, v): (usize, usize)) -> Vec<(&'static str, Loss)> {
             Box::new({
                 let teacher = goal.clone();
                 move |x| {
-                    let (t, s) = top_k(&like(&teacher, x)?, x, v.div_ceil(2))?;
+                    let (t, s) = top_k(&like(&teacher, x), x, v.div_ceil(2))?;
                     divergence(Divergence::ReverseKl, &t, &s, 1.0)
                 }
             }),
         ),
         (
             "relative_mse",
-            Box::new(move |x| relative_mse(x, &like(&target, x)?)),
+            Box::new(move |x| relative_mse(x, &like(&target, x))),
         ),
-        ("mean_l2", Box::new(move |x| mean_l2(x, &like(&goal, x)?))),
+        ("mean_l2", Box::new(move |x| mean_l2(x, &like(&goal, x)))),
     ]
 }
 
@@ -247,4 +248,82 @@ fn misfits_are_named() {
     assert!(error(&[1]).contains("[2, 5]"), "{}", error(&[1]));
     assert!(forward_kl(&logits, &logits, 0.).is_err());
     assert!(mean_l2(&logits, &logits.narrow(1, 0, 4).unwrap()).is_err());
+}
+
+#[test]
+fn cuda_kernels_equal_the_plain_version() {
+    let shapes = [(1, 1), (3, 7), (9, 361), (2, 3000)];
+    let coarse = |x: Tensor| truth(&x.to_dtype(DType::BF16).unwrap());
+    let targets =
+        |m: usize, v: usize| -> Vec<u32> { (0..m).map(|i| ((i * 5 + 1) % v) as u32).collect() };
+    let cases = shapes.map(|(m, v)| (format!("[{m}, {v}]"), vec![noise((m, v), 4., 1)]));
+    let shape = |what: &str| -> (usize, usize) { serde_json::from_str(what).unwrap() };
+    // What arrives at the losses is f32, as they are.
+    let f32_array = |gpu: &Emulated, x: &Entries, m: usize| gpu.array(&f32(&x.tensor(m)));
+    check_cuda(
+        "loss",
+        &cases,
+        &|what, i| {
+            let (m, v) = shape(what);
+            cross_entropy(&i[0], &Tensor::new(targets(m, v), i[0].device())?)
+        },
+        &|what, gpu, i, dy| {
+            let (m, v) = shape(what);
+            let targets = gpu.upload(&targets(m, v))?;
+            let [loss, log_sums] = cuda::cross_entropy(gpu, &i[0], &targets, v)?;
+            let dy = f32_array(gpu, dy, m);
+            let back = cuda::cross_entropy_backward(gpu, &i[0], &targets, &log_sums, &dy, v)?;
+            Ok(vec![loss, back])
+        },
+    );
+    use Divergence::{ForwardKl, Jsd, ReverseKl, Tvd};
+    for kind in [ForwardKl, ReverseKl, Jsd, Tvd] {
+        let teacher = |m: usize, v: usize| coarse(noise((m, v), 4., 9));
+        check_cuda(
+            "loss",
+            &cases,
+            &|what, i| {
+                let (m, v) = shape(what);
+                divergence(kind, &like(&teacher(m, v), &i[0]), &i[0], 1.75)
+            },
+            &|what, gpu, i, dy| {
+                let (m, v) = shape(what);
+                let teacher = gpu.array(&teacher(m, v).to_dtype(i[0].dtype())?);
+                let launches = cuda::Diverge {
+                    kind,
+                    temperature: 1.75,
+                    v,
+                };
+                let [loss, log_sums] = launches.forward(gpu, &teacher, &i[0])?;
+                let dy = f32_array(gpu, dy, m);
+                let back = launches.backward(gpu, &teacher, &i[0], &log_sums, &dy)?;
+                Ok(vec![loss, back])
+            },
+        );
+    }
+}
+
+#[test]
+fn the_cuda_kernel_is_exact_for_close_distributions() {
+    let Some(gpu) = Emulated::of("loss", 0) else {
+        return;
+    };
+    let teacher = noise((4, 361), 5., 2).to_dtype(DType::F32).unwrap();
+    let step = noise((4, 361), 1e-2, 3).to_dtype(DType::F32).unwrap();
+    let student = (&teacher + step).unwrap();
+    let kl = |student: &Tensor| {
+        let launches = cuda::Diverge {
+            kind: Divergence::ForwardKl,
+            temperature: 1.,
+            v: 361,
+        };
+        let [teacher, student] = [&teacher, student].map(|x| gpu.array(x));
+        let [kl, _] = launches.forward(&gpu, &teacher, &student).unwrap();
+        kl.tensor(4)
+    };
+    let expected = forward_kl(&truth(&teacher), &truth(&student), 1.).unwrap();
+    let error = (kl(&student) - expected).unwrap().abs().unwrap();
+    let error = error.max(0).unwrap().to_scalar::<f64>().unwrap();
+    assert!(error < 1e-6, "{error}");
+    assert_eq!(kl(&teacher).to_vec1::<f64>().unwrap(), [0.; 4]);
 }

@@ -1,17 +1,25 @@
 //! RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) and the gated, grouped form of Mamba2.
 
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod plain;
 #[cfg(test)]
 mod tests;
 
 use crate::op::cpu::{host, slice};
+#[cfg(feature = "cuda")]
+use crate::op::cuda::Cuda;
 use crate::op::route::{Kernels, Route};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{
+    CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail,
+};
 
 pub use cpu::{gated_row, norm_row, norm_rows};
 
-const KERNELS: Kernels = Kernels::f32("rms_norm");
+const KERNELS: Kernels = Kernels::f32("rms_norm").cuda(&[DType::F32, DType::BF16]);
 
 /// `x / sqrt(mean(x²) + eps) · weight`; `x [.., D]`, `weight [D]` → `[.., D]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -77,6 +85,20 @@ impl CustomOp2 for RmsNorm {
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let gpu = Cuda::new(&x.device)?;
+        let (x, weight) = (gpu.array(x, x_layout)?, gpu.array(weight, weight_layout)?);
+        let y = cuda::forward(&gpu, &x, &weight, self.eps)?;
+        Ok((y.into_storage()?, x_layout.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -85,6 +107,14 @@ impl CustomOp2 for RmsNorm {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let gpu = Cuda::of(&dy)?;
+            let [x_entries, w, dy] = [gpu.tensor(x)?, gpu.tensor(weight)?, gpu.tensor(&dy)?];
+            let [dx, dw] = cuda::backward(&gpu, &x_entries, &w, &dy, self.eps)?;
+            let [dx, dw] = [dx.into_tensor(x.shape())?, dw.into_tensor(weight.shape())?];
+            return Ok((Some(dx), Some(dw)));
+        }
         let (x_storage, x_layout) = x.storage_and_layout();
         let (w_storage, w_layout) = weight.storage_and_layout();
         let (dy_storage, dy_layout) = dy.storage_and_layout();
@@ -130,6 +160,23 @@ impl CustomOp3 for GatedRmsNorm {
         Ok((CpuStorage::F32(out), y_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        y: &CudaStorage,
+        y_layout: &Layout,
+        z: &CudaStorage,
+        z_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let gpu = Cuda::new(&y.device)?;
+        let (y, z) = (gpu.array(y, y_layout)?, gpu.array(z, z_layout)?);
+        let weight = gpu.array(weight, weight_layout)?;
+        let out = cuda::gated_forward(&gpu, &y, &z, &weight, self.group, self.eps)?;
+        Ok((out.into_storage()?, y_layout.shape().clone()))
+    }
+
     fn bwd(
         &self,
         y: &Tensor,
@@ -139,6 +186,20 @@ impl CustomOp3 for GatedRmsNorm {
         dout: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dout = dout.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if dout.device().is_cuda() {
+            let gpu = Cuda::of(&dout)?;
+            let [y_entries, z_entries] = [gpu.tensor(y)?, gpu.tensor(z)?];
+            let [w, dout] = [gpu.tensor(weight)?, gpu.tensor(&dout)?];
+            let [dy, dz, dw] = cuda::gated_backward(
+                &gpu, &y_entries, &z_entries, &w, &dout, self.group, self.eps,
+            )?;
+            return Ok((
+                Some(dy.into_tensor(y.shape())?),
+                Some(dz.into_tensor(z.shape())?),
+                Some(dw.into_tensor(weight.shape())?),
+            ));
+        }
         let (y_storage, y_layout) = y.storage_and_layout();
         let (z_storage, z_layout) = z.storage_and_layout();
         let (w_storage, w_layout) = weight.storage_and_layout();

@@ -1,17 +1,23 @@
 //! Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod plain;
 #[cfg(test)]
 mod tests;
 
 use crate::op::cpu::{host, slice};
+#[cfg(feature = "cuda")]
+use crate::op::cuda::Cuda;
 use crate::op::route::{Kernels, Route};
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 pub use cpu::turn_head;
 
-const KERNELS: Kernels = Kernels::f32("rope");
+const KERNELS: Kernels = Kernels::f32("rope").cuda(&[DType::F32, DType::BF16]);
 
 /// Which dims of a head turn together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +79,17 @@ impl CustomOp1 for Rope {
             if self.back { -1. } else { 1. },
         );
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, x_layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let gpu = Cuda::new(&x.device)?;
+        let (_, _, h, k) = x_layout.shape().dims4()?;
+        let x = gpu.array(x, x_layout)?;
+        let (cos, sin) = (gpu.tensor(&self.cos)?, gpu.tensor(&self.sin)?);
+        let sign = if self.back { -1. } else { 1. };
+        let y = cuda::rope(&gpu, &x, &cos, &sin, [h, k], self.layout, sign)?;
+        Ok((y.into_storage()?, x_layout.shape().clone()))
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {

@@ -1,12 +1,13 @@
-use super::{RopeLayout, rope};
-use crate::op::laws::{check, gap, random};
+use super::{RopeLayout, cuda, rope};
+use crate::op::cuda::Array;
+use crate::op::laws::{self, check, check_cuda, gap, random};
 use candle_core::{Result, Tensor};
 
 fn tables(t: usize, pairs: usize, like: &Tensor) -> Result<[Tensor; 2]> {
     let angles = (random(&[&[t, pairs]], 5)[0].clone() * 3.)?;
     Ok([
-        angles.cos()?.to_dtype(like.dtype())?,
-        angles.sin()?.to_dtype(like.dtype())?,
+        laws::like(&angles.cos()?, like),
+        laws::like(&angles.sin()?, like),
     ])
 }
 
@@ -54,4 +55,36 @@ fn layouts_are_permutations_of_each_other() {
     .unwrap();
     let pairs = rope(&x, &cos, &sin, RopeLayout::Interleaved).unwrap();
     assert!(gap(&order(&halves, [0, 3, 1, 4, 2, 5]), &pairs) < 1e-12);
+}
+
+#[test]
+fn cuda_kernels_equal_the_plain_version() {
+    let case = |dims: [usize; 4]| (format!("{dims:?}"), random(&[&dims], 1));
+    let shapes = [
+        [1, 1, 1, 2],
+        [2, 5, 3, 6],
+        [2, 130, 4, 16],
+        [1, 3, 2, 66],
+        [1, 2, 5, 128],
+    ];
+    for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+        check_cuda(
+            "rope",
+            &shapes.map(case),
+            &|_, i| {
+                let (_, t, _, k) = i[0].dims4()?;
+                let [cos, sin] = tables(t, k / 2, &i[0])?;
+                rope(&i[0], &cos, &sin, layout)
+            },
+            &|what, gpu, i, dy| {
+                let shape: [usize; 4] = serde_json::from_str(what).unwrap();
+                let [_, t, h, k] = shape;
+                let dtype = i[0].dtype();
+                let like = Tensor::zeros(1, dtype, &candle_core::Device::Cpu)?;
+                let [cos, sin] = tables(t, k / 2, &like)?.map(|table| gpu.array(&table));
+                let turn = |x, sign| cuda::rope(gpu, x, &cos, &sin, [h, k], layout, sign);
+                Ok(vec![turn(&i[0], 1.)?, turn(dy, -1.)?])
+            },
+        );
+    }
 }

@@ -1,5 +1,6 @@
 use super::*;
-use crate::op::laws::{distance, f32, noise, short_documents};
+use crate::op::cuda::emulated::{Emulated, Entries};
+use crate::op::laws::{check_cuda, distance, f32, noise, short_documents};
 use candle_core::{DType, Var};
 
 fn shape([heads, groups, head_dim, d_state, chunk]: [usize; 5]) -> SsdShape {
@@ -227,4 +228,105 @@ fn misfits_are_named() {
     assert!(error([4, 2, 4, 5, 4], &dt).contains("[B, T, 38]"));
     assert!(error([4, 2, 3, 5, 4], &params).contains("dt [B, T, 4]"));
     assert!(ssd(&xbc, &dt, &params, good, Some(&short_documents(2, 5))).is_err());
+}
+
+fn launches<'a>(
+    gpu: &'a Emulated,
+    [xbc, dt, params]: [&'a Entries; 3],
+    shape: SsdShape,
+    [b, t, row]: [usize; 3],
+    documents: Option<&'a Documents>,
+) -> cuda::Ssd<'a, Emulated> {
+    let h = shape.heads;
+    cuda::Ssd {
+        gpu,
+        xbc: cuda::Rows {
+            entries: xbc,
+            dims: [b, t, shape.channels()],
+            strides: [t * row, row],
+        },
+        dt: cuda::Rows {
+            entries: dt,
+            dims: [b, t, h],
+            strides: [t * h, h],
+        },
+        params,
+        shape,
+        documents,
+    }
+}
+
+/// Every size there is a kernel for, chunks that are not whole, borders in many places.
+#[test]
+fn cuda_kernels_equal_the_recurrence() {
+    // [H, G, P, N, B, T]
+    let cases = [
+        [1, 1, 1, 1, 1, 1],
+        [4, 2, 16, 16, 2, 21],
+        [2, 2, 5, 3, 2, 9],
+        [4, 1, 32, 16, 1, 130],
+        [2, 1, 20, 31, 1, 150],
+        [2, 1, 64, 40, 1, 70],
+        [1, 1, 70, 128, 1, 66],
+    ];
+    let sizes = |[h, g, p, n, ..]: [usize; 6]| shape([h, g, p, n, 64]);
+    for bordered in [false, true] {
+        let documents = |b, t| bordered.then(|| short_documents(b, t));
+        let case = |case: [usize; 6]| {
+            let [.., b, t] = case;
+            (format!("{case:?}"), inputs(sizes(case), b, t).to_vec())
+        };
+        check_cuda(
+            "ssd",
+            &cases.map(case),
+            &|what, i| {
+                let shape = sizes(serde_json::from_str(what).unwrap());
+                let (b, t, _) = i[0].dims3()?;
+                ssd(&i[0], &i[1], &i[2], shape, documents(b, t).as_ref())
+            },
+            &|what, gpu, i, dy| {
+                let case: [usize; 6] = serde_json::from_str(what).unwrap();
+                let ([h, .., b, t], shape) = (case, sizes(case));
+                let (documents, channels) = (documents(b, t), shape.channels());
+                // These are in f32 whatever the model is in.
+                let steady = |x: &Entries, dims: (usize, usize)| {
+                    let x: Tensor = x.tensor(dims);
+                    gpu.array(&x.to_dtype(DType::F32).unwrap())
+                };
+                let (dt, params) = (steady(&i[1], (b * t, h)), steady(&i[2], (3, h)));
+                let operands = [&i[0], &dt, &params];
+                let launches = launches(gpu, operands, shape, [b, t, channels], documents.as_ref());
+                let [y, entering] = launches.forward()?;
+                let [dxbc, ddt, dparams] = launches.backward(dy, &entering)?;
+                Ok(vec![y, dxbc, ddt, dparams])
+            },
+        );
+    }
+}
+
+/// Rows that lie apart.
+#[test]
+fn cuda_kernels_read_rows_where_they_stand() {
+    let Some(gpu) = Emulated::of("ssd", 0) else {
+        return;
+    };
+    let shape = shape([2, 1, 4, 3, 4]);
+    let (b, t, channels) = (2, 6, shape.channels());
+    let row = channels + 9;
+    let wide = noise((b, t, row), 1., 1);
+    let [_, dt, params] = inputs(shape, b, t);
+    let seen = wide
+        .flatten_all()
+        .unwrap()
+        .narrow(0, 3, b * t * row - 3)
+        .unwrap();
+    let [xbc, dt_entries, params_entries] =
+        [&seen, &dt, &params].map(|x| gpu.array(&x.to_dtype(DType::F32).unwrap()));
+    let operands = [&xbc, &dt_entries, &params_entries];
+    let [y, _] = launches(&gpu, operands, shape, [b, t, row], None)
+        .forward()
+        .unwrap();
+    let xbc = wide.narrow(2, 3, channels).unwrap();
+    let truth = ssd(&xbc, &dt, &params, shape, None).unwrap();
+    assert!(distance(&y.tensor(truth.shape()), &truth) < 1e-6);
 }

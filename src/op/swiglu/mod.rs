@@ -1,16 +1,22 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202).
 
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod plain;
 #[cfg(test)]
 mod tests;
 
 use crate::op::cpu::{exp, host, slice};
+#[cfg(feature = "cuda")]
+use crate::op::cuda::Cuda;
 use crate::op::isa::vectorised;
 use crate::op::route::{Kernels, Route};
-use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-const KERNELS: Kernels = Kernels::f32("swiglu");
+const KERNELS: Kernels = Kernels::f32("swiglu").cuda(&[DType::F32, DType::BF16]);
 
 /// `silu(gate) · up`; same shapes.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -63,6 +69,20 @@ impl CustomOp2 for Swiglu {
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        gate: &CudaStorage,
+        gate_layout: &Layout,
+        up: &CudaStorage,
+        up_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let gpu = Cuda::new(&gate.device)?;
+        let (gate, up) = (gpu.array(gate, gate_layout)?, gpu.array(up, up_layout)?);
+        let y = cuda::forward(&gpu, &gate, &up)?;
+        Ok((y.into_storage()?, gate_layout.shape().clone()))
+    }
+
     fn bwd(
         &self,
         gate: &Tensor,
@@ -71,6 +91,14 @@ impl CustomOp2 for Swiglu {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let gpu = Cuda::of(&dy)?;
+            let [g, u, dy] = [gpu.tensor(gate)?, gpu.tensor(up)?, gpu.tensor(&dy)?];
+            let [dg, du] = cuda::backward(&gpu, &g, &u, &dy)?;
+            let [dg, du] = [dg.into_tensor(gate.shape())?, du.into_tensor(up.shape())?];
+            return Ok((Some(dg), Some(du)));
+        }
         let (gate_storage, gate_layout) = gate.storage_and_layout();
         let (up_storage, up_layout) = up.storage_and_layout();
         let (dy_storage, dy_layout) = dy.storage_and_layout();

@@ -1,5 +1,5 @@
-use super::swiglu;
-use crate::op::laws::{check, random};
+use super::{cuda, swiglu};
+use crate::op::laws::{check, check_cuda, random};
 
 #[test]
 fn kernel_equals_the_plain_version() {
@@ -16,4 +16,20 @@ fn views_are_accepted() {
     check("narrowed", &random(&[&[3, 8], &[3, 4]], 2), 1e-5, &|i| {
         swiglu(&i[0].narrow(1, 2, 4)?, &i[1])
     });
+}
+
+#[test]
+fn cuda_kernels_equal_the_plain_version() {
+    let cases = [1usize, 21, 1024, 40_003].map(|n| (n.to_string(), random(&[&[n], &[n]], 1)));
+    let cases = cases.map(|(what, i)| (what, vec![(&i[0] * 9.).unwrap(), i[1].clone()]));
+    check_cuda(
+        "swiglu",
+        &cases,
+        &|_, i| swiglu(&i[0], &i[1]),
+        &|_, gpu, i, dy| {
+            let y = cuda::forward(gpu, &i[0], &i[1])?;
+            let [dgate, dup] = cuda::backward(gpu, &i[0], &i[1], dy)?;
+            Ok(vec![y, dgate, dup])
+        },
+    );
 }

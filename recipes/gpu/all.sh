@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# All that one short lease of a GPU can tell, most telling first, within 8 minutes.
+#   recipes/gpu/all.sh build          here, with Rust and nvcc: target/lease/, what travels (under 64 MiB)
+#   recipes/gpu/all.sh run [FOLDER]   on the GPU machine, which needs CUDA 13's libraries, no Rust and no network: FOLDER/gpu.json
+#                                     and FOLDER/log.txt (FOLDER: $OUT, else target/lease/out)
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+lease=target/lease
+
+build() {
+  set -e
+  rm -rf $lease && mkdir -p $lease
+  # Without running anything: this machine has no GPU.
+  cargo test --release --features cuda --lib --no-run --message-format=json > $lease/messages.json
+  tests=$(python3 - $lease/messages.json <<'PY'
+import json, sys
+built = [json.loads(line) for line in open(sys.argv[1]) if line.startswith("{")]
+print([m["executable"] for m in built if m.get("executable") and m["profile"]["test"]][-1])
+PY
+)
+  rm $lease/messages.json
+  cargo build --release --features cuda
+  strip -o $lease/tests "$tests"
+  strip -o $lease/zebroid "${CARGO_TARGET_DIR:-target}/release/zebroid"
+  cp -r assets/teacher $lease/teacher
+  golden=${ZEBROID_SHARED:-../shared}/golden
+  if [ -d "$golden" ]; then cp -r "$golden" $lease/golden; fi
+  echo "carry $lease ($(du -sh $lease | cut -f 1)); then, there: recipes/gpu/all.sh run"
+}
+
+run() {
+  out=${1:-${OUT:-$lease/out}}
+  mkdir -p "$out"
+  export LD_LIBRARY_PATH=/usr/local/cuda/lib64:${LD_LIBRARY_PATH:-}
+  export ZEBROID_TEST_DEVICE=cuda RUST_BACKTRACE=0
+  steps=$(mktemp -d)
+  deadline=$((SECONDS + 480))
+  # step NAME LIMIT COMMAND...: its output, its end and its seconds are kept; a step that fails does not stop the rest.
+  step() {
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS code
+    shift 2
+    if [ "$left" -lt 5 ]; then echo "$name: no time left"; return; fi
+    timeout $((limit < left ? limit : left)) "$@" > "$steps/$name.txt" 2>&1
+    code=$?
+    printf '%s %s\n' $code $((SECONDS - started)) > "$steps/$name.end"
+    echo "== $name: exit $code, $((SECONDS - started)) s"
+    tail -n 12 "$steps/$name.txt"
+  }
+  teacher=$lease/teacher
+  hybrid=(--mla 2 --kv-rank 16 --rope-dim 8)
+  step device 20 nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader
+  step opens 30 $lease/zebroid doctor
+  step laws 150 $lease/tests op:: mixer::tests::kernel_gradients --test-threads 1
+  for golden in "$lease"/golden/*/; do
+    [ -d "$golden" ] || continue
+    step "parity-$(basename "$golden")" 60 $lease/zebroid parity "$golden" "$golden/expected.safetensors" --tolerance 1e-3 --device cuda
+  done
+  step speed 90 $lease/tests op::cuda::speed --ignored --nocapture --test-threads 1
+  step train-cuda 60 $lease/zebroid bench train $teacher "${hybrid[@]}" --batch-size 4 --seq-len 128 --device cuda --json
+  step train-cpu 60 $lease/zebroid bench train $teacher "${hybrid[@]}" --batch-size 4 --seq-len 128 --device cpu --json
+  for tool in memcheck racecheck; do
+    step "sanitizer-$tool" 120 compute-sanitizer --tool $tool --error-exitcode 9 $lease/tests op:: \
+      --skip ssd --skip attention --skip linear --skip blocks --test-threads 1
+  done
+  cat "$steps"/*.txt > "$out/log.txt"
+  python3 - "$steps" > "$out/gpu.json" <<'PY'
+import json, pathlib, sys
+
+def lines(text):
+    """Whatever of a step's output is JSON, a line each; all of it, where it is one."""
+    found = []
+    for part in [text, *text.splitlines()]:
+        try:
+            found.append(json.loads(part))
+        except ValueError:
+            continue
+        if part is text:
+            break
+    return [x for x in found if isinstance(x, dict)]
+
+steps = {}
+for end in sorted(pathlib.Path(sys.argv[1]).glob("*.end"), key=lambda p: p.stat().st_mtime_ns):
+    code, seconds = map(int, end.read_text().split())
+    text = end.with_suffix(".txt").read_text(errors="replace")
+    steps[end.stem] = {"exit": code, "seconds": seconds, "json": lines(text), "tail": text.splitlines()[-40:]}
+json.dump(steps, sys.stdout, indent=1)
+PY
+  echo "written: $out/gpu.json"
+}
+
+case ${1:-} in
+  build) build ;;
+  run) shift; run "$@" ;;
+  *) sed -n '2,6p' "$0"; exit 2 ;;
+esac
