@@ -6,10 +6,12 @@ use super::arg::cache;
 use super::arg::device::DeviceArg;
 use super::arg::hub::Model;
 use super::plan::{as_json, as_table};
-use super::show::{Progress, print, print_json, table};
+use super::show::{Progress, bytes, print, print_json, table};
 use crate::checkpoint::{self, Checkpoint};
 use crate::hub::Part;
 use crate::mixer::LayerKind;
+use crate::pipeline::device::Device;
+use crate::pipeline::forecast::forecast;
 use crate::pipeline::{self, Mixture, Outcome, Recipe, Surroundings, Text, Variant};
 use crate::report::{Report, Series};
 use crate::train::StepMetrics;
@@ -80,9 +82,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if variants.len() > 1 {
         check(&variants, &out, &cache, &watch)?;
     }
+    let place = args.device.place()?;
+    if place.device.is_cpu() {
+        warn_of_memory(&variants, &watch)?;
+    }
     let surroundings = Surroundings {
         out: &out,
-        place: args.device.place()?,
+        place,
         save_every: args.save_every,
         cache: &cache,
         watch: &watch,
@@ -176,6 +182,27 @@ fn show_plans(variants: &[Variant], json: bool, watch: &dyn Watch) -> anyhow::Re
         [] => {}
         [plan] => print_json(plan)?,
         plans => print_json(&plans)?,
+    }
+    Ok(())
+}
+
+/// Says before the first stage what this machine's memory will probably not hold.
+fn warn_of_memory(variants: &[Variant], watch: &dyn Watch) -> Result<()> {
+    let device = Device::here();
+    for variant in variants {
+        let recipe = variant.recipe.fetched(Part::Config, watch)?;
+        let found = forecast(&recipe, &device, device.memory).map_err(|e| labelled(variant, e))?;
+        if !found.fits(device.memory) {
+            let label = match variant.label.as_str() {
+                "" => String::new(),
+                label => format!("{label}: "),
+            };
+            watch.note(&format!(
+                "{label}about {} of memory will be needed and {} are free: zebroid plan --train says what to change",
+                bytes(found.peak),
+                bytes(device.memory as usize)
+            ));
+        }
     }
     Ok(())
 }

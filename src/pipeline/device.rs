@@ -64,9 +64,23 @@ impl Device {
             .ok_or_else(|| Error::invalid(format!("--device-spec {name}: choose {CPU}, {names}")))
     }
 
+    /// This machine, of whose figures only the free memory is known.
+    pub fn here() -> Self {
+        Self {
+            name: CPU.into(),
+            about: "this machine".into(),
+            memory: free_memory().map_or(f64::INFINITY, |free| free as f64),
+            bandwidth: f64::INFINITY,
+            f32: f64::INFINITY,
+            bf16: None,
+            source: "not measured".into(),
+        }
+    }
+
     /// This machine: its free memory, a product of matrices of a thousand rows and a copy of 256 MB, the best of three each.
     fn measured() -> Self {
         const N: usize = 1024;
+        let here = Self::here();
         let matrix: Vec<f32> = (0..N * N).map(|i| (i % 251) as f32).collect();
         let mut out = vec![0f32; N * N];
         let view = View::rows(&matrix, N, N);
@@ -77,14 +91,12 @@ impl Device {
         let copy = best(|| to.copy_from_slice(&from));
         black_box(&to);
         Self {
-            name: CPU.into(),
             about: format!("this machine, {} threads", rayon::current_num_threads()),
-            memory: free_memory().map_or(f64::INFINITY, |free| free as f64),
             // Read and written.
             bandwidth: 2.0 * from.len() as f64 / copy,
             f32: 2.0 * (N * N * N) as f64 / product,
-            bf16: None,
             source: "measured now, beside whatever else runs".into(),
+            ..here
         }
     }
 
