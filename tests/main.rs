@@ -12,6 +12,7 @@ mod golden;
 mod hub;
 mod info;
 mod input;
+mod kernels;
 mod memory;
 mod output;
 mod page;

@@ -1,4 +1,5 @@
-// The state-space dual, forward and backward, against its recurrence in f64.
+// The state-space dual from a state that was there before, and back to its gradient, against the recurrence in f64; what src/op/ssd/cuda.rs
+// does not launch yet.
 #include "../../src/op/ssd/kernel.cuh"
 #include "check.h"
 
@@ -115,29 +116,14 @@ template <class T, int D> void run(const Case& c) {
 }
 
 int main() {
-    const std::vector<Case> small = {
-        {1, 1, 1, 1, 1, 1},
-        {2, 21, 4, 2, 16, 16},
-        {2, 9, 2, 2, 5, 3, {0, 1, 3, 6}},
-        {1, 130, 4, 1, 32, 16},
-        {1, 150, 2, 1, 20, 31, {0, 1, 64, 70, 127, 128}},
-        {2, 200, 2, 1, 8, 8, {0, 63, 65, 190}, 3},
+    const std::vector<Case> cases = {
         {1, 64, 2, 2, 16, 8, {}, 0, true},
-        {1, 140, 1, 1, 7, 9, {}, 5, true},
+        {1, 140, 2, 1, 7, 9, {}, 5, true},
+        {2, 70, 4, 2, 8, 16, {3, 66}, 0, true},
     };
-    for (const Case& c : small) {
+    for (const Case& c : cases) {
         run<float, 32>(c);
         run<bf16, 32>(c);
-    }
-    const Case middle = {1, 100, 2, 1, 64, 64, {0, 50}}, odd = {1, 70, 1, 1, 33, 50, {}, 0, true}, large = {1, 100, 2, 1, 128, 128, {0, 70}},
-               wide = {1, 70, 1, 1, 64, 128};
-    for (const Case& c : {middle, odd}) {
-        run<float, 64>(c);
-        run<bf16, 64>(c);
-    }
-    for (const Case& c : {large, wide}) {
-        run<float, 128>(c);
-        run<bf16, 128>(c);
     }
     return finish();
 }

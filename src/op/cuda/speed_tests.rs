@@ -7,10 +7,12 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use super::open;
 use crate::op::Documents;
 use crate::op::adamw::{AdamW, adamw_step, sum_of_squares};
+use crate::op::attention::causal_attention;
 use crate::op::causal_conv::causal_conv;
 use crate::op::loss::forward_kl;
 use crate::op::rms_norm::{gated_rms_norm, rms_norm};
 use crate::op::rope::{RopeLayout, rope};
+use crate::op::ssd::{SsdShape, ssd};
 use crate::op::swiglu::swiglu;
 
 /// Of a KD step: 8 windows of 2,048 tokens.
@@ -44,7 +46,44 @@ fn say(name: &str, dtype: DType, bytes: usize, seconds: f64, copy: f64) {
     );
 }
 
-/// Forward, then forward with backward, of an operation on tensors of `shapes`.
+/// What calls of an operation took.
+struct Measured {
+    forward: f64,
+    backward: f64,
+    /// Bytes of the inputs and of the output.
+    read: usize,
+    written: usize,
+}
+
+/// Forward, then backward alone, of an operation on tensors of `shapes`.
+fn timed(
+    device: &Device,
+    dtype: DType,
+    shapes: &[&[usize]],
+    op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+) -> Measured {
+    let random = |shape: &&[usize]| Tensor::randn(0f32, 0.5, *shape, device)?.to_dtype(dtype);
+    let inputs: Vec<Tensor> = shapes.iter().map(|s| random(s).unwrap()).collect();
+    let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+    let read = inputs.iter().map(size).sum();
+    let written = size(&op(&inputs).unwrap());
+    let forward = seconds(device, || op(&inputs).map(|_| ()));
+    let vars: Vec<Var> = inputs
+        .iter()
+        .map(|t| Var::from_tensor(t).unwrap())
+        .collect();
+    let tracked: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let y = op(&tracked).unwrap();
+    let backward = seconds(device, || y.backward().map(|_| ()));
+    Measured {
+        forward,
+        backward,
+        read,
+        written,
+    }
+}
+
+/// Of an operation that is bound by memory.
 fn measure(
     device: &Device,
     copy: f64,
@@ -53,28 +92,35 @@ fn measure(
     shapes: &[&[usize]],
     op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
 ) {
-    let random = |shape: &&[usize]| Tensor::randn(0f32, 0.5, *shape, device)?.to_dtype(dtype);
-    let inputs: Vec<Tensor> = shapes.iter().map(|s| random(s).unwrap()).collect();
-    let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
-    let read: usize = inputs.iter().map(size).sum();
-    let written = size(&op(&inputs).unwrap());
-    let forward = seconds(device, || op(&inputs).map(|_| ()));
-    say(name, dtype, read + written, forward, copy);
-    let vars: Vec<Var> = inputs
-        .iter()
-        .map(|t| Var::from_tensor(t).unwrap())
-        .collect();
-    let tracked: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let y = op(&tracked).unwrap();
-    let backward = seconds(device, || y.backward().map(|_| ()));
+    let found = timed(device, dtype, shapes, op);
+    let bytes = found.read + found.written;
+    say(name, dtype, bytes, found.forward, copy);
     // The gradient of the output is read and made; inputs are read, their gradients written.
-    say(
-        &format!("{name}_back"),
-        dtype,
-        2 * written + 2 * read,
-        backward,
-        copy,
-    );
+    let back = format!("{name}_back");
+    say(&back, dtype, 2 * bytes, found.backward, copy);
+}
+
+/// Of one that is bound by products: `flops` of the forward pass, 2.5 times as many of the backward pass.
+fn measure_products(
+    device: &Device,
+    name: &str,
+    dtype: DType,
+    shapes: &[&[usize]],
+    flops: f64,
+    op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+) {
+    let found = timed(device, dtype, shapes, op);
+    let passes = [
+        (name.to_owned(), flops, found.forward),
+        (format!("{name}_back"), 2.5 * flops, found.backward),
+    ];
+    for (name, flops, seconds) in passes {
+        println!(
+            r#"{{"kernel": "{name}", "type": "{}", "seconds": {seconds:.3e}, "tflop_per_s": {:.1}}}"#,
+            dtype.as_str(),
+            flops / seconds / 1e12
+        );
+    }
 }
 
 #[test]
@@ -121,6 +167,36 @@ fn speed_of_kernels() {
         run("forward_kl", &[&[1024, 128_256], &[1024, 128_256]], &|i| {
             forward_kl(&i[0].detach(), &i[1], 1.)
         });
+    }
+    // [heads, of keys and values, K, V]: of a 1B model, of an 8B model, of its MLA.
+    for [h, g, k, v] in [[32, 8, 64, 64], [32, 8, 128, 128], [32, 32, 192, 128]] {
+        for dtype in [DType::BF16, DType::F32] {
+            let shapes: [&[usize]; 3] = [&[B, T, h, k], &[B, T, g, k], &[B, T, g, v]];
+            let flops = (B * h * T * T * (k + v)) as f64;
+            let name = format!("attention_{k}_{v}");
+            measure_products(device, &name, dtype, &shapes, flops, &|i| {
+                causal_attention(&i[0], &i[1], &i[2], (k as f64).powf(-0.5), &None.into())
+            });
+        }
+    }
+    for width in [64, 128] {
+        let shape = SsdShape {
+            heads: 32,
+            groups: 8,
+            head_dim: width,
+            d_state: width,
+            chunk: 64,
+        };
+        for dtype in [DType::BF16, DType::F32] {
+            let shapes: [&[usize]; 3] = [&[B, T, shape.channels()], &[B, T, 32], &[3, 32]];
+            // Of a position: two products within its chunk, two with the state.
+            let flops = (B * T * 32 * 2 * (64 + width) * 2 * width) as f64;
+            let name = format!("ssd_{width}");
+            measure_products(device, &name, dtype, &shapes, flops, &|i| {
+                let params = i[2].to_dtype(DType::F32)?;
+                ssd(&i[0], &i[1], &params, shape, Some(&documents))
+            });
+        }
     }
     let hyper = AdamW {
         lr: 1e-4,

@@ -251,15 +251,16 @@ template <class T, class... Steps> __device__ __forceinline__ bool whole(const T
 
 /// Rows `first..first + R` of a matrix of `rows` rows and `columns ≤ D` columns, `stride` entries apart, into a tile of R rows in shared
 /// memory; zeros around them. `wholly`: rows begin at multiples of 16 bytes and columns fill them. There after `cp_async_commit`,
-/// `cp_async_wait` and a barrier.
+/// `cp_async_wait` and a barrier of the THREADS that take part, of which this is `thread`.
 template <class T, int R, int D, int THREADS>
-__device__ __forceinline__ void fetch(T* tile, const T* from, int first, int rows, int64_t stride, int columns, bool wholly) {
+__device__ __forceinline__ void fetch(T* tile, const T* from, int first, int rows, long long stride, int columns, bool wholly,
+                                      int thread) {
     if (wholly) {
-        // Neighbouring threads take 128 bytes of a row. Not unrolled: offsets of all rows would fill the registers of the caller's loop.
-        constexpr int E = 16 / sizeof(T), UNITS = D / E, ACROSS = UNITS < 8 ? UNITS : 8;
+        // Neighbouring threads take 64 or 128 bytes of a row. Not unrolled: offsets of all rows would fill the registers of the caller's loop.
+        constexpr int E = 16 / sizeof(T), UNITS = D / E, ACROSS = UNITS % 8 ? 4 : 8;
         static_assert(UNITS % ACROSS == 0 && THREADS % ACROSS == 0);
-        const int column = threadIdx.x % ACROSS * E;
-        int row = threadIdx.x / ACROSS;
+        const int column = thread % ACROSS * E;
+        int row = thread / ACROSS;
         const T* source = from + (first + row) * stride + column;
         T* target = tile + row * PITCH<T, D> + column;
 #pragma unroll 1
@@ -274,12 +275,18 @@ __device__ __forceinline__ void fetch(T* tile, const T* from, int first, int row
         }
     } else {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < R * D; i += THREADS) {
+        for (int i = thread; i < R * D; i += THREADS) {
             int row = i / D, column = i % D;
             bool there = first + row < rows && column < columns;
             tile[row * PITCH<T, D> + column] = there ? from[(first + row) * stride + column] : T(0.f);
         }
     }
+}
+
+/// By all threads of the block.
+template <class T, int R, int D, int THREADS>
+__device__ __forceinline__ void fetch(T* tile, const T* from, int first, int rows, long long stride, int columns, bool wholly) {
+    fetch<T, R, D, THREADS>(tile, from, first, rows, stride, columns, wholly, threadIdx.x);
 }
 
 } // namespace tile

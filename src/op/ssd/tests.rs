@@ -1,6 +1,6 @@
 use super::*;
 use crate::op::cuda::emulated::{Emulated, Entries};
-use crate::op::laws::{check_cuda, distance, f32, noise, short_documents};
+use crate::op::laws::{check_cuda, distance, f32, like, noise, short_documents};
 use candle_core::{DType, Var};
 
 fn shape([heads, groups, head_dim, d_state, chunk]: [usize; 5]) -> SsdShape {
@@ -32,9 +32,7 @@ fn run(
 ) -> (Tensor, [Tensor; 3]) {
     let vars = inputs.each_ref().map(|x| Var::from_tensor(x).unwrap());
     let y = ssd(&vars[0], &vars[1], &vars[2], shape, documents).unwrap();
-    let weights = noise(y.shape().clone(), 1., 77)
-        .to_dtype(y.dtype())
-        .unwrap();
+    let weights = like(&noise(y.shape().clone(), 1., 77), &y);
     let gradients = (&y * weights)
         .unwrap()
         .sum_all()
@@ -145,7 +143,8 @@ fn any_split_resumes_to_the_whole() {
     let t = 10;
     for sizes in [[4, 2, 18, 5, 3], [2, 2, 16, 33, 64]] {
         let shape = shape(sizes);
-        let [xbc, dt, params] = inputs(shape, 1, t).each_ref().map(f32);
+        // The bits are those of the CPU's kernel.
+        let [xbc, dt, params] = inputs(shape, 1, t).map(|x| x.to_dtype(DType::F32).unwrap());
         let whole = ssd(&xbc, &dt, &params, shape, None).unwrap();
         let [xbc, dt, params, whole] =
             [xbc, dt, params, whole].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
