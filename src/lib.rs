@@ -10,7 +10,7 @@
 //! | 1 | [`fuzz`] | parsers of outside input as functions of bytes |
 //! | 2 | [`pipeline`] | an opened teacher and its stages, shared by commands and recipes |
 //! | 3 | [`eval`] | KL, perplexity, parity, recall, probes, retention, sensitivity; `task/<name>.rs` and `harness/` |
-//! | 3 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen |
+//! | 3 | [`train`] | one loop; `stage/<name>.rs` says data, loss, what is frozen, `optimizer/<name>.rs` what a step follows |
 //! | 3 | [`convert`] | Llama checkpoint + layer plan → hybrid checkpoint |
 //! | 4 | [`generate`] | prefill, decode, sampling; log-likelihoods |
 //! | 4 | [`report`] | HTML pages and plots |

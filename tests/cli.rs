@@ -142,7 +142,7 @@ fn recipes_plan_without_data() {
     let shown = String::from_utf8_lossy(&output.stdout);
     for part in [
         "3B, 6 MLA and 22 Mamba2",
-        "dpo (1 epochs)",
+        "dpo (1 epochs, adamw, lr 5e-7)",
         "KV ratio 2.01 %",
     ] {
         assert!(shown.contains(part), "{shown}");
@@ -160,11 +160,15 @@ fn recipes_plan_without_data() {
         "run",
         "recipes/demo.toml",
         "--plan",
+        "--set",
+        "kd.train.mixer_lr=1e-3",
         "--out",
         text(&folder.path().join("demo")),
     ]);
     assert!(
-        said.contains("KV ratio 7.81 %") && !folder.path().join("demo").exists(),
+        said.contains("KV ratio 7.81 %")
+            && said.contains("(mixers 1e-3)")
+            && !folder.path().join("demo").exists(),
         "{said}"
     );
     let broken = folder.path().join("broken.toml");

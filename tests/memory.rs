@@ -44,8 +44,8 @@ kv_lora_rank = 16
 qk_rope_head_dim = 8
 "#;
 
-/// Three sizes: a small model with all that it has, one with mixers alone and moments in 8 bits in portions, and one that is mostly
-/// weights.
+/// A small model with all that it has, one with mixers alone and moments in 8 bits in portions, and one that is mostly weights, which
+/// follows AdamW or GaLore.
 #[test]
 #[cfg(target_os = "linux")]
 fn runs_take_what_was_predicted() {
@@ -73,6 +73,11 @@ fn runs_take_what_was_predicted() {
             "weights",
             teacher.as_str(),
             "[[kd]]\ntrain = { steps = 2, batch_size = 2 }",
+        ),
+        (
+            "galore",
+            teacher.as_str(),
+            "[[kd]]\ntrain = { steps = 2, batch_size = 2, optimizer = \"galore\" }",
         ),
     ] {
         let recipe = at(&format!("{name}.toml"));

@@ -352,6 +352,8 @@ fn runs_are_shown_while_they_train() {
     append(&place("other/metrics.jsonl"), &steps(1, 2));
     let config = Path::new(TEACHER).join("config.json");
     std::fs::copy(config, place("other/config.json")).unwrap();
+    let sample = json!({ "step": 2, "prompt": "Once <b>", "text": " upon a time" });
+    append(&place("other/samples.jsonl"), &format!("{sample}\n"));
     append(&folder.path().join("metrics.jsonl"), &steps(1, 1));
     let root = folder.path().join("runs");
     let (_server, url) = serve(&[TEACHER, "--port", "0", "--runs", text(&root)], None);
@@ -393,6 +395,8 @@ fn runs_are_shown_while_they_train() {
     append(&metrics, &steps(5, 5));
     browser.until(&format!("{points}.sort().join() === '2,5'"));
     let details = browser.text("#details");
+    let sample = "document.querySelector('#details [aria-label=Samples]').textContent";
+    browser.until(&format!("{sample}.includes('Once <b> upon a time')"));
     for part in ["mla: error", "attention", "tokens_per_s"] {
         assert!(details.contains(part), "{part} is not in {details}");
     }

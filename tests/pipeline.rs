@@ -234,6 +234,7 @@ fn the_demo_runs_resumes_and_reports() {
     let report = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(report.contains("<svg") && report.contains("kd 1") && !report.contains("http"));
     assert!(report.contains("what followed the colour, else any"));
+    assert!(report.contains("kd 1: gradient norm by layer"));
     // A finished demo is kept; one that lost its end goes on without training again.
     assert_eq!(zebroid(&demo).status.code(), Some(2));
     std::fs::remove_file(out.join("report.html")).unwrap();

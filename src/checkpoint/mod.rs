@@ -39,7 +39,7 @@ pub use card::measured;
 pub use files::{read_tensors, read_tensors_with_metadata, write_tensors};
 pub use gguf::{as_kept, save_gguf, storage_of};
 pub use lock::{Lock, claim, is_locked, lock};
-pub use output::{EVENTS, check_output, foreign};
+pub use output::{EVENTS, SAMPLES, check_output, foreign};
 pub use provenance::{Input, Origin, Provenance, RECORD, Step};
 pub use replace::replace_folder;
 pub use save::save;

@@ -21,6 +21,8 @@ pub(super) const COMPANIONS: &[&str] = &[
 
 /// Scalars of a training run for TensorBoard, which knows the file by the middle of its name.
 pub const EVENTS: &str = "events.out.tfevents.zebroid";
+/// What the student of a training run wrote now and then.
+pub const SAMPLES: &str = "samples.jsonl";
 
 /// # Errors
 /// When `out` exists and `force` does not allow to replace it, holds what zebroid did not write, is one of
@@ -113,6 +115,7 @@ fn written_here(file: &Path) -> bool {
         "metrics.jsonl",
         "layers.safetensors",
         EVENTS,
+        SAMPLES,
         "data.json",
         INDEX,
         bank::INDEX,

@@ -47,7 +47,7 @@ pub mod train;
 #[command(name = "zebroid", version = version(), arg_required_else_help = true)]
 #[command(after_help = "Start with:  zebroid demo\n\
     Models can be named by Hugging Face ids, org/name[@revision][/FILE.gguf], files of data by \
-    hf://datasets/org/name[@revision]/FILE; a path that exists goes before an id. What is downloaded is kept where Hugging Face's own \
+    hf://datasets/org/name[@revision]/FILE, or splits by hf://datasets/org/name[/CONFIG/SPLIT]; a path that exists goes before an id. What is downloaded is kept where Hugging Face's own \
     tools keep it (HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub); HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as there.\n\
     Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted (it says what is kept).")]
 pub struct Cli {

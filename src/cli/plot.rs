@@ -19,7 +19,7 @@ pub struct Args {
     /// (NAME=ild+kd).
     #[arg(required = true, value_name = "[NAME=]RUN")]
     runs: Vec<String>,
-    /// A field of metrics.jsonl: loss, kl, eval_kl, grad_norm ..
+    /// A field of metrics.jsonl: loss, kl, eval_kl, grad_norm, layer_grad_norm/3 ..
     #[arg(long, default_value = "loss")]
     metric: String,
     /// Words above the curves.
@@ -62,7 +62,12 @@ pub fn curve<'a>(
         for line in text.lines() {
             let step: serde_json::Value =
                 serde_json::from_str(line).map_err(|e| Error::file(&path, e))?;
-            let field = &step[metric];
+            let part = metric.split_once('/');
+            let part = part.and_then(|(name, index)| Some((name, index.parse::<usize>().ok()?)));
+            let field = match part {
+                Some((name, index)) => &step[name][index],
+                None => &step[metric],
+            };
             tokens = step["tokens"].as_f64().unwrap_or(0.0);
             let value = field.as_f64().or_else(|| field[0].as_f64());
             points.extend(value.map(|value| (before + tokens, value)));

@@ -12,6 +12,7 @@ use crate::hub::Part;
 use crate::mixer::LayerKind;
 use crate::pipeline::{self, Mixture, Outcome, Recipe, Surroundings, Text, Variant};
 use crate::report::{Report, Series};
+use crate::train::StepMetrics;
 use crate::watch::Watch;
 use crate::{Error, Result};
 
@@ -337,6 +338,12 @@ pub fn page(recipe: &Recipe, outcome: &Outcome) -> Result<Report> {
         };
         let series: Vec<Series> = names.iter().map(|name| curve(name, stage)).collect();
         report.line_plot(&stage.name, "tokens", "loss", &series, true);
+        let title = format!("{}: gradient norm by layer", stage.name);
+        let norms = norms_by_layer(stage);
+        // Runs of older versions have not recorded them.
+        if !norms.is_empty() {
+            report.line_plot(&title, "tokens", "norm", &norms, true);
+        }
     }
     if let Some(scores) = &outcome.scores {
         let points = scores.scores.layers.iter().enumerate();
@@ -356,8 +363,25 @@ pub fn page(recipe: &Recipe, outcome: &Outcome) -> Result<Report> {
     Ok(report)
 }
 
+/// A curve a layer, of means over a hundredth of the steps; steps that were left out have none.
+fn norms_by_layer(stage: &pipeline::StageResult) -> Vec<Series> {
+    const POINTS: usize = 100;
+    let metrics = &stage.metrics;
+    let layers = metrics.iter().map(|m| m.layer_grad_norm.len()).max();
+    let windows = metrics.chunks(metrics.len().div_ceil(POINTS).max(1));
+    let of = |layer: usize| {
+        let point = |window: &[StepMetrics]| {
+            let norms = window.iter().filter_map(|m| m.layer_grad_norm.get(layer));
+            let mean = norms.clone().sum::<f64>() / norms.count() as f64;
+            (window.last().map_or(0.0, |m| m.tokens as f64), mean)
+        };
+        Series::new(layer.to_string(), windows.clone().map(point).collect())
+    };
+    (0..layers.unwrap_or(0)).map(of).collect()
+}
+
 fn curve(name: &str, stage: &pipeline::StageResult) -> Series {
-    let value = |m: &crate::train::StepMetrics| match name {
+    let value = |m: &StepMetrics| match name {
         "loss" => m.loss,
         name => m
             .terms

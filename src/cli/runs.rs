@@ -111,6 +111,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+const SHOWN_SAMPLES: usize = 3;
+
 const HEADERS: [&str; 9] = [
     "run", "state", "stage", "steps", "tokens", "loss", "eval KL", "age", "size",
 ];
@@ -167,7 +169,7 @@ fn shown(value: f64) -> String {
 
 fn show(args: &ShowArgs) -> Result<()> {
     let run = Run::open(&args.run)?;
-    let (settings, figures) = (run.settings()?, run.figures()?);
+    let (settings, figures, samples) = (run.settings()?, run.figures()?, run.samples()?);
     // A bank has several plans, a run on the way none yet.
     let config = Checkpoint::config_only(&run.folder).ok();
     let layers = config.iter().flat_map(|(config, _)| &config.layers);
@@ -177,6 +179,7 @@ fn show(args: &ShowArgs) -> Result<()> {
             "record": run.record()?,
             "layers": layers.collect::<Vec<_>>(),
             "figures": figures.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+            "samples": samples,
         }));
     }
     print(listed(std::slice::from_ref(&run)))?;
@@ -189,7 +192,15 @@ fn show(args: &ShowArgs) -> Result<()> {
     let figures = figures
         .into_iter()
         .map(|(name, value)| vec![name, shown(value)]);
-    section(&["figure", "last"], figures.collect())
+    section(&["figure", "last"], figures.collect())?;
+    let last = samples.iter().rev().take(SHOWN_SAMPLES).rev();
+    let last = last.map(|s| {
+        vec![
+            s.step.to_string(),
+            format!("{:?}", s.prompt.clone() + &s.text),
+        ]
+    });
+    section(&["step", "what the student writes"], last.collect())
 }
 
 /// A table under what was printed, if it has rows.

@@ -64,8 +64,8 @@ struct IldArgs {
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
     /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
     /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
-    /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub, manifest:FILE is what an earlier run learned
-    /// from (its data.json).
+    /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub and hf://datasets/org/name[/CONFIG/SPLIT] a split
+    /// [train], manifest:FILE is what an earlier run learned from (its data.json).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
     /// Folder of the result, a bank (a folder a candidate) or with --student a checkpoint; must not exist.
@@ -114,8 +114,8 @@ struct KdArgs {
     /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
     /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
     /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
-    /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub, manifest:FILE is what an earlier run learned
-    /// from (its data.json).
+    /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub and hf://datasets/org/name[/CONFIG/SPLIT] a split
+    /// [train], manifest:FILE is what an earlier run learned from (its data.json).
     #[arg(long, value_name = "TEXT", required = true)]
     data: Vec<Text>,
     /// Folder of the result, a checkpoint; must not exist.

@@ -3,18 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Bank;
-use crate::data::Batch;
-use crate::mixer::calibration::{Sample, fit_output};
-use crate::mixer::{Birth, Born, Mixer, MixerConfig};
-use crate::model::{Lm, ModelConfig, Parts};
-use crate::op::Documents;
+use crate::mixer::{Birth, Born, MixerConfig};
+use crate::model::{ModelConfig, Parts};
 use crate::op::linear::Matrix;
 use crate::watch::Watch;
-use crate::weights::{Place, Weights};
+use crate::weights::Weights;
 use crate::{Error, Result};
 
 pub mod calibrate;
@@ -22,10 +18,13 @@ mod plan;
 pub mod quantize;
 mod ranks;
 mod select;
+mod teaching;
 pub use calibrate::{CHUNK, Calibration, CalibrationConfig, calibrate, calibration_key};
 pub use plan::{LayerPlan, PlanOptions, plan};
 pub use ranks::{check_ranks, settle_ranks};
 pub use select::{Choice, Selector, fit_budget, select, smart_feasible};
+use teaching::Teaching;
+pub use teaching::{CHOICE, PIECE};
 
 /// How mixers are born from attention weights, as flags and recipes say it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
@@ -73,44 +72,47 @@ pub fn compose(
             weights.insert(name.clone(), teacher.weights.matrix(&name)?);
         }
     }
-    let (mut teaching, own_inputs) = match init {
-        Init::Published { .. } => (None, false),
+    let mut teaching = match init {
+        Init::Published { .. } => None,
         Init::Refined {
             calibration,
             own_inputs,
-        } => (Some(Teaching::new(teacher, &calibration.fit)?), *own_inputs),
+        } => Some(Teaching::new(teacher, &calibration.fit, *own_inputs)?),
     };
     for (i, config) in student.layers.iter().enumerate() {
-        let sample = teaching.as_mut().map(|t| t.layer(i)).transpose()?;
         let attention = teacher.attention(i)?;
         if !student.is_converted(i) {
-            if let Some(teaching) = teaching.as_mut().filter(|_| own_inputs) {
-                teaching.keep(i)?;
+            if let Some(teaching) = &mut teaching {
+                teaching.pass(i, None)?;
             }
             watch.reached(i + 1, layers, "layers")?;
             continue;
         }
-        let birth = match (init, &sample) {
+        let samples = teaching.as_mut().map(|t| t.choice(i)).transpose()?;
+        let birth = match (init, &samples) {
             // Each layer draws from a stream of its own.
             (Init::Published { seed }, _) => Birth::Published {
                 seed: seed
                     .wrapping_mul(0x9E37_79B9_7F4A_7C15)
                     .wrapping_add(i as u64),
             },
-            (Init::Refined { calibration, .. }, Some(sample)) => Birth::Refined {
+            (Init::Refined { calibration, .. }, Some(samples)) => Birth::Refined {
                 statistics: &calibration.layers[i],
-                sample,
+                samples,
             },
             (Init::Refined { .. }, None) => {
-                unreachable!("a refined initialisation has a sample of each layer")
+                unreachable!("a refined initialisation has samples of each layer")
             }
         };
         let Born { config, tensors } = config.born(&attention, &birth)?;
-        let tensors = match teaching.as_mut().filter(|_| own_inputs) {
+        drop(samples);
+        let tensors = match &mut teaching {
             Some(teaching) => {
                 // Half of the layer's time is still to come.
                 watch.reached(i, layers, "layers")?;
-                teaching.follow(i, &config, tensors)?
+                let tensors = teaching.fit(i, &config, tensors)?;
+                teaching.pass(i, Some((&config, &tensors)))?;
+                tensors
             }
             None => tensors,
         };
@@ -122,77 +124,6 @@ pub fn compose(
         watch.reached(i + 1, layers, "layers")?;
     }
     Ok(Parts::new(composed, weights))
-}
-
-/// The teacher, and the hybrid behind it, on their way through the text, a layer at a time.
-struct Teaching {
-    lm: Lm,
-    /// The teacher's residual stream before the current layer, and after its mixer.
-    before: Tensor,
-    between: Tensor,
-    /// The hybrid's before the current layer.
-    own: Tensor,
-    documents: Documents,
-}
-
-impl Teaching {
-    fn new(teacher: &Parts, text: &Batch) -> Result<Self> {
-        let lm = teacher.lm(&Place::cpu())?;
-        let ids = Tensor::from_slice(&text.input_ids, (text.rows, text.len), lm.device())?;
-        let hidden = lm.embed(&ids)?;
-        Ok(Self {
-            before: hidden.clone(),
-            between: hidden.clone(),
-            own: hidden,
-            documents: text.documents.clone(),
-            lm,
-        })
-    }
-
-    /// The next layer's mixer, read and written; to be called for each layer in turn.
-    fn layer(&mut self, index: usize) -> Result<Sample> {
-        let layer = &self.lm.layers[index];
-        let input = layer.mixer_input(&self.before)?;
-        let output = layer.mixer.forward(&input, Some(&self.documents))?;
-        self.between = layer.joined(&self.before, &output)?;
-        self.before = layer.finish(&self.before, &output)?;
-        Ok(Sample {
-            input,
-            output,
-            documents: self.documents.clone(),
-        })
-    }
-
-    /// Passes a layer that the hybrid keeps.
-    fn keep(&mut self, index: usize) -> Result<()> {
-        let layer = &self.lm.layers[index];
-        let input = layer.mixer_input(&self.own)?;
-        let mixed = layer.mixer.forward(&input, Some(&self.documents))?;
-        self.own = layer.finish(&self.own, &mixed)?;
-        Ok(())
-    }
-
-    /// Fits the output projection of the layer that was just born once more: to what the hybrid's layers
-    /// before it give, towards the teacher's residual stream. Then the hybrid passes the layer.
-    fn follow(
-        &mut self,
-        index: usize,
-        config: &MixerConfig,
-        born: Vec<(String, Tensor)>,
-    ) -> Result<Vec<(String, Tensor)>> {
-        let layer = &self.lm.layers[index];
-        let input = layer.mixer_input(&self.own)?;
-        let sample = Sample {
-            output: layer.missing(&self.between, &self.own)?,
-            input,
-            documents: self.documents.clone(),
-        };
-        let tensors = fit_output(config, born, &sample)?.tensors;
-        let mixer = Mixer::new(config, &Weights::new(tensors.iter().cloned().collect()))?;
-        let mixed = mixer.forward(&sample.input, Some(&self.documents))?;
-        self.own = layer.finish(&self.own, &mixed)?;
-        Ok(tensors)
-    }
 }
 
 /// Every layer of `student` taken whole (mixer, MLP and norms) from the bank's model of that mixer;

@@ -54,7 +54,8 @@ impl Id {
         }
     }
 
-    /// `hf://datasets/org/name[@revision]/FILE`; none of what does not begin so, or exists as a path.
+    /// `hf://datasets/org/name[@revision]/FILE`, or, of the parquet files that the hub makes of every data set, `hf://datasets/org/name`
+    /// (split train) or `hf://datasets/org/name/CONFIG/SPLIT`; none of what does not begin so, or exists as a path.
     ///
     /// # Errors
     /// A name that begins so and does not go on so.
@@ -68,14 +69,30 @@ impl Id {
             .and_then(|rest| Self::parse(Kind::Dataset, rest));
         let wrong = || {
             Error::invalid(format!(
-                "{text}: give hf://datasets/org/name[@revision]/FILE, where the revision refs/convert/parquet has the files that the hub \
-                 makes of every data set, as default/train/0000.parquet"
+                "{text}: give hf://datasets/org/name[@revision]/FILE, or hf://datasets/org/name[/CONFIG/SPLIT] for the parquet files that the \
+                 hub makes of every data set"
             ))
         };
-        found
-            .filter(|id| id.file.is_some())
-            .ok_or_else(wrong)
-            .map(Some)
+        let known = |id: &Self| {
+            let named = id
+                .file
+                .as_deref()
+                .is_none_or(|file| id.is_split() || file.contains('.'));
+            named && (!id.is_split() || id.revision == MAIN)
+        };
+        found.filter(known).ok_or_else(wrong).map(Some)
+    }
+
+    /// Whether it names a split of a data set, and no file.
+    pub fn is_split(&self) -> bool {
+        let of_config = |file: &str| file.matches('/').count() == 1 && !file.contains('.');
+        self.kind == Kind::Dataset && self.file.as_deref().is_none_or(of_config)
+    }
+
+    /// Configuration and split; `*` is any configuration.
+    pub(super) fn split(&self) -> (&str, &str) {
+        let named = self.file.as_deref().and_then(|file| file.split_once('/'));
+        named.unwrap_or(("*", "train"))
     }
 
     /// What stands behind the scheme.
@@ -218,9 +235,18 @@ mod tests {
             plain
         );
         assert_eq!(Id::data(Path::new("org/set/a.jsonl")).unwrap(), None);
+        let split = |text: &str| {
+            let id = Id::data(Path::new(text)).unwrap().unwrap();
+            assert!(id.is_split() && id.to_string() == text);
+            let (config, split) = id.split();
+            format!("{config}/{split}")
+        };
+        assert_eq!(split("hf://datasets/org/set"), "*/train");
+        assert_eq!(split("hf://datasets/org/set/default/test"), "default/test");
         for wrong in [
             "hf://org/set/a.jsonl",
-            "hf://datasets/org/set",
+            "hf://datasets/org/set/train",
+            "hf://datasets/org/set@v1/default/train",
             "hf://datasets/org/set/../a",
         ] {
             let said = Id::data(Path::new(wrong)).unwrap_err().to_string();

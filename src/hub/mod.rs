@@ -3,7 +3,8 @@
 //!
 //! A model is `org/name[@revision]`, or `org/name[@revision]/FILE.gguf` where it is one file; `hf://` before it says that no path is
 //! meant. A file of a data set is `hf://datasets/org/name[@revision]/FILE`: Hugging Face's own spelling in fsspec, which `datasets`,
-//! pandas, Polars and DuckDB read, and which no path to a file looks like. A path that exists goes before an id.
+//! pandas, Polars and DuckDB read, and which no path to a file looks like; a data set without a file is its split train, in the parquet
+//! files that the hub makes of it. A path that exists goes before an id.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -211,11 +212,21 @@ impl Hub {
         Ok(snapshot)
     }
 
-    /// A file of a repository.
+    /// A file of a repository; that of a split that has one.
     ///
     /// # Errors
-    /// As [`Hub::model`].
+    /// As [`Hub::model`], or a split of several files.
     pub fn file(&self, id: &Id, watch: &dyn Watch) -> Result<PathBuf> {
+        if id.is_split() {
+            return match &self.files(id, watch)?[..] {
+                [file] => self.file(file, watch),
+                files => Err(Error::invalid(format!(
+                    "{id} has {} files, and one is read here: name it, as {}",
+                    files.len(),
+                    files[0]
+                ))),
+            };
+        }
         let Some(file) = id.file.as_deref() else {
             return Err(Error::invalid(format!("{id} names no file")));
         };
@@ -243,6 +254,31 @@ impl Hub {
         Ok(folder.snapshot(&commit).join(file))
     }
 
+    /// The files of the split that `id` names, in order.
+    ///
+    /// # Errors
+    /// As [`Hub::model`], or a split that several configurations have where none is named.
+    pub fn files(&self, id: &Id, watch: &dyn Watch) -> Result<Vec<Id>> {
+        let (config, split) = id.split();
+        let (found, _) = self.parquet(&id.repo, config, split, watch)?;
+        let configs = found.iter().filter_map(|file| file.split('/').next());
+        let configs: BTreeSet<&str> = configs.collect();
+        if configs.len() > 1 {
+            let all = Vec::from_iter(configs);
+            return Err(Error::invalid(format!(
+                "{id} has the configurations {}: name one, as {id}/{}/{split}",
+                all.join(", "),
+                all[0]
+            )));
+        }
+        let of = |file: String| Id {
+            revision: PARQUET.to_owned(),
+            file: Some(file),
+            ..id.clone()
+        };
+        Ok(found.into_iter().map(of).collect())
+    }
+
     /// The parquet files of a data set's split, in order, and the commit that they are of. `config` `*` is every configuration.
     ///
     /// # Errors
@@ -254,12 +290,28 @@ impl Hub {
         split: &str,
         watch: &dyn Watch,
     ) -> Result<(Vec<PathBuf>, String)> {
-        let id = Id {
-            kind: Kind::Dataset,
-            repo: dataset.to_owned(),
-            revision: PARQUET.to_owned(),
-            file: None,
-        };
+        let id = parquet_of(dataset);
+        let (files, listed) = self.parquet(dataset, config, split, watch)?;
+        let folder = Folder::new(&self.cache, &id);
+        if listed.kept.is_none() {
+            let backwards: Vec<String> = files.iter().rev().cloned().collect();
+            self.fetch(&id, &folder, &listed.commit, &backwards, watch)?;
+            folder.remember(PARQUET, &listed.commit)?;
+        }
+        let snapshot = folder.snapshot(&listed.commit);
+        let paths = files.iter().map(|file| snapshot.join(file)).collect();
+        Ok((paths, listed.commit))
+    }
+
+    /// The names of these files, and the listing that has them.
+    fn parquet(
+        &self,
+        dataset: &str,
+        config: &str,
+        split: &str,
+        watch: &dyn Watch,
+    ) -> Result<(Vec<String>, Listed)> {
+        let id = parquet_of(dataset);
         let folder = Folder::new(&self.cache, &id);
         let listed = self.listing(&id, &folder, watch)?;
         let wanted = |file: &&String| {
@@ -274,26 +326,16 @@ impl Hub {
         match (&listed.kept, files.as_slice()) {
             // Files come from the last to the first: where the first is, all are.
             (Some(why), files) if !files.iter().any(|file| file.ends_with("/0000.parquet")) => {
-                return Err(Error::Unreachable(format!(
+                Err(Error::Unreachable(format!(
                     "data set {dataset}, {what}, is not in {}, and {why}",
                     self.cache.display()
-                )));
+                )))
             }
-            (_, []) => {
-                return Err(Error::invalid(format!(
-                    "the hub has no parquet file of data set {dataset}, {what}"
-                )));
-            }
-            _ => {}
+            (_, []) => Err(Error::invalid(format!(
+                "the hub has no parquet file of data set {dataset}, {what}"
+            ))),
+            _ => Ok((files, listed)),
         }
-        if listed.kept.is_none() {
-            let backwards: Vec<String> = files.iter().rev().cloned().collect();
-            self.fetch(&id, &folder, &listed.commit, &backwards, watch)?;
-            folder.remember(PARQUET, &listed.commit)?;
-        }
-        let snapshot = folder.snapshot(&listed.commit);
-        let paths = files.iter().map(|file| snapshot.join(file)).collect();
-        Ok((paths, listed.commit))
     }
 
     fn client(&self) -> Client {
@@ -549,6 +591,16 @@ impl Hub {
                 "{noun} {repo}: {endpoint} answers {status} {code} {message}: {token}, or name another hub with HF_ENDPOINT"
             ),
         })
+    }
+}
+
+/// Where the hub keeps the parquet files of a data set.
+fn parquet_of(dataset: &str) -> Id {
+    Id {
+        kind: Kind::Dataset,
+        repo: dataset.to_owned(),
+        revision: PARQUET.to_owned(),
+        file: None,
     }
 }
 

@@ -347,6 +347,55 @@ fn files_of_data_sets_are_downloaded() {
     assert_eq!(fs::read_to_string(path).unwrap(), "{\"text\": \"a\"}\n");
 }
 
+#[test]
+fn data_sets_without_a_file_are_their_split_train() {
+    let fake = FakeHub::start();
+    let add = |set: &str, files: &[&str]| {
+        let files: Vec<(&str, &[u8])> = files.iter().map(|file| (*file, &b"x"[..])).collect();
+        fake.add(
+            &format!("datasets/org/{set}"),
+            "refs/convert/parquet",
+            &files,
+        );
+    };
+    add(
+        "one",
+        &["default/train/0000.parquet", "default/test/0000.parquet"],
+    );
+    add(
+        "two",
+        &["default/train/0000.parquet", "default/train/0001.parquet"],
+    );
+    add("mixed", &["de/train/0000.parquet", "en/train/0000.parquet"]);
+    let cache = tempfile::tempdir().unwrap();
+    let hub = fake.hub(cache.path());
+    let quiet = Quiet::default();
+    let id = |text: &str| Id::data(Path::new(text)).unwrap().unwrap();
+    let files = |text: &str| -> Vec<String> {
+        let found = hub.files(&id(text), &quiet).unwrap();
+        found.iter().map(Id::to_string).collect()
+    };
+    let two = "hf://datasets/org/two@refs/convert/parquet/default/train";
+    let both = ["0000", "0001"].map(|n| format!("{two}/{n}.parquet"));
+    assert_eq!(files("hf://datasets/org/two"), both);
+    assert_eq!(files("hf://datasets/org/mixed/de/train").len(), 1);
+    let path = hub.file(&id("hf://datasets/org/one"), &quiet).unwrap();
+    assert!(path.ends_with("default/train/0000.parquet") && path.exists());
+    let refused = |text: &str| hub.file(&id(text), &quiet).unwrap_err().to_string();
+    let said = refused("hf://datasets/org/two");
+    assert!(
+        said.contains("2 files") && said.contains(&both[0]),
+        "{said}"
+    );
+    let said = refused("hf://datasets/org/mixed");
+    assert!(
+        said.contains("de, en: name one, as hf://datasets/org/mixed/de/train"),
+        "{said}"
+    );
+    let said = refused("hf://datasets/org/one/default/dev");
+    assert!(said.contains("split dev"), "{said}");
+}
+
 /// Two at once: one downloads, the other finds it done.
 #[test]
 fn processes_that_download_the_same_share_the_work() {

@@ -110,21 +110,58 @@ pub fn sums(input: &Tensor, output: &Tensor) -> Result<[Tensor; 4]> {
 /// Weight of the prior, relative to the features' mean square.
 const RIDGE: f64 = 1e-3;
 
-/// A mixer whose output projection is fitted to the sample in closed form.
+/// A mixer whose output projection is fitted to samples in closed form.
 #[derive(Debug)]
 pub struct Fitted {
     pub tensors: Vec<(String, Tensor)>,
-    /// `Σ(ŷ − y)² / Σ y²` of the mixer's output on the sample.
+    /// `Σ(ŷ − y)² / Σ y²` of the mixer's output on the samples.
     pub error: f64,
+}
+
+/// Sums that a linear regression is solved from, over any number of samples.
+pub(super) struct Regression {
+    /// `Σ f fᵀ [W, W]` and `Σ f yᵀ [W, D]`, in f64.
+    gram: Tensor,
+    cross: Tensor,
+    /// `Σ |y|²`
+    pub square: f64,
+}
+
+impl Regression {
+    /// Of no samples, from `features` numbers to `targets`.
+    pub fn new(features: usize, targets: usize) -> Result<Self> {
+        let zeros = |width| Tensor::zeros((features, width), DType::F64, &Device::Cpu);
+        Ok(Self {
+            gram: zeros(features)?,
+            cross: zeros(targets)?,
+            square: 0.0,
+        })
+    }
+
+    /// `features [N, W]`, `targets [N, D]`.
+    pub fn add(&mut self, features: &Tensor, targets: &Tensor) -> Result<()> {
+        let turned = features.t()?.contiguous()?;
+        let long = |t: Tensor| t.to_dtype(DType::F64);
+        self.gram = (&self.gram + long(turned.matmul(features)?)?)?;
+        self.cross = (&self.cross + long(turned.matmul(targets)?)?)?;
+        let square = long(targets.sqr()?)?.sum_all()?;
+        self.square += square.to_scalar::<f64>()?;
+        Ok(())
+    }
+
+    /// `[W, W]` and `[W, D]`.
+    pub fn matrices(&self) -> Result<[Mat<f64>; 2]> {
+        Ok([matrix(&self.gram)?, matrix(&self.cross)?])
+    }
 }
 
 /// Replaces the output projection of a mixer by the ridge regression of the teacher's output on the mixer's
 /// features (what the projection reads), with the given projection as the prior mean:
-/// `min ‖F Wᵀ − Y‖² + λ‖W − W₀‖²`.
+/// `min ‖F Wᵀ − Y‖² + λ‖W − W₀‖²`. One sample at a time is held.
 pub fn fit_output(
     config: &MixerConfig,
     mut tensors: Vec<(String, Tensor)>,
-    sample: &Sample,
+    samples: impl Iterator<Item = Result<Sample>>,
 ) -> Result<Fitted> {
     let output = config.output();
     let Some(slot) = tensors.iter().position(|(name, _)| name == output) else {
@@ -134,17 +171,17 @@ pub fn fit_output(
         )));
     };
     let prior = tensors[slot].1.clone();
-    let (_, width) = prior.dims2()?;
+    let (d, width) = prior.dims2()?;
     // With an identity in its place, the mixer's output is what the projection reads.
     tensors[slot].1 = Tensor::eye(width, DType::F32, &Device::Cpu)?;
     let probe = Mixer::new(config, &Weights::new(tensors.iter().cloned().collect()))?;
-    let features = probe.forward(&sample.input, Some(&sample.documents))?;
-    let (b, t, d) = sample.output.dims3()?;
-    let features = features.reshape((b * t, width))?;
-    let target = sample.output.reshape((b * t, d))?;
-    let turned = features.t()?.contiguous()?;
-    let gram = matrix(&turned.matmul(&features)?)?;
-    let cross = matrix(&turned.matmul(&target)?)?;
+    let mut sums = Regression::new(width, d)?;
+    for sample in samples {
+        let sample = sample?;
+        let features = probe.forward(&sample.input, Some(&sample.documents))?;
+        sums.add(&features.flatten(0, 1)?, &sample.output.flatten(0, 1)?)?;
+    }
+    let [gram, cross] = sums.matrices()?;
     let lambda = RIDGE * (0..width).map(|i| gram[(i, i)]).sum::<f64>() / width as f64;
     let prior = matrix(&prior)?;
     let left = Mat::from_fn(width, width, |i, j| {
@@ -160,11 +197,15 @@ pub fn fit_output(
             ))
         })?
         .solve(&right);
-    let fitted = tensor(&solved.transpose().to_owned())?;
-    let gap = (features.matmul(&fitted.t()?)? - &target)?;
-    let square =
-        |t: &Tensor| -> Result<f64> { Ok(t.sqr()?.to_dtype(DType::F64)?.sum_all()?.to_scalar()?) };
-    let error = square(&gap)? / square(&target)?;
-    tensors[slot].1 = fitted;
-    Ok(Fitted { tensors, error })
+    // ‖F Wᵀ − Y‖² = Σ W ∘ (W G − 2 Cᵀ) + ‖Y‖²
+    let spread = &gram * &solved;
+    let entry = |i: usize, j: usize| solved[(i, j)] * (spread[(i, j)] - 2.0 * cross[(i, j)]);
+    let gap: f64 = (0..d)
+        .map(|j| (0..width).map(|i| entry(i, j)).sum::<f64>())
+        .sum();
+    tensors[slot].1 = tensor(&solved.transpose().to_owned())?;
+    Ok(Fitted {
+        tensors,
+        error: (gap + sums.square).max(0.0) / sums.square,
+    })
 }

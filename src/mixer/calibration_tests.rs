@@ -44,6 +44,14 @@ fn teacher_of(config: AttentionConfig) -> (AttentionWeights, Sample) {
     (AttentionWeights::new(&config, &weights).unwrap(), sample)
 }
 
+fn alone(sample: &Sample) -> &[Sample] {
+    std::slice::from_ref(sample)
+}
+
+fn one(sample: &Sample) -> impl Iterator<Item = Result<Sample>> {
+    std::iter::once(Ok(sample.clone()))
+}
+
 fn mla(g: usize, rope: usize, rank: usize) -> MlaConfig {
     MlaConfig {
         num_attention_heads: 2,
@@ -106,7 +114,8 @@ fn full_rank_mla_of_one_key_head_equals_the_attention() {
         for own in scalings() {
             let mut config = mla(1, 8, 8);
             config.rope = scaled(100.0, own);
-            let (_, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
+            let (_, fitted) =
+                mla::refined(&config, &attention, &statistics, alone(&sample)).unwrap();
             let error = fitted.error;
             assert!(error < 1e-5, "{of_teacher:?}, {:?}: {error}", config.rope);
         }
@@ -126,9 +135,9 @@ fn full_rank_mla_has_biases_and_scale_of_the_attention() {
         attention_bias: true,
         ..mla(1, 8, 9)
     };
-    let (_, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
+    let (_, fitted) = mla::refined(&config, &attention, &statistics, alone(&sample)).unwrap();
     assert!(fitted.error < 1e-5, "{}", fitted.error);
-    let without = mla::refined(&mla(1, 8, 8), &attention, &statistics, &sample).unwrap_err();
+    let without = mla::refined(&mla(1, 8, 8), &attention, &statistics, alone(&sample)).unwrap_err();
     assert!(without.to_string().contains("attention_bias"), "{without}");
 }
 
@@ -141,7 +150,8 @@ fn norms_on_heads_become_factors() {
     });
     let error = |attention: &AttentionWeights| {
         let statistics = Statistics::of(attention, &sample).unwrap();
-        let (_, fitted) = mla::refined(&mla(1, 8, 8), attention, &statistics, &sample).unwrap();
+        let (_, fitted) =
+            mla::refined(&mla(1, 8, 8), attention, &statistics, alone(&sample)).unwrap();
         fitted.error
     };
     let bare = AttentionWeights {
@@ -165,7 +175,8 @@ fn refined_starts_as_well_with_as_without_scaling() {
         let start = |theta: f64, own: Option<RopeScaling>| {
             let mut config = mla(2, 4, 6);
             config.rope = scaled(theta, own);
-            let (config, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
+            let (config, fitted) =
+                mla::refined(&config, &attention, &statistics, alone(&sample)).unwrap();
             (config.rope.frequencies(4).0, fitted.error)
         };
         let (turns, without) = start(100.0, None);
@@ -192,11 +203,11 @@ fn refined_beats_reference_with_the_same_fit() {
     let (attention, sample) = teacher(2);
     let config = mla(2, 4, 6);
     let reference = mla::published(&config, &attention).unwrap();
-    let reference = fit_output(&MixerConfig::Mla(config.clone()), reference, &sample)
+    let reference = fit_output(&MixerConfig::Mla(config.clone()), reference, one(&sample))
         .unwrap()
         .error;
     let statistics = Statistics::of(&attention, &sample).unwrap();
-    let (chosen, fitted) = mla::refined(&config, &attention, &statistics, &sample).unwrap();
+    let (chosen, fitted) = mla::refined(&config, &attention, &statistics, alone(&sample)).unwrap();
     assert!(
         fitted.error < 0.9 * reference,
         "mla: {} for {reference}",
@@ -225,7 +236,7 @@ fn refined_mamba2_has_all_its_tensors() {
             ..AttentionConfig::new(2, 1, 8, Some(RopeConfig::new(100.0)))
         });
         let statistics = Statistics::of(&attention, &sample).unwrap();
-        let fitted = mamba2::refined(&config, &attention, &statistics, &sample).unwrap();
+        let fitted = mamba2::refined(&config, &attention, &statistics, alone(&sample)).unwrap();
         assert!(fitted.error < 1.0, "{}", fitted.error);
         let shapes = config.params(HIDDEN).into_iter();
         assert!(
@@ -269,6 +280,54 @@ fn statistics_add_up() {
     assert!((whole.query_energy[(1, 1)] - direct).abs() < 1e-5 * direct);
 }
 
+/// Samples of parts of a text give what one of the whole gives.
+#[test]
+fn samples_add_up() {
+    let (attention, sample) = teacher(2);
+    let statistics = Statistics::of(&attention, &sample).unwrap();
+    let part = |from: usize, rows: usize| {
+        let of = |t: &Tensor| t.narrow(0, from, rows).unwrap();
+        let starts = (from..from + rows).flat_map(|row| sample.documents.row(row).iter().copied());
+        Sample {
+            input: of(&sample.input),
+            output: of(&sample.output),
+            documents: Documents::new(starts.collect(), sample.documents.len()),
+        }
+    };
+    let (whole, parts) = ([sample.clone()], [part(0, 5), part(5, 3)]);
+    let mamba2 = Mamba2Config {
+        num_heads: 2,
+        num_kv_heads: 2,
+        head_dim: 8,
+        d_state: 8,
+        d_conv: 4,
+        repeat_kv_before_conv: false,
+        chunk_size: 64,
+    };
+    let configs = [MixerConfig::Mla(mla(2, 4, 4)), MixerConfig::Mamba2(mamba2)];
+    for config in configs {
+        let born = |samples: &[Sample]| {
+            let statistics = &statistics;
+            let birth = Birth::Refined {
+                statistics,
+                samples,
+            };
+            config.born(&attention, &birth).unwrap()
+        };
+        let (a, b) = (born(&whole), born(&parts));
+        assert_eq!(a.config, b.config);
+        let [a, b] = [a, b].map(|born| {
+            let weights = Weights::new(born.tensors.into_iter().collect());
+            let mixer = Mixer::new(&born.config, &weights).unwrap();
+            mixer
+                .forward(&sample.input, Some(&sample.documents))
+                .unwrap()
+        });
+        let gap = crate::op::laws::distance(&a, &b);
+        assert!(gap < 1e-4, "{}: {gap}", config.name());
+    }
+}
+
 /// The fit is the least-squares optimum: no small change of the projection does better.
 #[test]
 fn fitted_output_is_a_minimum() {
@@ -277,7 +336,12 @@ fn fitted_output_is_a_minimum() {
     let MixerConfig::Mla(c) = &config else {
         unreachable!()
     };
-    let fitted = fit_output(&config, mla::published(c, &attention).unwrap(), &sample).unwrap();
+    let fitted = fit_output(
+        &config,
+        mla::published(c, &attention).unwrap(),
+        one(&sample),
+    )
+    .unwrap();
     let error = |tensors: &[(String, Tensor)]| -> f64 {
         let mixer = Mixer::new(&config, &Weights::new(tensors.iter().cloned().collect())).unwrap();
         let y = mixer

@@ -153,17 +153,27 @@ impl MixerConfig {
         let tensors = match (&mut config, birth) {
             (MixerConfig::Attention(_) | MixerConfig::Window(_), _) => attention.tensors(),
             (MixerConfig::Mla(c), Birth::Published { .. }) => mla::published(c, attention)?,
-            (MixerConfig::Mla(c), Birth::Refined { statistics, sample }) => {
-                let (chosen, fitted) = mla::refined(c, attention, statistics, sample)?;
+            (
+                MixerConfig::Mla(c),
+                Birth::Refined {
+                    statistics,
+                    samples,
+                },
+            ) => {
+                let (chosen, fitted) = mla::refined(c, attention, statistics, samples)?;
                 *c = chosen;
                 fitted.tensors
             }
             (MixerConfig::Mamba2(c), Birth::Published { seed }) => {
                 mamba2::published(c, attention, *seed)?
             }
-            (MixerConfig::Mamba2(c), Birth::Refined { statistics, sample }) => {
-                mamba2::refined(c, attention, statistics, sample)?.tensors
-            }
+            (
+                MixerConfig::Mamba2(c),
+                Birth::Refined {
+                    statistics,
+                    samples,
+                },
+            ) => mamba2::refined(c, attention, statistics, samples)?.tensors,
         };
         Ok(Born { config, tensors })
     }
@@ -206,7 +216,7 @@ pub enum Birth<'a> {
     /// Fitted to the attention on text.
     Refined {
         statistics: &'a Statistics,
-        sample: &'a Sample,
+        samples: &'a [Sample],
     },
 }
 

@@ -52,6 +52,12 @@ fn is_one(x: &f64) -> bool {
     *x == 1.0
 }
 
+/// The layer that a weight stands in, by its name.
+pub fn layer_of(name: &str) -> Option<usize> {
+    let rest = name.strip_prefix("model.layers.")?;
+    rest.split('.').next()?.parse().ok()
+}
+
 impl ModelConfig {
     pub const MODEL_TYPE: &str = "zebroid";
 
@@ -226,6 +232,11 @@ impl ModelConfig {
     pub fn converted(&self) -> Vec<usize> {
         let layers = 0..self.layers.len();
         layers.filter(|i| self.is_converted(*i)).collect()
+    }
+
+    /// What the names of the weights of layer `index`'s mixer begin with.
+    pub fn mixer_prefix(&self, index: usize) -> String {
+        format!("model.layers.{index}.{}.", self.layers[index].prefix())
     }
 
     /// The attention of layer `index`.

@@ -18,7 +18,7 @@ use crate::weights::Weights;
 mod config;
 mod decoder;
 mod parts;
-pub use config::{FORMAT_VERSION, ModelConfig};
+pub use config::{FORMAT_VERSION, ModelConfig, layer_of};
 pub use decoder::{Decoder, Reading};
 pub use parts::Parts;
 

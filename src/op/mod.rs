@@ -22,7 +22,6 @@ pub(crate) mod laws;
 pub mod linear;
 pub mod loss;
 pub mod matmul;
-pub mod muon;
 pub mod rms_norm;
 pub mod rope;
 pub mod route;

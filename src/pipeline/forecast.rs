@@ -257,7 +257,8 @@ const WORTH: f64 = 0.99;
 
 /// Steps that make a stage smaller: settings (none: it cannot be taken, or not again), and what they cost.
 fn ladder(table: &str, Settings { train, all }: &Settings) -> Vec<(Vec<String>, &'static str)> {
-    use crate::train::OptimizerName::Adamw;
+    use crate::train::ClipBy;
+    use crate::train::OptimizerName::{Adamw, Adamw8bit};
     let set = |key: &str, value: String| format!("{table}.{key}={value}");
     let number = |key: &str, value: usize| set(&format!("train.{key}"), value.to_string());
     let portion = match train.batch_size {
@@ -280,6 +281,16 @@ fn ladder(table: &str, Settings { train, all }: &Settings) -> Vec<(Vec<String>, 
         _ => Vec::new(),
     };
     steps.push((eight, "rounded moments"));
+    let apart = match (train.accumulation, train.clip_by) {
+        (1, ClipBy::All) => vec![set("train.clip_by", "layer".into())],
+        _ => Vec::new(),
+    };
+    steps.push((apart, "gradients are clipped layer by layer"));
+    let galore = match train.optimizer {
+        Adamw | Adamw8bit => vec![set("train.optimizer", "galore_8bit".into())],
+        _ => Vec::new(),
+    };
+    steps.push((galore, "steps in a subspace of each matrix's gradient"));
     let mixers = match all {
         true => vec![set("objective.trained", "mixers".into())],
         false => Vec::new(),

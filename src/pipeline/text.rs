@@ -16,7 +16,7 @@ use crate::hub::{Hub, Id};
 use crate::watch::Watch;
 use crate::{Error, Result};
 
-/// A file of texts, here or on the hub (`hf://datasets/org/name[@revision]/FILE`), or `stories:SEED:COUNT`, which the program writes
+/// A file of texts, here or on the hub (`hf://datasets/org/name[@revision]/FILE`, or all files of a split: `hf://datasets/org/name[/CONFIG/SPLIT]`), or `stories:SEED:COUNT`, which the program writes
 /// itself; behind it `#K/N` for every N-th line, from the K-th (from 1), and of several texts `#weight=W` and `#tokens=N`; or
 /// `manifest:FILE`, which names all of a corpus. A file that has such a name goes before what it would mean.
 #[derive(Debug, Clone, PartialEq)]
@@ -175,6 +175,33 @@ impl Text {
             (Source::Manifest(path), None, None, None) => Some(path),
             _ => None,
         }
+    }
+
+    /// A split of a data set on the hub as its files.
+    ///
+    /// # Errors
+    /// A hub that cannot tell them, or several where a share of one text is meant.
+    fn files(&self, watch: &dyn Watch) -> Result<Vec<Self>> {
+        let Source::Hub(id) = &self.source else {
+            return Ok(vec![self.clone()]);
+        };
+        if !id.is_split() {
+            return Ok(vec![self.clone()]);
+        }
+        let files = Hub::from_env().files(id, watch)?;
+        let of_one = self.part.is_some() || self.weight.is_some() || self.tokens.is_some();
+        if of_one && files.len() > 1 {
+            return Err(Error::invalid(format!(
+                "{self}: this data set has {} files, and what stands behind # is of one: name files, as {}",
+                files.len(),
+                files[0]
+            )));
+        }
+        let of = |id| Self {
+            source: Source::Hub(id),
+            ..self.clone()
+        };
+        Ok(files.into_iter().map(of).collect())
     }
 
     /// The text as a part of a mixture; `made` as in [`Text::file`].
@@ -371,7 +398,9 @@ impl Mixture {
         {
             return replay(path, made, reading);
         }
-        let sets = (self.0.iter()).map(|text| text.data_set(made, reading.watch));
+        let files = self.0.iter().map(|text| text.files(reading.watch));
+        let files = files.collect::<Result<Vec<_>>>()?.concat();
+        let sets = files.iter().map(|text| text.data_set(made, reading.watch));
         Corpus::open(&sets.collect::<Result<Vec<_>>>()?, reading)
     }
 }
@@ -499,7 +528,7 @@ mod tests {
             "a#weight=x",
             "a#tokens=-1",
             "a#1/2#1/2",
-            "hf://datasets/org/set",
+            "hf://datasets/org/set/train",
         ] {
             let error = wrong.parse::<Text>().unwrap_err().to_string();
             assert!(error.contains(wrong), "{error}");

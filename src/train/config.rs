@@ -5,24 +5,11 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::params::Optimizer;
+use super::clip::{Clip, ClipBy};
+use super::optimizer::{GaloreConfig, OptimizerConfig, OptimizerName};
+use super::params::Update;
 use crate::op::adamw::AdamW;
-use crate::op::muon::Muon;
 use crate::{Error, Result};
-
-/// What a step follows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum OptimizerName {
-    #[default]
-    Adamw,
-    /// AdamW whose moments take a byte each (blockwise dynamic quantisation, arXiv 2110.02861).
-    #[value(name = "adamw_8bit")]
-    #[serde(rename = "adamw_8bit")]
-    Adamw8bit,
-    /// Muon for the layers' matrices, AdamW for all else.
-    Muon,
-}
 
 /// How the learning rate falls, after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
@@ -49,7 +36,6 @@ pub enum OnDivergence {
     Lower,
 }
 
-const MUON_MOMENTUM: f64 = 0.95;
 /// Share of the steps in which wsd falls, where nobody says.
 const WSD_DECAY: f64 = 0.5;
 /// Times the usual loss.
@@ -89,6 +75,13 @@ pub struct TrainSettings {
     /// Peak learning rate of what Muon leaves to AdamW: embedding, head, norms, vectors [default: that of --lr].
     #[arg(long)]
     pub adamw_lr: Option<f64>,
+    /// Peak learning rate of the mixers that replaced attention; that of --adamw-lr is in proportion [default: that of --lr].
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixer_lr: Option<f64>,
+    #[command(flatten)]
+    #[serde(skip_serializing_if = "is_default")]
+    pub galore: GaloreConfig,
     /// Share of the steps that warm up linearly.
     #[arg(long, default_value_t = Self::default().warmup)]
     pub warmup: f64,
@@ -101,7 +94,7 @@ pub struct TrainSettings {
     /// Learning rate at the end, as a share of the peak.
     #[arg(long, default_value_t = Self::default().min_lr)]
     pub min_lr: f64,
-    /// Decoupled weight decay, times the learning rate.
+    /// Decoupled weight decay, times the learning rate, of matrices: not of norms, biases, convolutions, A_log, dt_bias and D.
     #[arg(long, default_value_t = Self::default().weight_decay)]
     pub weight_decay: f64,
     /// AdamW's decay of first moments.
@@ -113,9 +106,14 @@ pub struct TrainSettings {
     /// AdamW's term against division by 0.
     #[arg(long, default_value_t = Self::default().eps)]
     pub eps: f64,
-    /// Global gradient norm is clipped to this; 0 never clips.
+    /// Gradient norm is clipped to this; 0 never clips.
     #[arg(long, default_value_t = Self::default().clip)]
     pub clip: f64,
+    /// What is clipped together; by layer (or never, --clip 0) KD's gradients are applied as they appear where --accumulation is 1, and are
+    /// never all in memory.
+    #[arg(long, value_enum, default_value_t = Self::default().clip_by)]
+    #[serde(skip_serializing_if = "is_default")]
+    pub clip_by: ClipBy,
     /// What follows a step whose loss or gradient is not finite, or whose loss is a spike.
     #[arg(long, value_enum, default_value_t = Self::default().on_divergence)]
     pub on_divergence: OnDivergence,
@@ -139,6 +137,8 @@ impl Default for TrainSettings {
             optimizer: OptimizerName::Adamw,
             lr: 1e-3,
             adamw_lr: None,
+            mixer_lr: None,
+            galore: GaloreConfig::default(),
             warmup: 0.01,
             lr_scheduler: LrScheduler::Cosine,
             decay: None,
@@ -148,6 +148,7 @@ impl Default for TrainSettings {
             beta2: 0.95,
             eps: 1e-8,
             clip: 1.0,
+            clip_by: ClipBy::default(),
             on_divergence: OnDivergence::default(),
             spike: SPIKE,
             seed: 0,
@@ -166,6 +167,7 @@ impl TrainSettings {
             ("lr", self.lr, 0.0..=1.0),
             ("warmup", self.warmup, 0.0..=1.0),
             ("adamw_lr", self.adamw_lr.unwrap_or(0.0), 0.0..=1.0),
+            ("mixer_lr", self.mixer_lr.unwrap_or(0.0), 0.0..=1.0),
             (
                 "decay",
                 self.decay.unwrap_or(WSD_DECAY),
@@ -189,23 +191,20 @@ impl TrainSettings {
                 return Err(Error::invalid(format!("{name} {value} must be {wanted}")));
             }
         }
-        let unread =
-            |name: &str, owner: &str| Err(Error::invalid(format!("{name} is for {owner}")));
         Ok(TrainConfig {
             length: self.length()?,
             batch_size: self.batch_size,
             accumulation: self.accumulation,
             seq_len: self.seq_len,
             lr: self.lr,
-            optimizer: match (self.optimizer, self.adamw_lr) {
-                (OptimizerName::Adamw, None) => OptimizerConfig::Adamw,
-                (OptimizerName::Adamw8bit, None) => OptimizerConfig::Adamw8bit,
-                (OptimizerName::Adamw | OptimizerName::Adamw8bit, Some(_)) => {
-                    return unread("adamw_lr", "optimizer muon");
+            optimizer: self.optimizer()?,
+            mixer_lr: match self.mixer_lr {
+                Some(_) if self.lr == 0.0 => {
+                    return Err(Error::invalid(
+                        "mixer_lr beside lr 0: to train the mixers alone is objective.trained (--trained) mixers",
+                    ));
                 }
-                (OptimizerName::Muon, rate) => OptimizerConfig::Muon {
-                    adamw_lr: rate.unwrap_or(self.lr),
-                },
+                rate => rate,
             },
             warmup: self.warmup,
             schedule: match (self.lr_scheduler, self.decay) {
@@ -221,9 +220,31 @@ impl TrainSettings {
             beta2: self.beta2,
             eps: self.eps,
             clip: self.clip,
+            clip_by: self.clip_by,
             on_divergence: self.on_divergence,
             spike: self.spike,
             seed: self.seed,
+        })
+    }
+
+    fn optimizer(&self) -> Result<OptimizerConfig> {
+        use OptimizerName as Name;
+        if self.adamw_lr.is_some() && self.optimizer != Name::Muon {
+            return unread("adamw_lr", "optimizer muon");
+        }
+        let galore = [Name::Galore, Name::Galore8bit];
+        if !is_default(&self.galore) && !galore.contains(&self.optimizer) {
+            return unread("galore", "optimizer galore or galore_8bit");
+        }
+        self.galore.validate()?;
+        Ok(match self.optimizer {
+            Name::Adamw => OptimizerConfig::Adamw,
+            Name::Adamw8bit => OptimizerConfig::Adamw8bit,
+            Name::Muon => OptimizerConfig::Muon {
+                adamw_lr: self.adamw_lr.unwrap_or(self.lr),
+            },
+            Name::Galore => OptimizerConfig::Galore(self.galore),
+            Name::Galore8bit => OptimizerConfig::Galore8bit(self.galore),
         })
     }
 
@@ -238,6 +259,10 @@ impl TrainSettings {
             _ => Err(Error::invalid("steps, tokens and epochs: give one of them")),
         }
     }
+}
+
+fn unread<T>(name: &str, owner: &str) -> Result<T> {
+    Err(Error::invalid(format!("{name} is for {owner}")))
 }
 
 /// # Errors
@@ -273,18 +298,6 @@ pub enum Length {
     Epochs(f64),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-#[serde(tag = "name", rename_all = "snake_case")]
-pub enum OptimizerConfig {
-    Adamw,
-    #[serde(rename = "adamw_8bit")]
-    Adamw8bit,
-    /// The peak learning rate of what Muon leaves to AdamW.
-    Muon {
-        adamw_lr: f64,
-    },
-}
-
 /// How the learning rate falls.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
@@ -306,6 +319,8 @@ pub struct TrainConfig {
     pub seq_len: usize,
     pub lr: f64,
     pub optimizer: OptimizerConfig,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixer_lr: Option<f64>,
     pub warmup: f64,
     pub schedule: LrSchedule,
     pub min_lr: f64,
@@ -315,6 +330,8 @@ pub struct TrainConfig {
     pub eps: f64,
     pub clip: f64,
     #[serde(skip_serializing_if = "is_default")]
+    pub clip_by: ClipBy,
+    #[serde(skip_serializing_if = "is_default")]
     pub on_divergence: OnDivergence,
     #[serde(skip_serializing_if = "is_usual_spike")]
     pub spike: f64,
@@ -322,8 +339,8 @@ pub struct TrainConfig {
 }
 
 // Runs that began before there was a choice go on.
-fn is_default(policy: &OnDivergence) -> bool {
-    *policy == OnDivergence::default()
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn is_usual_spike(spike: &f64) -> bool {
@@ -382,30 +399,32 @@ impl TrainConfig {
         rise * (self.min_lr + (1.0 - self.min_lr) * fall)
     }
 
-    pub(super) fn rules(&self, step: u64, steps: u64) -> Optimizer {
-        let lr = self.lr_at(step, steps);
-        let adamw = |lr: f64| AdamW {
-            lr,
+    pub fn clip(&self) -> Clip {
+        Clip {
+            norm: self.clip,
+            by: self.clip_by,
+        }
+    }
+
+    /// Whether KD's gradients are applied as they appear.
+    pub fn applies_at_once(&self) -> bool {
+        self.accumulation == 1 && self.clip().is_apart()
+    }
+
+    /// What step `step` (from 0) of `steps` follows.
+    pub fn update(&self, step: u64, steps: u64) -> Update {
+        let share = self.share_at(step, steps);
+        let adamw = AdamW {
+            lr: self.lr_at(step, steps),
             beta1: self.beta1,
             beta2: self.beta2,
             eps: self.eps,
             weight_decay: self.weight_decay,
         };
-        match self.optimizer {
-            OptimizerConfig::Adamw | OptimizerConfig::Adamw8bit => Optimizer {
-                adamw: adamw(lr),
-                eight_bit: self.optimizer == OptimizerConfig::Adamw8bit,
-                muon: None,
-            },
-            OptimizerConfig::Muon { adamw_lr } => Optimizer {
-                adamw: adamw(adamw_lr * self.share_at(step, steps)),
-                eight_bit: false,
-                muon: Some(Muon {
-                    lr,
-                    momentum: MUON_MOMENTUM,
-                    weight_decay: self.weight_decay,
-                }),
-            },
+        let mixers = self.mixer_lr.map_or(1.0, |rate| rate / self.lr);
+        Update {
+            clip: self.clip(),
+            rules: self.optimizer.rules(adamw, share, mixers),
         }
     }
 }

@@ -3,11 +3,9 @@
 
 use serde::Serialize;
 
-use super::config::OptimizerConfig;
-use super::params::in_eight_bits;
+use super::optimizer::OptimizerConfig;
 use crate::mixer::Windows;
-use crate::model::{LOGITS, ModelConfig};
-use crate::op::adamw::Moments;
+use crate::model::{LOGITS, ModelConfig, layer_of};
 use crate::op::runtime::{between, shares_chunk};
 
 const F32: usize = size_of::<f32>();
@@ -158,10 +156,7 @@ impl<'a> Learner<'a> {
             } else {
                 0.0
             };
-            found.moments += match optimizer {
-                OptimizerConfig::Adamw8bit if in_eight_bits(entries) => Moments::bytes(entries),
-                _ => 2 * entries * F32,
-            };
+            found.moments += optimizer.state_bytes(name, shape);
             if let Some(i) = layer_of(name) {
                 let mixer = &config.layers[i];
                 let stacked = mixer.stacked().iter().any(|(part, _)| name.ends_with(part));
@@ -231,15 +226,8 @@ fn shared_activations(config: &ModelConfig, tokens: usize) -> f64 {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-fn layer_of(name: &str) -> Option<usize> {
-    let rest = name.strip_prefix("model.layers.")?;
-    rest.split('.').next()?.parse().ok()
-}
-
 /// Logits pieces that are there at once: a model's, the zeros, summand and sum of their gradient; with a teacher its own.
 const PIECES: usize = 4;
-/// Matrices of a tensor's size that a step of Muon makes on its way.
-const MUON: usize = 8;
 
 /// How a model learns: from a teacher's logits, or from text or pairs alone.
 #[derive(Clone, Copy)]
@@ -252,6 +240,8 @@ pub struct StepSizes<'a> {
     pub optimizer: OptimizerConfig,
     /// Activations are computed anew on the way back.
     pub anew: bool,
+    /// Gradients are applied as they appear.
+    pub at_once: bool,
 }
 
 impl StepSizes<'_> {
@@ -303,6 +293,8 @@ impl StepSizes<'_> {
         let pieces = PIECES + usize::from(self.teacher.is_some());
         phases.push(phase(before + head, graph + taught + 4 * n * d, 0, pieces));
         let mut gradients = head;
+        // An embedding's gradient has its last part at the end.
+        let tied = if config.tie_word_embeddings { head } else { 0 };
         for i in (first..count).rev() {
             let pass = config.layer_pass(i, self.windows);
             gradients += trained.layers[i];
@@ -311,6 +303,7 @@ impl StepSizes<'_> {
                 false => graph + n * d,
             };
             let so_far = match (self.accumulation > 1, self.anew) {
+                _ if self.at_once => tied + trained.layers[i],
                 (true, true) => before + trained.layers[i],
                 _ => before + gradients,
             };
@@ -318,14 +311,14 @@ impl StepSizes<'_> {
             let back = pass.back.max(mlp + trained.largest[i]);
             phases.push(phase(so_far, kept + taught, back, 0));
         }
-        let all = before.max(trained.all);
+        let all = match self.at_once {
+            true => head.max(trained.layers.iter().copied().max().unwrap_or(0)),
+            false => before.max(trained.all),
+        };
         if trained.embedding && !config.tie_word_embeddings {
             phases.push(phase(all, taught + 3 * n * d, config.vocab_size * d, 0));
         }
-        let stepped = match self.optimizer {
-            OptimizerConfig::Muon { .. } => MUON * trained.largest.iter().max().unwrap_or(&0) / 2,
-            _ => 0,
-        };
+        let stepped = self.optimizer.made() * trained.largest.iter().max().unwrap_or(&0) / 2;
         phases.push(phase(all, 0, stepped, 0));
         Memory::peak(phases)
     }

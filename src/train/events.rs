@@ -87,8 +87,13 @@ fn scalars(metrics: &StepMetrics) -> Vec<(String, f64)> {
         ("tokens_per_s", metrics.tokens_per_s),
     ];
     all.extend(own.map(|(name, value)| (name.to_owned(), value)));
-    let norms = metrics.grad_norm.iter().enumerate();
-    all.extend(norms.map(|(group, norm)| (format!("grad_norm/{group}"), *norm)));
+    for (name, norms) in [
+        ("grad_norm", &metrics.grad_norm),
+        ("layer_grad_norm", &metrics.layer_grad_norm),
+    ] {
+        let norms = norms.iter().enumerate();
+        all.extend(norms.map(|(i, norm)| (format!("{name}/{i}"), *norm)));
+    }
     all
 }
 
@@ -190,6 +195,7 @@ mod tests {
             loss: 1.0 / step as f64,
             lr: 0.5,
             grad_norm: vec![2.0, 3.0],
+            layer_grad_norm: vec![1.5],
             terms: terms.as_object().unwrap().clone(),
             tokens_per_s: 9.0,
             skipped: None,
@@ -259,6 +265,7 @@ mod tests {
             ("tokens_per_s", 9.0),
             ("grad_norm/0", 2.0),
             ("grad_norm/1", 3.0),
+            ("layer_grad_norm/0", 1.5),
         ];
         assert_eq!(
             straight[2],

@@ -1,7 +1,7 @@
 //! Training: one loop for every stage. `stage/<name>.rs` says what the loss is and what is trained;
 //! this file says how a run goes on: accumulate, clip, step, log, save, resume.
 //!
-//! A run works in `OUT.partial/` (`state-STEP.safetensors`, `metrics.jsonl` and the same for TensorBoard, `provenance.json`) and
+//! A run works in `OUT.partial/` (`state-STEP.safetensors`, `metrics.jsonl` and the same for TensorBoard, `samples.jsonl`, `provenance.json`) and
 //! `OUT` appears, whole, at the end. Started again with the same settings, it goes on from the last save, bit for bit on the CPU.
 
 use std::collections::BTreeMap;
@@ -15,24 +15,32 @@ use crate::data::{Batch, Batches};
 use crate::model::Lm;
 use crate::{Error, Result};
 
+mod clip;
 mod config;
 pub mod cost;
 mod events;
+pub mod optimizer;
 pub mod params;
 mod recovery;
 pub mod runs;
+mod samples;
 pub mod stage;
 mod state;
 #[cfg(test)]
 mod tests;
 
+pub use clip::{Clip, ClipBy};
 pub use config::{
-    Length, LrSchedule, LrScheduler, OnDivergence, OptimizerConfig, OptimizerName, TrainConfig,
-    TrainSettings, check_batch,
+    Length, LrSchedule, LrScheduler, OnDivergence, TrainConfig, TrainSettings, check_batch,
 };
-pub use params::{Optimizer, ParamGroup};
+pub use optimizer::{Optimizer, OptimizerConfig, OptimizerName};
+pub use params::{ParamGroup, Update};
 pub use recovery::Skipped;
+pub use samples::{Sample, read_samples};
 pub use stage::{Shares, Stage};
+
+use clip::Norms;
+use stage::student::AtOnce;
 
 use state::Run;
 pub use state::read_metrics;
@@ -47,8 +55,11 @@ pub struct StepMetrics {
     #[serde(deserialize_with = "number_or_null")]
     pub loss: f64,
     pub lr: f64,
-    /// Before clipping; one a parameter group.
+    /// Before clipping; one for all, in ILD one for every candidate's layers.
     pub grad_norm: Vec<f64>,
+    /// The same of each layer, over all candidates.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layer_grad_norm: Vec<f64>,
     /// The stage's own figures, by name.
     #[serde(flatten)]
     pub terms: serde_json::Map<String, serde_json::Value>,
@@ -148,22 +159,27 @@ pub fn train(
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
     let device = stage.student().map(|student| student.device().clone());
-    if config.optimizer == OptimizerConfig::Adamw8bit && device.is_some_and(|d| !d.is_cpu()) {
+    if config.optimizer.is_eight_bit() && device.is_some_and(|d| !d.is_cpu()) {
         return Err(Error::invalid(
-            "optimizer adamw_8bit is for the CPU so far: choose adamw, or --device cpu",
+            "moments of 8 bits are for the CPU so far: choose an optimizer without _8bit, or --device cpu",
+        ));
+    }
+    if config.mixer_lr.is_some() && !stage.groups_mut().iter().any(|group| group.has_mixers()) {
+        return Err(Error::invalid(
+            "mixer_lr is for mixers that replaced attention: none is trained here",
         ));
     }
     let record = options.sources.record(stage, config, steps);
     let key = stage.key(config)?;
-    let mut run = Run::open(&options.out, key, record, options.force, stage)?;
+    let mut run = Run::open(&options, key, record, config.seq_len, stage)?;
     let mut recent: Vec<(u64, Duration)> = Vec::new();
     while run.step < steps {
         let started = Instant::now();
         let step = run.step;
         let segment = stage.start_step(step, steps);
         let slower = recovery::slowed(&run.metrics, config.on_divergence);
-        let rules = config.rules(step - segment.start, segment.end - segment.start);
-        let rules = rules.slowed(slower);
+        let mut update = config.update(step - segment.start, segment.end - segment.start);
+        update.rules = update.rules.slowed(slower);
         let of_segment = run.metrics.get(segment.start as usize..);
         let most = recovery::most(of_segment.unwrap_or_default(), config.spike);
         let batches = config
@@ -171,9 +187,11 @@ pub fn train(
             .map(|index| data.batch(config.seed, index, config.batch_size, config.seq_len));
         let batches = batches.collect::<Result<Vec<_>>>()?;
         let tokens = batches.iter().map(|b| (b.rows * b.len) as u64).sum();
-        let mut taken = take_step(stage, &batches, config.clip, &rules, most);
+        let mut taken = take_step(stage, &batches, &update, most);
         let due = (step + 1).is_multiple_of(options.save_every.max(1));
-        let mut ruined = false;
+        // What was applied before the step came to nothing cannot be taken back.
+        let begun = stage.at_once().and_then(Option::take);
+        let mut ruined = begun.is_some_and(|begun| begun.is_begun());
         if taken.is_ok()
             && (due || step + 1 == steps)
             && let Err(error) = check_finite(stage)
@@ -191,6 +209,7 @@ pub fn train(
             loss,
             mut terms,
             grad_norm,
+            layer_grad_norm,
             ..
         } = taken;
         let elapsed = started.elapsed();
@@ -211,8 +230,9 @@ pub fn train(
             step: run.step,
             tokens: run.tokens() + tokens,
             loss,
-            lr: rules.lr(),
+            lr: update.rules.lr(),
             grad_norm,
+            layer_grad_norm,
             terms,
             tokens_per_s: seen as f64 / seconds.as_secs_f64(),
             skipped,
@@ -227,6 +247,10 @@ pub fn train(
         ) = (&options.validation, &judged)
         {
             run.keep_best(stage, &options, judged)?;
+        }
+        if due || run.step == steps {
+            // Before the save that counts it.
+            run.sample(stage)?;
         }
         let stopped = (options.stop)() && run.step < steps;
         if stopped && !due {
@@ -408,6 +432,12 @@ fn merge(metrics: &mut Vec<StepMetrics>, of_others: Vec<StepMetrics>) {
     for (all, other) in metrics.iter_mut().zip(of_others) {
         all.loss += other.loss;
         all.grad_norm.extend(other.grad_norm);
+        let layers = all.layer_grad_norm.len().max(other.layer_grad_norm.len());
+        all.layer_grad_norm.resize(layers, 0.0);
+        // Layers of pieces are different ones.
+        for (norm, other) in all.layer_grad_norm.iter_mut().zip(other.layer_grad_norm) {
+            *norm += other;
+        }
         for (name, value) in other.terms {
             let sum = |known: &serde_json::Value| Some(known.as_f64()? + value.as_f64()?);
             let sum = all.terms.get(&name).and_then(sum);
@@ -428,8 +458,9 @@ pub struct Step {
     pub loss: f64,
     /// The stage's own figures.
     pub terms: serde_json::Map<String, serde_json::Value>,
-    /// Before clipping; one a parameter group.
+    /// As [`StepMetrics`] has them.
     pub grad_norm: Vec<f64>,
+    pub layer_grad_norm: Vec<f64>,
     /// Where the time went, in seconds, in order.
     pub phases: Vec<(&'static str, f64)>,
 }
@@ -440,8 +471,23 @@ impl Step {
             loss: f64::NAN,
             terms: serde_json::Map::new(),
             grad_norm: Vec::new(),
+            layer_grad_norm: Vec::new(),
             phases: Vec::new(),
         }
+    }
+}
+
+/// # Errors
+/// [`Error::Diverged`]: a loss that is not finite, or above `most`.
+fn check_loss(loss: f64, most: f64) -> Result<()> {
+    if !loss.is_finite() {
+        return Err(Error::Diverged(format!("the loss is {loss}")));
+    }
+    match loss > most {
+        true => Err(Error::Diverged(format!(
+            "the loss is {loss:.4}, a spike above {most:.4}"
+        ))),
+        false => Ok(()),
     }
 }
 
@@ -449,14 +495,11 @@ impl Step {
 ///
 /// # Errors
 /// [`Error::Diverged`]: a loss above `most`, a loss or a gradient that is not finite. Nothing was updated then, so that what is kept is always
-/// whole.
-pub fn take_step(
-    stage: &mut Stage,
-    batches: &[Batch],
-    clip: f64,
-    rules: &Optimizer,
-    most: f64,
-) -> Result<Step> {
+/// whole; where gradients are applied as they appear, [`Stage::at_once`] has what was.
+pub fn take_step(stage: &mut Stage, batches: &[Batch], update: &Update, most: f64) -> Result<Step> {
+    if let (true, [_], Some(at_once)) = (update.clip.is_apart(), batches, stage.at_once()) {
+        *at_once = Some(AtOnce::new(*update, most));
+    }
     let shares = stage.shares(batches)?;
     let mut loss = 0.0;
     let mut sums: Vec<(String, f64)> = Vec::new();
@@ -477,29 +520,39 @@ pub fn take_step(
             }
         }
     }
-    if !loss.is_finite() {
-        return Err(Error::Diverged(format!("the loss is {loss}")));
-    }
-    if loss > most {
-        return Err(Error::Diverged(format!(
-            "the loss is {loss:.4}, a spike above {most:.4}"
-        )));
-    }
+    check_loss(loss, most)?;
     let optimizing = Instant::now();
-    let groups = stage.groups_mut();
-    let grad_norm = groups.into_iter().map(|group| group.grad_norm());
-    let grad_norm = grad_norm.collect::<Result<Vec<f64>>>()?;
-    for (group, norm) in stage.groups_mut().into_iter().zip(&grad_norm) {
-        group.update(*norm, clip, rules)?;
+    let groups = stage.groups_mut().into_iter();
+    let mut norms = groups
+        .map(|group| group.norms())
+        .collect::<Result<Vec<_>>>()?;
+    for (group, norms) in stage.groups_mut().into_iter().zip(&norms) {
+        group.update(norms, update)?;
     }
+    if let (Some(applied), [norms]) = (stage.at_once().and_then(Option::take), &mut norms[..]) {
+        norms.add(applied.norms());
+    }
+    let mut layers = Vec::new();
+    norms
+        .iter()
+        .for_each(|norms| norms.add_to_layers(&mut layers));
     phases.push(("clip and update", optimizing.elapsed().as_secs_f64()));
     let named = sums.into_iter().map(|(name, value)| (name, value.into()));
     Ok(Step {
         loss,
         terms: named.collect(),
-        grad_norm,
+        grad_norm: norms.iter().map(Norms::of_all).collect(),
+        layer_grad_norm: layers
+            .into_iter()
+            .map(|square| short(square.sqrt()))
+            .collect(),
         phases,
     })
+}
+
+/// With three digits, as these are many and to be looked at.
+fn short(norm: f64) -> f64 {
+    format!("{norm:.2e}").parse().unwrap_or(norm)
 }
 
 /// What DPO computes once, inside of a run that is not finished.

@@ -1,95 +1,23 @@
-//! Trained tensors with their gradients and moments.
+//! Trained tensors with their gradients, and what the optimizer remembers of them.
 
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::op::adamw::{self, AdamW, adamw_8bit, adamw_step, sum_of_squares};
-use crate::op::muon::{Muon, muon_step};
+use super::clip::{Clip, Norms};
+use super::optimizer::{Optimizer, Role, Roles, SavedTensors, State};
+use crate::op::adamw::sum_of_squares;
 use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
-/// The rules of one step.
-#[derive(Debug, Clone, Copy)]
-pub struct Optimizer {
-    pub adamw: AdamW,
-    /// AdamW's moments of large tensors in 8 bits.
-    pub eight_bit: bool,
-    /// For weight matrices, where it is given; all else follows AdamW.
-    pub muon: Option<Muon>,
-}
-
-impl Optimizer {
-    /// Of the weight matrices.
-    pub fn lr(&self) -> f64 {
-        self.muon.map_or(self.adamw.lr, |muon| muon.lr)
-    }
-
-    /// With all learning rates times `factor`.
-    pub fn slowed(mut self, factor: f64) -> Self {
-        self.adamw.lr *= factor;
-        if let Some(muon) = &mut self.muon {
-            muon.lr *= factor;
-        }
-        self
-    }
-}
-
-/// Whether moments of a tensor of so many entries are kept in 8 bits, where the optimizer has such.
-pub(super) fn in_eight_bits(entries: usize) -> bool {
-    entries >= SMALL
-}
-
 struct Param {
     var: Var,
-    moments: Moments,
+    role: Role,
+    state: State,
     grad: Option<Tensor>,
     /// Updates so far: AdamW's bias correction counts a parameter's own.
     steps: u64,
-    /// Of the matrices in it ([`MixerConfig::stacked`](crate::mixer::MixerConfig::stacked)).
-    rows: Vec<usize>,
-}
-
-/// What an optimizer remembers of a parameter's gradients.
-enum Moments {
-    /// No step yet.
-    None,
-    /// First and second, `[2, ..]`; Muon uses the first for its momentum.
-    Full(Tensor),
-    EightBit(adamw::Moments),
-}
-
-impl Moments {
-    /// Those in full, zeros before the first step.
-    fn full(&mut self, of: &Tensor) -> Result<&mut Tensor> {
-        if !matches!(self, Self::Full(_)) {
-            let shape: Vec<usize> = [2].into_iter().chain(of.dims().iter().copied()).collect();
-            *self = Self::Full(Tensor::zeros(shape, DType::F32, of.device())?);
-        }
-        match self {
-            Self::Full(moments) => Ok(moments),
-            _ => unreachable!("just made"),
-        }
-    }
-
-    fn eight_bit(&mut self, of: &Tensor) -> &mut adamw::Moments {
-        if !matches!(self, Self::EightBit(_)) {
-            *self = Self::EightBit(adamw::Moments::zeros(of.elem_count()));
-        }
-        match self {
-            Self::EightBit(moments) => moments,
-            _ => unreachable!("just made"),
-        }
-    }
-}
-
-/// Entries below which a tensor's moments stay in full under 8 bits (bitsandbytes' `min_8bit_size`).
-const SMALL: usize = 4096;
-
-/// A weight that maps activations to activations: Muon's. Embedding and head map tokens.
-fn is_matrix(name: &str, var: &Var) -> bool {
-    var.rank() == 2 && name.starts_with("model.layers.")
 }
 
 /// `value`, unless it is not finite.
@@ -100,18 +28,25 @@ fn finite(value: f64, what: &str, name: &str) -> Result<f64> {
     }
 }
 
-/// Parameters that are clipped together.
+/// How gradients become a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Update {
+    pub clip: Clip,
+    pub rules: Optimizer,
+}
+
+/// Parameters that are clipped together, if they are not clipped by layer.
 pub struct ParamGroup {
     params: BTreeMap<String, Param>,
 }
 
 impl ParamGroup {
     /// Makes variables (f32) of the weights that `trained` picks and returns, with the group, all weights as a model in
-    /// `place` should see them; what is not trained stays as it is kept. `stacked`: the rows of the matrices in a tensor that holds several.
+    /// `place` should see them; what is not trained stays as it is kept.
     pub fn new(
         weights: &Weights,
         trained: impl Fn(&str) -> bool,
-        stacked: &BTreeMap<String, Vec<usize>>,
+        roles: &Roles,
         place: &Place,
     ) -> Result<(Self, Weights)> {
         let mut params = BTreeMap::new();
@@ -128,11 +63,11 @@ impl ParamGroup {
             params.insert(
                 name.clone(),
                 Param {
-                    moments: Moments::None,
+                    role: roles.of(name, var.dims()),
+                    state: State::None,
                     var,
                     grad: None,
                     steps: 0,
-                    rows: stacked.get(name).cloned().unwrap_or_default(),
                 },
             );
         }
@@ -141,6 +76,11 @@ impl ParamGroup {
 
     pub fn is_trained(&self, name: &str) -> bool {
         self.params.contains_key(name)
+    }
+
+    /// Whether mixers that replaced attention are among them.
+    pub(super) fn has_mixers(&self) -> bool {
+        self.params.values().any(|param| param.role.in_mixer())
     }
 
     fn param(&mut self, name: &str) -> Result<&mut Param> {
@@ -187,19 +127,19 @@ impl ParamGroup {
         Ok(())
     }
 
-    /// The norm of all gradients.
+    /// The norms of the gradients.
     ///
     /// # Errors
     /// Names the tensor whose gradient is not finite.
-    pub fn grad_norm(&self) -> Result<f64> {
-        let mut squares = 0.0;
+    pub fn norms(&self) -> Result<Norms> {
+        let mut norms = Norms::default();
         for (name, param) in &self.params {
             if let Some(grad) = &param.grad {
                 let square = finite(sum_of_squares(grad)?, "the gradient of", name)?;
-                squares += square;
+                norms.count(name, square);
             }
         }
-        Ok(squares.sqrt())
+        Ok(norms)
     }
 
     /// The weight with the largest gradient, and its norm.
@@ -229,44 +169,23 @@ impl ParamGroup {
         Ok(())
     }
 
-    /// Clips gradients of norm `norm` ([`ParamGroup::grad_norm`]), steps and forgets them. Parameters without a
-    /// gradient stay as they are.
-    pub fn update(&mut self, norm: f64, clip: f64, optimizer: &Optimizer) -> Result<()> {
-        let scale = if clip > 0.0 && norm > clip {
-            clip / norm
-        } else {
-            1.0
-        };
+    /// Clips gradients of these norms ([`ParamGroup::norms`]), steps and forgets them. Parameters without a gradient stay as they
+    /// are.
+    pub fn update(&mut self, norms: &Norms, update: &Update) -> Result<()> {
         for (name, param) in &mut self.params {
             let Some(grad) = param.grad.take() else {
                 continue;
             };
+            let scale = norms.scale(update.clip, name);
             param.steps += 1;
-            match optimizer.muon.filter(|_| is_matrix(name, &param.var)) {
-                Some(hyper) => {
-                    let before = param.var.as_tensor();
-                    let moments = param.moments.full(before)?;
-                    let momentum = moments.get(0)?;
-                    let (value, momentum) =
-                        muon_step(before, &grad, &momentum, &param.rows, scale, &hyper)?;
-                    *moments = Tensor::stack(&[&momentum, &momentum.zeros_like()?], 0)?;
-                    param.var.set(&value)?;
-                }
-                None => {
-                    let (value, steps, rules) =
-                        (param.var.as_tensor(), param.steps, &optimizer.adamw);
-                    match optimizer.eight_bit && in_eight_bits(value.elem_count()) {
-                        true => {
-                            let moments = param.moments.eight_bit(value);
-                            adamw_8bit(value, &grad, moments, scale, steps, rules)?;
-                        }
-                        false => {
-                            let moments = param.moments.full(value)?;
-                            adamw_step(value, &grad, moments, scale, steps, rules)?;
-                        }
-                    }
-                }
-            }
+            let Param {
+                var,
+                role,
+                state,
+                steps,
+                ..
+            } = param;
+            state.step(var, role, &grad, scale, *steps, &update.rules)?;
         }
         Ok(())
     }
@@ -278,22 +197,13 @@ impl ParamGroup {
             .map(|(name, p)| (name.as_str(), p.var.as_tensor()))
     }
 
-    /// Values, moments and counts of updates under `prefix`, to be saved before anything goes on: they share the group's memory.
+    /// Values, states and counts of updates under `prefix`, to be saved before anything goes on: they share the group's memory.
     pub(super) fn save(&self, prefix: &str, into: &mut BTreeMap<String, Tensor>) -> Result<()> {
         for (name, param) in &self.params {
             let value = param.var.as_tensor().detach();
             into.insert(format!("{prefix}.param.{name}"), value);
-            match &param.moments {
-                Moments::None => {}
-                Moments::Full(moments) => {
-                    into.insert(format!("{prefix}.moments.{name}"), moments.clone());
-                }
-                Moments::EightBit(adamw::Moments { codes, scales }) => {
-                    let codes = Tensor::from_slice(codes, codes.len(), &Device::Cpu)?;
-                    let scales = Tensor::from_slice(scales, scales.len(), &Device::Cpu)?;
-                    into.insert(format!("{prefix}.codes.{name}"), codes);
-                    into.insert(format!("{prefix}.scales.{name}"), scales);
-                }
+            for (kind, tensor) in param.state.tensors()? {
+                into.insert(format!("{prefix}.{kind}.{name}"), tensor);
             }
         }
         let steps: Vec<i64> = self.params.values().map(|p| p.steps as i64).collect();
@@ -307,40 +217,26 @@ impl ParamGroup {
     /// # Errors
     /// Names the tensor that the save lacks or that has another shape.
     pub(super) fn saved(&self, prefix: &str, from: &BTreeMap<String, Tensor>) -> Result<Saved> {
-        let find = |name: String, shape: &[usize]| {
-            let found = from.get(&name);
-            let found = found.ok_or_else(|| Error::invalid(format!("it lacks {name}")))?;
-            match found.dims() == shape {
-                true => Ok(found.clone()),
-                false => Err(Error::invalid(format!(
-                    "{name} has the shape {:?} instead of {shape:?}",
-                    found.dims()
-                ))),
-            }
-        };
+        let steps = format!("{prefix}.steps");
+        let found = from.get(&steps).filter(|s| s.dims() == [self.params.len()]);
+        let steps = found.ok_or_else(|| Error::invalid(format!("it lacks {steps}")))?;
         let mut saved = Saved {
-            steps: find(format!("{prefix}.steps"), &[self.params.len()])?.to_vec1()?,
+            steps: steps.to_vec1()?,
             tensors: Vec::new(),
         };
         for ((name, param), steps) in self.params.iter().zip(&saved.steps) {
-            let value = find(format!("{prefix}.param.{name}"), param.var.dims())?;
-            let entries = param.var.elem_count();
-            let codes = format!("{prefix}.codes.{name}");
-            let moments = if from.contains_key(&codes) {
-                let scales = 2 * entries.div_ceil(adamw::BLOCK);
-                let scales = find(format!("{prefix}.scales.{name}"), &[scales])?;
-                Moments::EightBit(adamw::Moments {
-                    codes: find(codes, &[2 * entries])?.to_vec1()?,
-                    scales: scales.to_vec1()?,
-                })
-            } else if *steps > 0 {
-                let shape = [2].into_iter().chain(param.var.dims().iter().copied());
-                let shape: Vec<usize> = shape.collect();
-                Moments::Full(find(format!("{prefix}.moments.{name}"), &shape)?)
-            } else {
-                Moments::None
+            let of_param = SavedTensors {
+                prefix,
+                param: name,
+                all: from,
             };
-            saved.tensors.push((value, moments));
+            let value = of_param.find("param", param.var.dims())?;
+            let state = State::read(&of_param, param.var.dims())?;
+            match (value, &state) {
+                (None, _) => return Err(of_param.lacks("param")),
+                (Some(_), State::None) if *steps > 0 => return Err(of_param.lacks("moments")),
+                (Some(value), _) => saved.tensors.push((value, state)),
+            }
         }
         Ok(saved)
     }
@@ -348,13 +244,10 @@ impl ParamGroup {
     /// Goes back to what was saved.
     pub(super) fn restore(&mut self, saved: Saved) -> Result<()> {
         let saved = saved.tensors.into_iter().zip(saved.steps);
-        for (param, ((value, moments), steps)) in self.params.values_mut().zip(saved) {
+        for (param, ((value, state), steps)) in self.params.values_mut().zip(saved) {
             let device = param.var.device().clone();
             param.var.set(&value.to_device(&device)?)?;
-            param.moments = match moments {
-                Moments::Full(moments) => Moments::Full(moments.to_device(&device)?),
-                other => other,
-            };
+            param.state = state.to_device(&device)?;
             param.steps = steps as u64;
         }
         Ok(())
@@ -364,5 +257,5 @@ impl ParamGroup {
 /// A group's parameters as a save has them, in the order of their names.
 pub(super) struct Saved {
     steps: Vec<i64>,
-    tensors: Vec<(Tensor, Moments)>,
+    tensors: Vec<(Tensor, State)>,
 }

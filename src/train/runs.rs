@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::state::{BEST, METRICS, PIECES, RESULT, STATE};
-use super::{FROZEN, partial_folder};
-use crate::checkpoint::{self, Checkpoint, EVENTS, Provenance, RECORD};
+use super::{FROZEN, Sample, partial_folder, read_samples};
+use crate::checkpoint::{self, Checkpoint, EVENTS, Provenance, RECORD, SAMPLES};
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -202,13 +202,14 @@ impl Run {
         Ok(all)
     }
 
-    /// The figures of its last step, then those that the record has besides.
+    /// The figures of its last step, but for those of single layers, then those that the record has besides.
     ///
     /// # Errors
     /// Files that cannot be read.
     pub fn figures(&self) -> Result<Vec<(String, f64)>> {
         let last = Metrics::read(&self.folder)?.last();
         let mut all = last.iter().flat_map(numbers).collect::<Vec<_>>();
+        all.retain(|(name, _)| !name.starts_with("layer_grad_norm/"));
         let record = self.record()?;
         for (name, value) in record.steps.last().iter().flat_map(|step| &step.figures) {
             if !all.iter().any(|(known, _)| known == name) {
@@ -220,6 +221,14 @@ impl Run {
             all.extend(ratio.map(|(ratio, _)| ("kv_ratio".to_owned(), ratio)));
         }
         Ok(all)
+    }
+
+    /// What its student wrote now and then.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn samples(&self) -> Result<Vec<Sample>> {
+        read_samples(&self.folder.join(SAMPLES))
     }
 
     /// One of its figures over the steps after `since`, those that have it.
@@ -284,7 +293,7 @@ impl Run {
         for entry in fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
             let path = entry.map_err(Error::io("cannot list", folder))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let known = [METRICS, EVENTS, RECORD, FROZEN].contains(&name.as_ref())
+            let known = [METRICS, EVENTS, SAMPLES, RECORD, FROZEN].contains(&name.as_ref())
                 || name.starts_with(STATE) && name.ends_with(".safetensors");
             let piece = name.starts_with(PIECES) && path.is_dir();
             let found = match name.as_ref() {

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::events::Events;
 use super::params::Saved;
+use super::samples::Samples;
 use super::stage::Stage;
 use super::{RunOptions, StepMetrics, TrainConfig, partial_folder};
-use crate::checkpoint::{self, EVENTS, Kept, Key, Provenance, keep, kept};
+use crate::checkpoint::{self, EVENTS, Kept, Key, Provenance, SAMPLES, keep, kept};
 use crate::data::Batches;
 use crate::{Error, Result};
 
@@ -36,23 +37,24 @@ pub(super) struct Run {
     log: fs::File,
     /// The same for TensorBoard.
     events: Events,
+    samples: Samples,
     /// Of the result, as far as it is known: the last step is this run.
     record: Provenance,
 }
 
 impl Run {
-    /// A fresh run in `OUT.partial`, or the one that stands there, restored into `stage`.
+    /// A fresh run in `OUT.partial`, or the one that stands there, restored into `stage`, with windows of `len` tokens.
     ///
     /// # Errors
     /// A partial run with other settings, unless `force` drops it.
     pub fn open(
-        out: &Path,
+        options: &RunOptions,
         key: Key,
         record: Provenance,
-        force: bool,
+        len: usize,
         stage: &mut Stage,
     ) -> Result<Run> {
-        let folder = partial_folder(out);
+        let (folder, force) = (partial_folder(&options.out), options.force);
         fs::create_dir_all(&folder).map_err(Error::io("cannot create", &folder))?;
         let mut step = 0;
         let found = saves(&folder)?;
@@ -97,6 +99,8 @@ impl Run {
         let log = fs::OpenOptions::new().append(true).open(&log_path);
         let log = log.map_err(Error::io("cannot write", &log_path))?;
         let events = Events::open(&folder.join(EVENTS), &metrics)?;
+        let (tokenizer, data) = (&options.tokenizer, stage.data());
+        let samples = Samples::open(&folder, step, tokenizer, data, len)?;
         record.write(&folder)?;
         Ok(Run {
             folder,
@@ -106,6 +110,7 @@ impl Run {
             metrics,
             log,
             events,
+            samples,
             record,
         })
     }
@@ -139,6 +144,17 @@ impl Run {
         self.events.log(&metrics)?;
         self.metrics.push(metrics);
         Ok(())
+    }
+
+    /// Records what the student writes now; a bank has none.
+    ///
+    /// # Errors
+    /// A disk that does not take it.
+    pub fn sample(&mut self, stage: &Stage) -> Result<()> {
+        match stage.student() {
+            Some(student) => self.samples.draw(student, self.step),
+            None => Ok(()),
+        }
     }
 
     /// Saves, and removes all but the `most` newest saves.
@@ -225,6 +241,7 @@ impl Run {
                 result
             }
         };
+        self.samples.write(&result.join(SAMPLES))?;
         publish(&result, stage.data(), &self.metrics, &self.folder, options)?;
         Ok(self.metrics)
     }

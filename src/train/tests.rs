@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use clap::ValueEnum;
 
+use super::optimizer::{GaloreConfig, Roles};
 use super::stage::dpo::{Dpo, DpoConfig};
 use super::stage::ild::{Ild, IldConfig, IldInputs};
 use super::stage::kd::{Kd, KdConfig, Labels, Schedule, Trained};
@@ -273,6 +275,15 @@ fn interrupted_equals_uninterrupted_bit_for_bit() {
         assert!(other.is_empty() && a.len() == b.len(), "{name}: {other:?}");
         let steps = events::steps(&broken.join(checkpoint::EVENTS));
         assert_eq!(steps, (0..=8).collect::<Vec<_>>(), "{name}");
+        let samples = read_samples(&broken.join(checkpoint::SAMPLES)).unwrap();
+        let steps: Vec<u64> = samples.iter().map(|sample| sample.step).collect();
+        // A bank has no one student.
+        let wanted: &[u64] = if name == "ild" { &[] } else { &[3, 6, 8] };
+        assert_eq!(steps, wanted, "{name}");
+        for sample in &samples {
+            assert_eq!(sample.prompt, samples[0].prompt);
+            assert!(!sample.prompt.is_empty() && !sample.text.is_empty());
+        }
     }
 }
 
@@ -599,6 +610,7 @@ fn a_spike_is_far_above_the_usual_and_above_the_beginning() {
             loss: *loss,
             lr: 0.1,
             grad_norm: vec![],
+            layer_grad_norm: vec![],
             terms: Default::default(),
             tokens_per_s: 1.0,
             skipped: None,
@@ -669,20 +681,25 @@ fn a_gradient_that_is_not_finite_is_named() {
             ("plain".to_owned(), tensor(1.0)),
         ];
         let weights = Weights::new(tensors.into_iter().collect());
-        let group = ParamGroup::new(&weights, |_| true, &BTreeMap::new(), &Place::cpu());
+        let group = ParamGroup::new(
+            &weights,
+            |_| true,
+            &Roles::new(&teacher_config()),
+            &Place::cpu(),
+        );
         let (mut group, seen) = group.unwrap();
         let sum = |name: &str| seen.get(name).unwrap().sum_all().unwrap();
         let loss = (sum("odd").sqrt().unwrap() + sum("plain")).unwrap();
         assert!(loss.to_scalar::<f32>().unwrap().is_finite());
         group.add(&loss.backward().unwrap()).unwrap();
-        match group.grad_norm() {
+        match group.norms() {
             Err(error) => assert!(error.to_string().contains(problem), "{error}"),
-            Ok(norm) => {
-                assert!(value > 0.0 && norm.is_finite());
+            Ok(norms) => {
+                assert!(value > 0.0 && norms.of_all().is_finite());
                 // An update that leaves f32's range.
-                let mut rules = config(1).settle().unwrap().rules(0, 1);
-                rules.adamw.lr = 1e39;
-                group.update(norm, 1.0, &rules).unwrap();
+                let mut update = config(1).settle().unwrap().update(0, 1);
+                update.rules.adamw.lr = 1e39;
+                group.update(&norms, &update).unwrap();
                 let error = group.check_finite().unwrap_err().to_string();
                 assert!(error.contains("the trained odd"), "{error}");
             }
@@ -878,6 +895,18 @@ fn settings_out_of_range_are_named() {
     assert!(say(|c| c.decay = Some(0.0)).contains("decay 0"));
     assert!(say(|c| c.decay = Some(0.5)).contains("decay is for lr_scheduler wsd"));
     assert!(say(|c| c.adamw_lr = Some(1e-3)).contains("adamw_lr is for optimizer muon"));
+    assert!(say(|c| c.galore.rank = 7).contains("galore is for optimizer galore"));
+    let say_galore = |change: fn(&mut TrainSettings)| {
+        let mut config = TrainSettings {
+            optimizer: OptimizerName::Galore,
+            ..TrainSettings::default()
+        };
+        change(&mut config);
+        config.settle().unwrap_err().to_string()
+    };
+    assert!(say_galore(|c| c.galore.rank = 0).contains("galore.rank 0 must be above 0"));
+    assert!(say_galore(|c| c.galore.scale = -1.0).contains("galore.scale -1"));
+    assert!(say(|c| (c.lr, c.mixer_lr) = (0.0, Some(1e-3))).contains("mixer_lr beside lr 0"));
     assert!(say(|c| c.batch_size = 0).contains("batch_size"));
     assert!(say(|c| c.epochs = Some(0.0)).contains("epochs 0"));
     assert!(say(|c| c.accumulation = usize::MAX).contains("times a step: at most 16777216"));
@@ -916,12 +945,16 @@ fn a_stepwise_schedule_converts_layer_after_layer() {
         let before = tensors(stage);
         let batch = setting.corpus.ordered(0, 2, 32).unwrap();
         let turn = stage.start_step(step, 10);
-        let rules = config(1).settle().unwrap();
-        let rules = rules.rules(step - turn.start, turn.end - turn.start);
+        let settings = TrainSettings {
+            clip: 0.0,
+            ..config(1)
+        };
+        let settings = settings.settle().unwrap();
+        let update = settings.update(step - turn.start, turn.end - turn.start);
         stage.backward(&batch, &Shares::alone()).unwrap();
         for group in stage.groups_mut() {
-            let norm = group.grad_norm().unwrap();
-            group.update(norm, 0.0, &rules).unwrap();
+            let norms = group.norms().unwrap();
+            group.update(&norms, &update).unwrap();
         }
         let after = tensors(stage);
         let moved = |layer: &str| {
@@ -930,7 +963,7 @@ fn a_stepwise_schedule_converts_layer_after_layer() {
                 let pairs = old.iter().zip(&after[name]);
                 pairs.map(|(old, new)| (old - new).abs())
             });
-            f64::from(by.fold(0.0, f32::max)) / rules.adamw.lr
+            f64::from(by.fold(0.0, f32::max)) / update.rules.adamw.lr
         };
         let names = before.keys();
         assert!({ names }.all(|n| n.contains("mla.") || n.contains("mamba.")));
@@ -1038,10 +1071,12 @@ fn a_run_says_what_computes_it() {
 }
 
 fn tensors(stage: &Stage) -> BTreeMap<String, Vec<f32>> {
-    let Stage::Kd(kd, _) = stage else {
-        unreachable!()
+    let student = match stage {
+        Stage::Kd(kd, _) => &kd.student,
+        Stage::Pretrain(pretrain, _) => &pretrain.student,
+        Stage::Ild(..) | Stage::Dpo(..) => unreachable!(),
     };
-    let values = kd.student.params.tensors();
+    let values = student.params.tensors();
     values
         .map(|(n, t)| (n.to_owned(), t.flatten_all().unwrap().to_vec1().unwrap()))
         .collect()
@@ -1146,33 +1181,226 @@ fn pieces_give_the_gradients_of_the_whole() {
     }
 }
 
+/// Every optimizer learns, nearly as AdamW does, and goes on bit for bit where it was stopped.
 #[test]
-fn moments_of_8_bits_learn_and_go_on_as_those_in_full_do() {
+fn every_optimizer_learns_and_goes_on() {
     let setting = Setting::new();
     let run = |optimizer: OptimizerName, name: &str, stop: u64| {
-        let config = TrainSettings {
+        let mut config = TrainSettings {
             optimizer,
             ..config(8)
         };
+        if matches!(optimizer, OptimizerName::Galore | OptimizerName::Galore8bit) {
+            // Below the model's width, and renewed before and after the stop.
+            config.galore = GaloreConfig {
+                rank: 8,
+                interval: 3,
+                scale: 1.0,
+            };
+        }
         let run = |stop| {
-            setting.run(
-                &mut stage(&setting, "pretrain"),
-                &config,
-                &setting.out(name),
-                stop,
-            )
+            let mut stage = stage(&setting, "kd");
+            setting.run(&mut stage, &config, &setting.out(name), stop)
         };
         if stop > 0 {
             assert!(matches!(run(stop), Err(Error::Interrupted(_))));
         }
-        run(0).unwrap()
+        let metrics = run(0).unwrap();
+        (metrics[0].loss, metrics[7].loss)
     };
-    let full = run(OptimizerName::Adamw, "full", 0);
-    let eight = run(OptimizerName::Adamw8bit, "eight", 0);
-    let (full, last) = (full.last().unwrap().loss, eight.last().unwrap().loss);
-    assert!((last - full).abs() < 0.02 * full, "{last} for {full}");
-    run(OptimizerName::Adamw8bit, "again", 4);
-    assert_eq!(files(&setting.out("eight")), files(&setting.out("again")));
+    let (first, full) = run(OptimizerName::Adamw, "adamw", 0);
+    for optimizer in OptimizerName::value_variants() {
+        let (straight, again) = (format!("{optimizer:?}"), format!("{optimizer:?} again"));
+        let (_, last) = run(*optimizer, &straight, 0);
+        let near = match optimizer {
+            OptimizerName::Adamw | OptimizerName::Adamw8bit => 0.02,
+            _ => 0.5,
+        };
+        let learned = first - full;
+        assert!(
+            (last - full).abs() < near * learned,
+            "{optimizer:?}: {last} for {full}, from {first}"
+        );
+        run(*optimizer, &again, 4);
+        assert!(
+            files(&setting.out(&straight)) == files(&setting.out(&again)),
+            "{optimizer:?}"
+        );
+    }
+}
+
+/// A step of what is nothing moves what decays, by its learning rate, and that is what is a map.
+#[test]
+fn weight_decay_and_learning_rates_go_by_groups() {
+    let parts = student([LayerKind::MLA, LayerKind::Mamba2]);
+    let roles = Roles::new(&parts.config);
+    let is_map = |name: &str| {
+        let vectors = ["norm.weight", "bias", "conv1d.weight", "A_log", "D"];
+        !vectors.iter().any(|end| name.ends_with(end))
+    };
+    let in_mixer = |name: &str| name.contains(".mla.") || name.contains(".mamba.");
+    for optimizer in OptimizerName::value_variants() {
+        let settings = TrainSettings {
+            optimizer: *optimizer,
+            lr: 0.1,
+            mixer_lr: Some(0.4),
+            weight_decay: 0.5,
+            warmup: 0.0,
+            ..config(8)
+        };
+        let update = settings.settle().unwrap().update(0, 8);
+        let all = Place::cpu();
+        let (mut group, _) = ParamGroup::new(&parts.weights, |_| true, &roles, &all).unwrap();
+        assert!(group.has_mixers());
+        let before: BTreeMap<String, Tensor> = group
+            .tensors()
+            .map(|(n, t)| (n.to_owned(), t.copy().unwrap()))
+            .collect();
+        for (name, value) in &before {
+            group.add_to(name, value.zeros_like().unwrap()).unwrap();
+        }
+        let norms = group.norms().unwrap();
+        group.update(&norms, &update).unwrap();
+        for (name, after) in group.tensors() {
+            let lr = if in_mixer(name) { 0.4 } else { 0.1 };
+            let kept = if is_map(name) { 1.0 - lr * 0.5 } else { 1.0 };
+            let gap = (after - (&before[name] * kept).unwrap())
+                .unwrap()
+                .abs()
+                .unwrap();
+            let gap = gap
+                .flatten_all()
+                .unwrap()
+                .max(0)
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap();
+            assert!(gap < 1e-6, "{optimizer:?} {name}: {gap}");
+        }
+    }
+}
+
+/// The first step of AdamW is as long as the learning rate, whatever the gradient.
+#[test]
+fn new_mixers_learn_at_a_rate_of_their_own() {
+    let setting = Setting::new();
+    let moved = |stage: &mut Stage, mixer_lr: Option<f64>| {
+        let settings = TrainSettings {
+            lr: 1e-3,
+            mixer_lr,
+            warmup: 0.0,
+            ..config(100)
+        };
+        let update = settings.settle().unwrap().update(0, 100);
+        let before = tensors(stage);
+        let batch = stage.data().batch(0, 0, 2, 32).unwrap();
+        take_step(stage, &[batch], &update, f64::INFINITY).unwrap();
+        let after = tensors(stage).into_iter();
+        let most = after.map(|(name, after)| {
+            let gaps = after.iter().zip(&before[&name]).map(|(a, b)| (a - b).abs());
+            (name, gaps.fold(0f32, f32::max))
+        });
+        most.collect::<BTreeMap<String, f32>>()
+    };
+    let plain = moved(&mut stage(&setting, "kd"), None);
+    let fast = moved(&mut stage(&setting, "kd"), Some(4e-3));
+    for (name, length) in &plain {
+        let wanted = if name.contains(".mla.") || name.contains(".mamba.") {
+            4.0
+        } else {
+            1.0
+        };
+        assert!((length / 1e-3 - 1.0).abs() < 0.05, "{name}: {length}");
+        assert!(
+            (fast[name] / length - wanted).abs() < 0.05,
+            "{name}: {} for {length}",
+            fast[name]
+        );
+    }
+    let settings = TrainSettings {
+        mixer_lr: Some(1e-3),
+        ..config(2)
+    };
+    let refused = setting.run(
+        &mut stage(&setting, "pretrain"),
+        &settings,
+        &setting.out("none"),
+        0,
+    );
+    let message = refused.unwrap_err().to_string();
+    assert!(
+        message.contains("mixer_lr") && message.contains("none is trained"),
+        "{message}"
+    );
+}
+
+/// Gradients that are applied as they appear give the bits of those that wait for each other; a spike is found before any is.
+#[test]
+fn gradients_are_applied_as_they_appear() {
+    let setting = Setting::new();
+    for name in ["kd", "kd-stepwise", "pretrain"] {
+        let run = |clip: f64, clip_by: ClipBy| {
+            let settings = TrainSettings {
+                accumulation: 1,
+                clip,
+                clip_by,
+                ..config(4)
+            };
+            let out = setting.out(&format!("{name}-{clip}-{clip_by:?}"));
+            let mut stage = stage(&setting, name);
+            let metrics = setting.run(&mut stage, &settings, &out, 0).unwrap();
+            (metrics, weights_in(&out))
+        };
+        let (waiting, weights) = run(1e9, ClipBy::All);
+        for (clip, by) in [(0.0, ClipBy::All), (1e9, ClipBy::Layer)] {
+            let (metrics, others) = run(clip, by);
+            assert!(weights == others, "{name}, {clip} {by:?}");
+            for (a, b) in waiting.iter().zip(&metrics) {
+                assert_eq!(a.layer_grad_norm, b.layer_grad_norm);
+                assert!((a.grad_norm[0] / b.grad_norm[0] - 1.0).abs() < 1e-12);
+            }
+        }
+        let (_, clipped) = run(1e-3, ClipBy::Layer);
+        assert!(clipped != weights);
+        let mut stage = stage(&setting, name);
+        let settings = TrainSettings {
+            clip_by: ClipBy::Layer,
+            ..config(4)
+        };
+        let before = tensors(&stage);
+        let batch = stage.data().batch(0, 0, 2, 32).unwrap();
+        let update = settings.settle().unwrap().update(0, 4);
+        let refused = take_step(&mut stage, &[batch], &update, 1e-9);
+        assert!(matches!(refused, Err(Error::Diverged(why)) if why.contains("spike")));
+        let begun = stage.at_once().and_then(Option::take);
+        assert!(!begun.expect("a step was begun").is_begun());
+        assert_eq!(tensors(&stage), before);
+    }
+}
+
+/// Layers' norms make up that of all, with those of the weights that stand in none.
+#[test]
+fn norms_are_recorded_by_layer() {
+    let setting = Setting::new();
+    for name in NAMES {
+        let out = setting.out(name);
+        let mut stage = stage(&setting, name);
+        let metrics = setting.run(&mut stage, &config(2), &out, 0).unwrap();
+        let StepMetrics {
+            grad_norm,
+            layer_grad_norm,
+            ..
+        } = &metrics[1];
+        let squares = |norms: &[f64]| norms.iter().map(|norm| norm * norm).sum::<f64>();
+        let (all, layers) = (squares(grad_norm), squares(layer_grad_norm));
+        assert_eq!(layer_grad_norm.len(), 2, "{name}");
+        match name {
+            "ild" | "ild-joint" | "kd-stepwise" => {
+                assert!((layers / all - 1.0).abs() < 0.02, "{name}")
+            }
+            _ => assert!(layers > 0.0 && layers < 1.01 * all, "{name}"),
+        }
+    }
 }
 
 /// What is trained is what computes: the model that learns, its snapshot and the checkpoint that is written are one.

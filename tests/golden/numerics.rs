@@ -21,6 +21,7 @@ use zebroid::op::loss::Divergence;
 use zebroid::pipeline::Base;
 use zebroid::pipeline::stage::ild::IldStage;
 use zebroid::pipeline::stage::kd::KdStage;
+use zebroid::train::optimizer::GaloreConfig;
 use zebroid::train::stage::dpo::{Dpo, DpoConfig, DpoLoss};
 use zebroid::train::stage::ild::{IldConfig, IldInputs, IldLoss};
 use zebroid::train::stage::kd::{KdConfig, Labels, Schedule, Trained};
@@ -359,6 +360,15 @@ impl Bench {
                     accumulation: 2,
                     warmup: 0.5,
                     weight_decay: 0.1,
+                    // Below the teacher's width.
+                    galore: match optimizer {
+                        OptimizerName::Galore | OptimizerName::Galore8bit => GaloreConfig {
+                            rank: 16,
+                            interval: 2,
+                            ..GaloreConfig::default()
+                        },
+                        _ => GaloreConfig::default(),
+                    },
                     ..settings()
                 };
                 let what = format!("{}, {}", name(*optimizer), name(*scheduler));

@@ -15,12 +15,12 @@ use crate::cli::show::{Progress, bytes, print, print_json, table, thousands};
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Corpus, Packing};
 use crate::mixer::Windows;
-use crate::op::adamw::AdamW;
 use crate::op::runtime::{OWN, free_memory, peak_memory};
 use crate::pipeline::need::Source;
 use crate::train::cost::{Learner, Memory, StepSizes};
+use crate::train::optimizer::GaloreConfig;
 use crate::train::stage::kd::{Kd, KdConfig, Trained};
-use crate::train::{Optimizer, OptimizerConfig, Stage, check_batch, take_step};
+use crate::train::{ClipBy, OptimizerName, Stage, TrainSettings, check_batch, take_step};
 use crate::watch::Watch;
 
 /// KD steps on random tokens.
@@ -47,9 +47,14 @@ pub struct Args {
     /// What is trained.
     #[arg(long, value_enum, default_value_t)]
     trained: Trained,
-    /// AdamW's moments in 8 bits.
-    #[arg(long)]
-    eight_bit: bool,
+    /// What a step follows.
+    #[arg(long, value_enum, default_value_t)]
+    optimizer: OptimizerName,
+    #[command(flatten)]
+    galore: GaloreConfig,
+    /// What is clipped together.
+    #[arg(long, value_enum, default_value_t)]
+    clip_by: ClipBy,
     /// Compute a layer's activations anew on the way back (true or false) [default: where they would not fit].
     #[arg(long)]
     gradient_checkpointing: Option<bool>,
@@ -81,6 +86,15 @@ struct Report {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (rows, len) = (args.batch_size, args.seq_len);
     check_batch(rows, 1, len)?;
+    let settings = TrainSettings {
+        lr: 1e-4,
+        warmup: 0.0,
+        optimizer: args.optimizer,
+        galore: args.galore,
+        clip_by: args.clip_by,
+        ..TrainSettings::default()
+    };
+    let training = settings.settle()?;
     use_threads(args.threads)?;
     let place = args.device.place()?;
     let folder = args.teacher.fetch()?;
@@ -113,11 +127,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         teacher: Some(&taught),
         windows,
         accumulation: 1,
-        optimizer: match args.eight_bit {
-            true => OptimizerConfig::Adamw8bit,
-            false => OptimizerConfig::Adamw,
-        },
+        optimizer: training.optimizer,
         anew,
+        at_once: training.applies_at_once(),
     };
     let predicted = Memory::default()
         .with("program", OWN.own)
@@ -127,25 +139,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let all = args.warmup + args.steps;
     let text = random_text(all * rows * len, student.vocab_size);
     let mut stage = Stage::Kd(Box::new(kd), &text);
-    let adamw = AdamW {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.0,
-    };
-    let rules = Optimizer {
-        adamw,
-        eight_bit: args.eight_bit,
-        muon: None,
-    };
     watch.start("bench", all);
     let mut seconds = Vec::new();
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
     for step in 0..all {
         let batch = text.ordered(step * rows, rows, len)?;
+        let update = training.update(step as u64, all as u64);
         let started = Instant::now();
-        let taken = take_step(&mut stage, &[batch], 1.0, &rules, f64::INFINITY)?;
+        let taken = take_step(&mut stage, &[batch], &update, f64::INFINITY)?;
         watch.reached(step + 1, all, "steps")?;
         if step < args.warmup {
             continue;

@@ -259,6 +259,7 @@ mod tests {
                 loss: 3.0 - i as f64 / 60.0,
                 lr: 0.1,
                 grad_norm: vec![1.0],
+                layer_grad_norm: Vec::new(),
                 terms: terms.as_object().unwrap().clone(),
                 tokens_per_s: 1234.5,
                 skipped: None,

@@ -269,25 +269,33 @@ impl Mamba2 {
             .reshape((b, t, h * i))?)
     }
 
-    /// The gate, the norm and the output projection after the scan's `y [B, T, H·P]`.
-    fn output(&self, u: &Tensor, y: &Tensor) -> Result<Tensor> {
-        let z = linear(u, &self.z_proj)?;
-        let y = y.to_dtype(u.dtype())?;
-        let y = gated_rms_norm(&y, &z, &self.norm, self.config.head_dim, NORM_EPS)?;
-        Ok(linear(&y, &self.out_proj)?)
+    /// The gate before SiLU, `[B, T, H·P]`.
+    fn gate(&self, u: &Tensor) -> Result<Tensor> {
+        Ok(linear(u, &self.z_proj)?)
+    }
+
+    /// The steps before their bias, `[B, T, H]`.
+    fn steps(&self, u: &Tensor) -> Result<Tensor> {
+        Ok(linear(u, &self.dt_proj)?)
+    }
+
+    /// Convolution and scan of what [`Mamba2::project`] and [`Mamba2::steps`] gave: `[B, T, H·P]`.
+    fn scan(&self, xbc: &Tensor, dt: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
+        let xbc = causal_conv(xbc, &self.conv_weight, &self.conv_bias, true, documents)?;
+        let shape = self.config.ssd_shape();
+        Ok(ssd(&xbc, dt, &self.params()?, shape, documents)?)
+    }
+
+    /// What the output projection reads: the scan's `y` through the gate `z` and the norm, `[B, T, H·P]`.
+    fn gated(&self, y: &Tensor, z: &Tensor) -> Result<Tensor> {
+        let y = y.to_dtype(z.dtype())?;
+        let group = self.config.head_dim;
+        Ok(gated_rms_norm(&y, z, &self.norm, group, NORM_EPS)?)
     }
 
     pub(super) fn forward(&self, u: &Tensor, documents: Option<&Documents>) -> Result<Tensor> {
-        let xbc = self.project(u)?;
-        let xbc = causal_conv(&xbc, &self.conv_weight, &self.conv_bias, true, documents)?;
-        let dt = linear(u, &self.dt_proj)?;
-        let y = ssd(
-            &xbc,
-            &dt,
-            &self.params()?,
-            self.config.ssd_shape(),
-            documents,
-        )?;
-        self.output(u, &y)
+        let y = self.scan(&self.project(u)?, &self.steps(u)?, documents)?;
+        let y = self.gated(&y, &self.gate(u)?)?;
+        Ok(linear(&y, &self.out_proj)?)
     }
 }

@@ -8,12 +8,13 @@ use candle_core::{DType, Device, Tensor};
 use faer::Mat;
 use faer::linalg::solvers::Solve;
 
-use super::Mamba2Config;
 use super::init::channel_biases;
+use super::{Mamba2, Mamba2Config};
 use crate::Result;
-use crate::mixer::calibration::{Fitted, Sample, Statistics, fit_output};
-use crate::mixer::linalg::{matrix, tensor};
+use crate::mixer::calibration::{Fitted, Regression, Sample, Statistics, fit_output};
+use crate::mixer::linalg::tensor;
 use crate::mixer::{AttentionWeights, Mixer, MixerConfig};
+use crate::op::Documents;
 use crate::weights::Weights;
 
 /// Positions after which a head has forgotten half.
@@ -40,10 +41,10 @@ pub fn refined(
     c: &Mamba2Config,
     attention: &AttentionWeights,
     statistics: &Statistics,
-    sample: &Sample,
+    samples: &[Sample],
 ) -> Result<Fitted> {
     c.fits(&attention.config)?;
-    let teacher = Teacher::new(attention, statistics, sample)?;
+    let teacher = Teacher::new(c, attention, statistics, samples)?;
     let heads = attention.config.num_attention_heads;
     let mut best = vec![
         (
@@ -62,7 +63,7 @@ pub fn refined(
                 sharpness,
             };
             let tensors = teacher.tensors(c, &vec![all; heads])?;
-            let errors = teacher.unexplained(c, tensors)?;
+            let errors = teacher.unexplained(&Mamba2::of(c, tensors)?)?;
             for (best, error) in best.iter_mut().zip(errors) {
                 if error < best.0 {
                     *best = (error, all);
@@ -74,26 +75,41 @@ pub fn refined(
     fit_output(
         &MixerConfig::Mamba2(c.clone()),
         teacher.tensors(c, &heads)?,
-        sample,
+        samples.iter().cloned().map(Ok),
     )
+}
+
+impl Mamba2 {
+    fn of(c: &Mamba2Config, tensors: Vec<(String, Tensor)>) -> Result<Self> {
+        Self::new(c, &Weights::new(tensors.into_iter().collect()))
+    }
 }
 
 struct Teacher<'a> {
     /// Without norms on its heads.
     attention: AttentionWeights,
-    sample: &'a Sample,
-    /// What every head reads from the past, `[B·T, H·hd]`.
-    heads: Tensor,
+    /// All candidates' projections.
+    in_proj: Tensor,
+    samples: Vec<Seen<'a>>,
     /// Root mean squares of queries, keys and values, one a head.
     sizes: [Vec<f64>; 3],
-    gate: Vec<f64>,
+}
+
+/// A sample, and what is the same for all candidates.
+struct Seen<'a> {
+    documents: &'a Documents,
+    /// What the teacher's heads read from the past, `[B·T, H·hd]`.
+    heads: Tensor,
+    /// What the projections give: the gate, x with B and C, the steps.
+    projected: [Tensor; 3],
 }
 
 impl<'a> Teacher<'a> {
     fn new(
+        c: &Mamba2Config,
         attention: &'a AttentionWeights,
         statistics: &Statistics,
-        sample: &'a Sample,
+        samples: &'a [Sample],
     ) -> Result<Self> {
         let a = &attention.config;
         let width = a.num_attention_heads * a.head_dim;
@@ -103,10 +119,12 @@ impl<'a> Teacher<'a> {
         };
         let weights = Weights::new(open.tensors().into_iter().collect());
         let mixer = Mixer::new(&MixerConfig::Attention(a.clone()), &weights)?;
-        let (b, t, d) = sample.input.dims3()?;
-        let heads = mixer
-            .forward(&sample.input, Some(&sample.documents))?
-            .reshape((b * t, width))?;
+        let heads = samples.iter().map(|sample| {
+            let heads = mixer.forward(&sample.input, Some(&sample.documents))?;
+            Ok(heads.flatten(0, 1)?)
+        });
+        let heads = heads.collect::<Result<Vec<_>>>()?;
+        let d = statistics.input_mean.len();
         let moment = &statistics.moment(attention);
         let attention = attention.linear(Some(moment))?;
         let size = |w: Mat<f64>| -> Vec<f64> {
@@ -134,30 +152,35 @@ impl<'a> Teacher<'a> {
             Ok(llt) => llt.solve(&mean),
             Err(_) => Mat::zeros(d, 1),
         };
-        Ok(Self {
+        let gate = Mat::from_fn(c.d_inner(), d, |_, n| GATE * gate[(n, 0)]);
+        let steps = Tensor::zeros((a.num_attention_heads, d), DType::F32, &Device::Cpu)?;
+        let (v, k, q) = (&attention.v, &attention.k, &attention.q);
+        let mut teacher = Self {
+            in_proj: Tensor::cat(&[&tensor(&gate)?, v, k, q, &steps], 0)?,
             attention,
-            sample,
-            heads,
+            samples: Vec::new(),
             sizes,
-            gate: (0..d).map(|i| GATE * gate[(i, 0)]).collect(),
-        })
+        };
+        let any = Head {
+            half_life: 1.0,
+            sharpness: 1.0,
+        };
+        let any = vec![any; a.num_attention_heads];
+        let mixer = Mamba2::of(c, teacher.tensors(c, &any)?)?;
+        for (sample, heads) in samples.iter().zip(heads) {
+            let u = &sample.input;
+            teacher.samples.push(Seen {
+                documents: &sample.documents,
+                heads,
+                projected: [mixer.gate(u)?, mixer.project(u)?, mixer.steps(u)?],
+            });
+        }
+        Ok(teacher)
     }
 
     fn tensors(&self, c: &Mamba2Config, heads: &[Head]) -> Result<Vec<(String, Tensor)>> {
         let a = &self.attention.config;
         let (h, g, hd) = (a.num_attention_heads, a.num_key_value_heads, a.head_dim);
-        let d = self.gate.len();
-        let gate = tensor(&Mat::from_fn(c.d_inner(), d, |_, n| self.gate[n]))?;
-        let steps = Tensor::zeros((h, d), DType::F32, &Device::Cpu)?;
-        let parts = [
-            &gate,
-            &self.attention.v,
-            &self.attention.k,
-            &self.attention.q,
-            &steps,
-        ];
-        let in_proj = Tensor::cat(&parts, 0)?;
-
         let frequencies = a.rope.as_ref().map(|r| r.frequencies(hd).0);
         let groups = c.groups();
         let [queries, keys, values] = &self.sizes;
@@ -199,7 +222,7 @@ impl<'a> Teacher<'a> {
         let a_log = each(&|head| (std::f64::consts::LN_2 / head.half_life / STEP).ln())?;
         let dt_bias = each(&|_| STEP.exp_m1().ln())?;
         Ok(vec![
-            ("in_proj.weight".to_owned(), in_proj),
+            ("in_proj.weight".to_owned(), self.in_proj.clone()),
             (
                 "conv1d.weight".to_owned(),
                 tensor(&taps)?.reshape((channels, 1, c.d_conv))?,
@@ -216,45 +239,35 @@ impl<'a> Teacher<'a> {
         ])
     }
 
-    /// For each head, the share of the teacher's head that no linear map of ours explains.
-    fn unexplained(
-        &self,
-        c: &Mamba2Config,
-        mut tensors: Vec<(String, Tensor)>,
-    ) -> Result<Vec<f64>> {
-        let width = c.d_inner();
-        let out = tensors.last_mut().expect("the output projection is last");
-        out.1 = Tensor::eye(width, DType::F32, &Device::Cpu)?;
-        let mixer = Mixer::new(
-            &MixerConfig::Mamba2(c.clone()),
-            &Weights::new(tensors.into_iter().collect()),
-        )?;
-        let features = mixer.forward(&self.sample.input, Some(&self.sample.documents))?;
-        let features = features.reshape(self.heads.shape())?;
+    /// For each head, the share of the teacher's head that no linear map of the candidate's explains.
+    fn unexplained(&self, candidate: &Mamba2) -> Result<Vec<f64>> {
+        let c = &candidate.config;
         let p = c.head_dim;
-        (0..c.num_heads)
-            .map(|head| {
-                let ours = features.narrow(1, head * p, p)?.contiguous()?;
-                let theirs = self.heads.narrow(1, head * p, p)?.contiguous()?;
-                let turned = ours.t()?.contiguous()?;
-                let (gram, cross) = (
-                    matrix(&turned.matmul(&ours)?)?,
-                    matrix(&turned.matmul(&theirs)?)?,
-                );
-                let floor =
-                    1e-3 * (0..p).map(|i| gram[(i, i)]).sum::<f64>() / p as f64 + f64::MIN_POSITIVE;
-                let left =
-                    Mat::from_fn(p, p, |i, j| gram[(i, j)] + if i == j { floor } else { 0.0 });
-                let Ok(llt) = left.llt(faer::Side::Lower) else {
-                    return Ok(f64::INFINITY);
-                };
-                let solved = llt.solve(&cross);
-                let explained: f64 = (0..p)
-                    .map(|i| (0..p).map(|j| solved[(i, j)] * cross[(i, j)]).sum::<f64>())
-                    .sum();
-                let all: f64 = theirs.sqr()?.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
-                Ok(1.0 - explained / all.max(f64::MIN_POSITIVE))
-            })
-            .collect()
+        let sums = (0..c.num_heads).map(|_| Regression::new(p, p));
+        let mut sums = sums.collect::<Result<Vec<_>>>()?;
+        for sample in &self.samples {
+            let [z, xbc, dt] = &sample.projected;
+            let y = candidate.scan(xbc, dt, Some(sample.documents))?;
+            let features = candidate.gated(&y, z)?.flatten(0, 1)?;
+            for (head, sums) in sums.iter_mut().enumerate() {
+                let of = |all: &Tensor| all.narrow(1, head * p, p)?.contiguous();
+                sums.add(&of(&features)?, &of(&sample.heads)?)?;
+            }
+        }
+        let share = |sums: Regression| -> Result<f64> {
+            let [gram, cross] = sums.matrices()?;
+            let floor =
+                1e-3 * (0..p).map(|i| gram[(i, i)]).sum::<f64>() / p as f64 + f64::MIN_POSITIVE;
+            let left = Mat::from_fn(p, p, |i, j| gram[(i, j)] + if i == j { floor } else { 0.0 });
+            let Ok(llt) = left.llt(faer::Side::Lower) else {
+                return Ok(f64::INFINITY);
+            };
+            let solved = llt.solve(&cross);
+            let explained: f64 = (0..p)
+                .map(|i| (0..p).map(|j| solved[(i, j)] * cross[(i, j)]).sum::<f64>())
+                .sum();
+            Ok(1.0 - explained / sums.square.max(f64::MIN_POSITIVE))
+        };
+        sums.into_iter().map(share).collect()
     }
 }

@@ -23,13 +23,13 @@ use crate::mixer::{AttentionWeights, MixerConfig, RopeConfig};
 /// Weights of the keys' block against the values' that are tried.
 const KEY_WEIGHTS: [f64; 3] = [0.1, 0.3, 1.0];
 
-/// The best of the candidates (pairs to rotate, weight of the keys) on the sample, and its config, which
+/// The best of the candidates (pairs to rotate, weight of the keys) on the samples, and its config, which
 /// says the frequencies where they are not the standard ones.
 pub fn refined(
     c: &MlaConfig,
     attention: &AttentionWeights,
     statistics: &Statistics,
-    sample: &Sample,
+    samples: &[Sample],
 ) -> Result<(MlaConfig, Fitted)> {
     let (_, hidden) = attention.q.dims2()?;
     c.fits(&attention.config, hidden)?;
@@ -38,7 +38,8 @@ pub fn refined(
     for pairs in teacher.choices(c.qk_rope_head_dim / 2) {
         for weight in KEY_WEIGHTS {
             let (config, tensors) = teacher.candidate(c, &pairs, weight)?;
-            let fitted = fit_output(&MixerConfig::Mla(config.clone()), tensors, sample)?;
+            let samples = samples.iter().cloned().map(Ok);
+            let fitted = fit_output(&MixerConfig::Mla(config.clone()), tensors, samples)?;
             if best.as_ref().is_none_or(|(_, b)| fitted.error < b.error) {
                 best = Some((config, fitted));
             }

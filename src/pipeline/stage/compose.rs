@@ -7,8 +7,8 @@ use super::{Common, Context, Made, Sizes, Stage, Student, eval};
 use crate::Result;
 use crate::checkpoint::{self, Bank, Checkpoint, Format, Input, Key, Provenance, Step};
 use crate::convert::{
-    CalibrationConfig, Init, InitName, PlanOptions, bank_layers, check_growth, check_ranks,
-    compose_from_bank, grow, plan,
+    CHOICE, CalibrationConfig, Init, InitName, PIECE, PlanOptions, bank_layers, check_growth,
+    check_ranks, compose_from_bank, grow, plan,
 };
 use crate::mixer::{LayerKind, Windows};
 use crate::model::{ModelConfig, Parts};
@@ -132,7 +132,7 @@ impl Stage for PlanOptions {
     }
 
     /// New mixers in f32, and for one of them at a time: the attention that it comes from and decompositions in f64; where it is
-    /// fitted, the sample at every place of the layer.
+    /// fitted, the text that it is chosen by and a piece of all on its way through it. The streams of all are on the disk.
     fn need(&self, sizes: &Sizes, with: &Supply) -> Result<Need> {
         let student = sizes.student()?;
         let (d, taken) = (student.hidden_size, sizes.bank.is_some());
@@ -162,15 +162,19 @@ impl Stage for PlanOptions {
             len: calibration.seq_len,
         };
         let fitted = sizes.common.init == InitName::Refined && !taken;
-        let sample = match fitted {
+        let (sample, scratch) = match fitted {
             true => {
+                let piece = Windows {
+                    rows: (PIECE / windows.len.max(1)).clamp(1, windows.rows.max(1)),
+                    ..windows
+                };
                 let layers = (0..student.layers.len()).filter(|i| is_new(*i));
-                let mixers = layers.map(|i| student.layers[i].pass(windows).kept);
-                // Streams of teacher and hybrid, what a mixer reads and writes, what its output is made of, also turned.
-                let streams = SAMPLES * windows.tokens() * d;
-                4 * (streams + mixers.max().unwrap_or(0))
+                let mixers = layers.map(|i| student.layers[i].pass(piece).kept);
+                let streams = SAMPLES * windows.tokens().min(CHOICE) * d;
+                let at_once = 4 * (streams + mixers.max().unwrap_or(0));
+                (at_once, 2 * 4 * windows.tokens() * d)
             }
-            false => 0,
+            false => (0, 0),
         };
         let stored = match before {
             Some(_) => with.student as f64 / student.parameters() as f64,
@@ -185,6 +189,7 @@ impl Stage for PlanOptions {
         Ok(Need {
             phases: vec![memory.with("sample", sample)],
             student: Some(bytes),
+            scratch,
             tokens: fitted.then(|| windows.tokens() as u64),
             measured: true,
             ..Need::default()
@@ -247,8 +252,8 @@ impl Stage for PlanOptions {
 
 /// Squares of the model's width in f64 at once, about, while a mixer is born: moments, a decomposition's sides, products.
 const MATRICES: usize = 10;
-/// Of a sample's streams, each of the model's width.
-const SAMPLES: usize = 7;
+/// What a mixer is chosen by: what the teacher's reads, writes, and makes that of. Each of the model's width.
+const SAMPLES: usize = 3;
 
 /// The first hybrid is as it was chosen, later ones as they are asked for.
 fn options<'a>(asked: &'a PlanOptions, made: &'a Made) -> &'a PlanOptions {

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::training::{self, millions_of, trained_need};
+use super::training::{self, summary, trained_need};
 use super::{Context, Made, Sizes, Stage, eval};
 use crate::checkpoint::{Checkpoint, Key};
 use crate::data::{Batches, Preferences};
@@ -53,7 +53,7 @@ fn pairs(texts: &Texts) -> Result<&Preferences> {
 
 impl Stage for DpoStage {
     fn about(&self) -> String {
-        millions_of(&self.train)
+        summary(&self.train)
     }
 
     fn check(&self, sizes: &mut Sizes) -> Result<()> {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::candidates::{CANDIDATES, bank_plans};
 use super::compose::{Birth, Source, recorded, sized};
-use super::training::{self, millions_of, saved};
+use super::training::{self, saved, summary};
 use super::{Context, Made, Sizes, Stage, StageResult, check_context, eval};
 use crate::Result;
 use crate::checkpoint::{Checkpoint, Key};
@@ -125,8 +125,8 @@ impl Stage for IldStage {
     fn about(&self) -> String {
         let kinds: Vec<String> = self.candidates.iter().map(LayerKind::to_string).collect();
         match self.target {
-            IldTarget::Bank => format!("{}, {}", kinds.join(" | "), millions_of(&self.train)),
-            IldTarget::Hybrid => millions_of(&self.train),
+            IldTarget::Bank => format!("{}, {}", kinds.join(" | "), summary(&self.train)),
+            IldTarget::Hybrid => summary(&self.train),
         }
     }
 

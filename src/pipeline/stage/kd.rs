@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::training::{self, millions_of, trained_need};
+use super::training::{self, summary, trained_need};
 use super::{Context, Made, Sizes, Stage, check_context, eval};
 use crate::Result;
 use crate::checkpoint::{Checkpoint, Key};
@@ -64,7 +64,7 @@ impl KdStage {
 
 impl Stage for KdStage {
     fn about(&self) -> String {
-        millions_of(&self.train)
+        summary(&self.train)
     }
 
     fn check(&self, sizes: &mut Sizes) -> Result<()> {

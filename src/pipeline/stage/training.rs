@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use clap::ValueEnum;
+
 use super::{Context, Student};
 use crate::checkpoint::Key;
 use crate::data::Batches;
@@ -55,13 +57,21 @@ pub fn tell_step(watch: &dyn Watch, metrics: &StepMetrics) {
     watch.at(metrics.step as usize, &note);
 }
 
-/// How long a run is, in a few words.
-pub(super) fn millions_of(train: &TrainSettings) -> String {
-    match (train.steps, train.tokens) {
+/// How long a run is and what it follows, in a few words.
+pub(super) fn summary(train: &TrainSettings) -> String {
+    let length = match (train.steps, train.tokens) {
         (Some(steps), _) => format!("{steps} steps"),
         (None, Some(tokens)) => millions(tokens),
         (None, None) => format!("{} epochs", train.epochs.unwrap_or(1.0)),
-    }
+    };
+    let name = train.optimizer.to_possible_value();
+    let optimizer = name.map_or_else(String::new, |name| name.get_name().to_owned());
+    let mixers = train.mixer_lr.map(|rate| format!(" (mixers {rate:e})"));
+    format!(
+        "{length}, {optimizer}, lr {:e}{}",
+        train.lr,
+        mixers.unwrap_or_default()
+    )
 }
 
 pub(super) fn millions(tokens: u64) -> String {
@@ -102,6 +112,7 @@ pub(super) fn trained_need(
         accumulation: config.accumulation,
         optimizer: config.optimizer,
         anew: learner.is_short(windows, left),
+        at_once: teacher.is_some() && config.applies_at_once(),
     };
     let kept = student.parameters() - learner.entries();
     let file = |phase| with.weights(phase, "hybrid", (with.student, student));

@@ -79,6 +79,7 @@ async fn one(
         }
         let settings = run.settings().map_err(failed)?;
         let figures = run.figures().map_err(failed)?;
+        let samples = run.samples().map_err(failed)?;
         let curve = run.curve(&asked.metric, asked.since);
         let Curve { names, points } = curve.map_err(failed)?;
         // A bank has several plans, a run on the way none yet.
@@ -91,7 +92,7 @@ async fn one(
         let layers: Vec<Layer> = layers.collect();
         tell_no_place(&mut run, &root);
         Ok(json!({
-            "run": run, "settings": settings, "figures": figures, "layers": layers,
+            "run": run, "settings": settings, "figures": figures, "layers": layers, "samples": samples,
             "metric": asked.metric, "metrics": names, "points": points,
         }))
     };

@@ -8,7 +8,6 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::student::stacked;
 use super::{Shares, Terms, ids, rows, scalar, share};
 use crate::checkpoint::{Bank, Format, Provenance, save};
 use crate::data::Batch;
@@ -17,6 +16,7 @@ use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts};
 use crate::op::adamw::sum_of_squares;
 use crate::op::linear::Matrix;
 use crate::op::loss::{mean_l2, relative_mse};
+use crate::train::optimizer::Roles;
 use crate::train::params::ParamGroup;
 use crate::weights::{Place, Weights};
 use crate::{Error, Result};
@@ -428,8 +428,8 @@ impl Trained {
         let own = format!("model.layers.{index}.");
         let all = parts.weights.to_map().into_iter();
         let all: BTreeMap<_, _> = all.filter(|(name, _)| name.starts_with(&own)).collect();
-        let stacked = stacked(&parts.config);
-        let (params, weights) = ParamGroup::new(&all.into(), |_| true, &stacked, place)?;
+        let roles = Roles::new(&parts.config);
+        let (params, weights) = ParamGroup::new(&all.into(), |_| true, &roles, place)?;
         Ok(Self {
             layer: Layer::new(&parts.config, index, &weights)?,
             params,

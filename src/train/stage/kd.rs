@@ -153,8 +153,7 @@ impl KdConfig {
     /// Which of a student's weights learn, by name.
     pub fn trains(&self, student: &ModelConfig) -> impl Fn(&str) -> bool + use<> {
         let converted = student.converted().into_iter();
-        let prefixes =
-            converted.map(|i| format!("model.layers.{i}.{}.", student.layers[i].prefix()));
+        let prefixes = converted.map(|i| student.mixer_prefix(i));
         let (trained, prefixes) = (self.trained, prefixes.collect::<Vec<_>>());
         move |name| match trained {
             Trained::Everything => true,

@@ -27,7 +27,7 @@ pub use dpo::Dpo;
 pub use ild::Ild;
 pub use kd::Kd;
 pub use pretrain::Pretrain;
-pub use student::Student;
+pub use student::{AtOnce, Student};
 
 /// A loss and the figures it is made of, of one micro-batch.
 #[derive(Debug, Default)]
@@ -220,6 +220,16 @@ impl<'a> Stage<'a> {
             Stage::Kd(s, _) => vec![&mut s.student.params],
             Stage::Dpo(s, _) => vec![&mut s.student.params],
             Stage::Pretrain(s, _) => vec![&mut s.student.params],
+        }
+    }
+
+    /// Of a stage that can apply gradients as they appear: what it is to do in the next step, and what it did in one that came to nothing.
+    pub fn at_once(&mut self) -> Option<&mut Option<AtOnce>> {
+        match self {
+            Stage::Kd(s, _) => Some(&mut s.student.at_once),
+            Stage::Pretrain(s, _) => Some(&mut s.student.at_once),
+            // Its layers' losses are known at the end; its loss is not that of its logits.
+            Stage::Ild(..) | Stage::Dpo(..) => None,
         }
     }
 

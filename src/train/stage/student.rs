@@ -1,7 +1,6 @@
 //! A model whose weights are (partly) trained, and how they get their gradients: the logits of a batch are never whole, and where
 //! memory is short a layer's activations are computed anew on the way back (Chen et al. 2016, arXiv 1604.06174).
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
@@ -11,12 +10,15 @@ use super::{Laps, rows, scalar};
 use crate::Result;
 use crate::checkpoint::{self, Format, Provenance};
 use crate::mixer::Windows;
-use crate::model::{LOGITS, Layer, Lm, ModelConfig, Parts, pieces, through};
+use crate::model::{LOGITS, Layer, Lm, Parts, pieces, through};
 use crate::op::Documents;
 use crate::op::linear::{WeightGradient, back};
 use crate::op::runtime::free_memory;
+use crate::train::check_loss;
+use crate::train::clip::Norms;
 use crate::train::cost::Learner;
-use crate::train::params::ParamGroup;
+use crate::train::optimizer::Roles;
+use crate::train::params::{ParamGroup, Update};
 use crate::weights::{Place, Weights};
 
 pub struct Student {
@@ -31,6 +33,43 @@ pub struct Student {
     fitting: usize,
     /// Of a model, there at once.
     pub(in crate::train) logits: usize,
+    /// A step whose gradients are applied as they appear, so that they are never all there; else they are left in `params`.
+    pub at_once: Option<AtOnce>,
+}
+
+/// A step whose gradients are applied as they appear.
+pub struct AtOnce {
+    update: Update,
+    /// A loss above it is a spike.
+    most: f64,
+    applied: Norms,
+}
+
+impl AtOnce {
+    pub fn new(update: Update, most: f64) -> Self {
+        Self {
+            update,
+            most,
+            applied: Norms::default(),
+        }
+    }
+
+    /// Of what was applied.
+    pub fn norms(self) -> Norms {
+        self.applied
+    }
+
+    /// Whether anything was applied.
+    pub fn is_begun(&self) -> bool {
+        !self.applied.is_empty()
+    }
+
+    fn apply(&mut self, params: &mut ParamGroup) -> Result<()> {
+        let norms = params.norms()?;
+        params.update(&norms, &self.update)?;
+        self.applied.add(norms);
+        Ok(())
+    }
 }
 
 /// A summand of a loss, of some rows of a batch's logits.
@@ -74,8 +113,8 @@ impl Student {
     /// `trained`: which weights, by name.
     pub fn new(parts: &Parts, trained: impl Fn(&str) -> bool, place: &Place) -> Result<Self> {
         let config = &parts.config;
-        let stacked = stacked(config);
-        let (params, weights) = ParamGroup::new(&parts.weights, trained, &stacked, place)?;
+        let roles = Roles::new(config);
+        let (params, weights) = ParamGroup::new(&parts.weights, trained, &roles, place)?;
         Ok(Self {
             lm: Lm::new(config, &weights)?,
             plain: Lm::new(config, &weights.detach())?,
@@ -84,6 +123,7 @@ impl Student {
             checkpointing: None,
             fitting: 0,
             logits: LOGITS,
+            at_once: None,
         })
     }
 
@@ -116,7 +156,8 @@ impl Student {
         let count = self.lm.layers.len();
         let (rows, len) = ids.dims2()?;
         let checkpointing = self.is_short(Windows { rows, len });
-        let together = if checkpointing { 1 } else { count };
+        let apart = checkpointing || self.at_once.is_some();
+        let together = if apart { 1 } else { count };
         let (lm, plain) = (&self.lm, &self.plain);
         let embedded = self.params.is_trained(EMBEDDING);
         let mut x = plain.embed(ids)?;
@@ -207,13 +248,18 @@ impl Student {
         learned
             .phases
             .push(("student forward and loss", laps.lap()));
-        let (lm, params) = (&self.lm, &mut self.params);
+        let (lm, params, at_once) = (&self.lm, &mut self.params, &mut self.at_once);
         let mut down = |output: &Tensor, dout: &Tensor, input: &Tensor| -> Result<Option<Tensor>> {
             // Its gradient by the output is `dout`.
             let grads = (output * dout)?.sum_all()?.backward()?;
             params.add(&grads)?;
             // Off the CPU candle's gradients have graphs of their own.
-            Ok(grads.get(input).map(Tensor::detach))
+            let dinput = grads.get(input).map(Tensor::detach);
+            drop(grads);
+            if let Some(step) = at_once.as_mut() {
+                step.apply(params)?;
+            }
+            Ok(dinput)
         };
         let mut dx = down(&normed, &dnormed.reshape(normed.shape())?, &last)?;
         drop((normed, last));
@@ -237,6 +283,9 @@ impl Student {
             let dx = (dx * self.plain.config.embedding_multiplier)?;
             gradient.add_rows(&ids, &rows(&dx)?)?;
             params.add_to(EMBEDDING, gradient.finish()?)?;
+            if let Some(step) = at_once.as_mut() {
+                step.apply(params)?;
+            }
         }
         learned.phases.push(("backward", laps.lap()));
         Ok(learned)
@@ -288,6 +337,9 @@ impl Student {
             }
             dx.push(back(&dlogits, head)?);
         }
+        if let Some(step) = &self.at_once {
+            check_loss(learned.loss, step.most)?;
+        }
         let dx = Tensor::cat(&dx, 0)?;
         match (gradient, tied) {
             (Some(gradient), false) => {
@@ -318,17 +370,6 @@ impl Student {
     pub fn hash(&self) -> Result<String> {
         Parts::new(self.lm.config.clone(), &self.weights).hash()
     }
-}
-
-/// The rows of the matrices in weights that hold several.
-pub(super) fn stacked(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
-    let mut stacked = BTreeMap::new();
-    for (i, mixer) in config.layers.iter().enumerate() {
-        for (name, rows) in mixer.stacked() {
-            stacked.insert(format!("model.layers.{i}.{}.{name}", mixer.prefix()), rows);
-        }
-    }
-    stacked
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";

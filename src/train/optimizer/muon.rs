@@ -4,6 +4,18 @@
 
 use candle_core::{Result, Tensor, bail};
 
+use crate::op::adamw::AdamW;
+
+const MOMENTUM: f64 = 0.95;
+
+/// Matrices of a parameter's size that a step makes on its way.
+pub const MADE: usize = 8;
+
+/// Of the momentum.
+pub fn state_bytes(entries: usize) -> usize {
+    entries * size_of::<f32>()
+}
+
 /// The hyperparameters of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Muon {
@@ -13,6 +25,17 @@ pub struct Muon {
     pub momentum: f64,
     /// A step shrinks the parameter by the factor `1 − lr · weight_decay`.
     pub weight_decay: f64,
+}
+
+impl Muon {
+    /// At AdamW's learning rate and decay.
+    pub fn of(adamw: &AdamW) -> Self {
+        Self {
+            lr: adamw.lr,
+            momentum: MOMENTUM,
+            weight_decay: adamw.weight_decay,
+        }
+    }
 }
 
 /// The values of `param [M, N]` and `momentum [M, N]` after a step. `rows` are those of the matrices that
