@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use zebroid::op::Documents;
-use zebroid::op::adamw::{AdamW, Moments, adamw_8bit, adamw_step};
+use zebroid::op::adamw::{AdamW, Placed, adamw_8bit, adamw_step};
 use zebroid::op::attention::causal_attention;
 use zebroid::op::blocks::{BlockType, quantize};
 use zebroid::op::causal_conv::causal_conv;
@@ -136,7 +136,7 @@ fn ops(c: &mut Criterion) {
     c.bench_function("adamw 1M", |b| {
         b.iter(|| adamw_step(&param, &grad, &moments, 1.0, 10, &hyper).unwrap())
     });
-    let mut moments = Moments::zeros(param.elem_count());
+    let mut moments = Placed::zeros(param.elem_count(), &Device::Cpu).unwrap();
     c.bench_function("adamw 1M, moments in 8 bits", |b| {
         b.iter(|| adamw_8bit(&param, &grad, &mut moments, 1.0, 10, &hyper).unwrap())
     });

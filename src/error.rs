@@ -46,9 +46,20 @@ pub enum Error {
     /// Ctrl-C: stopped at a safe point. Says what is kept, and what to run again.
     #[error("interrupted; {0}")]
     Interrupted(String),
-    /// A failure inside the tensor library (a bug in zebroid if a user meets it).
-    #[error("tensor library: {0}")]
+    /// A failure inside the tensor library (a bug in zebroid if a user meets it, or a GPU's memory that is full).
+    #[error("{}", in_tensors(.0))]
     Tensor(#[from] candle_core::Error),
+}
+
+fn in_tensors(error: &candle_core::Error) -> String {
+    let said = error.to_string();
+    match said.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        true => format!(
+            "the memory of the GPU is full ({said}). `zebroid plan --train` says what a step takes: less with a smaller --batch-size, \
+             --gradient-checkpointing true or an optimizer in 8 bits; nvidia-smi says what other processes hold"
+        ),
+        false => format!("tensor library: {said}"),
+    }
 }
 
 /// One a line, as far as a person reads.
@@ -109,4 +120,17 @@ fn names_the_wrong(kind: ErrorKind) -> bool {
             | InvalidFilename
             | ReadOnlyFilesystem
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_gpu_is_no_bug() {
+        let of = |said: &str| Error::from(candle_core::Error::msg(said)).to_string();
+        let full = of("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        assert!(full.contains("plan --train"), "{full}");
+        assert!(of("shape mismatch").starts_with("tensor library: shape"));
+    }
 }

@@ -1,34 +1,40 @@
 #!/usr/bin/env bash
 # All that one short lease of a GPU can tell, most telling first, within 8 minutes.
-#   recipes/gpu/all.sh build          here, with Rust and nvcc: target/lease/, what travels (under 64 MiB)
-#   recipes/gpu/all.sh run [FOLDER]   on the GPU machine, which needs CUDA 13's libraries, no Rust and no network: FOLDER/gpu.json
-#                                     and FOLDER/log.txt (FOLDER: $OUT, else target/lease/out)
+#   recipes/gpu/all.sh build          here, with Rust and nvcc: target/lease.tar.xz, what travels (PROFILE: release)
+#   recipes/gpu/all.sh run [FOLDER]   on the GPU machine, which needs CUDA 13's libraries and Python, no Rust and no network:
+#                                     FOLDER/gpu.json and FOLDER/log.txt (FOLDER: $OUT, else target/lease/out)
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 lease=target/lease
 
 build() {
   set -e
+  profile=${PROFILE:-release}
   rm -rf $lease && mkdir -p $lease
-  # Without running anything: this machine has no GPU.
-  cargo test --release --features cuda --lib --no-run --message-format=json > $lease/messages.json
-  tests=$(python3 - $lease/messages.json <<'PY'
+  # Nothing is run: this machine has no GPU.
+  cargo test --profile "$profile" --features cuda --lib --no-run --message-format=json > $lease/messages.json
+  cargo build --profile "$profile" --features cuda --bin zebroid --message-format=json >> $lease/messages.json
+  python3 - $lease/messages.json > $lease/programs <<'PY'
 import json, sys
 built = [json.loads(line) for line in open(sys.argv[1]) if line.startswith("{")]
-print([m["executable"] for m in built if m.get("executable") and m["profile"]["test"]][-1])
+built = [m for m in built if m.get("executable")]
+print([m["executable"] for m in built if m["profile"]["test"] and "lib" in m["target"]["kind"]][-1])
+print([m["executable"] for m in built if not m["profile"]["test"] and m["target"]["name"] == "zebroid"][-1])
 PY
-)
-  rm $lease/messages.json
-  cargo build --release --features cuda
-  strip -o $lease/tests "$tests"
-  strip -o $lease/zebroid "${CARGO_TARGET_DIR:-target}/release/zebroid"
+  strip -o $lease/tests "$(sed -n 1p $lease/programs)"
+  strip -o $lease/zebroid "$(sed -n 2p $lease/programs)"
+  rm $lease/messages.json $lease/programs
   cp -r assets/teacher $lease/teacher
   golden=${ZEBROID_SHARED:-../shared}/golden
   if [ -d "$golden" ]; then cp -r "$golden" $lease/golden; fi
-  echo "carry $lease ($(du -sh $lease | cut -f 1)); then, there: recipes/gpu/all.sh run"
+  tar -C $lease -c . | xz -9 > $lease.tar.xz
+  echo "$lease.tar.xz: $(($(stat -c %s $lease.tar.xz) >> 20)) MiB of the 64 MiB that travel, sources too; then, there: recipes/gpu/all.sh run"
 }
 
 run() {
+  if [ ! -x $lease/tests ]; then
+    mkdir -p $lease && python3 -m tarfile -e $lease.tar.xz $lease && chmod +x $lease/tests $lease/zebroid || exit 1
+  fi
   out=${1:-${OUT:-$lease/out}}
   mkdir -p "$out"
   export LD_LIBRARY_PATH=/usr/local/cuda/lib64:${LD_LIBRARY_PATH:-}
@@ -91,5 +97,5 @@ PY
 case ${1:-} in
   build) build ;;
   run) shift; run "$@" ;;
-  *) sed -n '2,6p' "$0"; exit 2 ;;
+  *) sed -n '2,5p' "$0"; exit 2 ;;
 esac

@@ -159,9 +159,9 @@ pub fn train(
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
     let device = stage.student().map(|student| student.device().clone());
-    if config.optimizer.is_eight_bit() && device.is_some_and(|d| !d.is_cpu()) {
+    if config.optimizer.is_eight_bit() && device.is_some_and(|d| d.is_metal()) {
         return Err(Error::invalid(
-            "moments of 8 bits are for the CPU so far: choose an optimizer without _8bit, or --device cpu",
+            "moments of 8 bits are for the CPU and CUDA: choose an optimizer without _8bit, or another --device",
         ));
     }
     if config.mixer_lr.is_some() && !stage.groups_mut().iter().any(|group| group.has_mixers()) {

@@ -4,8 +4,8 @@
 // may go on do so in an order drawn anew each time, from `emu::seed`: what a forgotten barrier would let happen, does happen under
 // some seed. Shared memory is filled with NaNs before each block, dynamic shared memory has its exact size (the address sanitizer
 // sees the bounds), vector types have the device's alignment (the undefined-behaviour sanitizer sees misaligned loads), and an
-// asynchronous copy arrives no sooner than it is waited for. A barrier that not all living threads reach ends the program with a
-// report, and so does a collective that lanes of one mask meet with different ones.
+// asynchronous copy arrives no sooner than it is waited for. A barrier that not all threads reach ends the program with a report, and
+// so does a collective that lanes of one mask meet with different ones. tests/cuda/faults.cpp has what has to be seen.
 //
 // Not modelled: memory order between blocks and within a warp, rounding of the device's own functions and of its products of
 // matrices (here f32, in the order of k), limits of registers and shared memory, speed.
@@ -226,13 +226,12 @@ inline bool release_warp(size_t warp) {
     return released;
 }
 
-/// Lets all living threads go if all are at the block's barrier.
+/// Lets all threads go, if all are at the block's barrier.
 inline bool release_block() {
     int all = 1, any = 0, count = 0;
     for (size_t i = 0; i < threads; i++) {
         const Fiber& f = *fibers[i];
-        if (f.ended) continue;
-        if (f.wait != Wait::Block) return false;
+        if (f.ended || f.wait != Wait::Block) return false;
         all &= f.vote != 0;
         any |= f.vote != 0;
         count += f.vote != 0;
@@ -264,15 +263,13 @@ inline void run_block() {
     std::vector<int> ready;
     for (;;) {
         ready.clear();
-        bool living = false;
-        for (size_t i = 0; i < threads; i++) {
-            living |= !fibers[i]->ended;
+        for (size_t i = 0; i < threads; i++)
             if (!fibers[i]->ended && fibers[i]->wait == Wait::None) ready.push_back(int(i));
-        }
-        if (!living) return;
         for (size_t i = ready.size(); i > 1; i--) std::swap(ready[i - 1], ready[draw(i)]);
         for (int thread : ready) run(thread);
-        bool released = false;
+        bool living = false, released = false;
+        for (size_t i = 0; i < threads; i++) living |= !fibers[i]->ended;
+        if (!living) return;
         for (size_t warp = 0; warp * WARP < threads; warp++) released |= release_warp(warp);
         if (!released && !release_block()) fail("a barrier that not all threads reach");
     }

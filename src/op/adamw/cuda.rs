@@ -40,10 +40,6 @@ pub fn step<G: Gpu>(
 }
 
 /// `codes [2, n]` (u8), `scales [2, blocks]`
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "moments in 8 bits stand on the host so far")
-)]
 pub fn step_8bit<G: Gpu>(
     gpu: &G,
     param: &G::Array,

@@ -1,6 +1,7 @@
 //! Moments of AdamW in 8 bits (Dettmers et al. 2022, arXiv 2110.02861): blocks with a scale each, and codes that are finer the larger
 //! the entry (dynamic quantisation), so that small entries keep their size.
 
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::AdamW;
@@ -39,6 +40,56 @@ impl Moments {
     /// Of the moments of `n` entries.
     pub fn bytes(n: usize) -> usize {
         2 * n + 2 * n.div_ceil(BLOCK) * size_of::<f32>()
+    }
+}
+
+/// [`Moments`] where their parameter is.
+#[derive(Debug)]
+pub enum Placed {
+    Host(Moments),
+    /// The same entries in flat tensors, which a step updates in place.
+    Device {
+        codes: Tensor,
+        scales: Tensor,
+    },
+}
+
+impl Placed {
+    /// Before the first step of a parameter of `n` entries.
+    pub fn zeros(n: usize, device: &Device) -> Result<Self> {
+        match device.is_cpu() {
+            true => Ok(Self::Host(Moments::zeros(n))),
+            false => Ok(Self::Device {
+                codes: Tensor::zeros(2 * n, DType::U8, device)?,
+                scales: Tensor::zeros(2 * n.div_ceil(BLOCK), DType::F32, device)?,
+            }),
+        }
+    }
+
+    /// Codes and scales, to be saved.
+    pub fn tensors(&self) -> Result<[Tensor; 2]> {
+        match self {
+            Self::Host(Moments { codes, scales }) => Ok([
+                Tensor::from_slice(codes, codes.len(), &Device::Cpu)?,
+                Tensor::from_slice(scales, scales.len(), &Device::Cpu)?,
+            ]),
+            Self::Device { codes, scales } => Ok([codes.clone(), scales.clone()]),
+        }
+    }
+
+    /// What [`Placed::tensors`] gave, for a parameter on `device`.
+    pub fn read([codes, scales]: [&Tensor; 2], device: &Device) -> Result<Self> {
+        match device.is_cpu() {
+            true => Ok(Self::Host(Moments {
+                codes: codes.to_vec1()?,
+                scales: scales.to_vec1()?,
+            })),
+            // Copies: a step writes into them.
+            false => Ok(Self::Device {
+                codes: codes.to_device(device)?.copy()?,
+                scales: scales.to_device(device)?.copy()?,
+            }),
+        }
     }
 }
 

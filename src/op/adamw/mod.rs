@@ -14,7 +14,7 @@ use crate::op::cuda::Cuda;
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
 
-pub use eight_bit::{BLOCK, Moments, adamw_8bit_step};
+pub use eight_bit::{BLOCK, Moments, Placed, adamw_8bit_step};
 
 const KERNELS: Kernels = Kernels::f32("adamw").cuda(&[DType::F32]);
 
@@ -86,26 +86,38 @@ fn factors(step: u64, hyper: &AdamW) -> cpu::Factors {
 /// [`adamw_step`] with moments in 8 bits.
 ///
 /// # Errors
-/// A parameter that is not f32 on the CPU.
+/// A parameter that is not f32, not on the CPU or a GPU with CUDA, or not where its moments are.
 pub fn adamw_8bit(
     param: &Tensor,
     grad: &Tensor,
-    moments: &mut Moments,
+    moments: &mut Placed,
     grad_scale: f64,
     step: u64,
     hyper: &AdamW,
 ) -> Result<()> {
-    if KERNELS.route(&[param, grad]) != Route::Cpu {
-        bail!("adamw_8bit: moments in 8 bits are for f32 parameters on the CPU so far");
-    }
-    let moments = std::sync::Mutex::new(moments);
+    let grad = grad.contiguous()?;
+    let moments = match (KERNELS.route(&[param, &grad]), moments) {
+        (Route::Cpu, Placed::Host(moments)) => std::sync::Mutex::new(moments),
+        #[cfg(feature = "cuda")]
+        (Route::Cuda, Placed::Device { codes, scales }) => {
+            let gpu = Cuda::of(param)?;
+            let [p, g] = [gpu.tensor(param)?, gpu.tensor(&grad)?];
+            let [codes, scales] = [gpu.tensor(codes)?, gpu.tensor(scales)?];
+            return cuda::step_8bit(&gpu, &p, &g, [&codes, &scales], grad_scale, step, hyper);
+        }
+        _ => bail!(
+            "adamw_8bit: moments in 8 bits are for f32 parameters on the CPU or with CUDA, not {:?} on {:?}",
+            param.dtype(),
+            param.device().location()
+        ),
+    };
     let update = Update8 {
         moments,
         grad_scale,
         step,
         hyper,
     };
-    param.inplace_op2(&grad.contiguous()?, &update)
+    param.inplace_op2(&grad, &update)
 }
 
 struct Update8<'a> {

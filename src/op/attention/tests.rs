@@ -2,7 +2,7 @@ use super::{Sight, Window, causal_attention, cuda};
 use crate::op::Documents;
 use crate::op::cuda::emulated::Emulated;
 use crate::op::laws::{check, check_cuda, gap, random, truth};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Layout, Tensor};
 
 #[test]
 fn kernel_equals_the_plain_version() {
@@ -121,12 +121,9 @@ fn every_sight_equals_the_plain_version() {
     }
 }
 
-fn heads<'a, A>(entries: &'a A, [b, s, g, x]: [usize; 4]) -> cuda::Heads<'a, A> {
-    cuda::Heads {
-        entries,
-        dims: [b, s, g, x],
-        strides: [s * g * x, g * x, x],
-    }
+fn heads<A>(entries: &A, dims: [usize; 4]) -> cuda::Heads<'_, A> {
+    let [b, s, g, x] = dims;
+    cuda::Heads::of(entries, &Layout::contiguous((b, s, g, x))).unwrap()
 }
 
 /// Heads of every size there is a kernel for, tiles that are not whole, queries behind keys, borders, windows and sinks.
@@ -206,10 +203,9 @@ fn cuda_kernels_read_heads_where_they_stand() {
         array(&both),
         array(&both.narrow(0, 5, b * s * g * 10 - 5).unwrap()),
     );
-    let of = |entries, x| cuda::Heads {
-        entries,
-        dims: [b, s, g, x],
-        strides: [s * g * 10, g * 10, 10],
+    let of = |entries, x| {
+        let strides = vec![s * g * 10, g * 10, 10, 1];
+        cuda::Heads::of(entries, &Layout::new((b, s, g, x).into(), strides, 0)).unwrap()
     };
     let launches = cuda::Attention {
         gpu: &gpu,

@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use candle_core::cuda_backend::cudarc::cublas::result::gemm_ex;
+use candle_core::cuda_backend::cudarc::cublas::sys::{
+    cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType_t,
+};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUdeviceptr, CUfunction_attribute, CUmemPool_attribute, cuDeviceGetDefaultMemPool,
     cuMemPoolSetAttribute,
@@ -206,6 +210,61 @@ impl<'a> Cuda<'a> {
             bail!("a contiguous tensor is wanted, not {:?}", tensor.layout());
         }
         self.tensor_view(tensor)
+    }
+
+    /// `sum += dyᵀ x`, `sum [N, K]` in f32, `dy [M, N]` and `x [M, K]` of one type, by cuBLAS.
+    pub fn add_product(
+        &self,
+        sum: &CudaArray,
+        dy: &CudaArray,
+        x: &CudaArray,
+        m: usize,
+    ) -> Result<()> {
+        let (n, k) = (dy.len / m.max(1), x.len / m.max(1));
+        let kind = match (dy.dtype, x.dtype) {
+            (DType::F32, DType::F32) => cudaDataType_t::CUDA_R_32F,
+            (DType::BF16, DType::BF16) => cudaDataType_t::CUDA_R_16BF,
+            types => bail!("cuda: no product of {types:?}"),
+        };
+        if m == 0 || n == 0 || k == 0 {
+            return Ok(());
+        }
+        if sum.dtype != DType::F32 || sum.len != n * k || dy.len != m * n || x.len != m * k {
+            bail!(
+                "cuda: a product of {m} x {n} by {m} x {k} does not fit {} entries",
+                sum.len
+            );
+        }
+        let [rows, n, k] = [m, n, k].map(|size| size as i32);
+        self.device.cuda_stream().context().bind_to_thread().w()?;
+        let one: *const f32 = &1.;
+        // cuBLAS has matrices column after column: for it this is `sumᵀ [K, N] += xᵀ dy`.
+        // SAFETY: the three arrays are of the sizes that have just been checked, and alive.
+        #[allow(unsafe_code)]
+        unsafe {
+            gemm_ex(
+                *self.device.cublas_handle().handle(),
+                cublasOperation_t::CUBLAS_OP_N,
+                cublasOperation_t::CUBLAS_OP_T,
+                k,
+                n,
+                rows,
+                one.cast(),
+                x.at as *const _,
+                kind,
+                k,
+                dy.at as *const _,
+                kind,
+                n,
+                one.cast(),
+                sum.at as *mut _,
+                cudaDataType_t::CUDA_R_32F,
+                k,
+                cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+            )
+            .w()
+        }
     }
 
     fn place(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CUdeviceptr, DType)> {

@@ -17,6 +17,11 @@ use super::{Arg, Array, Gpu, Launch};
 
 const COMPILER: &str = "g++";
 
+fn is_possible() -> bool {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda");
+    sources.is_dir() && Command::new(COMPILER).arg("--version").output().is_ok()
+}
+
 /// The kernels of one folder of `op/`, and those of `op/cuda/`.
 pub struct Emulated {
     process: Mutex<Child>,
@@ -27,13 +32,8 @@ pub struct Emulated {
 impl Emulated {
     /// None where there is no compiler, which is said.
     pub fn of(op: &str, skew: usize) -> Option<Self> {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda");
-        let compiler = Command::new(COMPILER).arg("--version").output();
-        if compiler.is_err() || !sources.is_dir() {
-            eprintln!(
-                "{COMPILER} or {} is not here: the CUDA kernels of {op} are not tested",
-                sources.display()
-            );
+        if !is_possible() {
+            eprintln!("{COMPILER} or tests/cuda is not here: CUDA kernels of {op} are not tested");
             return None;
         }
         let process = Command::new(program(op))
@@ -91,19 +91,30 @@ fn program(op: &str) -> PathBuf {
     slot.get_or_insert_with(|| build(op)).clone()
 }
 
+/// Under the sanitizers.
+const FLAGS: [&str; 5] = [
+    "-O1",
+    "-fsanitize=address,undefined",
+    // What the address sanitizer sees anyway, at half of the compiler's time.
+    "-fno-sanitize=null,object-size,pointer-overflow,vptr",
+    "-fno-sanitize-recover=all",
+    "-Wno-unknown-pragmas",
+];
+
+/// What the compiler prints.
+fn compile(arguments: &[&str]) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = ["tests/cuda", "src/op"].map(|f| format!("-I{}", root.join(f).display()));
+    let mut compiler = Command::new(COMPILER);
+    let compiler = compiler.arg("-std=c++17").args(folders).args(arguments);
+    let output = compiler.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}:\n{said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 fn build(op: &str) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let beside = |name: String| std::env::current_exe().unwrap().with_file_name(name);
-    let compile = |arguments: &[&str]| -> String {
-        let folders =
-            ["tests/cuda", "src/op"].map(|folder| format!("-I{}", root.join(folder).display()));
-        let mut compiler = Command::new(COMPILER);
-        let compiler = compiler.arg("-std=c++17").args(folders).args(arguments);
-        let output = compiler.output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "kernels of {op}:\n{said}");
-        String::from_utf8(output.stdout).unwrap()
-    };
     // With all that they include, and macros expanded: where their names stand, and whether they have changed.
     let includes = [
         "-include",
@@ -115,7 +126,8 @@ fn build(op: &str) -> PathBuf {
     let launcher = root.join("tests/cuda/launch.cpp");
     let mut hasher = DefaultHasher::new();
     (&text, fs::read_to_string(&launcher).unwrap()).hash(&mut hasher);
-    let folder = beside(format!("emulated-{op}-{:016x}", hasher.finish()));
+    let name = format!("emulated-{op}-{:016x}", hasher.finish());
+    let folder = std::env::current_exe().unwrap().with_file_name(name);
     let program = folder.join("launch");
     if program.exists() {
         return program;
@@ -129,19 +141,13 @@ fn build(op: &str) -> PathBuf {
     fs::write(folder.join("kernels.inc"), table).unwrap();
     // A name that appears when it is whole.
     let unfinished = folder.join(format!("launch.{}", std::process::id()));
-    let flags = [
-        "-O1",
-        "-fsanitize=address,undefined",
-        // What the address sanitizer sees anyway, at half of the compiler's time.
-        "-fno-sanitize=null,object-size,pointer-overflow,vptr",
-        "-fno-sanitize-recover=all",
-        "-Wno-unknown-pragmas",
+    let places = [
         &format!("-I{}", folder.display()),
         "-o",
         unfinished.to_str().unwrap(),
         launcher.to_str().unwrap(),
     ];
-    compile(&[&includes[..], &flags].concat());
+    compile(&[&FLAGS[..], &includes, &places].concat());
     fs::rename(unfinished, &program).unwrap();
     program
 }
@@ -253,5 +259,43 @@ impl Gpu for Emulated {
             }
         }
         Ok(())
+    }
+}
+
+#[test]
+fn the_emulator_sees_faults() {
+    if !is_possible() {
+        eprintln!("{COMPILER} or tests/cuda is not here: the emulator is not tested");
+        return;
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda/faults.cpp");
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("faults");
+    let places = ["-o", program.to_str().unwrap(), source.to_str().unwrap()];
+    compile(&[&FLAGS[..], &places].concat());
+    let run = |fault: Option<&str>| {
+        let mut command = Command::new(&program);
+        let output = command.args(fault).env("ASAN_OPTIONS", "detect_leaks=0");
+        let output = output.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.success(), said)
+    };
+    let (fine, said) = run(None);
+    assert!(fine, "{said}");
+    for (fault, report) in [
+        ("forgotten barrier", "a wrong neighbour"),
+        ("divergent barrier", "a barrier that not all threads reach"),
+        ("half a warp", "a barrier that not all threads reach"),
+        ("different collectives", "different collectives"),
+        ("outside of its own mask", "its own mask leaves out"),
+        ("behind the array", "heap-buffer-overflow"),
+        ("behind shared memory", "heap-buffer-overflow"),
+        ("misaligned vector", "misaligned address"),
+        ("misaligned copy", "not aligned to 16 bytes"),
+        ("unwritten shared memory", "not a number"),
+        ("copy not waited for", "an early copy"),
+    ] {
+        let (fine, said) = run(Some(fault));
+        assert!(!fine && said.contains(report), "{fault}: {said}");
     }
 }

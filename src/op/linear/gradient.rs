@@ -41,7 +41,13 @@ pub fn back(dy: &Tensor, w: &Matrix) -> Result<Tensor> {
 pub struct WeightGradient(Sum);
 
 enum Sum {
-    Host { entries: Vec<f32>, width: usize },
+    Host {
+        entries: Vec<f32>,
+        width: usize,
+    },
+    /// In f32, whatever the matrix is.
+    #[cfg(feature = "cuda")]
+    Cuda(Tensor),
     Plain(Tensor),
 }
 
@@ -54,6 +60,8 @@ impl WeightGradient {
                 entries: vec![0.; n * k],
                 width: k,
             },
+            #[cfg(feature = "cuda")]
+            Route::Cuda => Sum::Cuda(Tensor::zeros((n, k), candle_core::DType::F32, w.device())?),
             _ => Sum::Plain(w.zeros_like()?),
         }))
     }
@@ -68,6 +76,14 @@ impl WeightGradient {
                 let (dy, x) = (slice(host(&dy)?, dy_at)?, slice(host(&x)?, x_at)?);
                 let dy = View::rows(dy, m, n).transposed();
                 matmul(entries, dy, View::rows(x, m, *width), true, true);
+            }
+            #[cfg(feature = "cuda")]
+            Sum::Cuda(sum) => {
+                let (dy, x) = (dy.contiguous()?, x.contiguous()?);
+                let (m, _) = dy.dims2()?;
+                let gpu = crate::op::cuda::Cuda::of(sum)?;
+                let [sum, dy, x] = [gpu.tensor(sum)?, gpu.tensor(&dy)?, gpu.tensor(&x)?];
+                gpu.add_product(&sum, &dy, &x, m)?;
             }
             Sum::Plain(sum) => *sum = (&*sum + dy.t()?.matmul(x)?)?,
         }
@@ -86,6 +102,8 @@ impl WeightGradient {
                     row.iter_mut().zip(dx).for_each(|(sum, dx)| *sum += dx);
                 }
             }
+            #[cfg(feature = "cuda")]
+            Sum::Cuda(sum) => *sum = sum.index_add(ids, &dx.to_dtype(sum.dtype())?, 0)?,
             Sum::Plain(sum) => *sum = sum.index_add(ids, dx, 0)?,
         }
         Ok(())
@@ -98,6 +116,8 @@ impl WeightGradient {
                 let rows = entries.len() / width;
                 Tensor::from_vec(entries, (rows, width), &Device::Cpu)
             }
+            #[cfg(feature = "cuda")]
+            Sum::Cuda(sum) => Ok(sum),
             Sum::Plain(sum) => Ok(sum),
         }
     }

@@ -15,7 +15,7 @@ mod tests;
 use crate::op::cpu::{host, slice};
 use crate::op::matmul::{View, matmul};
 use crate::op::route::{Kernels, Route};
-use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 pub use gradient::{WeightGradient, back};
 pub use matrix::Matrix;
@@ -25,7 +25,8 @@ pub use storage::Storage;
 pub use stored::{Owner, Stored};
 use stored_linear::StoredLinear;
 
-const KERNELS: Kernels = Kernels::f32("linear");
+/// On CUDA devices candle's products, which the plain version consists of, are cuBLAS's.
+const KERNELS: Kernels = Kernels::f32("linear").cuda(&[DType::F32, DType::BF16]);
 
 /// `x [.., in]`, `w [out, in]` → `[.., out]`.
 pub fn linear(x: &Tensor, w: &Matrix) -> Result<Tensor> {

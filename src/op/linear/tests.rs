@@ -1,7 +1,7 @@
 use super::*;
 use crate::op::blocks::{BlockType, quantize};
 use crate::op::isa::Isa;
-use crate::op::laws::{check, random};
+use crate::op::laws::{check, f32, gap, random};
 use candle_core::DType;
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -38,6 +38,21 @@ fn shapes_that_do_not_fit_are_named() {
         .unwrap_err()
         .to_string();
     assert!(message.contains("4 inputs"), "{message}");
+}
+
+#[test]
+fn gradients_of_pieces_are_summed_up() {
+    // dy [M, N] and x [M, K] of two pieces.
+    let pieces = random(&[&[7, 5], &[7, 3], &[2, 5], &[2, 3]], 6);
+    let like = Tensor::zeros((5, 3), DType::F64, &Device::Cpu).unwrap();
+    let mut gradient = WeightGradient::new(&f32(&like)).unwrap();
+    let mut truth = like;
+    for piece in pieces.chunks(2) {
+        let (dy, x) = (&piece[0], &piece[1]);
+        gradient.add_product(&f32(dy), &f32(x)).unwrap();
+        truth = (truth + dy.t().unwrap().matmul(x).unwrap()).unwrap();
+    }
+    assert!(gap(&gradient.finish().unwrap(), &truth) < 1e-6);
 }
 
 /// A random matrix in every storage, and what it means in f32.

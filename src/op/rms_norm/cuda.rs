@@ -4,7 +4,7 @@ use candle_core::{DType, Result, bail};
 
 use crate::op::cuda::{Arg, Array, Gpu, Launch, named, parts, sum_rows};
 
-/// Channels of a group that shared memory has a sum for each of, on every device since Ampere (its 100 KB blocks aside).
+/// Channels of a group, each with a sum in the 99 KB of shared memory that a block has on every device since Ampere.
 const WIDEST: usize = 24_576;
 
 pub fn forward<G: Gpu>(gpu: &G, x: &G::Array, weight: &G::Array, eps: f32) -> Result<G::Array> {

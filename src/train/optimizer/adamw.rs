@@ -17,7 +17,7 @@ fn in_eight_bits(entries: usize, eight_bit: bool) -> bool {
 pub enum Moments {
     /// `[2, ..]`
     Full(Tensor),
-    EightBit(adamw::Moments),
+    EightBit(adamw::Placed),
 }
 
 impl Moments {
@@ -25,7 +25,7 @@ impl Moments {
     pub fn zeros(of: &Tensor, eight_bit: bool) -> Result<Self> {
         let entries = of.elem_count();
         if in_eight_bits(entries, eight_bit) {
-            return Ok(Self::EightBit(adamw::Moments::zeros(entries)));
+            return Ok(Self::EightBit(adamw::Placed::zeros(entries, of.device())?));
         }
         let moments = Tensor::zeros(full(of.dims()), DType::F32, of.device())?;
         Ok(Self::Full(moments))
@@ -56,13 +56,10 @@ impl Moments {
     pub fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
         Ok(match self {
             Self::Full(moments) => vec![(MOMENTS, moments.clone())],
-            Self::EightBit(adamw::Moments { codes, scales }) => vec![
-                (CODES, Tensor::from_slice(codes, codes.len(), &Device::Cpu)?),
-                (
-                    SCALES,
-                    Tensor::from_slice(scales, scales.len(), &Device::Cpu)?,
-                ),
-            ],
+            Self::EightBit(moments) => {
+                let [codes, scales] = moments.tensors()?;
+                vec![(CODES, codes), (SCALES, scales)]
+            }
         })
     }
 
@@ -71,10 +68,8 @@ impl Moments {
         let codes = saved.find(CODES, &[2 * entries])?;
         let scales = saved.find(SCALES, &[2 * entries.div_ceil(adamw::BLOCK)])?;
         if let (Some(codes), Some(scales)) = (codes, scales) {
-            return Ok(Some(Self::EightBit(adamw::Moments {
-                codes: codes.to_vec1()?,
-                scales: scales.to_vec1()?,
-            })));
+            let moments = adamw::Placed::read([&codes, &scales], codes.device())?;
+            return Ok(Some(Self::EightBit(moments)));
         }
         Ok(saved.find(MOMENTS, &full(shape))?.map(Self::Full))
     }
@@ -82,7 +77,10 @@ impl Moments {
     pub fn to_device(self, device: &Device) -> Result<Self> {
         Ok(match self {
             Self::Full(moments) => Self::Full(moments.to_device(device)?),
-            eight_bit => eight_bit,
+            Self::EightBit(moments) => {
+                let [codes, scales] = moments.tensors()?;
+                Self::EightBit(adamw::Placed::read([&codes, &scales], device)?)
+            }
         })
     }
 }
