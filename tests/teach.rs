@@ -229,8 +229,10 @@ fn an_unfinished_folder_is_gone_on_with() {
     assert_eq!(before, after);
     std::fs::rename(&out, &partial).unwrap();
     std::fs::remove_file(partial.join("00000.logits")).unwrap();
+    std::fs::write(partial.join(".zebroid-torn"), "").unwrap();
     set.succeeds(&teach("--top-k 8 --batch-size 3"));
     assert!(bytes(&set.shard("logits")) == whole);
+    assert!(!out.join(".zebroid-torn").exists());
     set.succeeds(&teach("--top-k 9 --force"));
     assert!(bytes(&set.shard("logits")) != whole);
 }

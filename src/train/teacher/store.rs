@@ -195,6 +195,18 @@ fn sum(of: Hash, window: usize, records: &[u8]) -> u32 {
     sum.finalize()
 }
 
+/// What a killed process was writing stays behind under a name of its own.
+fn remove_torn(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
+        let path = entry.map_err(Error::io("cannot list", folder))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(".zebroid-") {
+            std::fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
 fn shard_path(folder: &Path, shard: usize) -> PathBuf {
     folder.join(format!("{shard:05}.logits"))
 }
@@ -250,6 +262,7 @@ impl<'a> Draft<'a> {
             // Last, so that whoever finds it finds all of this.
             json(ABOUT, &serde_json::json!(about))?;
         }
+        remove_torn(folder)?;
         Ok(Self {
             folder,
             about,
