@@ -84,6 +84,7 @@ impl Stage for DpoStage {
         need.settings = Some(Settings {
             train: self.train.clone(),
             all: false,
+            layers: false,
         });
         Ok(need)
     }

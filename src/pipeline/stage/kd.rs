@@ -172,6 +172,7 @@ impl Stage for KdStage {
         need.settings = Some(Settings {
             train: self.train.clone(),
             all: self.objective.trained == Trained::Everything,
+            layers: false,
         });
         Ok(need)
     }
