@@ -35,6 +35,10 @@ pub trait Gpu {
 pub trait Array {
     fn dtype(&self) -> DType;
     fn len(&self) -> usize;
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// An argument of a kernel.
