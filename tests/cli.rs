@@ -68,6 +68,7 @@ fn help_has_examples_for_every_command() {
         &["train", "ild"],
         &["train", "kd"],
         &["train", "dpo"],
+        &["teach"],
         &["pretrain"],
         &["eval", "harness"],
         &["eval", "ppl"],

@@ -22,6 +22,7 @@ mod readme;
 mod recipes;
 mod runs;
 mod serve;
+mod teach;
 mod watch;
 
 use std::path::{Path, PathBuf};

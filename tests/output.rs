@@ -44,6 +44,7 @@ const COMMANDS: &str = "
     train ild --teacher teacher --data stories/stories.jsonl OUT --init published --kv-rank 16 --steps 1 --seq-len 64 --batch-size 1 --json
     train dpo --student hybrid --data stories/preferences.jsonl OUT --steps 1 --seq-len 128 --batch-size 1 --json
     train kd --teacher teacher --student hybrid --data stories/stories.jsonl OUT --steps 1 --seq-len 64 --batch-size 1 --json
+    teach teacher OUT --data stories/stories.jsonl --seq-len 64 --plan
     pretrain OUT --data stories/stories.jsonl --tokenizer stories --num-layers 1 --hidden-size 16 --intermediate-size 16 \
         --num-heads 2 --num-kv-heads 1 --seq-len 64 --batch-size 1 --steps 1 --json
     select --scores places.json --count 1

@@ -117,11 +117,13 @@ fn written_here(file: &Path) -> bool {
         EVENTS,
         SAMPLES,
         "data.json",
+        "logits.json",
         INDEX,
         bank::INDEX,
         RECORD,
     ];
     let shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    let shard = shard || name.ends_with(".logits");
     // A model card is ours where our record stands beside it: other models have one too.
     let card = name == CARD && file.with_file_name(RECORD).exists();
     name == "model.safetensors"

@@ -40,6 +40,7 @@ pub mod select;
 pub mod serve;
 pub mod show;
 pub mod stories;
+pub mod teach;
 pub mod train;
 
 /// Compose efficient hybrid (MLA + Mamba2) language models from pretrained Llama checkpoints.
@@ -84,6 +85,8 @@ pub enum Command {
     Data(data::Args),
     /// Keep statistics of the teacher's layers on a text, for the refined initialisation.
     Calibrate(calibrate::Args),
+    /// Write down a teacher's likeliest tokens, for KD without it.
+    Teach(teach::Args),
     /// Train a hybrid: ILD, KD (end to end or stepwise), preference optimisation.
     Train(train::Args),
     /// Train a small Llama from scratch.
@@ -166,6 +169,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Compose(args) => compose::run(args)?,
         Command::Data(args) => data::run(args)?,
         Command::Calibrate(args) => calibrate::run(args)?,
+        Command::Teach(args) => teach::run(args)?,
         Command::Train(args) => train::run(args)?,
         Command::Pretrain(args) => pretrain::run(args)?,
         Command::Select(args) => select::run(args)?,

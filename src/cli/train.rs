@@ -19,7 +19,7 @@ use crate::model::Lm;
 use crate::pipeline::stage::compose::{Source, recorded};
 use crate::pipeline::stage::dpo::DpoStage;
 use crate::pipeline::stage::ild::{IldStage, IldTarget};
-use crate::pipeline::stage::kd::KdStage;
+use crate::pipeline::stage::kd::{KdStage, stored_input};
 use crate::pipeline::stage::training::{start_training, tell_step};
 use crate::pipeline::{Base, CANDIDATES, Text};
 use crate::train::stage::dpo::DpoConfig;
@@ -102,12 +102,16 @@ struct IldArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid train kd --teacher ./teacher --student ./hybrid --data train.jsonl ./distilled --tokens 1600000\n  \
+    zebroid train kd --teacher-logits ./logits --student ./hybrid --data manifest:./logits/data.json ./distilled\n  \
     zebroid train kd --schedule stepwise --trained mixers --kl-weight 0.1 --ce-weight 1 --labels teacher \\\n    \
       --teacher ./teacher --student ./hybrid --data train.jsonl ./stepwise --epochs 1")]
 struct KdArgs {
-    /// Checkpoint folder or Hugging Face id of the teacher.
-    #[arg(long)]
-    teacher: Model,
+    /// Checkpoint folder or Hugging Face id of the teacher; beside --teacher-logits only --validation compares with it.
+    #[arg(long, required_unless_present = "teacher_logits")]
+    teacher: Option<Model>,
+    /// Learn from what zebroid teach has written of a teacher on the same --data: the teacher itself is not needed.
+    #[arg(long, value_name = "FOLDER")]
+    teacher_logits: Option<PathBuf>,
     /// Hybrid to start from: checkpoint folder or Hugging Face id.
     #[arg(long)]
     student: Model,
@@ -218,7 +222,7 @@ impl TrainArgs {
             }
             (_, None) => {
                 return Err(Error::invalid(
-                    "--validation compares with a teacher, which this stage has not",
+                    "--validation compares with a teacher, which this stage has not (beside --teacher-logits: name it with --teacher)",
                 ));
             }
         };
@@ -309,10 +313,22 @@ fn open(
     watch: &dyn Watch,
 ) -> Result<(Base, Corpus)> {
     let base = Base::open(teacher, args.device.place()?)?;
-    let corpus = args.data.corpus(texts, &base.tokenizer, watch)?;
+    let corpus = corpus(args, config, &base.tokenizer, texts, watch)?;
+    Ok((base, corpus))
+}
+
+/// The text, if it fills the run's batches.
+fn corpus(
+    args: &TrainArgs,
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    texts: &[Text],
+    watch: &dyn Watch,
+) -> Result<Corpus> {
+    let corpus = args.data.corpus(texts, tokenizer, watch)?;
     corpus.check(config.batch_size, config.seq_len)?;
     config.steps(corpus.windows(config.seq_len))?;
-    Ok((base, corpus))
+    Ok(corpus)
 }
 
 fn ild(args: &IldArgs) -> Result<()> {
@@ -372,29 +388,50 @@ fn ild(args: &IldArgs) -> Result<()> {
 }
 
 fn kd(args: &KdArgs) -> Result<()> {
-    let models = [&args.teacher, &args.student].map(Model::named);
+    let models = [Some(&args.student), args.teacher.as_ref()];
+    let models = models.into_iter().flatten().map(Model::named);
+    let others = args.teacher_logits.iter().map(PathBuf::as_path);
     let texts = args.data.iter().filter_map(Text::source);
-    let inputs: Vec<&Path> = models.into_iter().chain(texts).collect();
+    let inputs: Vec<&Path> = models.chain(others).chain(texts).collect();
     let (config, _lock) = args.train.claim(&args.out, &inputs)?;
     let watch = Progress::default();
-    let (teacher, student) = (args.teacher.fetch()?, args.student.fetch()?);
-    let (base, text) = open(&args.train, &config, &teacher, &args.data, &watch)?;
+    let student = Checkpoint::open(&args.student.fetch()?)?;
+    let teacher = args.teacher.as_ref().map(Model::fetch).transpose()?;
+    let place = args.train.device.place()?;
+    let base = teacher
+        .as_ref()
+        .map(|folder| Base::open(folder, place.clone()));
+    let base = base.transpose()?;
+    // The result's tokenizer, which the text is read with.
+    let folder = teacher.as_ref().unwrap_or(&student.folder);
+    let tokenizer = match &base {
+        Some(base) => base.tokenizer.clone(),
+        None => Tokenizer::open(folder)?,
+    };
+    tokenizer.check(student.config.vocab_size)?;
+    let text = corpus(&args.train, &config, &tokenizer, &args.data, &watch)?;
     let stage = KdStage {
         objective: args.kd,
         train: args.train.settings.clone(),
         ..KdStage::default()
     };
-    let student = Checkpoint::open(&student)?;
-    let stage = stage.distil(&base, &student, &[], &text)?;
+    let (stage, input) = match (&args.teacher_logits, &base) {
+        (Some(logits), _) => {
+            let stage = stage.distil_stored(logits, &tokenizer, &student, &[], &text, &place)?;
+            (stage, stored_input(logits)?)
+        }
+        (None, Some(base)) => (stage.distil(base, &student, &[], &text)?, base.input()?),
+        (None, None) => return Err(Error::invalid("no teacher is named")),
+    };
     let run = TrainRun {
         name: "kd",
         config: &config,
         out: &args.out,
-        tokenizer: &teacher,
-        teacher: Some(&base),
+        tokenizer: folder,
+        teacher: base.as_ref(),
         sources: Sources {
             record: student.provenance()?,
-            inputs: vec![base.input()?, Text::input("data", &args.data, &text)],
+            inputs: vec![input, Text::input("data", &args.data, &text)],
         },
     };
     args.train.finish(run, stage.into(), watch)

@@ -1,5 +1,6 @@
 //! Documents packed into windows of equal length, from one data set or several.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -144,6 +145,28 @@ impl Corpus {
                 .collect(),
         };
         Ok(self.gather(&shares, order, len))
+    }
+
+    /// Windows of `len` tokens that there are, those included that an epoch leaves to the next: they are what
+    /// [`Batch::examples`] numbers.
+    pub fn all_windows(&self, len: usize) -> usize {
+        self.shares(len).windows.iter().sum()
+    }
+
+    /// The windows of these numbers.
+    ///
+    /// # Errors
+    /// When there is no such window.
+    pub fn numbered(&self, windows: Range<usize>, len: usize) -> Result<Batch> {
+        let shares = self.shares(len);
+        let all = shares.windows.iter().sum();
+        match windows.end > all {
+            true => Err(Error::invalid(format!(
+                "the data has {all} windows of {len}, and no window {}",
+                windows.end - 1
+            ))),
+            false => Ok(self.gather(&shares, windows.collect(), len)),
+        }
     }
 
     fn spread(&self, shares: &Shares, len: usize) -> Arc<Vec<u32>> {
@@ -382,6 +405,13 @@ mod tests {
         assert_eq!((times('a', 5), times('b', 1)), (60, 75));
         let first = mixed.ordered(0, 10, len).unwrap();
         assert_eq!((of_a(&first), first.rows), (8, 10));
+        // By their numbers all are found, those that no epoch has had among them.
+        assert_eq!(mixed.all_windows(len), 150);
+        let all = mixed.numbered(0..150, len).unwrap();
+        for (row, example) in first.input_ids.chunks(len).zip(&first.examples) {
+            assert_eq!(row, &all.input_ids[example * len..][..len]);
+        }
+        assert!(mixed.numbered(149..151, len).is_err());
         // One alone is itself, whatever its weight.
         let one = open(&sets[..1]);
         assert_eq!(one.hash(), alone[0].hash());

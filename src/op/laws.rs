@@ -192,16 +192,17 @@ pub fn check(
     }
 }
 
-/// From a case's name, the inputs and the gradient of the value: the value and the inputs' gradients.
-type Launches<'a> = dyn Fn(&str, &Emulated, &[Entries], &Entries) -> Result<Vec<Entries>> + 'a;
+/// What launches kernels: from a case's name, its inputs and the gradient of its value to the value and the inputs' gradients.
+pub type Launches<'a> = &'a dyn Fn(&str, &Emulated, &[Entries], &Entries) -> Result<Vec<Entries>>;
 
 /// The kernels of folder `folder` for CUDA against the plain version of `op`, in value and every gradient, with entries of f32 and of
-/// bf16, aligned and not: on the GPU that is tested, else by the emulator, for which `kernels` launches them.
+/// bf16, aligned and not: on the GPU that is tested, else by the emulator, for which `kernels` launches them with the inputs and the
+/// gradient of the value and returns the value and the inputs' gradients.
 pub fn check_cuda(
     folder: &str,
     cases: &[(String, Vec<Tensor>)],
     op: &dyn Fn(&str, &[Tensor]) -> Result<Tensor>,
-    kernels: &Launches,
+    kernels: Launches,
 ) {
     for (dtype, skew) in [
         (DType::F32, 0),

@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::device::Device;
-use super::need::{Settings, Source, Supply, fingerprint, reading};
+use super::need::{FEW, Settings, Source, Supply, fingerprint, reading};
 use super::recipe::Recipe;
 use super::run::teacher_folder;
 use super::stage::{Sizes, at};
@@ -45,11 +45,19 @@ pub struct Forecast {
     /// Table of the recipe whose stage is the largest, and what it could change.
     #[serde(skip)]
     largest: Option<(String, Settings)>,
+    /// The tables with what their stages take.
+    #[serde(skip)]
+    tables: Vec<(String, usize)>,
 }
 
 impl Forecast {
     pub fn fits(&self, memory: f64) -> bool {
         self.peak as f64 <= memory
+    }
+
+    fn of(&self, table: &str) -> f64 {
+        let found = self.tables.iter().find(|(name, _)| name == table);
+        found.map_or(0.0, |(_, bytes)| *bytes as f64)
     }
 }
 
@@ -86,7 +94,7 @@ pub fn forecast(recipe: &Recipe, device: &Device, memory: f64) -> Result<Forecas
     }
     let texts = (supply.text.unwrap_or(0) as usize).min(MOST_TOKENS) * TOKEN_BYTES;
     let (mut stages, mut own, mut peak) = (Vec::new(), 0, Memory::default());
-    let mut largest = None;
+    let (mut largest, mut tables) = (None, Vec::new());
     let mut measurements = 0;
     let held = Memory::default()
         .with("program", OWN.own + OPENED)
@@ -125,6 +133,7 @@ pub fn forecast(recipe: &Recipe, device: &Device, memory: f64) -> Result<Forecas
             own = own.max(live);
         }
         let memory = Memory::peak(phases);
+        tables.push((entry.table.clone(), memory.total()));
         let total = need.operations.zip(need.tokens);
         let total = total.map(|(each, tokens)| each * tokens as f64);
         let hours = |rate: f64| total.map(|all| device.seconds(rate, all, need.moved) / 3600.0);
@@ -168,6 +177,7 @@ pub fn forecast(recipe: &Recipe, device: &Device, memory: f64) -> Result<Forecas
         hours: sum(|stage| stage.hours),
         hours_bf16: sum(|stage| stage.hours_bf16),
         largest,
+        tables,
         stages,
     })
 }
@@ -207,10 +217,10 @@ pub fn changes(
     // The same table may be the largest again, under what was changed: each rung of its ladder is climbed once.
     let mut climbed: Vec<(String, usize)> = Vec::new();
     while !now.fits(memory) {
-        let Some((table, settings)) = now.largest.clone() else {
+        let Some((stage, settings)) = now.largest.clone() else {
             break;
         };
-        let table = table.split(' ').next().unwrap_or_default().to_owned();
+        let table = stage.split(' ').next().unwrap_or_default().to_owned();
         let rung = |i: &usize| !climbed.contains(&(table.clone(), *i));
         let Some((i, (keys, price))) = ladder(&table, &settings)
             .into_iter()
@@ -223,12 +233,13 @@ pub fn changes(
         let halves = keys
             .iter()
             .any(|key| key.contains("batch_size=") || key.contains("seq_len="));
-        let name = |setting: &String| setting.split('=').next().unwrap_or_default().to_owned();
+        let key = |setting: &String| setting.split('=').next().unwrap_or_default().to_owned();
         let mut with_it = taken.clone();
-        with_it.retain(|old| !keys.iter().any(|key| name(key) == name(old)));
+        with_it.retain(|old| !keys.iter().any(|new| key(new) == key(old)));
         with_it.extend(keys);
         let next = with(&with_it)?;
-        let helps = (next.peak as f64) < WORTH * now.peak as f64;
+        // Other stages may be as large as this one.
+        let helps = next.of(&stage) < WORTH * now.of(&stage);
         if !(halves && helps) {
             climbed.push((table.clone(), i));
         }
@@ -252,13 +263,14 @@ pub fn changes(
     Ok(found)
 }
 
-/// A change that leaves more of the peak than this is not worth its words.
+/// A change that leaves more of its stage than this is not worth its words.
 const WORTH: f64 = 0.99;
 
 /// Steps that make a stage smaller: settings (none: it cannot be taken, or not again), and what they cost.
-fn ladder(table: &str, Settings { train, all }: &Settings) -> Vec<(Vec<String>, &'static str)> {
+fn ladder(table: &str, settings: &Settings) -> Vec<(Vec<String>, &'static str)> {
     use crate::train::ClipBy;
     use crate::train::OptimizerName::{Adamw, Adamw8bit};
+    let Settings { train, all, layers } = settings;
     let set = |key: &str, value: String| format!("{table}.{key}={value}");
     let number = |key: &str, value: usize| set(&format!("train.{key}"), value.to_string());
     let portion = match train.batch_size {
@@ -276,6 +288,11 @@ fn ladder(table: &str, Settings { train, all }: &Settings) -> Vec<(Vec<String>, 
         ],
     };
     let mut steps = vec![(portions, "nothing: the same steps, in smaller portions")];
+    let few = match layers {
+        true => vec![set("layers_at_once", FEW.to_string())],
+        false => Vec::new(),
+    };
+    steps.push((few, "the teacher reads anew for every few layers"));
     let eight = match train.optimizer {
         Adamw => vec![set("train.optimizer", "adamw_8bit".into())],
         _ => Vec::new(),

@@ -83,12 +83,17 @@ pub struct Need {
     pub settings: Option<Settings>,
 }
 
+/// Layers that ILD is advised to train at a time where memory is short.
+pub const FEW: usize = 4;
+
 /// What a stage that trains can be changed in.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub train: TrainSettings,
     /// Whether everything is trained, where mixers alone could be.
     pub all: bool,
+    /// Whether more than [`FEW`] layers are trained at once, which need not be.
+    pub layers: bool,
 }
 
 impl Supply<'_> {

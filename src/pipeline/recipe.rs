@@ -157,6 +157,13 @@ impl Recipe {
         for path in self.teachers() {
             *path = hub::settled(path, folder);
         }
+        for logits in self
+            .kd
+            .iter_mut()
+            .filter_map(|kd| kd.teacher_logits.as_mut())
+        {
+            *logits = folder.join(&*logits);
+        }
     }
 
     /// Its teacher, where it is named, and those of KD.

@@ -26,6 +26,7 @@ pub mod runs;
 mod samples;
 pub mod stage;
 mod state;
+pub mod teacher;
 #[cfg(test)]
 mod tests;
 

@@ -247,7 +247,7 @@ impl ParamGroup {
         for (param, ((value, state), steps)) in self.params.values_mut().zip(saved) {
             let device = param.var.device().clone();
             param.var.set(&value.to_device(&device)?)?;
-            param.state = state.to_device(&device)?;
+            param.state = state.onto(&device)?;
             param.steps = steps as u64;
         }
         Ok(())

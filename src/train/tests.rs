@@ -12,6 +12,7 @@ use super::stage::dpo::{Dpo, DpoConfig};
 use super::stage::ild::{Ild, IldConfig, IldInputs};
 use super::stage::kd::{Kd, KdConfig, Labels, Schedule, Trained};
 use super::stage::pretrain::Pretrain;
+use super::teacher::Teacher;
 use super::*;
 use crate::checkpoint::{Checkpoint, read_tensors};
 use crate::convert::{Init, PlanOptions, compose, plan};
@@ -134,6 +135,13 @@ fn teacher() -> Lm {
     parts().lm(&Place::cpu()).unwrap()
 }
 
+fn taught() -> Teacher {
+    Teacher::Model {
+        lm: Box::new(teacher()),
+        hash: "t".into(),
+    }
+}
+
 fn student(kinds: [LayerKind; 2]) -> Parts {
     let student = plan(
         &teacher_config(),
@@ -153,7 +161,7 @@ fn stage<'a>(setting: &'a Setting, name: &str) -> Stage<'a> {
     let hybrid = student([mla, mamba2]);
     let kd = |config: KdConfig| {
         let student = student([mla, mamba2]);
-        let kd = Kd::new(teacher(), "t".into(), &student, &[], config, &Place::cpu());
+        let kd = Kd::new(taught(), &student, &[], config, &Place::cpu());
         Stage::Kd(Box::new(kd.unwrap()), text)
     };
     match name {
@@ -992,7 +1000,7 @@ fn a_stepwise_schedule_converts_layer_after_layer() {
         trained: Trained::Mixers,
         ..KdConfig::default()
     };
-    let kd = Kd::new(teacher(), "t".into(), &parts, &[1], stepwise, &Place::cpu());
+    let kd = Kd::new(taught(), &parts, &[1], stepwise, &Place::cpu());
     let mut second = Stage::Kd(Box::new(kd.unwrap()), &setting.corpus);
     let (turn, mla, mamba) = moves(&mut second, 0);
     assert!(
@@ -1128,7 +1136,7 @@ fn pieces_give_the_gradients_of_the_whole() {
                 ..KdConfig::default()
             };
             let kd = || {
-                let kd = Kd::new(teacher(), "t".into(), &parts, &[], config, &Place::cpu());
+                let kd = Kd::new(taught(), &parts, &[], config, &Place::cpu());
                 kd.unwrap()
             };
             let batch = setting.corpus.batch(3, 0, 2, 32).unwrap();
@@ -1409,14 +1417,7 @@ fn the_model_that_learns_is_the_one_that_is_written() {
     let setting = Setting::new();
     let kinds = [LayerKind::Mamba2, LayerKind::MLA];
     let config = KdConfig::default();
-    let kd = Kd::new(
-        teacher(),
-        "t".into(),
-        &student(kinds),
-        &[],
-        config,
-        &Place::cpu(),
-    );
+    let kd = Kd::new(taught(), &student(kinds), &[], config, &Place::cpu());
     let mut stage = Stage::Kd(Box::new(kd.unwrap()), &setting.corpus);
     let train = TrainSettings {
         lr: 0.05,

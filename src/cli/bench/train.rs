@@ -20,6 +20,7 @@ use crate::pipeline::need::Source;
 use crate::train::cost::{Learner, Memory, StepSizes};
 use crate::train::optimizer::GaloreConfig;
 use crate::train::stage::kd::{Kd, KdConfig, Trained};
+use crate::train::teacher::Teacher;
 use crate::train::{ClipBy, OptimizerName, Stage, TrainSettings, check_batch, take_step};
 use crate::watch::Watch;
 
@@ -110,8 +111,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         trained: args.trained,
         ..KdConfig::default()
     };
-    let lm = teacher.lm(&place)?;
-    let mut kd = Kd::new(lm, String::new(), &composed, &[], config, &place)?;
+    let lm = Box::new(teacher.lm(&place)?);
+    let hash = String::new();
+    let mut kd = Kd::new(Teacher::Model { lm, hash }, &composed, &[], config, &place)?;
     kd.student.checkpointing = args.gradient_checkpointing;
     drop((teacher, composed));
     let learner = Learner {

@@ -226,6 +226,16 @@ impl Tokenizer {
         self.hash == other.hash || self.inner.get_vocab(true) == other.inner.get_vocab(true)
     }
 
+    /// The first token of `other` that is not the same token here.
+    pub fn lacks(&self, other: &Self) -> Option<(u32, String)> {
+        if self.hash == other.hash {
+            return None;
+        }
+        let tokens = other.inner.get_vocab(true).into_iter();
+        let lacking = tokens.filter(|(token, id)| self.id(token) != Some(*id));
+        lacking.map(|(token, id)| (id, token)).min()
+    }
+
     /// The chat template of the checkpoint that it came with, if that has one.
     ///
     /// # Errors

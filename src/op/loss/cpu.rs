@@ -1,6 +1,6 @@
 //! The losses over slices: rows in parallel, a row in lanes that the compiler turns into vectors.
 
-use super::Divergence;
+use super::{ABSENT, Divergence, NO_TOKEN};
 use crate::op::cpu::exp;
 use crate::op::isa::vectorised;
 use rayon::prelude::*;
@@ -69,6 +69,65 @@ pub(super) fn cross_entropy_backward(
                 *d = softmax.probability(x) * dloss;
             });
             drow[target as usize] -= dloss;
+        });
+    dlogits
+}
+
+/// The logits of `k` tokens of every row and that of the others together, and the softmax of these.
+pub(super) fn with_rest(
+    logits: &[f32],
+    v: usize,
+    tokens: &[u32],
+    k: usize,
+) -> (Vec<f32>, Vec<Softmax>) {
+    let mut out = vec![ABSENT; tokens.len() / k * (k + 1)];
+    let rows = logits.par_chunks_exact(v).zip(tokens.par_chunks_exact(k));
+    let rests = out
+        .par_chunks_exact_mut(k + 1)
+        .zip(rows)
+        .with_min_len(TASK / v + 1)
+        .map_init(Vec::new, |others, (out, (row, tokens))| {
+            others.clear();
+            others.extend_from_slice(row);
+            for (out, token) in out.iter_mut().zip(tokens) {
+                if *token != NO_TOKEN {
+                    *out = std::mem::replace(&mut others[*token as usize], ABSENT);
+                }
+            }
+            let rest = vectorised!(Softmax::of(others, 1.));
+            out[k] = rest.log_sum;
+            rest
+        });
+    let rests = rests.collect();
+    (out, rests)
+}
+
+/// By the logits, `[M, V]`: a token's own, or its share of the others'.
+pub(super) fn with_rest_backward(
+    logits: &[f32],
+    v: usize,
+    tokens: &[u32],
+    k: usize,
+    rests: &[Softmax],
+    dout: &[f32],
+) -> Vec<f32> {
+    let mut dlogits = vec![0f32; logits.len()];
+    let rows = logits.par_chunks_exact(v).zip(tokens.par_chunks_exact(k));
+    dlogits
+        .par_chunks_exact_mut(v)
+        .zip(rows)
+        .zip(rests.par_iter().zip(dout.par_chunks_exact(k + 1)))
+        .with_min_len(TASK / v + 1)
+        .for_each(|((drow, (row, tokens)), (rest, dout))| {
+            let drest = dout[k];
+            vectorised!(for (d, &x) in drow.iter_mut().zip(row) {
+                *d = rest.probability(x) * drest;
+            });
+            for (token, dout) in tokens.iter().zip(dout) {
+                if *token != NO_TOKEN {
+                    drow[*token as usize] = *dout;
+                }
+            }
         });
     dlogits
 }

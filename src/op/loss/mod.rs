@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 
 const KERNELS: Kernels = Kernels::f32("loss").cuda(&[DType::F32, DType::BF16]);
+const REST: Kernels = Kernels::f32("with_rest");
 const DISTANCES: Kernels = Kernels::f32("distance");
 
 /// `logits [M, V]`, `targets [M]` (u32) → `−log softmax(logits)[target]`, `[M]`.
@@ -103,6 +104,19 @@ pub fn forward_kl(teacher: &Tensor, student: &Tensor, temperature: f64) -> Resul
     divergence(Divergence::ForwardKl, teacher, student, temperature)
 }
 
+/// The `k` greatest entries of a row, the greatest first; of equal ones the earlier. `k` is at least 1 and at most the row's length.
+pub fn likeliest(row: &[f32], k: usize) -> Vec<u32> {
+    let descending = |a: &u32, b: &u32| {
+        let order = row[*b as usize].total_cmp(&row[*a as usize]);
+        order.then(a.cmp(b))
+    };
+    let mut order: Vec<u32> = (0..row.len() as u32).collect();
+    order.select_nth_unstable_by(k - 1, descending);
+    order.truncate(k);
+    order.sort_unstable_by(descending);
+    order
+}
+
 /// Both reduced to the `k` tokens that the teacher holds likeliest: `[M, V]` → `[M, k]`. A divergence
 /// between these compares the distributions among those tokens.
 pub fn top_k(teacher: &Tensor, student: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
@@ -112,17 +126,45 @@ pub fn top_k(teacher: &Tensor, student: &Tensor, k: usize) -> Result<(Tensor, Te
         bail!("top_k: {k} tokens of a vocabulary of {v}");
     }
     let rows = teacher.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-    let likeliest = rows.par_iter().flat_map_iter(|row| {
-        let mut order: Vec<u32> = (0..v as u32).collect();
-        let descending = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]);
-        order.select_nth_unstable_by(k - 1, descending);
-        order.truncate(k);
+    let chosen = rows.par_iter().flat_map_iter(|row| {
+        let mut order = likeliest(row, k);
         order.sort_unstable();
         order
     });
-    let chosen = Tensor::from_vec(likeliest.collect::<Vec<u32>>(), (m, k), teacher.device())?;
+    let chosen = Tensor::from_vec(chosen.collect::<Vec<u32>>(), (m, k), teacher.device())?;
     let of = |logits: &Tensor| logits.contiguous()?.gather(&chosen, 1);
     Ok((of(&teacher.detach())?, of(student)?))
+}
+
+/// In the place of a token: none.
+pub const NO_TOKEN: u32 = u32::MAX;
+/// The logit of what is not there: so far below all others that its probability is 0, and finite, so that 0 times it is 0.
+pub const ABSENT: f32 = -1e4;
+
+/// The logits of some tokens of each row, and behind them that of all other tokens together, `ln Σ exp`: `[M, V]` → `[M, k + 1]`.
+/// Its softmax has the probabilities of these tokens and of being another one, so a divergence of two such compares distributions in
+/// which the others are one event. `tokens`: `k` a row, all different but for [`NO_TOKEN`], which no logit is of: [`ABSENT`].
+///
+/// # Errors
+/// A token outside the vocabulary, with its row.
+pub fn with_rest(logits: &Tensor, tokens: &[u32]) -> Result<Tensor> {
+    let (m, v) = logits.dims2()?;
+    if m == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(m) {
+        bail!("with_rest: {} tokens for {m} rows", tokens.len());
+    }
+    let outside = |token: &u32| *token as usize >= v && *token != NO_TOKEN;
+    if let Some(at) = tokens.iter().position(outside) {
+        let row = at / (tokens.len() / m);
+        let token = tokens[at];
+        bail!("with_rest: token {token} of row {row} is outside the vocabulary of {v}");
+    }
+    if REST.route(&[logits]) == Route::Plain {
+        return plain::with_rest(logits, tokens);
+    }
+    logits.contiguous()?.apply_op1(WithRest {
+        tokens: tokens.to_vec(),
+        rests: OnceLock::new(),
+    })
 }
 
 /// `Σ(x − target)² / Σ target²` over all entries, a scalar; both `[M, D]`. Not finite where the whole
@@ -206,6 +248,37 @@ impl CustomOp1 for CrossEntropy {
         let logits_slice = slice(host(&storage)?, layout)?;
         let dlogits =
             cpu::cross_entropy_backward(logits_slice, v, &self.targets, softmaxes, &dloss);
+        Tensor::from_vec(dlogits, logits.shape(), &Device::Cpu).map(Some)
+    }
+}
+
+struct WithRest {
+    tokens: Vec<u32>,
+    /// Of every row's other tokens.
+    rests: OnceLock<Vec<cpu::Softmax>>,
+}
+
+impl CustomOp1 for WithRest {
+    fn name(&self) -> &'static str {
+        "with_rest"
+    }
+
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (m, v) = layout.shape().dims2()?;
+        let k = self.tokens.len() / m;
+        let (out, rests) = cpu::with_rest(slice(logits, layout)?, v, &self.tokens, k);
+        self.rests.get_or_init(|| rests);
+        Ok((CpuStorage::F32(out), Shape::from((m, k + 1))))
+    }
+
+    fn bwd(&self, logits: &Tensor, _out: &Tensor, dout: &Tensor) -> Result<Option<Tensor>> {
+        let (m, v) = logits.dims2()?;
+        let (tokens, k) = (&self.tokens, self.tokens.len() / m);
+        let dout = dout.flatten_all()?.to_vec1::<f32>()?;
+        let rests = saved(&self.rests);
+        let (storage, layout) = logits.storage_and_layout();
+        let logits_slice = slice(host(&storage)?, layout)?;
+        let dlogits = cpu::with_rest_backward(logits_slice, v, tokens, k, rests, &dout);
         Tensor::from_vec(dlogits, logits.shape(), &Device::Cpu).map(Some)
     }
 }

@@ -20,6 +20,16 @@ fn value_and_gradient(x: &Tensor, loss: &dyn Fn(&Tensor) -> Result<Tensor>) -> (
     (value, gradient)
 }
 
+/// About half of the vocabulary for each row; of every other row one is missing.
+fn tokens((m, v): (usize, usize)) -> Vec<u32> {
+    let k = v.div_ceil(2);
+    let token = |i: usize| match i.is_multiple_of(2 * k) {
+        true => NO_TOKEN,
+        false => ((i / k + 2 * (i % k)) % v) as u32,
+    };
+    (0..m * k).map(token).collect()
+}
+
 type Loss = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 
 /// Every loss as a function of `x [M, V]`, in the float type of `x`.
@@ -65,6 +75,17 @@ fn losses((m, v): (usize, usize)) -> Vec<(&'static str, Loss)> {
                 move |x| {
                     let (t, s) = top_k(&like(&teacher, x), x, v.div_ceil(2))?;
                     divergence(Divergence::ReverseKl, &t, &s, 1.0)
+                }
+            }),
+        ),
+        (
+            "with_rest",
+            Box::new({
+                let (teacher, tokens) = (goal.clone(), tokens((m, v)));
+                move |x| {
+                    let coarse = |x: &Tensor| with_rest(x, &tokens);
+                    let teacher = coarse(&like(&teacher, x))?;
+                    divergence(Divergence::Jsd, &teacher, &coarse(x)?, 1.0)
                 }
             }),
         ),
@@ -326,4 +347,46 @@ fn the_cuda_kernel_is_exact_for_close_distributions() {
     let error = error.max(0).unwrap().to_scalar::<f64>().unwrap();
     assert!(error < 1e-6, "{error}");
     assert_eq!(kl(&teacher).to_vec1::<f64>().unwrap(), [0.; 4]);
+}
+
+/// Of the others together nothing is lost where there are none, or where the student's are spread as the teacher's.
+#[test]
+fn likeliest_and_rest_are_the_whole_where_they_can_be() {
+    let (m, v) = (4, 50);
+    let (teacher, student) = (f32(&noise((m, v), 4., 1)), f32(&noise((m, v), 4., 2)));
+    let rows = teacher.to_vec2::<f32>().unwrap();
+    let of = |k: usize, student: &Tensor| {
+        let tokens: Vec<u32> = rows.iter().flat_map(|row| likeliest(row, k)).collect();
+        let coarse = |x: &Tensor| with_rest(x, &tokens).unwrap();
+        divergence(
+            Divergence::ForwardKl,
+            &coarse(&teacher),
+            &coarse(student),
+            1.0,
+        )
+    };
+    let dense = |x: &Tensor| forward_kl(&teacher, x, 1.0);
+    let whole = value_and_gradient(&student, &dense);
+    let all = value_and_gradient(&student, &|x| of(v, x));
+    assert!(distance(&all.0, &whole.0) < 1e-6);
+    assert!(distance(&all.1, &whole.1) < 1e-6);
+    // It is never more than the whole, and more the more tokens are told apart.
+    let mut last = vec![0f32; m];
+    for k in [1, 5, 20, v] {
+        let now = of(k, &student).unwrap().to_vec1::<f32>().unwrap();
+        assert!(now.iter().zip(&last).all(|(now, last)| *now > last - 1e-6));
+        last = now;
+    }
+    // The same up to the tail's mass.
+    let mut shifted = rows.clone();
+    for row in &mut shifted {
+        for token in likeliest(row, v).into_iter().skip(7) {
+            row[token as usize] += 1.5;
+        }
+    }
+    let shifted = Tensor::new(shifted, &Device::Cpu).unwrap();
+    let whole = value_and_gradient(&shifted, &dense);
+    let coarse = value_and_gradient(&shifted, &|x| of(7, x));
+    assert!(distance(&coarse.0, &whole.0) < 1e-6);
+    assert!(distance(&coarse.1, &whole.1) < 1e-6);
 }

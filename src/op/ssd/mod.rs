@@ -227,8 +227,10 @@ impl CustomOp3 for Ssd {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let kept = self.chunk_starts.as_ref().and_then(OnceLock::get);
-        let chunk_starts = match kept.expect("candle records the operation after its forward pass")
-        {
+        let kept = kept.expect("candle records the operation after its forward pass");
+        // Without the feature there is one kind.
+        #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
+        let chunk_starts = match kept {
             Kept::Tiles(tiles) => tiles,
             #[cfg(feature = "cuda")]
             Kept::Entering(entering) => {

@@ -78,12 +78,13 @@ impl Stage for DpoStage {
             trained: &|_| true,
         };
         let windows = pairs(config.batch_size);
-        let mut need = trained_need(&config, learner, None, windows, with.pairs, with);
+        let mut need = trained_need(&config, learner, (None, false), windows, with.pairs, with);
         let before = reading(student, pairs(CHUNK), 1).with("trained weights", learner.bytes());
         need.phases.push(before);
         need.settings = Some(Settings {
             train: self.train.clone(),
             all: false,
+            layers: false,
         });
         Ok(need)
     }

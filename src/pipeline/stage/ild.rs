@@ -17,7 +17,7 @@ use crate::mixer::{LayerKind, Windows};
 use crate::model::Parts;
 use crate::numerics;
 use crate::pipeline::base::Base;
-use crate::pipeline::need::{Need, Settings, Supply};
+use crate::pipeline::need::{FEW, Need, Settings, Supply};
 use crate::pipeline::texts::Texts;
 use crate::train::cost::{IldSizes, Learner, in_layers};
 use crate::train::stage::ild::{Ild, IldConfig, IldInputs};
@@ -205,6 +205,7 @@ impl Stage for IldStage {
             settings: Some(Settings {
                 train: self.train.clone(),
                 all: false,
+                layers: !ild.joint && ild.at_once > FEW,
             }),
             ..Need::default()
         })

@@ -92,11 +92,11 @@ pub(super) fn saved(learner: Learner, optimizer: OptimizerConfig) -> (usize, f64
     (weights + moments, (3 * weights + 2 * moments) as f64)
 }
 
-/// What KD or DPO of `learner` takes; `text`: tokens that an epoch has.
+/// What KD or DPO of `learner` takes; `at_once`: updates may follow gradients layer by layer; `text`: tokens that an epoch has.
 pub(super) fn trained_need(
     config: &TrainConfig,
     learner: Learner,
-    teacher: Option<&ModelConfig>,
+    (teacher, at_once): (Option<&ModelConfig>, bool),
     windows: Windows,
     text: Option<u64>,
     with: &Supply,
@@ -112,7 +112,7 @@ pub(super) fn trained_need(
         accumulation: config.accumulation,
         optimizer: config.optimizer,
         anew: learner.is_short(windows, left),
-        at_once: teacher.is_some() && config.applies_at_once(),
+        at_once: at_once && config.applies_at_once(),
     };
     let kept = student.parameters() - learner.entries();
     let file = |phase| with.weights(phase, "hybrid", (with.student, student));

@@ -24,6 +24,8 @@ pub struct Fields {
     /// The prompt stands before the answer.
     echo: Option<bool>,
     best_of: Option<usize>,
+    /// vLLM's: tokens of logprobs are `token_id:N` instead of their texts, of which several may be equal.
+    return_tokens_as_token_ids: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -60,6 +62,8 @@ struct Text {
     /// The prompts, where they stand before the answers.
     echo: Option<Vec<String>>,
     logprobs: bool,
+    /// Tokens are named by their ids.
+    ids: bool,
     /// Characters of each choice so far.
     said: Vec<usize>,
 }
@@ -135,6 +139,7 @@ pub async fn create(
         said: vec![0; prompts.len() * n],
         echo: echo.then_some(texts),
         logprobs: params.logprobs.is_some(),
+        ids: fields.return_tokens_as_token_ids.unwrap_or(false),
     };
     let usage = common.include_usage();
     let answers = Answers::begin(server, client, model, places, prompts, n, &params, false).await?;
@@ -181,11 +186,15 @@ struct Lists {
     top_logprobs: Vec<Value>,
     text_offset: Vec<Value>,
     offset: usize,
+    ids: bool,
 }
 
 impl Lists {
     fn push(&mut self, model: &Model, token: u32, known: Option<&Logprob>) {
-        let text = |token: u32| token_text(&model.engine.token_bytes(token));
+        let text = |token: u32| match self.ids {
+            true => format!("token_id:{token}"),
+            false => token_text(&model.engine.token_bytes(token)),
+        };
         self.text_offset.push(self.offset.into());
         if !model.engine.is_special(token) {
             // Characters begin in one token and may end in another.
@@ -225,6 +234,7 @@ impl Text {
         }
         let mut lists = Lists {
             offset,
+            ids: self.ids,
             ..Lists::default()
         };
         for known in logprobs {
@@ -270,7 +280,10 @@ impl Shape for Text {
             .map_or("", |texts| &texts[choice / self.n]);
         let logprobs = match self.logprobs && self.echo.is_some() {
             true => {
-                let mut lists = Lists::default();
+                let mut lists = Lists {
+                    ids: self.ids,
+                    ..Lists::default()
+                };
                 lists.push(model, finish.tokens[0], None);
                 for known in of.prompt_logprobs.iter().chain(&of.logprobs) {
                     lists.push(model, known.token, Some(known));

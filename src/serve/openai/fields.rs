@@ -94,7 +94,7 @@ const MOST_STOP_BYTES: usize = 4 << 10;
 /// Of a schema, an expression or a grammar; every answer has a copy.
 const MOST_FORMAT_BYTES: usize = 128 << 10;
 /// Of likeliest tokens that are told.
-pub const MOST_LOGPROBS: usize = 20;
+pub const MOST_LOGPROBS: usize = 128;
 const MOST_BIAS: f64 = 100.0;
 
 impl Common {

@@ -74,7 +74,7 @@ impl Moments {
         Ok(saved.find(MOMENTS, &full(shape))?.map(Self::Full))
     }
 
-    pub fn to_device(self, device: &Device) -> Result<Self> {
+    pub fn onto(self, device: &Device) -> Result<Self> {
         Ok(match self {
             Self::Full(moments) => Self::Full(moments.to_device(device)?),
             Self::EightBit(moments) => {

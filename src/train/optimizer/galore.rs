@@ -156,10 +156,10 @@ impl Projected {
             .map(|(basis, moments)| Self { basis, moments }))
     }
 
-    pub fn to_device(self, device: &Device) -> Result<Self> {
+    pub fn onto(self, device: &Device) -> Result<Self> {
         Ok(Self {
             basis: self.basis.to_device(device)?,
-            moments: self.moments.to_device(device)?,
+            moments: self.moments.onto(device)?,
         })
     }
 }

@@ -306,12 +306,12 @@ impl State {
         Ok(moments.map_or(Self::None, Self::Adamw))
     }
 
-    pub fn to_device(self, device: &candle_core::Device) -> Result<Self> {
+    pub fn onto(self, device: &candle_core::Device) -> Result<Self> {
         Ok(match self {
             Self::None => Self::None,
-            Self::Adamw(moments) => Self::Adamw(moments.to_device(device)?),
+            Self::Adamw(moments) => Self::Adamw(moments.onto(device)?),
             Self::Muon(momentum) => Self::Muon(momentum.to_device(device)?),
-            Self::Galore(state) => Self::Galore(state.to_device(device)?),
+            Self::Galore(state) => Self::Galore(state.onto(device)?),
         })
     }
 }

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::student::{Student, Summand};
 use super::{Laps, Shares, Terms, ids, masked_sum, next_token_losses};
 use crate::data::Batch;
-use crate::model::{Lm, ModelConfig, Parts};
-use crate::op::loss::{Divergence, cross_entropy, divergence, top_k};
+use crate::model::{ModelConfig, Parts};
+use crate::op::loss::{Divergence, cross_entropy, divergence};
+use crate::train::teacher::{About, Target, Teacher};
 use crate::weights::Place;
 use crate::{Error, Result};
 
@@ -141,13 +142,43 @@ impl KdConfig {
                 "a stepwise schedule needs a teacher of the student's depth and width: its own base model",
             ));
         }
-        let mixers = stepwise || self.trained == Trained::Mixers;
-        if mixers && student.converted().is_empty() {
-            return Err(Error::invalid(
-                "the student has no converted layer to train",
-            ));
+        self.learns(student)
+    }
+
+    /// The same of what was written down of a teacher.
+    ///
+    /// # Errors
+    /// Settings out of range, or that need more than the likeliest tokens.
+    pub fn fits_stored(&self, teacher: &About, student: &ModelConfig) -> Result<()> {
+        self.validate(student.vocab_size)?;
+        let (tau, known) = (self.temperature, teacher.top_k);
+        let wrong = |message: String| Err(Error::invalid(message));
+        if self.schedule == Schedule::Stepwise {
+            return wrong(
+                "a stepwise schedule puts the teacher's own layers to work, and stored logits have none: give the teacher itself".into(),
+            );
         }
-        Ok(())
+        match self.top_k {
+            None if tau != 1.0 => wrong(format!(
+                "temperature {tau}: of the tokens that are not stored only the probability is known, and that at temperature 1; leave it, or compare the likeliest tokens alone (top_k, at most {known})"
+            )),
+            Some(k) if k > known => wrong(format!(
+                "top_k {k}: the stored logits are those of the {known} likeliest tokens; lower it, or teach anew"
+            )),
+            _ => self.learns(student),
+        }
+    }
+
+    /// # Errors
+    /// A student without the layers that are to be trained.
+    fn learns(&self, student: &ModelConfig) -> Result<()> {
+        let mixers = self.schedule == Schedule::Stepwise || self.trained == Trained::Mixers;
+        match mixers && student.converted().is_empty() {
+            true => Err(Error::invalid(
+                "the student has no converted layer to train",
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Which of a student's weights learn, by name.
@@ -161,22 +192,16 @@ impl KdConfig {
         }
     }
 
-    /// The part of rows `range` in a batch's divergence, logits `[rows, V]` both, a scalar without its weight.
+    /// The part of rows `range` in a batch's divergence, of a student's logits `[rows, V]`, a scalar without its weight.
     fn divergence(
         &self,
-        teacher: &Tensor,
+        teacher: &Target,
         student: &Tensor,
         batch: &Batch,
         range: Range<usize>,
     ) -> Result<Tensor> {
-        let tau = self.temperature;
-        let rows = match self.top_k {
-            None => divergence(self.divergence, teacher, student, tau)?,
-            Some(k) => {
-                let (teacher, student) = top_k(teacher, student, k)?;
-                divergence(self.divergence, &teacher, &student, tau)?
-            }
-        };
+        let (teacher, student) = teacher.beside(student, self.top_k)?;
+        let rows = divergence(self.divergence, &teacher, &student, self.temperature)?;
         match self.mask_prompts {
             true => masked_sum(&rows, batch, range),
             false => Ok((rows.sum_all()? / batch.targets.len() as f64)?),
@@ -186,22 +211,21 @@ impl KdConfig {
     /// The same of its cross-entropy.
     fn cross_entropy(
         &self,
-        teacher: &Tensor,
+        teacher: &Target,
         student: &Tensor,
         batch: &Batch,
         range: Range<usize>,
     ) -> Result<Tensor> {
         let losses = match self.labels {
             Labels::Text => next_token_losses(batch, range.clone(), student)?,
-            Labels::Teacher => cross_entropy(student, &teacher.argmax(1)?)?,
+            Labels::Teacher => cross_entropy(student, &teacher.likeliest()?)?,
         };
         masked_sum(&losses, batch, range)
     }
 }
 
 pub struct Kd {
-    teacher: Lm,
-    teacher_hash: String,
+    teacher: Teacher,
     pub student: Student,
     config: KdConfig,
     /// Layers that are not in their places from the first step, first to last.
@@ -214,24 +238,25 @@ impl Kd {
     /// `settled`: layers that an earlier stage converted and trained, in their places from the first step.
     ///
     /// # Errors
-    /// As [`KdConfig::fits`].
+    /// As [`KdConfig::fits`] and [`KdConfig::fits_stored`].
     pub fn new(
-        teacher: Lm,
-        teacher_hash: String,
+        teacher: Teacher,
         parts: &Parts,
         settled: &[usize],
         config: KdConfig,
         place: &Place,
     ) -> Result<Self> {
         let student = &parts.config;
-        config.fits(&teacher.config, student)?;
+        match &teacher {
+            Teacher::Model { lm, .. } => config.fits(&lm.config, student)?,
+            Teacher::Stored(stored) => config.fits_stored(&stored.about, student)?,
+        }
         let (converted, stepwise) = (student.converted(), config.schedule == Schedule::Stepwise);
         let is_late = |i: &usize| stepwise && !settled.contains(i);
         let late = converted.iter().copied().filter(is_late).collect();
         let trained = config.trains(student);
         Ok(Self {
             teacher,
-            teacher_hash,
             student: Student::new(parts, trained, place)?,
             placed: 0,
             late,
@@ -239,13 +264,16 @@ impl Kd {
         })
     }
 
-    pub(super) fn teacher(&self) -> &Lm {
+    pub(super) fn teacher(&self) -> &Teacher {
         &self.teacher
     }
 
     #[cfg(test)]
-    pub fn exchange_teacher(&mut self, teacher: Lm) {
-        self.teacher = teacher;
+    pub fn exchange_teacher(&mut self, teacher: crate::model::Lm) {
+        self.teacher = Teacher::Model {
+            lm: Box::new(teacher),
+            hash: self.teacher.hash(),
+        };
     }
 
     /// What it is told to do, as recipes spell it.
@@ -256,7 +284,7 @@ impl Kd {
     pub(super) fn identity(&self) -> Result<serde_json::Value> {
         Ok(serde_json::json!({
             "stage": "kd",
-            "teacher": self.teacher_hash,
+            "teacher": self.teacher.hash(),
             "student": self.student.hash()?,
             "late": self.late,
             "kd": self.config,
@@ -283,13 +311,14 @@ impl Kd {
         } = self;
         let ids = ids(batch, student.lm.device())?;
         let mut laps = Laps::new();
-        let taught = teacher.hidden(&ids, Some(&batch.documents))?;
+        let taught = teacher.read(batch, &ids)?;
         let teacher_forward = ("teacher forward", laps.lap());
         // The teacher's layers stand where the student's have not come yet.
         let waiting = &late[*placed..];
-        let stand_in = |i: usize| waiting.contains(&i).then(|| &teacher.layers[i]);
+        let layers = teacher.lm().map_or(&[][..], |lm| &lm.layers);
+        let stand_in = |i: usize| layers.get(i).filter(|_| waiting.contains(&i));
         let loss = |range: Range<usize>, logits: &Tensor| {
-            let target = teacher.logits(&taught, &range)?;
+            let target = taught.target(&range)?;
             let mut summands = Vec::new();
             if config.kl_weight > 0.0 {
                 let share = match config.mask_prompts {
@@ -331,6 +360,7 @@ mod tests {
     use super::*;
     use crate::op::Documents;
     use crate::op::laws::random;
+    use crate::op::loss::{likeliest, with_rest};
 
     /// Every variant's loss, through its own code path, against finite differences in f64.
     #[test]
@@ -376,12 +406,23 @@ mod tests {
                 ..plain
             });
         }
-        for config in variants {
+        let stored = |teacher: &Tensor| {
+            let rows = teacher.to_dtype(DType::F32).unwrap();
+            let rows = rows.to_vec2::<f32>().unwrap();
+            let tokens: Vec<u32> = rows.iter().flat_map(|row| likeliest(row, 5)).collect();
+            let logits = with_rest(teacher, &tokens).unwrap();
+            Target::Likeliest { tokens, logits }
+        };
+        let both = |config| [(config, false), (config, true)];
+        for (config, is_stored) in variants.into_iter().flat_map(both) {
             let loss = |x: &Tensor| -> Tensor {
                 // In two pieces, as logits come.
                 let piece = |range: Range<usize>| {
                     let of = |x: &Tensor| x.narrow(0, range.start, range.len()).unwrap();
-                    let (teacher, x) = (of(&teacher), of(x));
+                    let (teacher, x) = match is_stored {
+                        true => (stored(&of(&teacher)), of(x)),
+                        false => (Target::Whole(of(&teacher)), of(x)),
+                    };
                     let kl = config
                         .divergence(&teacher, &x, &batch, range.clone())
                         .unwrap();
@@ -409,7 +450,7 @@ mod tests {
                 let slope = (at(i, 1e-5) - at(i, -1e-5)) / 2e-5;
                 assert!(
                     (slope - grad).abs() < 1e-7,
-                    "{config:?} [{i}]: {grad} for {slope}"
+                    "{config:?} {is_stored} [{i}]: {grad} for {slope}"
                 );
             }
         }

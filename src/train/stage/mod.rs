@@ -167,7 +167,7 @@ impl<'a> Stage<'a> {
         let student = self.student().map(|student| ("student", student));
         let teacher = match self {
             Stage::Ild(s, _) => Some(s.teacher()),
-            Stage::Kd(s, _) => Some(s.teacher()),
+            Stage::Kd(s, _) => s.teacher().lm(),
             Stage::Dpo(..) | Stage::Pretrain(..) => None,
         };
         let teacher = teacher.map(|teacher| ("teacher", teacher));
