@@ -150,9 +150,12 @@ fn recipes_plan_without_data() {
     }
     assert_eq!(output.status.code(), Some(2));
     assert!(!out.exists());
-    // Carried out, it asks for the same.
+    // Carried out, it asks for the same; before that it may say that memory will not do.
     let said = fails(2, &["run", recipe, "--out", text(&out)]);
-    assert_eq!(said, String::from_utf8_lossy(&output.stderr));
+    assert!(
+        said.ends_with(&*String::from_utf8_lossy(&output.stderr)),
+        "{said}"
+    );
     assert!(
         said.contains("llama-3.2-3b") && said.contains("safetensors"),
         "{said}"

@@ -210,8 +210,8 @@ pub fn check_cuda(
         (DType::BF16, 0),
         (DType::BF16, 1),
     ] {
-        // bf16 keeps 8 bits; the laws of f32 are those of the CPU's kernels.
-        let tolerance = if dtype == DType::BF16 { 4e-3 } else { 1e-5 };
+        // bf16 keeps 8 bits, and some operations round in between; the laws of f32 are those of the CPU's kernels.
+        let tolerance = if dtype == DType::BF16 { 6e-3 } else { 1e-5 };
         let emulated = match device().is_cpu() {
             true => match Emulated::of(folder, skew) {
                 None => return,
