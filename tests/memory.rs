@@ -44,8 +44,7 @@ kv_lora_rank = 16
 qk_rope_head_dim = 8
 "#;
 
-/// A small model with all that it has, one with mixers alone and moments in 8 bits in portions, and one that is mostly weights, which
-/// follows AdamW or GaLore.
+/// A small model with all that it has, one with mixers alone and moments in 8 bits in portions, and one that is mostly weights.
 #[test]
 #[cfg(target_os = "linux")]
 fn runs_take_what_was_predicted() {
@@ -73,11 +72,6 @@ fn runs_take_what_was_predicted() {
             "weights",
             teacher.as_str(),
             "[[kd]]\ntrain = { steps = 2, batch_size = 2 }",
-        ),
-        (
-            "galore",
-            teacher.as_str(),
-            "[[kd]]\ntrain = { steps = 2, batch_size = 2, optimizer = \"galore\" }",
         ),
     ] {
         let recipe = at(&format!("{name}.toml"));

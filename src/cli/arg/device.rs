@@ -6,8 +6,16 @@ use crate::weights::{Frozen, Place};
 use crate::{Error, Result};
 
 /// Why `auto` leaves an accelerator alone.
-const NO_KERNELS: &str = "not all of its kernels are written yet, and the plain versions that stand in for them \
-    are slow and large (that of SSD: about 410 GB for a 1B hybrid at 8 x 2,048 tokens)";
+/// Why a device is not taken unasked.
+fn reserve(device: &str) -> &'static str {
+    match device.starts_with("cuda") {
+        true => "its kernels have run on an emulator only, on no GPU yet",
+        false => {
+            "it has no kernels yet, and the plain versions that stand in for them are slow and large (that of SSD: about 410 GB for a 1B \
+             hybrid at 8 x 2,048 tokens)"
+        }
+    }
+}
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct DeviceArg {
@@ -35,7 +43,7 @@ impl DeviceArg {
             }
             "cpu" => Ok(Device::Cpu),
             "metal" if cfg!(feature = "metal") => {
-                tracing::warn!("--device metal: {NO_KERNELS}");
+                tracing::warn!("--device metal: {}", reserve("metal"));
                 Device::new_metal(0).map_err(|e| Error::invalid(format!("--device metal: {e}")))
             }
             "metal" => Err(not_built("metal")),
@@ -53,7 +61,7 @@ impl DeviceArg {
                 if !cfg!(feature = "cuda") {
                     return Err(not_built("cuda"));
                 }
-                tracing::warn!("--device {other}: {NO_KERNELS}");
+                tracing::warn!("--device {other}: {}", reserve(other));
                 cuda(index).map_err(|e| Error::invalid(format!("--device {other}: {e}")))
             }
         }
@@ -79,9 +87,8 @@ fn not_built(feature: &str) -> Error {
 /// What `auto` takes, and what is to be said where it leaves an accelerator idle.
 fn automatic(idle: Option<&str>) -> (Device, Option<String>) {
     let said = idle.map(|idle| {
-        format!(
-            "computing on the CPU, not on {idle}: {NO_KERNELS}; --device {idle} takes it anyway"
-        )
+        let why = reserve(idle);
+        format!("computing on the CPU, not on {idle}: {why}; --device {idle} takes it anyway")
     });
     (Device::Cpu, said)
 }
