@@ -19,6 +19,7 @@ mod clip;
 mod config;
 pub mod cost;
 mod events;
+mod json_lines;
 pub mod optimizer;
 pub mod params;
 mod recovery;

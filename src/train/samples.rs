@@ -1,15 +1,15 @@
 //! What the student writes while it learns: a look at it, beside its figures. `samples.jsonl` has a line for every save and the end.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::json_lines::{line, read_lines};
+use crate::Result;
 use crate::checkpoint;
 use crate::data::{Batches, Tokenizer};
 use crate::model::Lm;
-use crate::{Error, Result};
 
 /// Tokens of the training text that a sample begins with, and that the student goes on with.
 const PROMPT: usize = 16;
@@ -85,8 +85,7 @@ impl Samples {
 
     /// All of them, whole.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let line = |sample| serde_json::to_string(sample).expect("numbers and texts serialise");
-        let lines: String = self.all.iter().map(|sample| line(sample) + "\n").collect();
+        let lines: String = self.all.iter().map(line).collect();
         match self.all.is_empty() {
             true => Ok(()),
             false => checkpoint::write_atomic(path, lines.as_bytes()),
@@ -108,12 +107,5 @@ fn most_probable(student: &Lm, ids: &[u32]) -> Result<u32> {
 /// # Errors
 /// A file that cannot be read.
 pub fn read_samples(path: &Path) -> Result<Vec<Sample>> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    let lines = text.lines();
-    Ok(lines
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect())
+    read_lines(path)
 }

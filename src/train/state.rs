@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::events::Events;
+use super::json_lines::{line, read_lines};
 use super::params::Saved;
 use super::samples::Samples;
 use super::stage::Stage;
@@ -348,21 +349,10 @@ fn read_state(path: &Path, key: &Key, stage: &mut Stage) -> Result<Option<(u64, 
     Ok(Some((step, groups)))
 }
 
-fn line(metrics: &StepMetrics) -> String {
-    serde_json::to_string(metrics).expect("numbers and names serialise") + "\n"
-}
-
-/// The steps of a run; a line that is no step was cut off by a crash, after the last save.
+/// The steps of a run.
 ///
 /// # Errors
 /// A file that cannot be read.
 pub fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    let lines = text.lines();
-    Ok(lines
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect())
+    read_lines(path)
 }
