@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Output, Stdio};
 
-use crate::cli::command;
+use crate::program::command;
 
 const TEACHER: &str = "assets/teacher";
 /// What was said, one after the other: the embedded teacher knows stories only.

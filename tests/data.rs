@@ -1,6 +1,6 @@
 //! What a run learned from is said beside it, and can be learned from again.
 
-use crate::cli::{fails, succeeds, text};
+use crate::program::{fails, succeeds, text};
 
 fn words(line: &str) -> Vec<&str> {
     line.split_whitespace().collect()

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::cli::{fails, succeeds};
+use crate::program::{fails, succeeds};
 
 const TEACHER: &str = "assets/teacher";
 const DATA: &str = "tests/golden/harness/data";

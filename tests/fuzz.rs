@@ -76,8 +76,14 @@ fn gguf_of_a_hybrid() -> Vec<u8> {
         std::fs::write(root.path().join(name), bytes).unwrap();
     }
     let out = root.path().join("x.gguf");
-    let from = crate::cli::text(root.path());
-    crate::cli::succeeds(&["export", from, crate::cli::text(&out), "--format", "gguf"]);
+    let from = crate::program::text(root.path());
+    crate::program::succeeds(&[
+        "export",
+        from,
+        crate::program::text(&out),
+        "--format",
+        "gguf",
+    ]);
     std::fs::read(out).unwrap()
 }
 

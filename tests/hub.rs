@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::cli::{TEACHER, command, fails, text};
+use crate::program::{TEACHER, command, fails, text};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::CommandFactory;
 use serde_json::Value;
 
-use crate::cli::{TEACHER, fails, succeeds, text, zebroid};
+use crate::program::{TEACHER, fails, succeeds, text, zebroid};
 
 fn json(args: &[&str]) -> Value {
     serde_json::from_str(&succeeds(args)).unwrap()

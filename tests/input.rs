@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::cli::{TEACHER, command, fails, succeeds, text};
+use crate::program::{TEACHER, command, fails, succeeds, text};
 
 /// Files that no command can use, and what is said of each.
 fn furnish(folder: &Path) -> [(String, &'static str); 6] {

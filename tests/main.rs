@@ -1,4 +1,4 @@
-//! The one integration-test binary. Tests that need the shared reference material look for it in
+//! The integration tests, but for `memory.rs`, which runs alone. Tests that need the shared reference material look for it in
 //! `ZEBROID_SHARED` or `../shared`; where it is absent (`build.rs` finds out) they are counted as ignored.
 
 mod arrows;
@@ -13,11 +13,11 @@ mod hub;
 mod info;
 mod input;
 mod kernels;
-mod memory;
 mod output;
 mod page;
 mod pipeline;
 mod processors;
+mod program;
 mod readme;
 mod recipes;
 mod runs;

@@ -8,7 +8,7 @@ use std::process::Stdio;
 
 use clap::CommandFactory;
 
-use crate::cli::{command, succeeds};
+use crate::program::{command, succeeds};
 
 const RECIPE: &str = r#"
 teacher = "embedded"

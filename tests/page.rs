@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::cli::{TEACHER, command, succeeds, text};
+use crate::program::{TEACHER, command, succeeds, text};
 
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}";
 const KEY: &str = "zb-page";

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::cli::{command, succeeds, zebroid};
+use crate::program::{command, succeeds, zebroid};
 
 const TEACHER: &str = "assets/teacher";
 

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use crate::cli::command;
+use crate::program::command;
 
 const PROMPT: [&str; 7] = [
     "generate",

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::cli::succeeds;
+use crate::program::succeeds;
 
 /// `(rope_scaling of the teacher, FACTOR,WINDOW of the MLA layers)` → the recipes that have them.
 fn settings() -> BTreeMap<(String, String), Vec<String>> {

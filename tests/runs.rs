@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::cli::{TEACHER, fails, succeeds, text};
+use crate::program::{TEACHER, fails, succeeds, text};
 
 fn json(words: &[&str]) -> serde_json::Value {
     serde_json::from_str(&succeeds(words)).unwrap()

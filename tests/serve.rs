@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::cli::{TEACHER, command, fails, succeeds, text};
+use crate::program::{TEACHER, command, fails, succeeds, text};
 
 /// A server that is stopped when the test is over.
 pub struct Served {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::cli::{TEACHER, command, fails, succeeds, text};
+use crate::program::{TEACHER, command, fails, succeeds, text};
 use crate::serve::Served;
 
 fn words(line: &str) -> Vec<&str> {

@@ -11,7 +11,7 @@ use zebroid::eval::harness::{HarnessConfig, Source, run_task};
 use zebroid::eval::task::find;
 use zebroid::watch::Quiet;
 
-use crate::cli::{fails, succeeds, zebroid};
+use crate::program::{fails, succeeds, zebroid};
 use zebroid::weights::Place;
 
 const TEACHER: &str = "assets/teacher";

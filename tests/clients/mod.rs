@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Map, Value, json};
 
-use crate::cli::{TEACHER, succeeds, text};
+use crate::program::{TEACHER, succeeds, text};
 use crate::serve::Served;
 
 /// Made by `openai_client.py --record`.

@@ -8,7 +8,7 @@ use zebroid::data::Tokenizer;
 use zebroid::eval::parity::max_difference;
 use zebroid::weights::Place;
 
-use crate::cli::{fails, succeeds};
+use crate::program::{fails, succeeds};
 
 const TEACHER: &str = "assets/teacher";
 

@@ -123,7 +123,7 @@ fn a_hybrid_equals_lm_evaluation_harness() {
     let place = hybrid.to_str().unwrap();
     let plan = "--init published --seed 1 --mla 1 --kv-rank 16 --rope-dim 8";
     let args = ["compose", "assets/teacher", place].into_iter();
-    crate::cli::succeeds(&args.chain(plan.split(' ')).collect::<Vec<_>>());
+    crate::program::succeeds(&args.chain(plan.split(' ')).collect::<Vec<_>>());
     let data = Path::new(FOLDER).join("data");
     compare("embedded-hybrid", &hybrid, &data, None, None);
     compare("embedded-hybrid-fewshot", &hybrid, &data, None, Some(LONG));
