@@ -1,8 +1,9 @@
 //! The program as a person meets it: exit codes and messages for bad input.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use crate::program::{TEACHER, command, fails, succeeds, text, zebroid};
+use crate::program::{TEACHER, fails, succeeds, text, zebroid};
 
 /// A copy of the embedded teacher, to be damaged.
 fn copy(folder: &Path) -> PathBuf {
