@@ -1,21 +1,20 @@
 //! safetensors files, distrusted: headers are checked against the file before a tensor is made.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::{fmt, fs};
 
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors, View};
-use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
+use super::json;
 use crate::atomic::write_atomic_with;
 use crate::mapped::map;
 use crate::op::linear::{Matrix, Storage, Stored};
@@ -42,10 +41,8 @@ impl TensorFile {
         })?;
         let data_start = size_of::<u64>() + header_len;
         // The parser above keeps the last of two tensors with one name and forgets the other.
-        serde_json::from_slice::<Distinct<Distinct<IgnoredAny>>>(
-            &map[size_of::<u64>()..data_start],
-        )
-        .map_err(|e| Error::file(path, format!("the header {e}; write the file again")))?;
+        json::distinct(&map[size_of::<u64>()..data_start])
+            .map_err(|e| Error::file(path, format!("the header {e}; write the file again")))?;
         Ok(Self {
             path: path.to_owned(),
             data_start,
@@ -152,35 +149,6 @@ impl<W: Write> Write for Summed<W> {
 
     fn flush(&mut self) -> std::io::Result<()> {
         self.inner.flush()
-    }
-}
-
-/// A JSON object that names nothing twice; its values are read as `V` and dropped.
-struct Distinct<V>(PhantomData<V>);
-
-impl<'de, V: Deserialize<'de>> Deserialize<'de> for Distinct<V> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Self(PhantomData))
-    }
-}
-
-impl<'de, V: Deserialize<'de>> Visitor<'de> for Distinct<V> {
-    type Value = Self;
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
-        let mut seen = HashSet::new();
-        while let Some(name) = map.next_key::<String>()? {
-            if seen.contains(&name) {
-                return Err(de::Error::custom(format!("names {name} twice")));
-            }
-            seen.insert(name);
-            map.next_value::<V>()?;
-        }
-        Ok(self)
     }
 }
 

@@ -5,7 +5,6 @@
 //! ([`amd`]) and our own, whose `config.json` is [`ModelConfig`].
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -23,7 +22,7 @@ mod card;
 mod family;
 mod files;
 mod gguf;
-
+mod json;
 mod lock;
 mod output;
 mod provenance;
@@ -48,6 +47,7 @@ pub use store::{Kept, Key, Store, keep, kept, kept_in_place};
 use crate::gguf::Gguf;
 use files::TensorFiles;
 use gguf::GgufFile;
+use json::read_json;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -307,11 +307,6 @@ fn own(path: &Path, value: serde_json::Value) -> Result<ModelConfig> {
     let config: ModelConfig = serde_json::from_value(value).map_err(|e| Error::file(path, e))?;
     config.validate().map_err(|e| Error::file(path, e))?;
     Ok(config)
-}
-
-fn read_json(path: &Path) -> Result<serde_json::Value> {
-    let text = fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
-    serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not JSON: {e}")))
 }
 
 /// Fields of a JSON object, with errors that name them.

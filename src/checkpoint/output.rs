@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::bank;
 use super::files::INDEX;
 use super::provenance::{CARD, RECORD};
-use crate::atomic::{parent, private};
+use crate::atomic::{parent, private, remove_stale};
 use crate::gguf::Gguf;
 use crate::{Error, Result};
 
@@ -45,6 +45,7 @@ pub fn check_output(out: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
     replaceable(out, force)?;
     let parent = parent(out);
     fs::create_dir_all(&parent).map_err(Error::io("cannot create", &parent))?;
+    remove_stale(&parent);
     private(".zebroid-")
         .tempfile_in(&parent)
         .map(drop)

@@ -104,7 +104,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             match (args.json, runs.is_empty()) {
                 (true, _) => print_json(&runs),
                 (false, true) => print(format_args!("no runs in {}\n", args.folder.display())),
-                (false, false) => print(listed(&runs)),
+                (false, false) => {
+                    runs.iter().flat_map(|run| &run.error).for_each(note);
+                    print(listed(&runs))
+                }
             }
         }
     }?;
@@ -126,6 +129,7 @@ fn row(run: &Run) -> Vec<String> {
     let done = match run.state {
         State::Finished => run.step.or(run.steps),
         State::Running | State::Stopped => Some(run.step.unwrap_or(0)),
+        State::Broken => None,
     };
     let steps = match (done, run.steps) {
         (Some(done), Some(steps)) if done != steps => format!("{done}/{steps}"),
@@ -150,6 +154,7 @@ fn state(state: State) -> &'static str {
         State::Finished => "finished",
         State::Running => "running",
         State::Stopped => "stopped",
+        State::Broken => "broken",
     }
 }
 

@@ -23,6 +23,11 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    // Nothing is replaced here, as there is no --force.
+    if args.out.symlink_metadata().is_ok() {
+        let message = "already exists; choose another folder, or remove this one";
+        return Err(Error::file(&args.out, message).into());
+    }
     check_output(&args.out, false, &[])?;
     write(&args)?;
     print(format_args!("written to {}\n", args.out.display()))?;

@@ -1,6 +1,6 @@
 //! A tokenizer in a GGUF's metadata, to and from `tokenizer.json`: SentencePiece's BPE (`llama`) and byte-level BPE (`gpt2`).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::{Value as Json, json};
 
@@ -320,12 +320,24 @@ pub fn write(
             )
         }));
     } else {
-        out.push((
-            "tokenizer.ggml.pre",
-            Value::Text(words(&json["pre_tokenizer"])?.into()),
-        ));
+        let name = words(&json["pre_tokenizer"])?;
+        let whole = WORDS
+            .iter()
+            .any(|(known, _, whole)| *known == name && *whole);
+        let spelled = match model["ignore_merges"] == true && !whole {
+            true => {
+                let words = tokens
+                    .iter()
+                    .zip(&kinds)
+                    .filter(|(_, kind)| **kind == NORMAL);
+                spelled(words.map(|(word, _)| word), &merges)
+            }
+            false => Vec::new(),
+        };
+        out.push(("tokenizer.ggml.pre", Value::Text(name.into())));
         let merges = merges
             .iter()
+            .chain(&spelled)
             .map(|(left, right)| Value::Text(format!("{left} {right}")));
         out.push(("tokenizer.ggml.merges", Value::Array(merges.collect())));
     }
@@ -352,6 +364,29 @@ pub fn write(
     out.push(("tokenizer.ggml.add_bos_token", Value::Bool(begins)));
     out.push((WHOLE, Value::Text(json.to_string())));
     Ok(out)
+}
+
+/// Merges that put words together a character at a time: those that a tokenizer takes whole (`ignore_merges`) and no merge of its own
+/// makes. llama.cpp takes words whole for llama-bpe alone. First come the words behind a space: no other begins as they do, so nothing
+/// inside of them is put together before them. A text of known words is cut alike then; of an unknown one, what is a known word at its
+/// beginning is one token to llama.cpp.
+fn spelled<'a>(
+    words: impl Iterator<Item = &'a String>,
+    merges: &[(String, String)],
+) -> Vec<(String, String)> {
+    const SPACE: char = 'Ġ';
+    let made = merges.iter().map(|(left, right)| format!("{left}{right}"));
+    let made: HashSet<String> = made.collect();
+    let mut words: Vec<&String> = words.filter(|word| !made.contains(*word)).collect();
+    words.sort_by_key(|word| !word.starts_with(SPACE));
+    let steps = words.iter().flat_map(|word| {
+        let inner = word.char_indices().skip(1);
+        inner.map(|(at, c)| (&word[..at], &word[at..at + c.len_utf8()]))
+    });
+    let mut seen = HashSet::new();
+    let new = steps.filter(|step| seen.insert(*step));
+    new.map(|(left, right)| (left.to_owned(), right.to_owned()))
+        .collect()
 }
 
 /// llama.cpp's name for how words are cut.

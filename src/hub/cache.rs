@@ -117,7 +117,7 @@ impl Folder {
                 Err(TryLockError::WouldBlock) if watch.stop() => return Err(Failure::Interrupted),
                 Err(TryLockError::WouldBlock) => {
                     if !told {
-                        watch.note("waiting for another process that downloads the same file");
+                        watch.note("waiting for another download of the same file");
                     }
                     told = true;
                     sleep(Duration::from_millis(100));

@@ -9,7 +9,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::cache::make_parent;
-use super::http::{ATTEMPTS, Ask, Client, Failure, header};
+use super::http::{ATTEMPTS, Ask, Client, Failure, Patience, header};
 use crate::Error;
 use crate::watch::Watch;
 
@@ -135,7 +135,7 @@ pub(super) fn download(
     client: &Client,
     announced: &Announced,
     blob: &Path,
-    told: &dyn Fn(u64),
+    told: &(dyn Fn(u64) + Sync),
     watch: &dyn Watch,
 ) -> Result<(), Failure> {
     let mut name = blob.as_os_str().to_owned();
@@ -177,7 +177,7 @@ fn receive(
     client: &Client,
     announced: &Announced,
     partial: &mut Partial,
-    told: &dyn Fn(u64),
+    told: &(dyn Fn(u64) + Sync),
     watch: &dyn Watch,
 ) -> Result<(), Failure> {
     let mut buffer = vec![0; BUFFER];
@@ -188,7 +188,7 @@ fn receive(
             url: &announced.url,
             head: false,
             from: partial.bytes,
-            attempts: ATTEMPTS,
+            patience: Patience::Long,
         };
         let response = client.send(ask, watch)?;
         let goes_on = response.status().as_u16() == 206
@@ -228,8 +228,8 @@ fn receive(
         farthest = farthest.max(partial.bytes);
         if in_vain >= ATTEMPTS {
             return Err(Failure::Unreachable(format!(
-                "{why} after {} of {} bytes of {}, which are kept",
-                partial.bytes, announced.size, announced.file
+                "{why} after {} of {} bytes, which are kept",
+                partial.bytes, announced.size
             )));
         }
         tracing::info!(

@@ -24,7 +24,7 @@ pub(crate) struct Repo {
     pub gated: bool,
 }
 
-/// What goes wrong, once each.
+/// What goes wrong.
 #[derive(Default)]
 pub(crate) struct Faults {
     /// The content network closes the connection after so many bytes.
@@ -33,6 +33,12 @@ pub(crate) struct Faults {
     pub damaged: usize,
     /// The hub answers 503 so many times.
     pub busy: usize,
+    /// The content network answers nobody before so many have asked it at once, or 5 seconds are over.
+    pub together: usize,
+    /// It sends little at a time once a MiB has gone out.
+    pub slow: bool,
+    /// It has not this file any more, by its etag, and takes half a second to say so.
+    pub gone: Option<String>,
 }
 
 /// A request as it came.
@@ -50,6 +56,9 @@ struct State {
     faults: Faults,
     asked: Vec<Asked>,
     cdn: String,
+    /// Questions to the content network without an answer, now and at most.
+    open: usize,
+    most_open: usize,
 }
 
 #[derive(Clone)]
@@ -141,6 +150,11 @@ impl FakeHub {
         self.lock().faults = faults;
     }
 
+    /// Files that were asked of the content network at once.
+    pub fn most_at_once(&self) -> usize {
+        self.lock().most_open
+    }
+
     /// What was asked since the last call.
     pub fn asked(&self) -> Vec<Asked> {
         std::mem::take(&mut self.lock().asked)
@@ -186,7 +200,7 @@ fn answer(status: &'static str, headers: &[(&'static str, String)], body: Vec<u8
     }
 }
 
-fn talk(mut stream: &TcpStream, state: &Mutex<State>, reply: fn(&mut State, &Asked) -> Answer) {
+fn talk(mut stream: &TcpStream, shared: &Mutex<State>, reply: fn(&mut State, &Asked) -> Answer) {
     let lines = BufReader::new(stream).lines().map_while(Result::ok);
     let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
     let Some(first) = head.first() else { return };
@@ -200,10 +214,17 @@ fn talk(mut stream: &TcpStream, state: &Mutex<State>, reply: fn(&mut State, &Ask
         token: value("authorization"),
         range: value("range"),
     };
-    let mut state = state.lock().unwrap();
+    let mut state = shared.lock().unwrap();
     let answer = reply(&mut state, &asked);
     state.asked.push(asked.clone());
+    let slow = state.faults.slow;
     drop(state);
+    if asked.line.contains("/cdn/") {
+        wait_for_others(shared);
+        if answer.status.starts_with("404") {
+            thread::sleep(Duration::from_millis(500));
+        }
+    }
     let mut text = format!("HTTP/1.1 {}\r\nconnection: close\r\n", answer.status);
     for (name, value) in &answer.headers {
         text += &format!("{name}: {value}\r\n");
@@ -211,8 +232,32 @@ fn talk(mut stream: &TcpStream, state: &Mutex<State>, reply: fn(&mut State, &Ask
     text += &format!("content-length: {}\r\n\r\n", answer.body.len());
     let _ = stream.write_all(text.as_bytes());
     if asked.line.starts_with("GET ") {
-        let _ = stream.write_all(&answer.body[..answer.sent]);
+        let (first, rest) = answer.body[..answer.sent].split_at(answer.sent.min(1 << 20));
+        let _ = stream.write_all(first);
+        for piece in rest.chunks(1 << 12) {
+            if slow {
+                thread::sleep(Duration::from_millis(5));
+            }
+            if stream.write_all(piece).is_err() {
+                return;
+            }
+        }
     }
+}
+
+fn wait_for_others(shared: &Mutex<State>) {
+    let mut state = shared.lock().unwrap();
+    state.open += 1;
+    state.most_open = state.most_open.max(state.open);
+    for _ in 0..500 {
+        if state.most_open >= state.faults.together {
+            break;
+        }
+        drop(state);
+        thread::sleep(Duration::from_millis(10));
+        state = shared.lock().unwrap();
+    }
+    state.open -= 1;
 }
 
 fn refused(status: &'static str, code: &str) -> Answer {
@@ -320,6 +365,9 @@ fn content(state: &mut State, asked: &Asked) -> Answer {
     if state.faults.damaged > 0 {
         state.faults.damaged -= 1;
         bytes[0] ^= 1;
+    }
+    if state.faults.gone.as_deref() == Some(tag) {
+        return refused("404 Not Found", "");
     }
     let mut answer = part(asked, &bytes, &[]);
     if !state.faults.cut.is_empty() {

@@ -45,7 +45,28 @@ pub(super) struct Ask<'a> {
     pub head: bool,
     /// First byte.
     pub from: u64,
-    pub attempts: u32,
+    pub patience: Patience,
+}
+
+/// When a hub is asked again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// Never: what is kept will do.
+    None,
+    /// When it is busy, but not when it cannot be reached: what it is asked for may be no more than a mistyped path.
+    Short,
+    /// When it cannot be reached, too: it was there a moment ago.
+    Long,
+}
+
+impl Patience {
+    /// With the first question about a repository.
+    pub fn first(is_kept: bool) -> Self {
+        match is_kept {
+            true => Self::None,
+            false => Self::Short,
+        }
+    }
 }
 
 pub(super) struct Client {
@@ -101,9 +122,12 @@ impl Client {
                         });
                     }
                 },
+                Err(error) if ask.patience != Patience::Long => {
+                    return Err(Failure::Unreachable(error.to_string()));
+                }
                 Err(error) => (error.to_string(), None),
             };
-            if attempt >= ask.attempts {
+            if attempt >= ATTEMPTS || ask.patience == Patience::None {
                 return Err(Failure::Unreachable(why));
             }
             tracing::info!("{}: {why}; asking again", ask.url);

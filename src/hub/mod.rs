@@ -6,10 +6,10 @@
 //! pandas, Polars and DuckDB read, and which no path to a file looks like; a data set without a file is its split train, in the parquet
 //! files that the hub makes of it. A path that exists goes before an id.
 
-use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -24,6 +24,7 @@ mod download;
 pub(crate) mod fake_tests;
 mod http;
 mod id;
+mod pool;
 #[cfg(test)]
 mod tests;
 
@@ -31,7 +32,7 @@ pub use id::{Id, Kind};
 
 use cache::{Folder, is_commit};
 use download::{Announced, download};
-use http::{ATTEMPTS, Ask, Client, Failure, escaped, header};
+use http::{Ask, Client, Failure, Patience, escaped, header};
 
 /// What of a model is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,8 +238,8 @@ impl Hub {
         if let Some(path) = kept.as_ref().filter(|_| is_commit(&id.revision)) {
             return Ok(path.clone());
         }
-        let attempts = if kept.is_some() { 1 } else { ATTEMPTS };
-        let announced = self.announced(id, &id.revision, file, attempts, watch);
+        let patience = Patience::first(kept.is_some());
+        let announced = self.announced(id, &id.revision, file, patience, watch);
         let (commit, announced) = match (announced, kept) {
             (Ok(found), _) => found,
             (Err(Failure::Unreachable(why)), Some(path)) => {
@@ -356,8 +357,7 @@ impl Hub {
             url: &url,
             head: false,
             from: 0,
-            // What is kept is not long waited with.
-            attempts: if kept.is_some() { 1 } else { ATTEMPTS },
+            patience: Patience::first(kept.is_some()),
         };
         let answer = match self.offline {
             true => Err(Failure::Unreachable(OFFLINE.into())),
@@ -399,7 +399,7 @@ impl Hub {
         id: &Id,
         revision: &str,
         file: &str,
-        attempts: u32,
+        patience: Patience,
         watch: &dyn Watch,
     ) -> Result<(String, Announced), Failure> {
         if self.offline {
@@ -418,7 +418,7 @@ impl Hub {
             url: &url,
             head: true,
             from: 0,
-            attempts,
+            patience,
         };
         let response = self.client().send(ask, watch)?;
         let word = |names: [&str; 2]| names.iter().find_map(|name| header(&response, name));
@@ -452,18 +452,21 @@ impl Hub {
         watch: &dyn Watch,
     ) -> Result<()> {
         let snapshot = folder.snapshot(commit);
-        let mut all = Vec::new();
-        for file in files.iter().filter(|file| !snapshot.join(file).exists()) {
-            let announced = self.announced(id, commit, file, ATTEMPTS, watch);
-            all.push(announced.map_err(|failure| self.said(id, failure))?.1);
-        }
+        let missing = files.iter().filter(|file| !snapshot.join(file).exists());
+        let missing: Vec<&String> = missing.collect();
+        let ask = |file: &&String, watch: &dyn Watch| {
+            let announced = self.announced(id, commit, file, Patience::Long, watch)?;
+            Ok(announced.1)
+        };
+        let all = pool::each(&missing, ask, || {}, watch);
+        let all = all.map_err(|(i, failure)| self.said(&of_file(id, missing[i]), failure))?;
         match all.as_slice() {
             [] => Ok(()),
             all => self.get(id, folder, commit, all, watch),
         }
     }
 
-    /// Downloads a commit's files, in order.
+    /// Downloads a commit's files, several at once. They stand in its folder, in this order, when all are there.
     fn get(
         &self,
         id: &Id,
@@ -475,35 +478,47 @@ impl Hub {
         let all = files.iter().map(|file| file.size).sum::<u64>();
         let all = all.div_ceil(MIB) as usize;
         watch.start(&format!("download {}", id.repo), all);
-        let (client, done, now) = (self.client(), Cell::new(0), Cell::new(0));
-        for announced in files {
-            let told = |bytes: u64| {
-                let mib = ((done.get() + bytes) / MIB) as usize;
-                // A telling a MiB, and not one a read.
-                if now.replace(mib) != mib {
-                    watch.at(mib, &format!("MiB, {}", announced.file));
-                }
-            };
-            let blob = folder.blob(&announced.etag);
-            let fetched =
-                folder
-                    .lock(&announced.etag, watch)
-                    .and_then(|_lock| match blob.exists() {
-                        true => Ok(()),
-                        false => download(&client, announced, &blob, &told, watch),
-                    });
-            fetched.map_err(|failure| match failure {
-                Failure::Interrupted => Error::Interrupted(format!(
-                    "{} of {all} MiB of {} are kept in {}; run the same command again to go on",
-                    now.get(),
-                    id.repo,
-                    folder.root.display()
-                )),
-                other => self.said(id, other),
-            })?;
-            folder.link(&announced.etag, commit, &announced.file)?;
-            done.set(done.get() + announced.size);
-            now.set((done.get() / MIB) as usize);
+        let client = self.client();
+        let came: Vec<_> = files.iter().map(|file| (file, AtomicU64::new(0))).collect();
+        let one = |(file, came): &(&Announced, AtomicU64), watch: &dyn Watch| {
+            let blob = folder.blob(&file.etag);
+            let _lock = folder.lock(&file.etag, watch)?;
+            if !blob.exists() {
+                download(
+                    &client,
+                    file,
+                    &blob,
+                    &|bytes| came.store(bytes, Relaxed),
+                    watch,
+                )?;
+            }
+            came.store(file.size, Relaxed);
+            Ok(())
+        };
+        let kept = || {
+            let bytes = came.iter().map(|(_, came)| came.load(Relaxed));
+            (bytes.sum::<u64>() / MIB) as usize
+        };
+        let mut told = 0;
+        let look = || {
+            let now = kept();
+            // A telling a MiB, and not one a look.
+            if std::mem::replace(&mut told, now) != now {
+                watch.at(now, &under_way(&came));
+            }
+        };
+        let done = pool::each(&came, one, look, watch);
+        done.map_err(|(i, failure)| match failure {
+            Failure::Interrupted => Error::Interrupted(format!(
+                "{} of {all} MiB of {} are kept in {}; run the same command again to go on",
+                kept(),
+                id.repo,
+                folder.root.display()
+            )),
+            other => self.said(&of_file(id, &files[i].file), other),
+        })?;
+        for file in files {
+            folder.link(&file.etag, commit, &file.file)?;
         }
         watch.at(all, "MiB");
         Ok(())
@@ -531,14 +546,20 @@ impl Hub {
 
     /// A failure in words, with the next step.
     fn said(&self, id: &Id, failure: Failure) -> Error {
-        let (repo, noun, endpoint) = (&id.repo, id.noun(), &self.endpoint);
+        let (repo, endpoint) = (&id.repo, &self.endpoint);
+        let noun = format!("{} {repo}", id.noun());
+        let file = id.file.as_ref();
+        let whole = file.map_or(noun.clone(), |file| format!("{noun}, {file}"));
         let page = match id.kind {
             Kind::Model => format!("{endpoint}/{repo}"),
             Kind::Dataset => format!("{endpoint}/datasets/{repo}"),
         };
         // What may have been meant for one.
         let no_path = match id.kind {
-            Kind::Model => format!("no path {repo} is here, and "),
+            Kind::Model => {
+                let path = file.map_or(repo.clone(), |file| format!("{repo}/{file}"));
+                format!("no folder or file {path} is here, and ")
+            }
             Kind::Dataset => String::new(),
         };
         let (status, code, message) = match failure {
@@ -550,13 +571,13 @@ impl Hub {
             }
             Failure::Unreachable(why) if self.offline => {
                 return Error::Unreachable(format!(
-                    "{no_path}{noun} {repo} is not in {}; {why}",
+                    "{no_path}{whole} is not in {}; {why}",
                     self.cache.display()
                 ));
             }
             Failure::Unreachable(why) => {
                 return Error::Unreachable(format!(
-                    "{no_path}{noun} {repo}: {}",
+                    "{no_path}the hub was asked for {whole}: {}",
                     self.unreachable(&why)
                 ));
             }
@@ -572,25 +593,45 @@ impl Hub {
         };
         Error::Invalid(match (code.as_str(), status) {
             ("GatedRepo", _) => format!(
-                "{noun} {repo} is gated: accept its conditions at {page} with your account; {token}"
+                "{noun} is gated: accept its conditions at {page} with your account; {token}"
             ),
             ("RevisionNotFound", _) => format!(
-                "{noun} {repo} has no revision {}: name a branch, a tag or a commit, as {repo}@main",
+                "{noun} has no revision {}: name a branch, a tag or a commit, as {repo}@main",
                 id.revision
             ),
             ("EntryNotFound", _) => format!(
-                "{noun} {repo} has no {} at revision {}: its files are listed at {page}/tree/{}",
+                "{noun} has no {} at revision {}: its files are listed at {page}/tree/{}",
                 id.file.as_deref().unwrap_or("file of this name"),
                 id.revision,
                 id.revision
             ),
             ("RepoNotFound", _) | ("", 401 | 404) => format!(
-                "{no_path}{endpoint} has no {noun} {repo}, or a private one: check the name; {token}"
+                "{no_path}{endpoint} has no {whole}, or a private one: check the name; {token}"
             ),
             _ => format!(
-                "{noun} {repo}: {endpoint} answers {status} {code} {message}: {token}, or name another hub with HF_ENDPOINT"
+                "{whole}: {endpoint} answers {status} {code} {message}: {token}, or name another hub with HF_ENDPOINT"
             ),
         })
+    }
+}
+
+/// The same repository, and this file of it.
+fn of_file(id: &Id, file: &str) -> Id {
+    Id {
+        file: Some(file.to_owned()),
+        ..id.clone()
+    }
+}
+
+/// The files that are coming, in words.
+fn under_way(came: &[(&Announced, AtomicU64)]) -> String {
+    let coming =
+        |(file, came): &&(&Announced, AtomicU64)| (1..file.size).contains(&came.load(Relaxed));
+    let mut coming = came.iter().filter(coming).map(|(file, _)| &file.file);
+    match (coming.next(), coming.count()) {
+        (None, _) => "MiB".to_owned(),
+        (Some(first), 0) => format!("MiB, {first}"),
+        (Some(first), others) => format!("MiB, {first} and {others} more"),
     }
 }
 

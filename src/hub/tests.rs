@@ -146,18 +146,25 @@ fn cut_and_killed_downloads_go_on_where_they_were() {
     }
     let cache = tempfile::tempdir().unwrap();
     let hub = fake.hub(cache.path());
+    fake.fail(Faults {
+        slow: true,
+        ..Faults::default()
+    });
     let stopped = hub.model(&id("org/model"), Part::Whole, &Stops(Cell::new(false)));
     let stopped = stopped.unwrap_err();
     assert_eq!(stopped.exit_code(), 130);
     let said = stopped.to_string();
     assert!(
-        said.contains("1 of 4 MiB of org/model are kept in") && said.contains("same command"),
+        ["1", "2"].map(|n| said.contains(&format!("{n} of 4 MiB of org/model are kept in")))
+            != [false; 2]
+            && said.contains("same command"),
         "{said}"
     );
     let blobs = cache.path().join("models--org--model/blobs");
     let kept = blobs.join(format!("{}.incomplete", sha256(&weights)));
     let came = fs::metadata(&kept).unwrap().len();
-    assert!(came > MIB as u64 / 2);
+    assert!((MIB as u64..3 * MIB as u64).contains(&came));
+    fake.fail(Faults::default());
     fake.asked();
     let folder = whole(&hub, "org/model").unwrap();
     let asked = fake.asked();
@@ -168,6 +175,103 @@ fn cut_and_killed_downloads_go_on_where_they_were() {
     );
     assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights);
     assert!(!kept.exists());
+}
+
+/// `model-1.safetensors`, .., each of other bytes and larger than a MiB, with what names them.
+fn shards(count: usize) -> Vec<(String, Vec<u8>)> {
+    let name = |i| format!("model-{i}.safetensors");
+    let weights = |i| (0..2 * MIB + i).map(move |at| ((at * at + i) >> 7) as u8);
+    let mut files: Vec<_> = (0..count)
+        .map(|i| (name(i), weights(i).collect()))
+        .collect();
+    let places: Vec<String> = (0..count)
+        .map(|i| format!("\"{i}\": \"{}\"", name(i)))
+        .collect();
+    let index = format!("{{\"weight_map\": {{{}}}}}", places.join(", "));
+    files.push(("model.safetensors.index.json".into(), index.into_bytes()));
+    files.push(("config.json".into(), CONFIG.to_vec()));
+    files
+}
+
+fn with(files: &[(String, Vec<u8>)]) -> FakeHub {
+    let files: Vec<(&str, &[u8])> = files
+        .iter()
+        .map(|(n, b)| (n.as_str(), b.as_slice()))
+        .collect();
+    FakeHub::with("org/model", &files)
+}
+
+#[test]
+fn several_files_come_at_once() {
+    let files = shards(6);
+    let fake = with(&files);
+    fake.fail(Faults {
+        together: 4,
+        ..Faults::default()
+    });
+    let cache = tempfile::tempdir().unwrap();
+    let folder = whole(&fake.hub(cache.path()), "org/model").unwrap();
+    assert_eq!(fake.most_at_once(), 4);
+    for (name, bytes) in &files {
+        assert!(fs::read(folder.join(name)).unwrap() == *bytes, "{name}");
+    }
+}
+
+#[test]
+fn a_file_that_fails_leaves_the_others_what_they_have() {
+    let files = shards(3);
+    let fake = with(&files);
+    let cache = tempfile::tempdir().unwrap();
+    let hub = fake.hub(cache.path());
+    fake.fail(Faults {
+        slow: true,
+        gone: Some(sha256(&files[0].1)),
+        ..Faults::default()
+    });
+    let (code, said) = refusal(&hub, "org/model");
+    assert!(code == 2 && said.contains("model-0.safetensors"), "{said}");
+    let blobs = cache.path().join("models--org--model/blobs");
+    let part = |i: usize| blobs.join(format!("{}.incomplete", sha256(&files[i].1)));
+    let came = [1, 2].map(|i| fs::metadata(part(i)).unwrap().len());
+    assert!(
+        came.iter().all(|came| (1..2 * MIB as u64).contains(came)),
+        "{came:?}"
+    );
+    fake.fail(Faults::default());
+    fake.asked();
+    let folder = whole(&hub, "org/model").unwrap();
+    let ranges = fake.asked().into_iter().filter_map(|asked| asked.range);
+    let mut ranges: Vec<String> = ranges.collect();
+    ranges.sort();
+    // Of the hub, and of the content network.
+    ranges.dedup();
+    let mut wanted = came.map(|came| format!("bytes={came}-")).to_vec();
+    wanted.sort();
+    wanted.dedup();
+    assert_eq!(ranges, wanted);
+    for (name, bytes) in &files {
+        assert!(fs::read(folder.join(name)).unwrap() == *bytes, "{name}");
+    }
+}
+
+/// A mistyped path is not waited for; what was begun is.
+#[test]
+fn a_hub_that_is_not_there_is_asked_once() {
+    let cache = tempfile::tempdir().unwrap();
+    let gone = Hub {
+        pause: std::time::Duration::from_secs(5),
+        ..Hub::new("http://127.0.0.1:9", cache.path().to_owned())
+    };
+    let started = std::time::Instant::now();
+    let (code, said) = refusal(&gone, "runs/kd");
+    assert!(started.elapsed().as_secs() < 5);
+    assert!(
+        code == 1
+            && said.starts_with(
+                "no folder or file runs/kd is here, and the hub was asked for model runs/kd: "
+            ),
+        "{said}"
+    );
 }
 
 #[test]
@@ -232,7 +336,11 @@ fn refusals_name_the_next_step() {
             &hub,
             "org/nothing",
             2,
-            &["no path org/nothing", "no model org/nothing", "private"][..],
+            &[
+                "no folder or file org/nothing is here",
+                "no model org/nothing",
+                "private",
+            ][..],
         ),
         (&bare, "org/nothing", 2, &["set HF_TOKEN"]),
         (&hub, "org/model@v9", 2, &["no revision v9"]),

@@ -21,6 +21,8 @@ pub enum State {
     Running,
     /// It goes on when its command is given again.
     Stopped,
+    /// Its files cannot be read; [`Run::error`] says why.
+    Broken,
 }
 
 /// A run, as far as it says what it is: those of older versions have no record.
@@ -47,12 +49,15 @@ pub struct Run {
     pub age_seconds: u64,
     /// On the disk.
     pub bytes: u64,
+    /// What is wrong with a broken one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// Folders below that are searched.
 const DEPTH: usize = 5;
 
-/// All runs in a folder, or the one that it is; newest first.
+/// All runs in a folder, or the one that it is; newest first. One that cannot be read is named as such.
 ///
 /// # Errors
 /// A folder that is not there or cannot be listed.
@@ -66,12 +71,17 @@ pub fn list(folder: &Path) -> Result<Vec<Run>> {
         let inside = path.strip_prefix(folder).unwrap_or(&path);
         let name = result_of(inside).display().to_string();
         match Run::open(&path) {
+            Ok(run) => Some(Run { name, ..run }),
             // It has just ended, or was removed.
             Err(_) if !path.exists() => None,
-            run => Some(run.map(|run| Run { name, ..run })),
+            Err(error) => Some(Run {
+                name,
+                error: Some(error.to_string()),
+                ..Run::bare(&path, State::Broken)
+            }),
         }
     });
-    let mut runs = runs.collect::<Result<Vec<_>>>()?;
+    let mut runs: Vec<Run> = runs.collect();
     runs.sort_by(|a, b| (b.written, &a.name).cmp(&(a.written, &b.name)));
     Ok(runs)
 }
@@ -137,7 +147,6 @@ impl Run {
                 return Err(Error::file(folder, message));
             }
         };
-        let result = result_of(folder);
         let state = match (is_partial(folder), busy(folder)) {
             (false, _) => State::Finished,
             (true, Some(_)) => State::Running,
@@ -150,21 +159,35 @@ impl Run {
         let number = |name: &str| last.as_ref().and_then(|step| step[name].as_f64());
         let count = |name: &str| last.as_ref().and_then(|step| step[name].as_u64());
         let figure = |name: &str| recorded.and_then(|step| step.figures.get(name).copied());
-        let written = written(folder);
         Ok(Self {
-            name: (result.file_name().unwrap_or_default().to_string_lossy()).into_owned(),
-            state,
             stage: recorded.map(|step| step.stage.clone()),
             step: count("step"),
             steps: recorded.and_then(|step| step.steps),
             tokens: count("tokens").or_else(|| recorded.and_then(|step| step.tokens)),
             loss: number("loss").or_else(|| figure("loss")),
             eval_kl: steps.last_with("eval_kl").or_else(|| figure("eval_kl")),
+            ..Self::bare(folder, state)
+        })
+    }
+
+    /// What a folder says without its files being read.
+    fn bare(folder: &Path, state: State) -> Self {
+        let (result, written) = (result_of(folder), written(folder));
+        Self {
+            name: (result.file_name().unwrap_or_default().to_string_lossy()).into_owned(),
+            folder: folder.to_owned(),
+            state,
+            stage: None,
+            step: None,
+            steps: None,
+            tokens: None,
+            loss: None,
+            eval_kl: None,
             age_seconds: written.elapsed().unwrap_or_default().as_secs(),
             written,
             bytes: bytes(folder),
-            folder: folder.to_owned(),
-        })
+            error: None,
+        }
     }
 
     /// # Errors
@@ -402,4 +425,25 @@ fn bytes(folder: &Path) -> u64 {
         _ => 0,
     });
     each.sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_cannot_be_read_hides_no_other() {
+        let root = tempfile::tempdir().unwrap();
+        for (name, record) in [("torn", "{"), ("whole", "{}")] {
+            fs::create_dir(root.path().join(name)).unwrap();
+            fs::write(root.path().join(name).join(RECORD), record).unwrap();
+        }
+        let mut runs = list(root.path()).unwrap();
+        runs.sort_by(|a, b| a.name.cmp(&b.name));
+        let found: Vec<_> = runs.iter().map(|run| (&*run.name, run.state)).collect();
+        assert_eq!(found, [("torn", State::Broken), ("whole", State::Finished)]);
+        let said = runs[0].error.as_ref().unwrap();
+        assert!(said.contains("torn/provenance.json: not JSON"), "{said}");
+        assert_eq!(runs[1].error, None);
+    }
 }

@@ -25,6 +25,7 @@ pub(super) fn checks() -> Vec<Check> {
         .flatten(),
     );
     all.push(writable("cache", &cache, "ZEBROID_CACHE"));
+    all.extend(kept(&cache));
     let mut hub = writable("Hugging Face", &hub, "HF_HOME");
     // Only downloads need it.
     if hub.state == State::Failure {
@@ -182,6 +183,47 @@ fn writable(name: &'static str, folder: &Path, variable: &str) -> Check {
     }
 }
 
+/// Nothing of the cache is removed by itself; more than this is worth a look.
+const LARGE_CACHE: u64 = 20 << 30;
+
+/// What the cache holds: tokens of texts (`data-..`), and what was computed of teachers.
+fn kept(cache: &Path) -> Option<Check> {
+    const NAME: &str = "kept there";
+    let entries = std::fs::read_dir(cache).ok()?.flatten();
+    let (tokens, others): (Vec<_>, Vec<_>) =
+        entries.partition(|entry| entry.file_name().to_string_lossy().starts_with("data-"));
+    let size = |all: &[std::fs::DirEntry]| all.iter().map(|entry| size(&entry.path())).sum();
+    let (tokens, others): (u64, u64) = (size(&tokens), size(&others));
+    let said = format!(
+        "{} of tokenised texts, {} of other results",
+        bytes(tokens as usize),
+        bytes(others as usize)
+    );
+    Some(match tokens + others > LARGE_CACHE {
+        false => Check::ok(NAME, said),
+        true => Check::warning(
+            NAME,
+            said,
+            format!(
+                "What is no longer needed may go, all of it is made anew when it is: rm -r {}/data-*",
+                cache.display()
+            ),
+        ),
+    })
+}
+
+/// Of a file, or of all files in a folder.
+fn size(path: &Path) -> u64 {
+    match std::fs::symlink_metadata(path) {
+        Ok(about) if about.is_dir() => {
+            let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+            entries.map(|entry| size(&entry.path())).sum()
+        }
+        Ok(about) => about.len(),
+        Err(_) => 0,
+    }
+}
+
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
@@ -217,6 +259,24 @@ fn hub_settings() -> Option<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_kept_is_counted() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(kept(&root.path().join("nothing")).is_none());
+        std::fs::create_dir(root.path().join("data-1")).unwrap();
+        for (name, len) in [
+            ("data-1/0.tokens", 3 << 20),
+            ("teacher.safetensors", 1 << 20),
+        ] {
+            std::fs::write(root.path().join(name), vec![0; len]).unwrap();
+        }
+        let found = kept(root.path()).unwrap().found;
+        assert_eq!(
+            found,
+            "3.0 MiB of tokenised texts, 1.0 MiB of other results"
+        );
+    }
 
     #[test]
     fn folders_are_tried_where_they_would_be_made() {

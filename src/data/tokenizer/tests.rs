@@ -187,6 +187,39 @@ fn a_gguf_says_the_same_tokenizer() {
     }
 }
 
+/// llama.cpp puts together what its merges say, here best first; it takes no word whole.
+#[test]
+fn a_gguf_spells_words_that_no_merge_makes() {
+    let embedded = include_bytes!("../../../assets/teacher/tokenizer.json");
+    let json: Value = serde_json::from_slice(embedded).unwrap();
+    let vocab = json["model"]["vocab"].as_object().unwrap();
+    let written = gguf::tokenizer::write(&json, vocab.len(), None, &[]).unwrap();
+    let merges = written
+        .iter()
+        .find(|(key, _)| *key == "tokenizer.ggml.merges");
+    let Some((_, gguf::Value::Array(merges))) = merges else {
+        panic!("no merges");
+    };
+    let place = |left: &str, right: &str| {
+        let merge = gguf::Value::Text(format!("{left} {right}"));
+        merges.iter().position(|known| *known == merge)
+    };
+    let special = |word: &&String| word.starts_with('<') && word.ends_with('>');
+    for word in vocab.keys().filter(|word| !special(word)) {
+        let mut parts: Vec<String> = word.chars().map(String::from).collect();
+        let best = |parts: &[String]| {
+            let pairs = parts.windows(2).enumerate();
+            let ranked = pairs.filter_map(|(at, pair)| Some((place(&pair[0], &pair[1])?, at)));
+            ranked.min().map(|(_, at)| at)
+        };
+        while let Some(at) = best(&parts) {
+            let right = parts.remove(at + 1);
+            parts[at] += &right;
+        }
+        assert_eq!(parts, [word.as_str()]);
+    }
+}
+
 #[test]
 fn what_a_gguf_cannot_say_is_named() {
     let say = |change: fn(&mut Value)| {

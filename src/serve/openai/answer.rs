@@ -370,103 +370,130 @@ async fn kept<S: Shape>(
     apart(move || shape.after(&model, choice, &finish).map(|()| shape)).await
 }
 
-struct Streaming<S> {
-    answers: Answers,
-    shape: Option<S>,
-    events: VecDeque<Event>,
-    include_usage: bool,
-    over: bool,
+/// What is said of answers while they come.
+pub trait Speaker: Send + 'static {
+    /// Before the first of them.
+    fn begin(&mut self, answers: &Answers) -> Vec<Event>;
+    /// Of what came; `None`: all has come.
+    fn say(
+        &mut self,
+        answers: &Answers,
+        told: Option<Told>,
+    ) -> impl Future<Output = Result<Vec<Event>, ApiError>> + Send;
+    /// That it ends here.
+    fn fail(&mut self, error: &ApiError) -> Event;
 }
 
-/// Piece by piece.
-pub fn streamed(answers: Answers, mut shape: impl Shape, include_usage: bool) -> Response {
-    let begun: Vec<Value> = (0..answers.count())
-        .filter_map(|choice| shape.begin(choice))
-        .collect();
-    let mut streaming = Streaming {
-        answers,
-        shape: Some(shape),
-        events: VecDeque::new(),
-        include_usage,
-        over: false,
-    };
-    streaming.say(begun);
-    let events = stream::unfold(streaming, |mut streaming| async move {
-        loop {
-            if let Some(event) = streaming.events.pop_front() {
-                return Some((Ok::<_, Infallible>(event), streaming));
+/// Server-sent events, until all is said or something failed.
+pub fn events(answers: Answers, mut speaker: impl Speaker) -> Response {
+    let begun = VecDeque::from(speaker.begin(&answers));
+    let events = stream::unfold(
+        (answers, speaker, begun, false),
+        |(mut answers, mut speaker, mut events, mut over)| async move {
+            while events.is_empty() && !over {
+                let said = match answers.next().await {
+                    Ok(told) => {
+                        over = told.is_none();
+                        speaker.say(&answers, told).await
+                    }
+                    Err(error) => Err(error),
+                };
+                match said {
+                    Ok(said) => events.extend(said),
+                    Err(error) => {
+                        over = true;
+                        tracing::warn!("a stream ended early: {}", error.message);
+                        events.push_back(speaker.fail(&error));
+                    }
+                }
             }
-            if streaming.over {
-                return None;
-            }
-            streaming.advance().await;
-        }
-    });
+            let event = events.pop_front()?;
+            Some((Ok::<_, Infallible>(event), (answers, speaker, events, over)))
+        },
+    );
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     Sse::new(events).keep_alive(keep_alive).into_response()
 }
 
-impl<S: Shape> Streaming<S> {
-    async fn advance(&mut self) {
-        if let Err(error) = self.try_advance().await {
-            self.over = true;
-            tracing::warn!("a stream ended early: {}", error.message);
-            self.push(error.body());
-        }
+/// Piece by piece.
+pub fn streamed(answers: Answers, shape: impl Shape, include_usage: bool) -> Response {
+    let shape = Some(shape);
+    events(
+        answers,
+        Pieces {
+            shape,
+            include_usage,
+        },
+    )
+}
+
+/// Chat's and completions' events, of one shape.
+struct Pieces<S> {
+    /// Away while what is to be kept of an answer is.
+    shape: Option<S>,
+    include_usage: bool,
+}
+
+impl<S: Shape> Speaker for Pieces<S> {
+    fn begin(&mut self, answers: &Answers) -> Vec<Event> {
+        let shape = self.shape.iter_mut();
+        let begun = shape.flat_map(|shape| (0..answers.count()).filter_map(|i| shape.begin(i)));
+        let begun: Vec<Value> = begun.collect();
+        self.pieces(begun)
     }
 
-    async fn try_advance(&mut self) -> Result<(), ApiError> {
-        let told = self.answers.next().await?;
-        let Some(mut shape) = self.shape.take() else {
-            return Err(ApiError::bug("what was to be kept of the answer is lost"));
-        };
-        let model = self.answers.model.clone();
-        match told {
+    async fn say(&mut self, answers: &Answers, told: Option<Told>) -> Result<Vec<Event>, ApiError> {
+        let lost = || ApiError::bug("what was to be kept of the answer is lost");
+        let (mut shape, model) = (self.shape.take().ok_or_else(lost)?, &answers.model);
+        let mut last = Vec::new();
+        let choices = match told {
             Some(Told::Text(choice, text, logprobs)) => {
-                let said = shape.piece(&model, choice, &text, &logprobs);
-                self.shape = Some(shape);
-                self.say(said);
+                shape.piece(model, choice, &text, &logprobs)
             }
             Some(Told::Done(choice, finish)) => {
-                let said = shape.end(&model, choice, &finish);
-                self.shape = Some(kept(shape, &model, choice, finish).await?);
-                self.say(said);
+                let said = shape.end(model, choice, &finish);
+                shape = kept(shape, model, choice, finish).await?;
+                said
             }
-            Some(Told::Accepted | Told::Failed(_)) => self.shape = Some(shape),
+            Some(Told::Accepted | Told::Failed(_)) => Vec::new(),
             None => {
                 if self.include_usage {
-                    let mut last = shape.head(true);
-                    last["choices"] = json!([]);
-                    last["usage"] = self.answers.usage.json();
-                    last["timings"] = self.answers.usage.timings();
-                    self.push(last);
+                    let mut usage = shape.head(true);
+                    usage["choices"] = json!([]);
+                    usage["usage"] = answers.usage.json();
+                    usage["timings"] = answers.usage.timings();
+                    last.push(data(&usage));
                 }
-                self.events.push_back(Event::default().data("[DONE]"));
-                self.shape = Some(shape);
-                self.over = true;
+                last.push(Event::default().data("[DONE]"));
+                Vec::new()
             }
-        }
-        Ok(())
+        };
+        self.shape = Some(shape);
+        Ok(self.pieces(choices).into_iter().chain(last).collect())
     }
 
-    fn say(&mut self, choices: Vec<Value>) {
-        for choice in choices {
-            let Some(shape) = &self.shape else {
-                return;
-            };
-            let mut piece = shape.head(true);
+    fn fail(&mut self, error: &ApiError) -> Event {
+        data(&error.body())
+    }
+}
+
+impl<S: Shape> Pieces<S> {
+    /// An event for each piece of a choice.
+    fn pieces(&self, choices: Vec<Value>) -> Vec<Event> {
+        let event = |choice| {
+            let mut piece = self.shape.as_ref()?.head(true);
             piece["choices"] = json!([choice]);
             if self.include_usage {
                 piece["usage"] = Value::Null;
             }
-            self.push(piece);
-        }
+            Some(data(&piece))
+        };
+        choices.into_iter().filter_map(event).collect()
     }
+}
 
-    fn push(&mut self, body: Value) {
-        self.events
-            .push_back(Event::default().data(body.to_string()));
-    }
+fn data(body: &Value) -> Event {
+    Event::default().data(body.to_string())
 }
 
 /// A token as text: its bytes, where they are no text alone.

@@ -1,21 +1,18 @@
 //! `/v1/responses`: the plain-text part of OpenAI's newer interface. Nothing is kept between requests.
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::super::error::{ApiError, apart};
 use super::super::state::{Client, Server};
 use super::super::worker::Told;
-use super::answer::{self, Answers, Usage};
+use super::answer::{self, Answers, Speaker, Usage};
 use super::chat::{Said, conversation, fit};
 use super::fields::{Body, Common, ResponseFormat};
 
@@ -140,7 +137,7 @@ pub async fn create(
     )
     .await?;
     match common.streams() {
-        true => Ok(streamed(answers, answer)),
+        true => Ok(answer::events(answers, answer)),
         false => whole(answers, answer).await,
     }
 }
@@ -220,61 +217,47 @@ impl Answer {
     }
 }
 
-fn streamed(answers: Answers, mut answer: Answer) -> Response {
-    let begun = json!({"response": answer.response(None, None)});
-    let item = json!({"output_index": 0, "item": answer.item("in_progress")});
-    let part = answer.part();
-    let events = VecDeque::from([
-        answer.event("response.created", begun.clone()),
-        answer.event("response.in_progress", begun),
-        answer.event("response.output_item.added", item),
-        answer.of_part("response.content_part.added", "part", part),
-    ]);
-    let events = stream::unfold(
-        (answers, answer, events, false),
-        |(mut answers, mut answer, mut events, mut over)| async move {
-            while events.is_empty() && !over {
-                match answers.next().await {
-                    Ok(Some(Told::Text(_, text, _))) => {
-                        answer.text.push_str(&text);
-                        events.push_back(answer.of_part(
-                            "response.output_text.delta",
-                            "delta",
-                            text.into(),
-                        ));
-                    }
-                    Ok(Some(Told::Done(_, finish))) => {
-                        let reason = finish.generation.finish_reason;
-                        let (text, part) = (answer.text.clone().into(), answer.part());
-                        let response = answer.response(Some(reason), Some(answers.usage()));
-                        let (status, last) = match reason {
-                            "length" => ("incomplete", "response.incomplete"),
-                            _ => ("completed", "response.completed"),
-                        };
-                        let item = json!({"output_index": 0, "item": answer.item(status)});
-                        events.push_back(answer.of_part("response.output_text.done", "text", text));
-                        events.push_back(answer.of_part(
-                            "response.content_part.done",
-                            "part",
-                            part,
-                        ));
-                        events.push_back(answer.event("response.output_item.done", item));
-                        events.push_back(answer.event(last, json!({"response": response})));
-                    }
-                    Ok(Some(Told::Accepted | Told::Failed(_))) => {}
-                    Ok(None) => over = true,
-                    Err(error) => {
-                        over = true;
-                        let said = json!({"message": error.message, "code": "server_error", "param": null});
-                        events.push_back(answer.event("error", said));
-                    }
-                }
+impl Speaker for Answer {
+    fn begin(&mut self, _: &Answers) -> Vec<Event> {
+        let begun = json!({"response": self.response(None, None)});
+        let item = json!({"output_index": 0, "item": self.item("in_progress")});
+        let part = self.part();
+        vec![
+            self.event("response.created", begun.clone()),
+            self.event("response.in_progress", begun),
+            self.event("response.output_item.added", item),
+            self.of_part("response.content_part.added", "part", part),
+        ]
+    }
+
+    async fn say(&mut self, answers: &Answers, told: Option<Told>) -> Result<Vec<Event>, ApiError> {
+        Ok(match told {
+            Some(Told::Text(_, text, _)) => {
+                self.text.push_str(&text);
+                vec![self.of_part("response.output_text.delta", "delta", text.into())]
             }
-            let event = events.pop_front()?;
-            Some((Ok::<_, Infallible>(event), (answers, answer, events, over)))
-        },
-    );
-    Sse::new(events)
-        .keep_alive(KeepAlive::new())
-        .into_response()
+            Some(Told::Done(_, finish)) => {
+                let reason = finish.generation.finish_reason;
+                let (text, part) = (self.text.clone().into(), self.part());
+                let response = self.response(Some(reason), Some(answers.usage()));
+                let (status, last) = match reason {
+                    "length" => ("incomplete", "response.incomplete"),
+                    _ => ("completed", "response.completed"),
+                };
+                let item = json!({"output_index": 0, "item": self.item(status)});
+                vec![
+                    self.of_part("response.output_text.done", "text", text),
+                    self.of_part("response.content_part.done", "part", part),
+                    self.event("response.output_item.done", item),
+                    self.event(last, json!({"response": response})),
+                ]
+            }
+            Some(Told::Accepted | Told::Failed(_)) | None => Vec::new(),
+        })
+    }
+
+    fn fail(&mut self, error: &ApiError) -> Event {
+        let said = json!({"message": error.message, "code": "server_error", "param": null});
+        self.event("error", said)
+    }
 }

@@ -111,6 +111,8 @@ fn root(folder: &Option<PathBuf>) -> Result<PathBuf, ApiError> {
 
 /// A run's folder is told as [`find`] takes it.
 fn tell_no_place(run: &mut Run, root: &Path) {
+    let above = format!("{}/", root.display());
+    run.error = run.error.take().map(|said| said.replace(&above, ""));
     let inside = run.folder.strip_prefix(root).unwrap_or(&run.folder);
     run.folder = match (inside.as_os_str().is_empty(), root.file_name()) {
         (true, Some(name)) => name.into(),
