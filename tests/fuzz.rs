@@ -1,5 +1,6 @@
 //! Parsers of outside input on whole files and mutations of them: errors, never a panic, in bounded time and memory. The same functions
-//! run under libFuzzer (`fuzz/`). `ZEBROID_FUZZ_INPUTS` says how many inputs a parser gets.
+//! run under libFuzzer (`fuzz/`). `ZEBROID_FUZZ_INPUTS` says how many inputs a parser gets, `ZEBROID_FUZZ_CORPUS` names a folder for the
+//! whole files, where libFuzzer begins.
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -316,6 +317,13 @@ fn run(name: &str) {
     let seeds = seeds(name);
     for seed in &seeds {
         (target.parse)(seed).unwrap_or_else(|e| panic!("{name}: a whole file is refused: {e}"));
+    }
+    if let Some(corpus) = std::env::var_os("ZEBROID_FUZZ_CORPUS") {
+        let folder = Path::new(&corpus).join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        for (i, seed) in seeds.iter().enumerate() {
+            std::fs::write(folder.join(format!("whole-{i}")), seed).unwrap();
+        }
     }
     let count = std::env::var("ZEBROID_FUZZ_INPUTS").map_or(2000, |n| n.parse().unwrap());
     let mut random = ChaCha8Rng::seed_from_u64(0);
