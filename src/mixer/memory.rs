@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
+use crate::op::isa::prefetch;
+use crate::op::linear::Storage;
 use crate::{Error, Result};
 
 /// Positions of a page.
@@ -80,11 +82,7 @@ impl CacheType {
     fn read(self, bytes: &[u8], row: &mut [f32]) {
         match self {
             Self::F32 => row.copy_from_slice(bytemuck::cast_slice(bytes)),
-            Self::F16 => {
-                let halves: &[u16] = bytemuck::cast_slice(bytes);
-                let halves = &halves.reinterpret_cast::<f16>()[..row.len()];
-                halves.convert_to_f32_slice(row);
-            }
+            Self::F16 => Storage::F16.widen(bytes, row),
             Self::Int8 => {
                 let (scales, codes) = bytes.split_at(4 * row.len().div_ceil(GROUP));
                 let scales: &[f32] = bytemuck::cast_slice(scales);
@@ -342,6 +340,21 @@ impl Memory {
         layout.kind.write(row, &mut bytes[at..][..place.row_bytes]);
     }
 
+    /// The first `count` rows of a plane's `page` as they are kept.
+    fn rows(&self, layer: usize, plane: usize, page: usize, count: usize) -> &[u8] {
+        let place = &self.pool.layout.layers[layer];
+        let at = place.page + plane * PAGE * place.row_bytes;
+        let bytes: &[u8] = bytemuck::cast_slice(&self.pages[page].entries);
+        &bytes[at..][..count * place.row_bytes]
+    }
+
+    /// [`Memory::read`] will be asked for a plane's `page` soon, if there is one.
+    pub(super) fn ask(&self, layer: usize, plane: usize, page: usize) {
+        if page < self.pages.len() {
+            prefetch(self.rows(layer, plane, page, PAGE));
+        }
+    }
+
     /// The first `count` rows of a plane's `page`, in f32: where they stand, or in `room`.
     pub(super) fn read<'a>(
         &'a self,
@@ -353,9 +366,7 @@ impl Memory {
     ) -> &'a [f32] {
         let layout = &self.pool.layout;
         let place = &layout.layers[layer];
-        let at = place.page + plane * PAGE * place.row_bytes;
-        let bytes: &[u8] = bytemuck::cast_slice(&self.pages[page].entries);
-        let bytes = &bytes[at..][..count * place.row_bytes];
+        let bytes = self.rows(layer, plane, page, count);
         if layout.kind == CacheType::F32 {
             return bytemuck::cast_slice(bytes);
         }

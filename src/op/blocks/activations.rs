@@ -5,7 +5,9 @@ use crate::op::isa::vectorised;
 /// Entries that share a scale.
 pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
-pub(super) const PADDED: usize = 64;
+pub(super) const PADDED: usize = 256;
+/// Rows from which on weights are unpacked in panels for all of them.
+pub(super) const MANY: usize = 4;
 
 /// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row.
 #[derive(Default)]
@@ -20,6 +22,8 @@ pub struct Activations {
     sums: Vec<f32>,
     /// One for every four codes: `−Σ q`, what an offset of unsigned codes is multiplied by.
     negated: Vec<i32>,
+    /// The codes in 16 bits where there are [`MANY`] rows, of every four in the order 0, 2, 1, 3.
+    wide: Vec<i16>,
 }
 
 /// One row of [`Activations`].
@@ -31,6 +35,22 @@ pub(super) struct Row<'a> {
     /// Only where vector paths ask for it.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub negated: &'a [i32],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub wide: &'a [i16],
+}
+
+impl<'a> Row<'a> {
+    /// From `entry` on, the first of a group.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub fn from(self, entry: usize) -> Self {
+        Self {
+            codes: &self.codes[entry..],
+            scales: &self.scales[entry / GROUP..],
+            sums: &self.sums[entry / GROUP..],
+            negated: &self.negated[entry / 4..],
+            wide: self.wide.get(entry..).unwrap_or(&[]),
+        }
+    }
 }
 
 impl Activations {
@@ -59,6 +79,7 @@ impl Activations {
         clear(&mut self.scales, rows * padded / GROUP);
         clear(&mut self.sums, rows * padded / GROUP);
         clear(&mut self.negated, rows * padded / 4);
+        clear(&mut self.wide, if rows < MANY { 0 } else { rows * padded });
         vectorised!(for (row, x) in x.chunks_exact(width).enumerate() {
             for (g, x) in x.chunks_exact(GROUP).enumerate() {
                 let at = row * padded / GROUP + g;
@@ -78,6 +99,10 @@ impl Activations {
                     *four = -part;
                     sum += part;
                 }
+                let fours = self.wide.chunks_exact_mut(4).skip(at * GROUP / 4);
+                for (four, codes) in fours.zip(codes.chunks_exact(4)) {
+                    four.copy_from_slice(&[codes[0], codes[2], codes[1], codes[3]].map(i16::from));
+                }
                 // What is no number must not end as one.
                 self.scales[at] = match x.iter().all(|x| x.is_finite()) {
                     true => largest / 127.,
@@ -88,6 +113,7 @@ impl Activations {
         });
     }
 
+    #[inline]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
         let (codes, groups) = (self.padded, self.padded / GROUP);
         Row {
@@ -95,6 +121,10 @@ impl Activations {
             scales: &self.scales[row * groups..][..groups],
             sums: &self.sums[row * groups..][..groups],
             negated: &self.negated[row * codes / 4..][..codes / 4],
+            wide: match self.rows < MANY {
+                true => &[],
+                false => &self.wide[row * codes..][..codes],
+            },
         }
     }
 

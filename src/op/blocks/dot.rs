@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::activations::{GROUP, Row};
+use super::activations::{GROUP, MANY, Row};
 use super::plain::{half, scale_min};
 use super::{Activations, BlockType};
 use crate::op::isa::{Isa, Level};
@@ -11,6 +11,12 @@ use crate::op::isa::{Isa, Level};
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod panel;
+
+/// Weights of a row whose sum is finished before the next begins, where [`Level::Avx2`] computes.
+#[cfg(target_arch = "x86_64")]
+const SPAN: usize = 512;
 
 /// Activation rows that share one reading of a row of blocks.
 const TOGETHER: usize = 4;
@@ -31,6 +37,12 @@ pub fn rows(
     let row_bytes = x.width / kind.weights() * kind.bytes();
     assert!(x.width.is_multiple_of(kind.weights()) && row_bytes > 0);
     assert!(rows.end * row_bytes <= w.len());
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    if isa.level() == Level::Avx2 && x.rows >= MANY {
+        // SAFETY: an `Isa` is of this processor.
+        return unsafe { panel::rows(kind, w, row_bytes, x, rows, write) };
+    }
     for first in (0..x.rows).step_by(TOGETHER) {
         let x_of = |i: usize| x.row(first + i);
         for row in rows.clone() {
