@@ -39,11 +39,11 @@ pub fn rows(
     assert!(rows.end * row_bytes <= w.len());
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
-    if isa.level() == Level::Avx2 && x.rows >= MANY {
+    if isa.level() == Level::Avx2 && x.rows() >= MANY {
         // SAFETY: an `Isa` is of this processor.
         return unsafe { panel::rows(kind, w, row_bytes, x, rows, write) };
     }
-    for first in (0..x.rows).step_by(TOGETHER) {
+    for first in (0..x.rows()).step_by(TOGETHER) {
         let x_of = |i: usize| x.row(first + i);
         for row in rows.clone() {
             let w = &w[row * row_bytes..][..row_bytes];
@@ -52,7 +52,7 @@ pub fn rows(
                     write(row, first + i, *sum);
                 }
             };
-            match x.rows - first {
+            match x.rows() - first {
                 1 => put(&dot(isa, kind, w, [x_of(0)])),
                 2 => put(&dot(isa, kind, w, [x_of(0), x_of(1)])),
                 3 => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2)])),

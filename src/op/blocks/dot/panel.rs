@@ -18,6 +18,9 @@ const ROWS: usize = 16;
 const GROUPS: usize = SPAN / GROUP;
 /// Rows of activations that share a reading of a panel.
 const TOGETHER: usize = 4;
+/// Rows of activations whose spans stay in the second cache while [`PANELS`] panels pass, and so do their sums.
+const BLOCK: usize = 128;
+const PANELS: usize = 16;
 /// Vectors of a group's unsigned codes of eight rows.
 const STEPS: usize = GROUP / 4;
 
@@ -27,6 +30,8 @@ struct Panel {
     codes: [__m256i; GROUPS * 2 * STEPS * 2],
     scales: [[__m256; 2]; GROUPS],
     mins: [[__m256; 2]; GROUPS],
+    /// Sums on their way: of every eighth group, row of activations and vector.
+    lanes: [[[__m256; 2]; TOGETHER]; 8],
 }
 
 /// What [`super::rows`] does.
@@ -60,41 +65,55 @@ fn panels<const KIND: u8>(
     write: impl Fn(usize, usize, f32),
 ) {
     thread_local! {
-        /// `[M, ROWS]`
+        /// `[PANELS, M, ROWS]`
         static SUMS: RefCell<Vec<[__m256; 2]>> = const { RefCell::new(Vec::new()) };
     }
     let mut panel = Panel {
         codes: [_mm256_setzero_si256(); GROUPS * 2 * STEPS * 2],
         scales: [[_mm256_setzero_ps(); 2]; GROUPS],
         mins: [[_mm256_setzero_ps(); 2]; GROUPS],
+        lanes: [[[_mm256_setzero_ps(); 2]; TOGETHER]; 8],
     };
     SUMS.with_borrow_mut(|sums| {
-        for first in rows.clone().step_by(ROWS) {
-            let count = ROWS.min(rows.end - first);
-            sums.clear();
-            sums.resize(x.rows, [_mm256_setzero_ps(); 2]);
-            for from in (0..x.width).step_by(SPAN) {
-                let span = SPAN.min(x.width - from);
-                let part = row_bytes * from / x.width..row_bytes * (from + span) / x.width;
-                let mut parts = [&w[..0]; ROWS];
-                for (r, row) in parts.iter_mut().enumerate() {
-                    // What is past the last row is computed and not written.
-                    *row = &w[(first + r.min(count - 1)) * row_bytes..][part.clone()];
-                }
-                panel.unpack::<KIND>(parts);
-                for (i, sums) in sums.chunks_mut(TOGETHER).enumerate() {
-                    let x_of = |n: usize| x.row(TOGETHER * i + n).from(from);
-                    match sums.len() {
-                        1 => panel.tile::<KIND, _>([x_of(0)], span, sums),
-                        2 => panel.tile::<KIND, _>([x_of(0), x_of(1)], span, sums),
-                        3 => panel.tile::<KIND, _>([0, 1, 2].map(x_of), span, sums),
-                        _ => panel.tile::<KIND, _>([0, 1, 2, 3].map(x_of), span, sums),
+        for first in rows.clone().step_by(PANELS * ROWS) {
+            let count = (PANELS * ROWS).min(rows.end - first);
+            for top in (0..x.rows()).step_by(BLOCK) {
+                let m = BLOCK.min(x.rows() - top);
+                sums.clear();
+                sums.resize(count.div_ceil(ROWS) * m, [_mm256_setzero_ps(); 2]);
+                // What stays in the second cache while all panels pass.
+                let entries = (BLOCK / m * SPAN).min(x.width);
+                for from in (0..x.width).step_by(entries) {
+                    for (p, sums) in sums.chunks_exact_mut(m).enumerate() {
+                        for from in (from..x.width.min(from + entries)).step_by(SPAN) {
+                            let span = SPAN.min(x.width - from);
+                            let part =
+                                row_bytes * from / x.width..row_bytes * (from + span) / x.width;
+                            let mut parts = [&w[..0]; ROWS];
+                            for (r, row) in parts.iter_mut().enumerate() {
+                                // What is past the last row is computed and not written.
+                                let r = first + (p * ROWS + r).min(count - 1);
+                                *row = &w[r * row_bytes..][part.clone()];
+                            }
+                            panel.unpack::<KIND>(parts);
+                            for (i, sums) in sums.chunks_mut(TOGETHER).enumerate() {
+                                let x_of = |n: usize| x.row(top + TOGETHER * i + n).from(from);
+                                match sums.len() {
+                                    1 => panel.tile::<KIND, _>([x_of(0)], span, sums),
+                                    2 => panel.tile::<KIND, _>([x_of(0), x_of(1)], span, sums),
+                                    3 => panel.tile::<KIND, _>([0, 1, 2].map(x_of), span, sums),
+                                    _ => panel.tile::<KIND, _>([0, 1, 2, 3].map(x_of), span, sums),
+                                }
+                            }
+                        }
                     }
                 }
-            }
-            for (m, sums) in sums.iter().enumerate() {
-                for (r, sum) in entries(sums).into_iter().take(count).enumerate() {
-                    write(first + r, m, sum);
+                for (i, sums) in sums.iter().enumerate() {
+                    let (row, m) = (first + i / m * ROWS, top + i % m);
+                    let left = first + count - row;
+                    for (r, sum) in entries_of(sums).into_iter().take(left).enumerate() {
+                        write(row + r, m, sum);
+                    }
                 }
             }
         }
@@ -147,11 +166,11 @@ impl Panel {
                             _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(steps[s])),
                             _mm256_srai_epi16::<8>(steps[s]),
                         ];
-                        for half in 0..2 {
+                        for (half, codes) in two.iter_mut().enumerate() {
                             if KIND == Q6_K {
-                                two[half] = _mm256_mullo_epi16(two[half], sixteenths[j][s / 4]);
+                                *codes = _mm256_mullo_epi16(*codes, sixteenths[j][s / 4]);
                             }
-                            self.codes[2 * ((g * STEPS + s) * 2 + half) + strip] = two[half];
+                            self.codes[2 * ((g * STEPS + s) * 2 + half) + strip] = *codes;
                         }
                     }
                 }
@@ -163,7 +182,7 @@ impl Panel {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn tile<const KIND: u8, const N: usize>(
-        &self,
+        &mut self,
         x: [Row; N],
         span: usize,
         sums: &mut [[__m256; 2]],
@@ -180,14 +199,18 @@ impl Panel {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn groups<const KIND: u8, const N: usize>(
-        &self,
+        &mut self,
         x: &[Row; N],
         groups: usize,
     ) -> [[__m256; 2]; N] {
-        let mut sums = [[[_mm256_setzero_ps(); 2]; N]; 8];
         // A number that the compiler does not know: it would unroll all steps, and run out of registers.
         let steps = std::hint::black_box(STEPS);
-        for g in 0..groups {
+        for g in 0..groups.max(8) {
+            let first = g < 8;
+            if g >= groups {
+                self.lanes[g] = [[_mm256_setzero_ps(); 2]; TOGETHER];
+                continue;
+            }
             let found = match unsigned(KIND) {
                 true => self.bytes(x, g, steps),
                 false => self.words(x, g, 2 * steps),
@@ -196,27 +219,35 @@ impl Panel {
                 let scale = _mm256_set1_ps(x[n].scales[g]);
                 let own = _mm256_set1_ps(x[n].sums[g]);
                 for strip in 0..2 {
-                    let sum = &mut sums[g % 8][n][strip];
+                    let lane = &mut self.lanes[g % 8][n][strip];
                     let scale = _mm256_mul_ps(self.scales[g][strip], scale);
-                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found[n][strip]), scale, *sum);
+                    let found = _mm256_cvtepi32_ps(found[n][strip]);
+                    let mut sum = match first {
+                        true => _mm256_mul_ps(found, scale),
+                        false => _mm256_fmadd_ps(found, scale, *lane),
+                    };
                     if unsigned(KIND) {
-                        *sum = _mm256_fnmadd_ps(self.mins[g][strip], own, *sum);
+                        sum = _mm256_fnmadd_ps(self.mins[g][strip], own, sum);
                     }
+                    *lane = sum;
                 }
             }
         }
         // By halves, as lanes are added up.
-        for half in [4, 2, 1] {
-            for j in 0..half {
-                for n in 0..N {
-                    for strip in 0..2 {
-                        sums[j][n][strip] =
-                            _mm256_add_ps(sums[j][n][strip], sums[j + half][n][strip]);
-                    }
-                }
+        let mut sums = [[_mm256_setzero_ps(); 2]; N];
+        for n in 0..N {
+            for strip in 0..2 {
+                let lane = |j: usize| &self.lanes[j][n][strip];
+                let [a, b, c, d] = [
+                    _mm256_add_ps(*lane(0), *lane(4)),
+                    _mm256_add_ps(*lane(2), *lane(6)),
+                    _mm256_add_ps(*lane(1), *lane(5)),
+                    _mm256_add_ps(*lane(3), *lane(7)),
+                ];
+                sums[n][strip] = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
             }
         }
-        sums[0]
+        sums
     }
 
     /// A group of unsigned bytes: at most 8 · 2 · 15 · 127 in 16 bits.
@@ -276,7 +307,7 @@ impl Panel {
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx2")]
-fn entries(a: &[__m256; 2]) -> [f32; ROWS] {
+fn entries_of(a: &[__m256; 2]) -> [f32; ROWS] {
     // SAFETY: a vector is eight numbers.
     unsafe { std::mem::transmute(*a) }
 }
