@@ -269,10 +269,14 @@ fn tile_of<const Q: usize>(
     for (q, sums) in sums.iter_mut().enumerate() {
         sums.copy_from_slice(&totals[q * v_dim + at..][..LANES]);
     }
+    let mut rows = [&weights[..0]; Q];
+    for (q, row) in rows.iter_mut().enumerate() {
+        *row = &weights[q * positions..][..positions];
+    }
     for p in 0..positions {
         let value: &[f32; LANES] = values[p * stride..][..LANES].try_into().expect("as long");
-        for (q, sums) in sums.iter_mut().enumerate() {
-            let weight = weights[q * positions + p];
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let weight = row[p];
             for (sum, value) in sums.iter_mut().zip(value) {
                 *sum = fma(weight, *value, *sum);
             }
