@@ -139,9 +139,9 @@ pub(super) fn codes<const KIND: u8>(w: &[u8], j: usize) -> __m256i {
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn scales<const KIND: u8>(w: &[u8]) -> (__m256, __m256) {
     match KIND {
-        Q8_0 => (eight_halves::<34>(w), _mm256_setzero_ps()),
+        Q8_0 => (eight_blocks::<34>(w), _mm256_setzero_ps()),
         Q4_0 => {
-            let scales = eight_halves::<18>(w);
+            let scales = eight_blocks::<18>(w);
             (scales, _mm256_mul_ps(scales, _mm256_set1_ps(8.)))
         }
         Q4_K => {
@@ -214,16 +214,27 @@ fn q6_k_scales(block: &[u8], j: usize) -> __m256i {
     _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, place))
 }
 
-/// The halves at the beginnings of eight blocks of `BYTES`.
+/// The halves at byte `at` of eight blocks.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn eight_halves<const BYTES: usize>(w: &[u8]) -> __m256 {
+pub(super) fn eight_halves(w: [&[u8]; 8], at: usize) -> __m256 {
     let mut four = [0; 2];
     for j in 0..8 {
-        let half = u16::from_le_bytes([w[BYTES * j], w[BYTES * j + 1]]);
+        let half = u16::from_le_bytes([w[j][at], w[j][at + 1]]);
         four[j / 4] |= u64::from(half) << (16 * (j % 4));
     }
     _mm256_cvtph_ps(_mm_set_epi64x(four[1] as i64, four[0] as i64))
+}
+
+/// The halves at the beginnings of eight blocks of `BYTES` in a row.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn eight_blocks<const BYTES: usize>(w: &[u8]) -> __m256 {
+    let mut blocks = [w; 8];
+    for (j, block) in blocks.iter_mut().enumerate() {
+        *block = &w[BYTES * j..];
+    }
+    eight_halves(blocks, 0)
 }
 
 /// The half at the beginning in all lanes; broadcast, for an insertion would wait for what the register held before.

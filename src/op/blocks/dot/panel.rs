@@ -11,7 +11,9 @@ use std::ops::Range;
 use super::super::BlockType;
 use super::super::activations::{Activations, GROUP, Row};
 use super::SPAN;
-use super::avx2::{Q4_0, Q4_K, Q6_K, Q8_0, codes, eight_bytes, filled, ones, scales, unsigned};
+use super::avx2::{
+    Q4_0, Q4_K, Q6_K, Q8_0, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
+};
 
 /// Rows of weights in two vectors.
 const ROWS: usize = 16;
@@ -136,21 +138,15 @@ impl Panel {
                         false => &row[..bytes],
                     };
                 }
-                let (mut of_scales, mut of_mins) = ([zero; 8], [zero; 8]);
-                for r in 0..8 {
-                    let (scales, mins) = scales::<KIND>(w[r]);
-                    of_scales[r] = _mm256_castps_si256(scales);
-                    of_mins[r] = _mm256_castps_si256(mins);
-                }
-                let (of_scales, of_mins) = (transposed(of_scales), transposed(of_mins));
+                let (of_scales, of_mins) = columns_of_scales::<KIND>(w);
                 let sixteenths = match KIND {
                     Q6_K => q6_k_columns(w),
                     _ => [[zero; 2]; 8],
                 };
                 for j in 0..8 {
                     let g = 8 * i + j;
-                    self.scales[g][strip] = _mm256_castsi256_ps(of_scales[j]);
-                    self.mins[g][strip] = _mm256_castsi256_ps(of_mins[j]);
+                    self.scales[g][strip] = of_scales[j];
+                    self.mins[g][strip] = of_mins[j];
                     let mut steps = [zero; 8];
                     for r in 0..8 {
                         steps[r] = codes::<KIND>(w[r], j);
@@ -338,6 +334,39 @@ fn transposed(rows: [__m256i; 8]) -> [__m256i; 8] {
         columns[j + 4] = _mm256_permute2x128_si256::<0x31>(a, b);
     }
     columns
+}
+
+/// The scales and minima of eight rows' groups, a lane a row.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn columns_of_scales<const KIND: u8>(w: [&[u8]; 8]) -> ([__m256; 8], [__m256; 8]) {
+    let zero = _mm256_setzero_ps();
+    let (mut of_scales, mut of_mins) = ([zero; 8], [zero; 8]);
+    match KIND {
+        Q8_0 | Q4_0 => {
+            for j in 0..8 {
+                of_scales[j] = eight_halves(w, j * eight_bytes(KIND) / 8);
+                if KIND == Q4_0 {
+                    of_mins[j] = _mm256_mul_ps(of_scales[j], _mm256_set1_ps(8.));
+                }
+            }
+        }
+        Q6_K => of_scales = [eight_halves(w, 208); 8],
+        _ => {
+            let (mut rows, mut mins) = ([_mm256_setzero_si256(); 8], [_mm256_setzero_si256(); 8]);
+            for r in 0..8 {
+                let (scales, of_mins) = scales::<KIND>(w[r]);
+                rows[r] = _mm256_castps_si256(scales);
+                mins[r] = _mm256_castps_si256(of_mins);
+            }
+            let (rows, mins) = (transposed(rows), transposed(mins));
+            for j in 0..8 {
+                of_scales[j] = _mm256_castsi256_ps(rows[j]);
+                of_mins[j] = _mm256_castsi256_ps(mins[j]);
+            }
+        }
+    }
+    (of_scales, of_mins)
 }
 
 /// The scales of 16 weights of eight rows of Q6_K, twice in a lane: `[group][half]`, a lane a row.
