@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
-use crate::op::isa::prefetch;
 use crate::op::linear::Storage;
 use crate::{Error, Result};
 
@@ -340,21 +339,6 @@ impl Memory {
         layout.kind.write(row, &mut bytes[at..][..place.row_bytes]);
     }
 
-    /// The first `count` rows of a plane's `page` as they are kept.
-    fn rows(&self, layer: usize, plane: usize, page: usize, count: usize) -> &[u8] {
-        let place = &self.pool.layout.layers[layer];
-        let at = place.page + plane * PAGE * place.row_bytes;
-        let bytes: &[u8] = bytemuck::cast_slice(&self.pages[page].entries);
-        &bytes[at..][..count * place.row_bytes]
-    }
-
-    /// [`Memory::read`] will be asked for a plane's `page` soon, if there is one.
-    pub(super) fn ask(&self, layer: usize, plane: usize, page: usize) {
-        if page < self.pages.len() {
-            prefetch(self.rows(layer, plane, page, PAGE));
-        }
-    }
-
     /// The first `count` rows of a plane's `page`, in f32: where they stand, or in `room`.
     pub(super) fn read<'a>(
         &'a self,
@@ -366,7 +350,9 @@ impl Memory {
     ) -> &'a [f32] {
         let layout = &self.pool.layout;
         let place = &layout.layers[layer];
-        let bytes = self.rows(layer, plane, page, count);
+        let at = place.page + plane * PAGE * place.row_bytes;
+        let bytes: &[u8] = bytemuck::cast_slice(&self.pages[page].entries);
+        let bytes = &bytes[at..][..count * place.row_bytes];
         if layout.kind == CacheType::F32 {
             return bytemuck::cast_slice(bytes);
         }

@@ -77,10 +77,6 @@ pub(super) fn attend<'q>(
             let from = page * PAGE;
             let most = PAGE.min(reach - from);
             let plane = heads.values.map_or(0, |_| group);
-            memory.ask(layer, plane, page + 1);
-            if let Some(first) = heads.values {
-                memory.ask(layer, first + group, page + 1);
-            }
             let key_rows = memory.read(layer, plane, page, most, keys);
             let block = match heads.values {
                 Some(first) => Block {

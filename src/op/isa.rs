@@ -117,22 +117,6 @@ impl Isa {
     }
 }
 
-/// Asks memory for what is wanted soon: processors themselves do not look beyond a page of 4 KB.
-#[inline]
-pub fn prefetch(bytes: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every x86-64 has it, and it reads nothing.
-        #[allow(unsafe_code)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
-}
-
 #[inline(never)]
 fn portable<R>(work: impl FnOnce() -> R) -> R {
     work()
