@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::activations::{GROUP, MANY, Row};
+use super::activations::{GROUP, Row};
 use super::plain::{half, scale_min};
 use super::{Activations, BlockType};
 use crate::op::isa::{Isa, Level};
@@ -39,7 +39,7 @@ pub fn rows(
     assert!(rows.end * row_bytes <= w.len());
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
-    if isa.level() == Level::Avx2 && x.rows() >= MANY {
+    if isa.level() == Level::Avx2 && x.rows() >= super::activations::MANY {
         // SAFETY: an `Isa` is of this processor.
         return unsafe { panel::rows(kind, w, row_bytes, x, rows, write) };
     }
