@@ -231,8 +231,8 @@ impl Panel {
         }
         // By halves, as lanes are added up.
         let mut sums = [[_mm256_setzero_ps(); 2]; N];
-        for n in 0..N {
-            for strip in 0..2 {
+        for (n, sums) in sums.iter_mut().enumerate() {
+            for (strip, sum) in sums.iter_mut().enumerate() {
                 let lane = |j: usize| &self.lanes[j][n][strip];
                 let [a, b, c, d] = [
                     _mm256_add_ps(*lane(0), *lane(4)),
@@ -240,7 +240,7 @@ impl Panel {
                     _mm256_add_ps(*lane(1), *lane(5)),
                     _mm256_add_ps(*lane(3), *lane(7)),
                 ];
-                sums[n][strip] = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+                *sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
             }
         }
         sums
