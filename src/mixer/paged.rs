@@ -166,3 +166,72 @@ pub(super) fn attend<'q>(
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mixer::memory::{CacheType, Keeps, Pool};
+
+    fn random(count: usize, seed: f32) -> Vec<f32> {
+        let entry = |i: usize| (((i * i) as f32 + seed) * 1.37).sin();
+        (0..count).map(entry).collect()
+    }
+
+    /// Over the border of a part: tokens alone, whose parts are tasks, give the bits that they give together, and what the softmax over
+    /// all positions says.
+    #[test]
+    fn tokens_give_the_same_bits_alone_and_together() {
+        let (groups, rep, dim, tokens) = (2, 2, 16, 5);
+        let past = PART * PAGE - 3;
+        let keeps = Keeps {
+            planes: 2 * groups,
+            dim,
+            state: 0,
+        };
+        let pool = Pool::new(&[keeps], CacheType::F32, 1 << 24, 1).unwrap();
+        let mut memory = pool.sequence();
+        memory.reserve(past + tokens).unwrap();
+        let row = |plane: usize, p: usize| random(dim, (7 * p + 3 * plane) as f32);
+        for (plane, p) in (0..2 * groups).flat_map(|i| (0..past + tokens).map(move |p| (i, p))) {
+            memory.write(0, plane, p, &row(plane, p));
+        }
+        let heads = Heads {
+            groups,
+            rep,
+            dim,
+            v_dim: dim,
+            values: Some(groups),
+            scale: 0.5,
+        };
+        let count = groups * rep * dim;
+        let queries = random(tokens * count, 5.);
+        let query = |t: usize, head: usize| &queries[t * count + head * dim..][..dim];
+        memory.advance(past);
+        let mut together = vec![0.; tokens * count];
+        attend(&memory, 0, &heads, query, &mut together);
+        for (t, found) in together.chunks_exact(count).enumerate() {
+            let mut alone = vec![0.; count];
+            attend(&memory, 0, &heads, |_, head| query(t, head), &mut alone);
+            assert_eq!(alone, found, "token {t}");
+            memory.advance(1);
+            for (head, found) in found.chunks_exact(dim).enumerate() {
+                let dot = |p: usize| {
+                    let key = row(head / rep, p);
+                    let terms = key.iter().zip(query(t, head));
+                    terms
+                        .map(|(k, q)| f64::from(k * q * heads.scale))
+                        .sum::<f64>()
+                };
+                let weights: Vec<f64> = (0..=past + t).map(|p| dot(p).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                for (i, found) in found.iter().enumerate() {
+                    let terms = weights.iter().enumerate();
+                    let truth = terms
+                        .map(|(p, w)| w / sum * f64::from(row(groups + head / rep, p)[i]))
+                        .sum::<f64>();
+                    assert!((truth - f64::from(*found)).abs() < 1e-5, "{t} {head} {i}");
+                }
+            }
+        }
+    }
+}
