@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
+use crate::op::linear::Storage;
 use crate::{Error, Result};
 
 /// Positions of a page.
@@ -80,11 +81,7 @@ impl CacheType {
     fn read(self, bytes: &[u8], row: &mut [f32]) {
         match self {
             Self::F32 => row.copy_from_slice(bytemuck::cast_slice(bytes)),
-            Self::F16 => {
-                let halves: &[u16] = bytemuck::cast_slice(bytes);
-                let halves = &halves.reinterpret_cast::<f16>()[..row.len()];
-                halves.convert_to_f32_slice(row);
-            }
+            Self::F16 => Storage::F16.widen(bytes, row),
             Self::Int8 => {
                 let (scales, codes) = bytes.split_at(4 * row.len().div_ceil(GROUP));
                 let scales: &[f32] = bytemuck::cast_slice(scales);

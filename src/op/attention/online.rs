@@ -3,8 +3,7 @@
 
 use crate::op::cpu::{exp, fma};
 use crate::op::isa::Isa;
-use crate::op::linear::Storage;
-use crate::op::linear::dot::{SPAN, tile};
+use crate::op::linear::dot::scores;
 
 /// Keys and values of some positions, one after the other.
 #[derive(Clone, Copy)]
@@ -60,34 +59,41 @@ impl Online {
         if most == 0 {
             return;
         }
-        self.weights.clear();
         self.weights.resize(rows * most, 0.);
-        self.scores(isa, block, most);
+        let (keys, stride) = (block.keys, block.key_stride);
+        scores(
+            isa,
+            &self.queries,
+            self.dim,
+            keys,
+            stride,
+            &mut self.weights,
+        );
         isa.run(
             #[inline(always)]
             || {
                 for row in 0..rows {
-                    let seen = seen(row);
-                    let weights = &mut self.weights[row * most..][..most];
-                    let (weights, unseen) = weights.split_at_mut(seen);
-                    unseen.fill(0.);
-                    let before = self.largest[row];
-                    let largest = weights.iter().fold(before, |m, w| m.max(*w));
-                    if largest > before {
-                        let factor = exp(before - largest);
-                        self.sums[row] *= factor;
-                        let totals = &mut self.totals[row * self.v_dim..][..self.v_dim];
-                        totals.iter_mut().for_each(|total| *total *= factor);
-                        self.largest[row] = largest;
-                    }
-                    let mut sum = 0.;
+                    let (first, seen) = (row * most, seen(row));
+                    self.weights[first + seen..first + most].fill(0.);
+                    let own = first..first + seen;
+                    let largest = by_lanes(
+                        &self.weights[own.clone()],
+                        self.largest[row],
+                        #[inline(always)]
+                        |a, b| a.max(b),
+                    );
+                    let factor = self.rise(row, largest);
+                    let weights = &mut self.weights[own];
                     for weight in weights.iter_mut() {
                         *weight = exp(*weight - largest);
                     }
-                    for weight in weights.iter() {
-                        sum += *weight;
-                    }
-                    self.sums[row] += sum;
+                    let sum = by_lanes(
+                        weights,
+                        0.,
+                        #[inline(always)]
+                        |a, b| a + b,
+                    );
+                    self.sums[row] = fma(self.sums[row], factor, sum);
                 }
             },
         );
@@ -102,32 +108,66 @@ impl Online {
         );
     }
 
-    /// `weights [Q, most]` ← queries · keys.
-    fn scores(&mut self, isa: Isa, block: Block, most: usize) {
-        let (dim, stride) = (self.dim, block.key_stride);
-        for from in (0..dim).step_by(SPAN) {
-            let count = SPAN.min(dim - from);
-            let key = |p: usize| bytemuck::cast_slice(&block.keys[p * stride + from..][..count]);
-            let query = |q: usize| &self.queries[q * dim + from..][..count];
-            let rows = self.largest.len();
-            let mut q = 0;
-            while q < rows {
-                let weights = &mut self.weights[q * most..];
-                match rows - q {
-                    1 => strip(isa, [query(q)], key, count, most, weights),
-                    2 => strip(isa, [query(q), query(q + 1)], key, count, most, weights),
-                    3 => {
-                        let three = [query(q), query(q + 1), query(q + 2)];
-                        strip(isa, three, key, count, most, weights);
+    /// A row's largest score is `largest` from now on; what its sum is to be multiplied by, as its total has been.
+    #[inline(always)]
+    fn rise(&mut self, row: usize, largest: f32) -> f32 {
+        if largest <= self.largest[row] {
+            return 1.;
+        }
+        let factor = exp(self.largest[row] - largest);
+        let totals = &mut self.totals[row * self.v_dim..][..self.v_dim];
+        for total in totals {
+            *total *= factor;
+        }
+        self.largest[row] = largest;
+        factor
+    }
+
+    /// Entries of [`Online::put`], for each query.
+    pub fn entries(v_dim: usize) -> usize {
+        2 + v_dim
+    }
+
+    /// What has been found so far, `[Q, 2 + V]`: the largest score, the sum and the total.
+    ///
+    /// # Panics
+    /// When `out` has another size.
+    pub fn put(&self, out: &mut [f32]) {
+        assert!(out.len() == self.largest.len() * Self::entries(self.v_dim));
+        let rows = out.chunks_exact_mut(Self::entries(self.v_dim)).enumerate();
+        for (row, out) in rows {
+            out[0] = self.largest[row];
+            out[1] = self.sums[row];
+            out[2..].copy_from_slice(&self.totals[row * self.v_dim..][..self.v_dim]);
+        }
+    }
+
+    /// Adds what was found over positions behind these: [`Online::put`]'s.
+    ///
+    /// # Panics
+    /// When it is of other queries.
+    pub fn join(&mut self, isa: Isa, part: &[f32]) {
+        let v_dim = self.v_dim;
+        assert!(part.len() == self.largest.len() * Self::entries(v_dim));
+        isa.run(
+            #[inline(always)]
+            || {
+                let parts = part.chunks_exact(Self::entries(v_dim)).enumerate();
+                for (row, part) in parts {
+                    if part[0] == f32::NEG_INFINITY {
+                        // It saw none of them.
+                        continue;
                     }
-                    _ => {
-                        let four = [0, 1, 2, 3].map(|i| query(q + i));
-                        strip(isa, four, key, count, most, weights);
+                    let before = self.rise(row, part[0]);
+                    let factor = exp(part[0] - self.largest[row]);
+                    self.sums[row] = fma(part[1], factor, before * self.sums[row]);
+                    let totals = &mut self.totals[row * v_dim..][..v_dim];
+                    for (total, part) in totals.iter_mut().zip(&part[2..]) {
+                        *total = fma(*part, factor, *total);
                     }
                 }
-                q += 4;
-            }
-        }
+            },
+        );
     }
 
     /// `[Q, V]`
@@ -146,31 +186,26 @@ impl Online {
     }
 }
 
-/// `N` queries with `most` keys: adds to `weights [N, most]`.
-#[inline]
-fn strip<'k, const N: usize>(
-    isa: Isa,
-    queries: [&[f32]; N],
-    key: impl Fn(usize) -> &'k [u8],
-    count: usize,
-    most: usize,
-    weights: &mut [f32],
-) {
-    let mut p = 0;
-    while p + 2 <= most {
-        let found: [[f32; N]; 2] = tile(isa, Storage::F32, [key(p), key(p + 1)], queries, count);
-        for n in 0..N {
-            weights[n * most + p] += found[0][n];
-            weights[n * most + p + 1] += found[1][n];
-        }
-        p += 2;
-    }
-    if p < most {
-        let [found]: [[f32; N]; 1] = tile(isa, Storage::F32, [key(p)], queries, count);
-        for n in 0..N {
-            weights[n * most + p] += found[n];
+/// All of `row` and `first`, entry `i` in lane `i % 8`: a chain of all would wait for every step.
+#[inline(always)]
+fn by_lanes(row: &[f32], first: f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [first; 8];
+    let eights = row.chunks_exact(8);
+    let rest = eights.remainder();
+    for row in eights {
+        for (lane, x) in lanes.iter_mut().zip(row) {
+            *lane = join(*lane, *x);
         }
     }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = join(*lane, *x);
+    }
+    for half in [4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] = join(lanes[lane], lanes[lane + half]);
+        }
+    }
+    lanes[0]
 }
 
 /// `totals [Q, V] += weights [Q, P] values [P, V]`, every entry a sum in the order of the positions.
@@ -184,7 +219,7 @@ pub fn add_products(
 ) {
     isa.run(
         #[inline(always)]
-        || by_lanes(weights, values, stride, v_dim, totals),
+        || by_tiles(weights, values, stride, v_dim, totals),
     );
 }
 
@@ -192,7 +227,7 @@ pub fn add_products(
 const LANES: usize = 16;
 
 #[inline(always)]
-fn by_lanes(weights: &[f32], values: &[f32], stride: usize, v_dim: usize, totals: &mut [f32]) {
+fn by_tiles(weights: &[f32], values: &[f32], stride: usize, v_dim: usize, totals: &mut [f32]) {
     let rows = totals.len() / v_dim;
     let positions = weights.len() / rows;
     let whole = v_dim / LANES * LANES;
@@ -234,10 +269,14 @@ fn tile_of<const Q: usize>(
     for (q, sums) in sums.iter_mut().enumerate() {
         sums.copy_from_slice(&totals[q * v_dim + at..][..LANES]);
     }
+    let mut rows = [&weights[..0]; Q];
+    for (q, row) in rows.iter_mut().enumerate() {
+        *row = &weights[q * positions..][..positions];
+    }
     for p in 0..positions {
         let value: &[f32; LANES] = values[p * stride..][..LANES].try_into().expect("as long");
-        for (q, sums) in sums.iter_mut().enumerate() {
-            let weight = weights[q * positions + p];
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let weight = row[p];
             for (sum, value) in sums.iter_mut().zip(value) {
                 *sum = fma(weight, *value, *sum);
             }
@@ -288,6 +327,31 @@ mod tests {
                     online.finish(&mut out);
                     out
                 };
+                let halves = || {
+                    let mut online = Online::default();
+                    let mut parts = [0, lens[0] + lens[1]].map(|first| {
+                        online.queries = queries.clone();
+                        online.begin(dim, v_dim);
+                        let block = Block {
+                            keys: &keys[first * dim..],
+                            key_stride: dim,
+                            values: &values[first * v_dim..],
+                            value_stride: v_dim,
+                        };
+                        let most = [lens[0] + lens[1], all][usize::from(first > 0)] - first;
+                        let seen = |q: usize| limit(q).saturating_sub(first).min(most);
+                        online.add(isa, block, seen);
+                        let mut part = vec![0.; rows * Online::entries(v_dim)];
+                        online.put(&mut part);
+                        part
+                    });
+                    online.begin(dim, v_dim);
+                    parts.iter_mut().for_each(|part| online.join(isa, part));
+                    let mut out = vec![0.; rows * v_dim];
+                    online.finish(&mut out);
+                    out
+                };
+                let joined = halves();
                 let found = run(0..rows);
                 for q in 0..rows {
                     let query = &queries[q * dim..][..dim];
@@ -306,6 +370,8 @@ mod tests {
                             .sum();
                         let gap = (f64::from(found[q * v_dim + v]) - truth).abs();
                         assert!(gap < 1e-5, "{isa:?} {rows} {dim} {q} {v}: {gap}");
+                        let gap = (f64::from(joined[q * v_dim + v]) - truth).abs();
+                        assert!(gap < 1e-5, "{isa:?} {rows} {dim} {q} {v}, joined: {gap}");
                     }
                     assert_eq!(run(q..q + 1), found[q * v_dim..][..v_dim], "{isa:?} {q}");
                 }

@@ -1,18 +1,31 @@
 //! Activations rounded to 8 bits, as products with blocks take them.
 
 use crate::op::isa::vectorised;
+use crate::op::team::fill;
 
 /// Entries that share a scale.
 pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
-pub(super) const PADDED: usize = 64;
+pub(super) const PADDED: usize = 256;
+/// Rows from which on weights are unpacked in panels for all of them.
+pub(super) const MANY: usize = 4;
+
+/// Entries below which other threads are not worth waking.
+const ALONE: usize = 1 << 14;
+
+/// 1.5 · 2²³: adding it rounds to an integer (ties to even), which the low bits of the sum then hold.
+const ROUND: f32 = 12_582_912.;
 
 /// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row.
 #[derive(Default)]
 pub struct Activations {
-    pub rows: usize,
     pub width: usize,
-    padded: usize,
+    rows: Vec<Coded>,
+}
+
+/// A row, filled up with zeros to a whole number of [`PADDED`].
+#[derive(Default)]
+struct Coded {
     codes: Vec<i8>,
     /// One a group.
     scales: Vec<f32>,
@@ -20,6 +33,8 @@ pub struct Activations {
     sums: Vec<f32>,
     /// One for every four codes: `−Σ q`, what an offset of unsigned codes is multiplied by.
     negated: Vec<i32>,
+    /// The codes in 16 bits where there are [`MANY`] rows, of every four in the order 0, 2, 1, 3.
+    wide: Vec<i16>,
 }
 
 /// One row of [`Activations`].
@@ -31,6 +46,23 @@ pub(super) struct Row<'a> {
     /// Only where vector paths ask for it.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub negated: &'a [i32],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub wide: &'a [i16],
+}
+
+impl<'a> Row<'a> {
+    /// From `entry` on, the first of a group.
+    #[inline]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub fn from(self, entry: usize) -> Self {
+        Self {
+            codes: &self.codes[entry..],
+            scales: &self.scales[entry / GROUP..],
+            sums: &self.sums[entry / GROUP..],
+            negated: &self.negated[entry / 4..],
+            wide: self.wide.get(entry..).unwrap_or(&[]),
+        }
+    }
 }
 
 impl Activations {
@@ -49,62 +81,98 @@ impl Activations {
     pub fn set(&mut self, x: &[f32], width: usize) {
         assert!(width > 0 && x.len().is_multiple_of(width) && width.is_multiple_of(GROUP));
         let rows = x.len() / width;
-        let padded = width.next_multiple_of(PADDED);
-        (self.rows, self.width, self.padded) = (rows, width, padded);
-        fn clear<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
-            list.clear();
-            list.resize(len, T::default());
-        }
-        clear(&mut self.codes, rows * padded);
-        clear(&mut self.scales, rows * padded / GROUP);
-        clear(&mut self.sums, rows * padded / GROUP);
-        clear(&mut self.negated, rows * padded / 4);
-        vectorised!(for (row, x) in x.chunks_exact(width).enumerate() {
-            for (g, x) in x.chunks_exact(GROUP).enumerate() {
-                let at = row * padded / GROUP + g;
-                let codes = &mut self.codes[at * GROUP..][..GROUP];
-                let largest = x.iter().fold(0f32, |m, x| m.max(x.abs()));
-                let inverse = match largest > 0. {
-                    true => 127. / largest,
-                    false => 0.,
-                };
-                for (q, x) in codes.iter_mut().zip(x) {
-                    *q = (x * inverse).round_ties_even() as i8;
-                }
-                let mut sum = 0;
-                let fours = self.negated[at * GROUP / 4..].iter_mut();
-                for (four, codes) in fours.zip(codes.chunks_exact(4)) {
-                    let part: i32 = codes.iter().map(|q| i32::from(*q)).sum();
-                    *four = -part;
-                    sum += part;
-                }
-                // What is no number must not end as one.
-                self.scales[at] = match x.iter().all(|x| x.is_finite()) {
-                    true => largest / 127.,
-                    false => f32::NAN,
-                };
-                self.sums[at] = self.scales[at] * sum as f32;
-            }
-        });
+        self.width = width;
+        self.rows.resize_with(rows, Coded::default);
+        let task = |row: usize, coded: &mut [Coded]| {
+            coded[0].set(&x[row * width..][..width], rows >= MANY);
+        };
+        fill(x.len() >= ALONE, &mut self.rows, 1, task);
     }
 
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    #[inline]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
-        let (codes, groups) = (self.padded, self.padded / GROUP);
+        let coded = &self.rows[row];
         Row {
-            codes: &self.codes[row * codes..][..codes],
-            scales: &self.scales[row * groups..][..groups],
-            sums: &self.sums[row * groups..][..groups],
-            negated: &self.negated[row * codes / 4..][..codes / 4],
+            codes: &coded.codes,
+            scales: &coded.scales,
+            sums: &coded.sums,
+            negated: &coded.negated,
+            wide: &coded.wide,
         }
     }
 
     /// What the codes stand for, `[M, K]`.
     pub fn dequantized(&self) -> Vec<f32> {
-        let rows = (0..self.rows).map(|row| self.row(row));
+        let rows = (0..self.rows()).map(|row| self.row(row));
         rows.flat_map(|row| {
             let value = move |i: usize| row.scales[i / GROUP] * f32::from(row.codes[i]);
             (0..self.width).map(value)
         })
         .collect()
+    }
+}
+
+impl Coded {
+    fn set(&mut self, x: &[f32], wide: bool) {
+        fn clear<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+            list.clear();
+            list.resize(len, T::default());
+        }
+        let padded = x.len().next_multiple_of(PADDED);
+        clear(&mut self.codes, padded);
+        clear(&mut self.scales, padded / GROUP);
+        clear(&mut self.sums, padded / GROUP);
+        clear(&mut self.negated, padded / 4);
+        clear(&mut self.wide, if wide { padded } else { 0 });
+        vectorised!(for (g, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
+            // By lanes: a chain of all would wait for every step.
+            let mut lanes = [0f32; 8];
+            let mut finite = true;
+            for x in x.as_chunks::<8>().0 {
+                for i in 0..8 {
+                    lanes[i] = lanes[i].max(x[i].abs());
+                    finite &= x[i].is_finite();
+                }
+            }
+            let largest = lanes.into_iter().fold(0f32, f32::max);
+            let inverse = match largest > 0. {
+                true => 127. / largest,
+                false => 0.,
+            };
+            let mut q = [0i32; GROUP];
+            for i in 0..GROUP {
+                let rounded = (x[i] * inverse + ROUND).to_bits();
+                q[i] = i32::from(rounded.wrapping_sub(ROUND.to_bits()) as i8);
+            }
+            let codes = &mut self.codes[g * GROUP..][..GROUP];
+            for i in 0..GROUP {
+                codes[i] = q[i] as i8;
+            }
+            let negated = &mut self.negated[g * GROUP / 4..][..GROUP / 4];
+            let mut sum = 0;
+            for i in 0..GROUP / 4 {
+                negated[i] = -(q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3]);
+                sum -= negated[i];
+            }
+            if wide {
+                let wide = &mut self.wide[g * GROUP..][..GROUP];
+                for i in (0..GROUP).step_by(4) {
+                    wide[i] = q[i] as i16;
+                    wide[i + 1] = q[i + 2] as i16;
+                    wide[i + 2] = q[i + 1] as i16;
+                    wide[i + 3] = q[i + 3] as i16;
+                }
+            }
+            // What is no number must not end as one.
+            self.scales[g] = match finite {
+                true => largest / 127.,
+                false => f32::NAN,
+            };
+            self.sums[g] = self.scales[g] * sum as f32;
+        });
     }
 }

@@ -11,6 +11,12 @@ use crate::op::isa::{Isa, Level};
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod panel;
+
+/// Weights of a row whose sum is finished before the next begins, where [`Level::Avx2`] computes.
+#[cfg(target_arch = "x86_64")]
+const SPAN: usize = 512;
 
 /// Activation rows that share one reading of a row of blocks.
 const TOGETHER: usize = 4;
@@ -31,7 +37,13 @@ pub fn rows(
     let row_bytes = x.width / kind.weights() * kind.bytes();
     assert!(x.width.is_multiple_of(kind.weights()) && row_bytes > 0);
     assert!(rows.end * row_bytes <= w.len());
-    for first in (0..x.rows).step_by(TOGETHER) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    if isa.level() == Level::Avx2 && x.rows() >= super::activations::MANY {
+        // SAFETY: an `Isa` is of this processor.
+        return unsafe { panel::rows(kind, w, row_bytes, x, rows, write) };
+    }
+    for first in (0..x.rows()).step_by(TOGETHER) {
         let x_of = |i: usize| x.row(first + i);
         for row in rows.clone() {
             let w = &w[row * row_bytes..][..row_bytes];
@@ -40,7 +52,7 @@ pub fn rows(
                     write(row, first + i, *sum);
                 }
             };
-            match x.rows - first {
+            match x.rows() - first {
                 1 => put(&dot(isa, kind, w, [x_of(0)])),
                 2 => put(&dot(isa, kind, w, [x_of(0), x_of(1)])),
                 3 => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2)])),

@@ -89,7 +89,7 @@ fn coding_twice_changes_little() {
 
 /// All rows of `W`.
 fn product(isa: Isa, kind: BlockType, w: &[u8], x: &Activations, y: &mut [f32]) {
-    let outs = y.len() / x.rows;
+    let outs = y.len() / x.rows();
     let y = std::cell::RefCell::new(y);
     let write = |row: usize, m: usize, found: f32| y.borrow_mut()[m * outs + row] = found;
     rows(isa, kind, w, x, 0..outs, write);

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::dot::{SPAN, pass, tile};
+use super::dot::{PADDED, SPAN, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations};
@@ -14,11 +14,13 @@ use crate::op::team::{Scatter, team};
 /// Rows of activations up to which weights are widened as they are read.
 const FEW: usize = 8;
 /// Rows of activations that share one widening of weights in registers.
-const TOGETHER: usize = 3;
+const TOGETHER: usize = 4;
 /// Rows of weights that are widened for many rows of activations: what stays in the second cache.
 const PANEL: usize = 48;
 /// Rows of activations that stay in the first cache while a panel passes.
-const GROUP: usize = 9;
+const GROUP: usize = 8;
+/// Entries of a line of the cache.
+const LINE: usize = 16;
 /// Multiplications below which other threads are not worth waking.
 const ALONE: usize = 1 << 14;
 /// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
@@ -90,10 +92,12 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     if parts.iter().any(blocks) {
         scratch.codes.set(x, width);
     }
-    if m > FEW && !parts.iter().all(blocks) {
-        pack(x, width, &mut scratch.packed);
-    }
-    let scratch = &*scratch;
+    let Scratch { packed, codes } = scratch;
+    let packed = match m > FEW && !parts.iter().all(blocks) {
+        true => pack(x, width, packed),
+        false => &[],
+    };
+    let codes = &*codes;
     let rows: usize = parts.iter().map(|part| part.w.rows()).sum();
     let threads = match rows * width * m < ALONE {
         true => 1,
@@ -126,11 +130,9 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
             place[0] = found;
         };
         match weights[i].storage {
-            Storage::Blocks(kind) => {
-                blocks::rows(isa, kind, weights[i].bytes, &scratch.codes, rows, write)
-            }
+            Storage::Blocks(kind) => blocks::rows(isa, kind, weights[i].bytes, codes, rows, write),
             _ if m <= FEW => few(isa, &weights[i], x, m, rows, write),
-            _ => many(isa, &weights[i], &scratch.packed, m, rows, write),
+            _ => many(isa, &weights[i], packed, m, rows, write),
         }
     };
     match threads {
@@ -139,15 +141,27 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     }
 }
 
-/// `x [M, K]` → `[K / SPAN, M, SPAN]`, the last span as long as is left.
-fn pack(x: &[f32], width: usize, packed: &mut Vec<f32>) {
-    packed.clear();
-    for first in (0..width).step_by(SPAN) {
-        let span = first..width.min(first + SPAN);
-        for x in x.chunks_exact(width) {
-            packed.extend_from_slice(&x[span.clone()]);
+/// `len` entries of `room` from a line of the cache on: vectors that lie across two cost twice.
+fn lines(room: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    room.resize(len + LINE - 1, 0.);
+    let start = room.as_ptr().align_offset(4 * LINE).min(LINE - 1);
+    &mut room[start..][..len]
+}
+
+/// `x [M, K]` → `[K / SPAN, M, SPAN]`, the last span as long as is left, filled up with zeros.
+fn pack<'a>(x: &[f32], width: usize, packed: &'a mut Vec<f32>) -> &'a [f32] {
+    let m = x.len() / width;
+    let packed = lines(packed, m * width.next_multiple_of(PADDED));
+    let spans = (0..width).step_by(SPAN).zip(packed.chunks_mut(m * SPAN));
+    for (from, packed) in spans {
+        let span = SPAN.min(width - from);
+        let rows = packed.chunks_exact_mut(span.next_multiple_of(PADDED));
+        for (x, packed) in x.chunks_exact(width).zip(rows) {
+            packed[..span].copy_from_slice(&x[from..][..span]);
+            packed[span..].fill(0.);
         }
     }
+    packed
 }
 
 /// Weights are widened in registers.
@@ -167,26 +181,28 @@ fn few(
         put(row, 0, whole::<4, 1>(isa, w, row, x), &write);
     }
     // For one row of activations one row after the other: memory gives several side by side more slowly.
-    let pairs = match m {
+    let threes = match m {
         1 => four,
-        _ => four + (rows.end - four) / 2 * 2,
+        _ => four + (rows.end - four) / 3 * 3,
     };
-    for row in (four..pairs).step_by(2) {
+    for row in (four..threes).step_by(3) {
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
             match m - first {
-                1 => put(row, first, whole::<2, 1>(isa, w, row, x), &write),
-                2 => put(row, first, whole::<2, 2>(isa, w, row, x), &write),
-                _ => put(row, first, whole::<2, TOGETHER>(isa, w, row, x), &write),
+                1 => put(row, first, whole::<3, 1>(isa, w, row, x), &write),
+                2 => put(row, first, whole::<3, 2>(isa, w, row, x), &write),
+                3 => put(row, first, whole::<3, 3>(isa, w, row, x), &write),
+                _ => put(row, first, whole::<3, TOGETHER>(isa, w, row, x), &write),
             }
         }
     }
-    for row in pairs..rows.end {
+    for row in threes..rows.end {
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
             match m - first {
                 1 => put(row, first, whole::<1, 1>(isa, w, row, x), &write),
                 2 => put(row, first, whole::<1, 2>(isa, w, row, x), &write),
+                3 => put(row, first, whole::<1, 3>(isa, w, row, x), &write),
                 _ => put(row, first, whole::<1, TOGETHER>(isa, w, row, x), &write),
             }
         }
@@ -248,15 +264,21 @@ fn many(
     let (width, storage) = (w.width, w.storage);
     let bytes = storage.entry_bytes();
     WORK.with_borrow_mut(|[panel, sums]| {
-        panel.resize(PANEL * SPAN, 0.);
+        let panel = lines(panel, PANEL * SPAN);
         for first in rows.clone().step_by(PANEL) {
             let count = PANEL.min(rows.end - first);
             sums.clear();
             sums.resize(m * count, 0.);
             for from in (0..width).step_by(SPAN) {
-                let span = SPAN.min(width - from);
+                let count_here = SPAN.min(width - from);
+                let span = count_here.next_multiple_of(PADDED);
                 for (r, wide) in panel.chunks_exact_mut(span).take(count).enumerate() {
-                    storage.widen(&w.row(first + r)[from * bytes..][..span * bytes], wide);
+                    let (wide, rest) = wide.split_at_mut(count_here);
+                    storage.widen(
+                        &w.row(first + r)[from * bytes..][..count_here * bytes],
+                        wide,
+                    );
+                    rest.fill(0.);
                 }
                 let x = &packed[from * m..][..m * span];
                 let groups = x.chunks(GROUP * span).zip(sums.chunks_mut(GROUP * count));

@@ -1,9 +1,8 @@
 //! How the entries of a matrix stand in a file.
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-
+use super::dot::widen_f16;
 use crate::op::blocks::{BlockType, dequantize};
+use crate::op::isa::vectorised;
 
 /// How entries are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,26 +54,13 @@ impl Storage {
     /// The entries of whole rows.
     pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
         match self {
-            Self::F32 => {
-                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                }
-            }
-            Self::F16 => {
-                // In pieces, since the bytes may stand anywhere.
-                let mut piece = [f16::ZERO; 64];
-                for (out, bytes) in out.chunks_mut(64).zip(bytes.chunks(128)) {
-                    for (half, b) in piece.iter_mut().zip(bytes.chunks_exact(2)) {
-                        *half = f16::from_le_bytes([b[0], b[1]]);
-                    }
-                    piece[..out.len()].convert_to_f32_slice(out);
-                }
-            }
-            Self::Bf16 => {
-                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *x = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
-                }
-            }
+            Self::F32 => vectorised!(for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }),
+            Self::F16 => widen_f16(bytes, out),
+            Self::Bf16 => vectorised!(for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *x = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+            }),
             Self::Blocks(kind) => dequantize(kind, bytes, out),
         }
     }

@@ -1,6 +1,8 @@
 //! Products of some rows of weights with some rows of activations, the weights in f32, f16 or bf16 and widened in registers. Every
 //! product is one sum in one order, whatever it is computed beside: of `K` entries, [`SPAN`] at a time.
 
+use half::f16;
+
 use super::storage::Storage;
 use crate::op::isa::{Isa, Level};
 
@@ -9,6 +11,9 @@ mod x86;
 
 /// Entries that are summed up before their sum is added to that of those before: what a tile of rows keeps in the first cache.
 pub const SPAN: usize = 512;
+
+/// Entries that rows of a panel are filled up to multiples of.
+pub const PADDED: usize = 32;
 
 /// `R` rows of weights (`count` of them a row) with `N` of activations; `count` is at most [`SPAN`].
 ///
@@ -54,13 +59,14 @@ pub fn tile<const R: usize, const N: usize>(
     }
 }
 
-/// `sums [M, rows] += x [M, span] panelᵀ`, `panel [rows, span]` in f32; `span` is at most [`SPAN`].
+/// `sums [M, rows] += x [M, span] panelᵀ`, `panel [rows, span]` in f32; `span` is at most [`SPAN`] and a multiple of [`PADDED`].
 ///
 /// # Panics
 /// When sizes do not fit.
 pub fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
     let rows = panel.len() / span;
-    assert!(panel.len() == rows * span && sums.len() == x.len() / span * rows);
+    assert!(span.is_multiple_of(PADDED) && panel.len() == rows * span);
+    assert!(sums.len() == x.len() / span * rows && x.len().is_multiple_of(span));
     match isa.level() {
         Level::Portable => {
             for (x, sums) in x.chunks_exact(span).zip(sums.chunks_exact_mut(rows)) {
@@ -78,6 +84,61 @@ pub fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
         Level::Avx512 => unsafe { x86::avx512::pass(panel, x, span, sums, rows) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
+    }
+}
+
+/// `out [Q, positions] = queries [Q, dim] keysᵀ`, a key `stride` entries behind the one before: sums in one order for each `dim`.
+///
+/// # Panics
+/// When there are fewer keys.
+pub fn scores(isa: Isa, queries: &[f32], dim: usize, keys: &[f32], stride: usize, out: &mut [f32]) {
+    let count = queries.len() / dim;
+    assert!(queries.len() == count * dim && count > 0 && out.len().is_multiple_of(count));
+    let level = match dim.is_multiple_of(LANES) {
+        true => isa.level(),
+        false => Level::Portable,
+    };
+    match level {
+        Level::Portable => {
+            let rows = out.chunks_exact_mut((out.len() / count).max(1));
+            for (query, out) in queries.chunks_exact(dim).zip(rows) {
+                for (p, out) in out.iter_mut().enumerate() {
+                    let key = bytemuck::cast_slice(&keys[p * stride..][..dim]);
+                    *out = portable(Storage::F32, key, query, dim);
+                }
+            }
+        }
+        // SAFETY: an `Isa` is of this processor.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx2 => unsafe { x86::avx2::scores(queries, dim, keys, stride, out) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx512 => unsafe { x86::avx512::scores(queries, dim, keys, stride, out) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("not on this architecture"),
+    }
+}
+
+/// Entries of f16 in f32.
+pub(super) fn widen_f16(bytes: &[u8], out: &mut [f32]) {
+    let done = match Isa::here().level() {
+        Level::Portable => 0,
+        // SAFETY: an `Isa` is of this processor.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx2 => unsafe { x86::avx2::widen_f16(bytes, out) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx512 => unsafe { x86::avx512::widen_f16(bytes, out) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("not on this architecture"),
+    };
+    let rest = out[done..]
+        .iter_mut()
+        .zip(bytes[2 * done..].chunks_exact(2));
+    for (x, b) in rest {
+        *x = f16::from_le_bytes([b[0], b[1]]).to_f32();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Storage;
+use super::{PADDED, SPAN, Storage};
 
 macro_rules! tiles {
     ($features:literal) => {
@@ -18,86 +18,214 @@ macro_rules! tiles {
         ) -> [[f32; N]; R] {
             // SAFETY: the caller's promise is the function's.
             unsafe {
+                if count % PADDED > 0 {
+                    return padded(storage, w, x, count);
+                }
                 match storage {
-                    Storage::F32 => sum::<4, R, N>(storage, w, x, count, |at| load(at.cast())),
-                    Storage::F16 => sum::<2, R, N>(storage, w, x, count, |at| load_f16(at)),
-                    _ => sum::<2, R, N>(storage, w, x, count, |at| load_bf16(at)),
+                    Storage::F32 => sum::<4, R, N>(w, x, count, |at| load(at.cast())),
+                    Storage::F16 => sum::<2, R, N>(w, x, count, |at| load_f16(at)),
+                    _ => sum::<2, R, N>(w, x, count, |at| load_bf16(at)),
                 }
             }
         }
 
+        /// Rows that are filled up with zeros first.
+        ///
         /// # Safety
-        /// As [`tile`]; `widen` reads `LANES` weights of `BYTES` bytes.
+        /// As [`tile`].
+        #[allow(unsafe_code)]
+        #[cold]
+        #[target_feature(enable = $features)]
+        unsafe fn padded<const R: usize, const N: usize>(
+            storage: Storage,
+            w: [*const u8; R],
+            x: [*const f32; N],
+            count: usize,
+        ) -> [[f32; N]; R] {
+            let bytes = count * storage.entry_bytes();
+            let (mut w_wide, mut x_wide) = ([[0f32; SPAN]; R], [[0f32; SPAN]; N]);
+            // SAFETY: the caller's promise, and SPAN entries in every row of the filled ones.
+            unsafe {
+                for r in 0..R {
+                    let w = std::slice::from_raw_parts(w[r], bytes);
+                    storage.widen(w, &mut w_wide[r][..count]);
+                }
+                for n in 0..N {
+                    let x = std::slice::from_raw_parts(x[n], count);
+                    x_wide[n][..count].copy_from_slice(x);
+                }
+                let w = w_wide.each_ref().map(|w| w.as_ptr().cast());
+                let x = x_wide.each_ref().map(|x| x.as_ptr());
+                let count = count.next_multiple_of(PADDED);
+                sum::<4, R, N>(w, x, count, |at| load(at.cast()))
+            }
+        }
+
+        /// Two vectors of sums that take turns: for one row at once, so that an addition need not wait for the one before; for many one
+        /// after the other, with half the registers.
+        ///
+        /// # Safety
+        /// As [`tile`], `count` a multiple of [`PADDED`]; `widen` reads `LANES` weights of `BYTES` bytes.
         #[allow(unsafe_code)]
         #[inline]
         #[target_feature(enable = $features)]
         unsafe fn sum<const BYTES: usize, const R: usize, const N: usize>(
-            storage: Storage,
             w: [*const u8; R],
             x: [*const f32; N],
             count: usize,
             widen: impl Fn(*const u8) -> Vector,
         ) -> [[f32; N]; R] {
-            // Two vectors of lanes, so that an addition need not wait for the one before.
-            let whole = count / (2 * LANES) * (2 * LANES);
-            let mut sums = [[[zero(); 2]; N]; R];
-            for at in (0..whole).step_by(2 * LANES) {
-                for half in 0..2 {
-                    let from = at + half * LANES;
-                    // SAFETY: LANES weights and entries of each row stand from `from` on.
-                    unsafe {
-                        let x: [Vector; N] = std::array::from_fn(|n| load(x[n].add(from)));
-                        for r in 0..R {
-                            let w = widen(w[r].add(from * BYTES));
-                            for n in 0..N {
-                                sums[r][n][half] = fmadd(w, x[n], sums[r][n][half]);
-                            }
+            let (mut first, mut second) = ([[zero(); N]; R], [[zero(); N]; R]);
+            // SAFETY: the caller's promise; there is an even number of vectors.
+            unsafe {
+                if R * N <= 4 {
+                    for at in (0..count).step_by(2 * LANES) {
+                        add_products::<BYTES, R, N>(w, x, at, &widen, &mut first);
+                        add_products::<BYTES, R, N>(w, x, at + LANES, &widen, &mut second);
+                    }
+                } else {
+                    for at in (0..count).step_by(2 * LANES) {
+                        add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
+                    }
+                    // Volatile, so that they do not stay in registers, of which the other sums need all.
+                    for r in 0..R {
+                        for n in 0..N {
+                            std::ptr::write_volatile(&mut first[r][n], second[r][n]);
                         }
+                    }
+                    second = [[zero(); N]; R];
+                    for at in (LANES..count).step_by(2 * LANES) {
+                        add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
                     }
                 }
             }
-            if whole < count {
-                // What is left, filled up with zeros.
-                let left = count - whole;
-                let mut w_left = [[0f32; 2 * LANES]; R];
+            let mut found = [[0.; N]; R];
+            for r in 0..R {
+                for n in 0..N {
+                    // SAFETY: it is a place of ours.
+                    let first = unsafe { std::ptr::read_volatile(&first[r][n]) };
+                    second[r][n] = add(first, second[r][n]);
+                }
+                found[r] = totals(second[r]);
+            }
+            found
+        }
+
+        /// # Safety
+        /// As [`sum`]; LANES weights and entries of each row stand from `at` on.
+        #[allow(unsafe_code)]
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn add_products<const BYTES: usize, const R: usize, const N: usize>(
+            w: [*const u8; R],
+            x: [*const f32; N],
+            at: usize,
+            widen: &impl Fn(*const u8) -> Vector,
+            sums: &mut [[Vector; N]; R],
+        ) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let mut wide = [zero(); R];
                 for r in 0..R {
-                    // SAFETY: `left` weights stand from `whole` on.
-                    let bytes = unsafe {
-                        std::slice::from_raw_parts(w[r].add(whole * BYTES), left * BYTES)
-                    };
-                    storage.widen(bytes, &mut w_left[r][..left]);
+                    wide[r] = widen(w[r].add(at * BYTES));
                 }
                 for n in 0..N {
-                    let mut x_left = [0f32; 2 * LANES];
-                    // SAFETY: `left` entries stand from `whole` on.
-                    let entries = unsafe { std::slice::from_raw_parts(x[n].add(whole), left) };
-                    x_left[..left].copy_from_slice(entries);
+                    let x = load(x[n].add(at));
                     for r in 0..R {
-                        for half in 0..2 {
-                            let at = half * LANES;
-                            // SAFETY: the arrays hold two vectors.
-                            let (w, x) = unsafe {
-                                (
-                                    load(w_left[r].as_ptr().add(at)),
-                                    load(x_left.as_ptr().add(at)),
-                                )
-                            };
-                            sums[r][n][half] = fmadd(w, x, sums[r][n][half]);
-                        }
+                        sums[r][n] = fmadd(wide[r], x, sums[r][n]);
                     }
                 }
             }
-            sums.map(|sums| sums.map(|[a, b]| total(add(a, b))))
+        }
+
+        /// [`super::scores`].
+        #[target_feature(enable = $features)]
+        pub fn scores(queries: &[f32], dim: usize, keys: &[f32], stride: usize, out: &mut [f32]) {
+            let positions = out.len() / (queries.len() / dim);
+            let fours = queries.chunks(4 * dim).zip(out.chunks_mut(4 * positions));
+            for (queries, out) in fours {
+                for p in (0..positions).step_by(3) {
+                    let (keys, out) = (&keys[p * stride..], &mut out[p..]);
+                    match (queries.len() / dim, positions - p) {
+                        (1, 1) => score::<1, 1>(queries, dim, keys, stride, out, positions),
+                        (1, 2) => score::<2, 1>(queries, dim, keys, stride, out, positions),
+                        (1, _) => score::<3, 1>(queries, dim, keys, stride, out, positions),
+                        (2, 1) => score::<1, 2>(queries, dim, keys, stride, out, positions),
+                        (2, 2) => score::<2, 2>(queries, dim, keys, stride, out, positions),
+                        (2, _) => score::<3, 2>(queries, dim, keys, stride, out, positions),
+                        (3, 1) => score::<1, 3>(queries, dim, keys, stride, out, positions),
+                        (3, 2) => score::<2, 3>(queries, dim, keys, stride, out, positions),
+                        (3, _) => score::<3, 3>(queries, dim, keys, stride, out, positions),
+                        (_, 1) => score::<1, 4>(queries, dim, keys, stride, out, positions),
+                        (_, 2) => score::<2, 4>(queries, dim, keys, stride, out, positions),
+                        (_, _) => score::<3, 4>(queries, dim, keys, stride, out, positions),
+                    }
+                }
+            }
+        }
+
+        /// `R` keys with `N` queries.
+        #[allow(unsafe_code)]
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn score<const R: usize, const N: usize>(
+            queries: &[f32],
+            dim: usize,
+            keys: &[f32],
+            stride: usize,
+            out: &mut [f32],
+            positions: usize,
+        ) {
+            let (queries, keys) = (&queries[..N * dim], &keys[..(R - 1) * stride + dim]);
+            let mut sums = [[zero(); N]; R];
+            for at in (0..dim).step_by(LANES) {
+                let mut key = [zero(); R];
+                for r in 0..R {
+                    // SAFETY: whole vectors, as the slice was cut.
+                    key[r] = unsafe { load(keys.as_ptr().add(r * stride + at)) };
+                }
+                for n in 0..N {
+                    // SAFETY: as above.
+                    let query = unsafe { load(queries.as_ptr().add(n * dim + at)) };
+                    for r in 0..R {
+                        sums[r][n] = fmadd(key[r], query, sums[r][n]);
+                    }
+                }
+            }
+            for r in 0..R {
+                let found = totals(sums[r]);
+                for n in 0..N {
+                    out[n * positions + r] = found[n];
+                }
+            }
+        }
+
+        /// The first entries of `bytes` in f16, whole vectors of them; how many.
+        #[allow(unsafe_code)]
+        #[target_feature(enable = $features)]
+        pub fn widen_f16(bytes: &[u8], out: &mut [f32]) -> usize {
+            let whole = out.len().min(bytes.len() / 2) / LANES * LANES;
+            for at in (0..whole).step_by(LANES) {
+                // SAFETY: LANES entries stand from `at` on in both.
+                unsafe {
+                    store(
+                        out.as_mut_ptr().add(at),
+                        load_f16(bytes.as_ptr().add(2 * at)),
+                    )
+                };
+            }
+            whole
         }
 
         /// [`super::pass`].
         #[target_feature(enable = $features)]
         pub fn pass(panel: &[f32], x: &[f32], span: usize, sums: &mut [f32], rows: usize) {
-            for r in (0..rows).step_by(2) {
+            for r in (0..rows).step_by(3) {
                 let (panel, sums) = (&panel[r * span..], &mut sums[r..]);
                 match rows - r {
                     1 => strip::<1>(panel, x, span, sums, rows),
-                    _ => strip::<2>(panel, x, span, sums, rows),
+                    2 => strip::<2>(panel, x, span, sums, rows),
+                    _ => strip::<3>(panel, x, span, sums, rows),
                 }
             }
         }
@@ -112,11 +240,12 @@ macro_rules! tiles {
             sums: &mut [f32],
             rows: usize,
         ) {
-            for (x, sums) in x.chunks(3 * span).zip(sums.chunks_mut(3 * rows)) {
+            for (x, sums) in x.chunks(4 * span).zip(sums.chunks_mut(4 * rows)) {
                 match x.len() / span {
                     1 => block::<R, 1>(panel, x, span, sums, rows),
                     2 => block::<R, 2>(panel, x, span, sums, rows),
-                    _ => block::<R, 3>(panel, x, span, sums, rows),
+                    3 => block::<R, 3>(panel, x, span, sums, rows),
+                    _ => block::<R, 4>(panel, x, span, sums, rows),
                 }
             }
         }
@@ -135,7 +264,7 @@ macro_rules! tiles {
                 std::array::from_fn(|r| panel[r * span..][..span].as_ptr().cast());
             let x: [*const f32; N] = std::array::from_fn(|n| x[n * span..][..span].as_ptr());
             // SAFETY: `span` entries stand in every row, as just cut.
-            let found = unsafe { sum::<4, R, N>(Storage::F32, w, x, span, |at| load(at.cast())) };
+            let found = unsafe { sum::<4, R, N>(w, x, span, |at| load(at.cast())) };
             for n in 0..N {
                 for r in 0..R {
                     sums[n * rows + r] += found[r][n];
@@ -171,13 +300,33 @@ pub mod avx2 {
         _mm256_add_ps(a, b)
     }
 
-    /// The sum of the lanes, by halves.
+    /// The sums of the lanes, by halves; of four vectors together.
+    #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn total(a: Vector) -> f32 {
-        let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    fn totals<const N: usize>(sums: [Vector; N]) -> [f32; N] {
+        let mut found = [0.; N];
+        for first in (0..N).step_by(4) {
+            let count = 4.min(N - first);
+            let mut four = [_mm_setzero_ps(); 4];
+            for n in 0..count {
+                let sum = sums[first + n];
+                let high = _mm256_extractf128_ps::<1>(sum);
+                four[n] = _mm_add_ps(_mm256_castps256_ps128(sum), high);
+            }
+            let [a, b, c, d] = four;
+            let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+            let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+            let (even, odd) = (
+                _mm_shuffle_ps::<0x88>(ab, cd),
+                _mm_shuffle_ps::<0xdd>(ab, cd),
+            );
+            let mut totals = [0f32; 4];
+            // SAFETY: four numbers.
+            unsafe { _mm_storeu_ps(totals.as_mut_ptr(), _mm_add_ps(even, odd)) };
+            found[first..first + count].copy_from_slice(&totals[..count]);
+        }
+        found
     }
 
     /// # Safety
@@ -188,6 +337,16 @@ pub mod avx2 {
     unsafe fn load(at: *const f32) -> Vector {
         // SAFETY: the caller's promise.
         unsafe { _mm256_loadu_ps(at) }
+    }
+
+    /// # Safety
+    /// Eight entries stand at `at`.
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn store(at: *mut f32, a: Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_ps(at, a) }
     }
 
     /// # Safety
@@ -240,8 +399,12 @@ pub mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn total(a: Vector) -> f32 {
-        _mm512_reduce_add_ps(a)
+    fn totals<const N: usize>(sums: [Vector; N]) -> [f32; N] {
+        let mut found = [0.; N];
+        for n in 0..N {
+            found[n] = _mm512_reduce_add_ps(sums[n]);
+        }
+        found
     }
 
     /// # Safety
@@ -252,6 +415,16 @@ pub mod avx512 {
     unsafe fn load(at: *const f32) -> Vector {
         // SAFETY: the caller's promise.
         unsafe { _mm512_loadu_ps(at) }
+    }
+
+    /// # Safety
+    /// Sixteen entries stand at `at`.
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store(at: *mut f32, a: Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_ps(at, a) }
     }
 
     /// # Safety

@@ -1,0 +1,393 @@
+//! Many rows of activations with AVX2: sixteen rows of weights at a time are unpacked, [`SPAN`] weights of each, so that a lane is a row
+//! and nothing is added across lanes. Sums are those of [`super::avx2`], in its order.
+//!
+//! Unsigned codes of 4 bits are multiplied as bytes, four to a lane, and a group's sums fit 16 bits; signed codes as 16 bits, two to a
+//! lane, Q6_K's with their scales in them.
+
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::super::BlockType;
+use super::super::activations::{Activations, GROUP, Row};
+use super::SPAN;
+use super::avx2::{
+    Q4_0, Q4_K, Q6_K, Q8_0, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
+};
+
+/// Rows of weights in two vectors.
+const ROWS: usize = 16;
+const GROUPS: usize = SPAN / GROUP;
+/// Rows of activations that share a reading of a panel.
+const TOGETHER: usize = 4;
+/// Rows of activations whose spans stay in the second cache while [`PANELS`] panels pass, and so do their sums.
+const BLOCK: usize = 128;
+const PANELS: usize = 16;
+/// Vectors of a group's unsigned codes of eight rows.
+const STEPS: usize = GROUP / 4;
+
+/// Weights of [`ROWS`] rows, at most [`SPAN`] of each.
+struct Panel {
+    /// Group after group: of each step (four weights, or two in 16 bits) both vectors.
+    codes: [__m256i; GROUPS * 2 * STEPS * 2],
+    scales: [[__m256; 2]; GROUPS],
+    mins: [[__m256; 2]; GROUPS],
+    /// Sums on their way: of every eighth group, row of activations and vector.
+    lanes: [[[__m256; 2]; TOGETHER]; 8],
+}
+
+/// What [`super::rows`] does.
+///
+/// # Panics
+/// When the sizes do not fit.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn rows(
+    kind: BlockType,
+    w: &[u8],
+    row_bytes: usize,
+    x: &Activations,
+    rows: Range<usize>,
+    write: impl Fn(usize, usize, f32),
+) {
+    match kind {
+        BlockType::Q8_0 => panels::<Q8_0>(w, row_bytes, x, rows, write),
+        BlockType::Q6K => panels::<Q6_K>(w, row_bytes, x, rows, write),
+        BlockType::Q4K => panels::<Q4_K>(w, row_bytes, x, rows, write),
+        BlockType::Q4_0 => panels::<Q4_0>(w, row_bytes, x, rows, write),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn panels<const KIND: u8>(
+    w: &[u8],
+    row_bytes: usize,
+    x: &Activations,
+    rows: Range<usize>,
+    write: impl Fn(usize, usize, f32),
+) {
+    thread_local! {
+        /// `[PANELS, M, ROWS]`
+        static SUMS: RefCell<Vec<[__m256; 2]>> = const { RefCell::new(Vec::new()) };
+    }
+    let mut panel = Panel {
+        codes: [_mm256_setzero_si256(); GROUPS * 2 * STEPS * 2],
+        scales: [[_mm256_setzero_ps(); 2]; GROUPS],
+        mins: [[_mm256_setzero_ps(); 2]; GROUPS],
+        lanes: [[[_mm256_setzero_ps(); 2]; TOGETHER]; 8],
+    };
+    SUMS.with_borrow_mut(|sums| {
+        for first in rows.clone().step_by(PANELS * ROWS) {
+            let count = (PANELS * ROWS).min(rows.end - first);
+            for top in (0..x.rows()).step_by(BLOCK) {
+                let m = BLOCK.min(x.rows() - top);
+                sums.clear();
+                sums.resize(count.div_ceil(ROWS) * m, [_mm256_setzero_ps(); 2]);
+                // What stays in the second cache while all panels pass.
+                let entries = (BLOCK / m * SPAN).min(x.width);
+                for from in (0..x.width).step_by(entries) {
+                    for (p, sums) in sums.chunks_exact_mut(m).enumerate() {
+                        for from in (from..x.width.min(from + entries)).step_by(SPAN) {
+                            let span = SPAN.min(x.width - from);
+                            let part =
+                                row_bytes * from / x.width..row_bytes * (from + span) / x.width;
+                            let mut parts = [&w[..0]; ROWS];
+                            for (r, row) in parts.iter_mut().enumerate() {
+                                // What is past the last row is computed and not written.
+                                let r = first + (p * ROWS + r).min(count - 1);
+                                *row = &w[r * row_bytes..][part.clone()];
+                            }
+                            panel.unpack::<KIND>(parts);
+                            for (i, sums) in sums.chunks_mut(TOGETHER).enumerate() {
+                                let x_of = |n: usize| x.row(top + TOGETHER * i + n).from(from);
+                                match sums.len() {
+                                    1 => panel.tile::<KIND, _>([x_of(0)], span, sums),
+                                    2 => panel.tile::<KIND, _>([x_of(0), x_of(1)], span, sums),
+                                    3 => panel.tile::<KIND, _>([0, 1, 2].map(x_of), span, sums),
+                                    _ => panel.tile::<KIND, _>([0, 1, 2, 3].map(x_of), span, sums),
+                                }
+                            }
+                        }
+                    }
+                }
+                for (i, sums) in sums.iter().enumerate() {
+                    let (row, m) = (first + i / m * ROWS, top + i % m);
+                    let left = first + count - row;
+                    for (r, sum) in entries_of(sums).into_iter().take(left).enumerate() {
+                        write(row + r, m, sum);
+                    }
+                }
+            }
+        }
+    });
+}
+
+impl Panel {
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn unpack<const KIND: u8>(&mut self, rows: [&[u8]; ROWS]) {
+        let (bytes, zero) = (const { eight_bytes(KIND) }, _mm256_setzero_si256());
+        for i in 0..rows[0].len().div_ceil(bytes) {
+            for strip in 0..2 {
+                let mut rooms = [[0; 272]; 8];
+                let mut w = [&rows[0][..0]; 8];
+                for (r, room) in rooms.iter_mut().enumerate() {
+                    let row = &rows[8 * strip + r][i * bytes..];
+                    w[r] = match row.len() < bytes {
+                        true => filled(row, room),
+                        false => &row[..bytes],
+                    };
+                }
+                let (of_scales, of_mins) = columns_of_scales::<KIND>(w);
+                let sixteenths = match KIND {
+                    Q6_K => q6_k_columns(w),
+                    _ => [[zero; 2]; 8],
+                };
+                for j in 0..8 {
+                    let g = 8 * i + j;
+                    self.scales[g][strip] = of_scales[j];
+                    self.mins[g][strip] = of_mins[j];
+                    let mut steps = [zero; 8];
+                    for r in 0..8 {
+                        steps[r] = codes::<KIND>(w[r], j);
+                    }
+                    let steps = transposed(steps);
+                    for s in 0..STEPS {
+                        if unsigned(KIND) {
+                            self.codes[2 * (g * STEPS + s) + strip] = steps[s];
+                            continue;
+                        }
+                        // The first and third weight, the second and fourth.
+                        let mut two = [
+                            _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(steps[s])),
+                            _mm256_srai_epi16::<8>(steps[s]),
+                        ];
+                        for (half, codes) in two.iter_mut().enumerate() {
+                            if KIND == Q6_K {
+                                *codes = _mm256_mullo_epi16(*codes, sixteenths[j][s / 4]);
+                            }
+                            self.codes[2 * ((g * STEPS + s) * 2 + half) + strip] = *codes;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn tile<const KIND: u8, const N: usize>(
+        &mut self,
+        x: [Row; N],
+        span: usize,
+        sums: &mut [[__m256; 2]],
+    ) {
+        let found = self.groups::<KIND, N>(&x, span / GROUP);
+        for n in 0..N {
+            for strip in 0..2 {
+                let sum = &mut sums[n][strip];
+                *sum = _mm256_add_ps(*sum, found[n][strip]);
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn groups<const KIND: u8, const N: usize>(
+        &mut self,
+        x: &[Row; N],
+        groups: usize,
+    ) -> [[__m256; 2]; N] {
+        // A number that the compiler does not know: it would unroll all steps, and run out of registers.
+        let steps = std::hint::black_box(STEPS);
+        for g in 0..groups.max(8) {
+            let first = g < 8;
+            if g >= groups {
+                self.lanes[g] = [[_mm256_setzero_ps(); 2]; TOGETHER];
+                continue;
+            }
+            let found = match unsigned(KIND) {
+                true => self.bytes(x, g, steps),
+                false => self.words(x, g, 2 * steps),
+            };
+            for n in 0..N {
+                let scale = _mm256_set1_ps(x[n].scales[g]);
+                let own = _mm256_set1_ps(x[n].sums[g]);
+                for strip in 0..2 {
+                    let lane = &mut self.lanes[g % 8][n][strip];
+                    let scale = _mm256_mul_ps(self.scales[g][strip], scale);
+                    let found = _mm256_cvtepi32_ps(found[n][strip]);
+                    let mut sum = match first {
+                        true => _mm256_mul_ps(found, scale),
+                        false => _mm256_fmadd_ps(found, scale, *lane),
+                    };
+                    if unsigned(KIND) {
+                        sum = _mm256_fnmadd_ps(self.mins[g][strip], own, sum);
+                    }
+                    *lane = sum;
+                }
+            }
+        }
+        // By halves, as lanes are added up.
+        let mut sums = [[_mm256_setzero_ps(); 2]; N];
+        for (n, sums) in sums.iter_mut().enumerate() {
+            for (strip, sum) in sums.iter_mut().enumerate() {
+                let lane = |j: usize| &self.lanes[j][n][strip];
+                let [a, b, c, d] = [
+                    _mm256_add_ps(*lane(0), *lane(4)),
+                    _mm256_add_ps(*lane(2), *lane(6)),
+                    _mm256_add_ps(*lane(1), *lane(5)),
+                    _mm256_add_ps(*lane(3), *lane(7)),
+                ];
+                *sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+            }
+        }
+        sums
+    }
+
+    /// A group of unsigned bytes: at most 8 · 2 · 15 · 127 in 16 bits.
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn bytes<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+        let codes = &self.codes[2 * STEPS * g..][..2 * STEPS];
+        let x = x.each_ref().map(|x| x.codes[GROUP * g..][..GROUP].as_ptr());
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for s in 0..steps {
+            // SAFETY: the panel holds them, as the slice was cut.
+            let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
+            for n in 0..N {
+                // SAFETY: four of the group's codes, as the slice was cut.
+                let q = unsafe { x[n].add(4 * s).cast::<i32>().read_unaligned() };
+                let q = _mm256_set1_epi32(q);
+                for strip in 0..2 {
+                    let found = _mm256_maddubs_epi16(w[strip], q);
+                    sums[n][strip] = _mm256_add_epi16(sums[n][strip], found);
+                }
+            }
+        }
+        for sums in &mut sums {
+            for sum in sums {
+                *sum = ones(*sum);
+            }
+        }
+        sums
+    }
+
+    /// A group of signed words.
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn words<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+        let codes = &self.codes[4 * STEPS * g..][..4 * STEPS];
+        let x = x.each_ref().map(|x| x.wide[GROUP * g..][..GROUP].as_ptr());
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for s in 0..steps {
+            // SAFETY: the panel holds them, as the slice was cut.
+            let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
+            for n in 0..N {
+                // SAFETY: two of the group's codes, as the slice was cut.
+                let q = unsafe { x[n].add(2 * s).cast::<i32>().read_unaligned() };
+                let q = _mm256_set1_epi32(q);
+                for strip in 0..2 {
+                    let found = _mm256_madd_epi16(w[strip], q);
+                    sums[n][strip] = _mm256_add_epi32(sums[n][strip], found);
+                }
+            }
+        }
+        sums
+    }
+}
+
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn entries_of(a: &[__m256; 2]) -> [f32; ROWS] {
+    // SAFETY: a vector is eight numbers.
+    unsafe { std::mem::transmute(*a) }
+}
+
+/// Eight rows of eight words as columns.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transposed(rows: [__m256i; 8]) -> [__m256i; 8] {
+    let mut halves = rows;
+    for first in [0, 4] {
+        let [a, b, c, d] = [
+            rows[first],
+            rows[first + 1],
+            rows[first + 2],
+            rows[first + 3],
+        ];
+        let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+        halves[first] = _mm256_unpacklo_epi64(ab, cd);
+        halves[first + 1] = _mm256_unpackhi_epi64(ab, cd);
+        let (ab, cd) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+        halves[first + 2] = _mm256_unpacklo_epi64(ab, cd);
+        halves[first + 3] = _mm256_unpackhi_epi64(ab, cd);
+    }
+    let mut columns = rows;
+    for j in 0..4 {
+        let (a, b) = (halves[j], halves[j + 4]);
+        columns[j] = _mm256_permute2x128_si256::<0x20>(a, b);
+        columns[j + 4] = _mm256_permute2x128_si256::<0x31>(a, b);
+    }
+    columns
+}
+
+/// The scales and minima of eight rows' groups, a lane a row.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn columns_of_scales<const KIND: u8>(w: [&[u8]; 8]) -> ([__m256; 8], [__m256; 8]) {
+    let zero = _mm256_setzero_ps();
+    let (mut of_scales, mut of_mins) = ([zero; 8], [zero; 8]);
+    match KIND {
+        Q8_0 | Q4_0 => {
+            for j in 0..8 {
+                of_scales[j] = eight_halves(w, j * eight_bytes(KIND) / 8);
+                if KIND == Q4_0 {
+                    of_mins[j] = _mm256_mul_ps(of_scales[j], _mm256_set1_ps(8.));
+                }
+            }
+        }
+        Q6_K => of_scales = [eight_halves(w, 208); 8],
+        _ => {
+            let (mut rows, mut mins) = ([_mm256_setzero_si256(); 8], [_mm256_setzero_si256(); 8]);
+            for r in 0..8 {
+                let (scales, of_mins) = scales::<KIND>(w[r]);
+                rows[r] = _mm256_castps_si256(scales);
+                mins[r] = _mm256_castps_si256(of_mins);
+            }
+            let (rows, mins) = (transposed(rows), transposed(mins));
+            for j in 0..8 {
+                of_scales[j] = _mm256_castsi256_ps(rows[j]);
+                of_mins[j] = _mm256_castsi256_ps(mins[j]);
+            }
+        }
+    }
+    (of_scales, of_mins)
+}
+
+/// The scales of 16 weights of eight rows of Q6_K, twice in a lane: `[group][half]`, a lane a row.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q6_k_columns(rows: [&[u8]; 8]) -> [[__m256i; 2]; 8] {
+    let mut found = [[_mm256_setzero_si256(); 2]; 8];
+    for first in [0, 8] {
+        let mut words = [_mm256_setzero_si256(); 8];
+        for r in 0..8 {
+            // SAFETY: eight bytes, as the slice is cut.
+            let bytes = unsafe { _mm_loadl_epi64(rows[r][192 + first..][..8].as_ptr().cast()) };
+            let word = _mm256_cvtepi8_epi32(bytes);
+            let low = _mm256_and_si256(word, _mm256_set1_epi32(0xffff));
+            words[r] = _mm256_or_si256(low, _mm256_slli_epi32::<16>(word));
+        }
+        let words = transposed(words);
+        for j in 0..8 {
+            found[(first + j) / 2][j % 2] = words[j];
+        }
+    }
+    found
+}
