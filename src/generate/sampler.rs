@@ -7,6 +7,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::constraint::{Constraint, Format};
+use crate::model::Row;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq)]
@@ -163,6 +164,34 @@ impl Sampler {
         let mut guess = self.clone();
         guess.params.logprobs = None;
         guess
+    }
+
+    /// Whether the likeliest token is all that it needs to know.
+    pub(super) fn takes_the_best(&self) -> bool {
+        let p = &self.params;
+        let plain = p.repetition_penalty == 1.0
+            && p.presence_penalty == 0.0
+            && p.frequency_penalty == 0.0
+            && p.logit_bias.is_empty();
+        p.temperature == 0.0 && plain && p.logprobs.is_none() && self.constraint.is_none()
+    }
+
+    /// The next token of what follows a row.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub(super) fn take(&mut self, row: Row) -> Result<Drawn> {
+        match row {
+            Row::Logits(logits) => self.sample(logits),
+            Row::Best(token) => {
+                *self.counts.entry(token).or_default() += 1;
+                Ok(Drawn {
+                    token,
+                    logprob: None,
+                    last: false,
+                })
+            }
+        }
     }
 
     /// The next token of `logits [V]`, which are changed on the way; `-inf` is never drawn.
