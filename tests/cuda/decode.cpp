@@ -19,7 +19,7 @@ template <class KEPT> void write(uint8_t* to, const float* row, double* read, in
             scale = most / 127;
             memcpy(to + first / 8, &scale, 4);
             for (int i = first; i < std::min(first + 32, dim); i++) {
-                const int8_t code = (int8_t)lrintf(row[i] / scale);
+                const int8_t code = (int8_t)rintf(row[i] * (127 / most));
                 to[4 * ((dim + 31) / 32) + i] = (uint8_t)code;
                 read[i] = (double)scale * code;
             }
@@ -60,6 +60,26 @@ void attention(const char* kind, std::vector<int> lengths, int heads, int groups
                 write<KEPT>(&pages[size_t(page) * unit + before + (plane * 32 + p % 32) * row], &entries[at], &kept[at], dim);
             }
         }
+    // The same pages, as the kernel writes them: a row's beginning from one array, its end from another.
+    {
+        std::vector<uint8_t> written(pages.size(), 0xff);
+        std::vector<uint32_t> whose, until;
+        std::vector<float> a, b;
+        const int b_dim = dim / 3;
+        for (int s = 0; s < S; s++)
+            for (int p = 0; p < lengths[s]; p++) {
+                whose.push_back(s), until.push_back(p + 1);
+                for (int plane = 0; plane < planes; plane++) {
+                    const float* row = &entries[((size_t(s) * width * 32 + p) * planes + plane) * dim];
+                    a.insert(a.end(), row, row + dim - b_dim), b.insert(b.end(), row + dim - b_dim, row + dim);
+                }
+            }
+        emu::launch(dim3(whose.size(), planes), 32, 0, [&] {
+            paged_attention::write<KEPT>(written.data(), table.data(), whose.data(), until.data(), a.data(), b.data(), width, unit, before, row, 0,
+                                         dim - b_dim, b_dim);
+        });
+        if (written != pages) check("rows of pages as the kernel writes them", {{kind, 1, 0}});
+    }
     const paged_attention::Cache c = {pages.data(), table.data(), tiles.data(), seen.data(), width, unit, before, row, LATENT ? 0 : groups};
     const float scale = 1 / sqrtf(k);
     const int across = (heads / groups + 16 * MT - 1) / (16 * MT);
