@@ -8,12 +8,12 @@ use crate::op::laws::device;
 
 /// Folders of kernels that decoding launches.
 const OPS: [&str; 8] = [
-    "argmax",
     "linear",
     "mamba2_step",
     "paged_attention",
     "rms_norm",
     "rope",
+    "sample",
     "swiglu",
     "window_step",
 ];
@@ -124,4 +124,37 @@ fn memories_move_between_the_cpu_and_a_device() {
         assert_eq!(continued(engine, begun), expected);
         assert_eq!(engine.pool.used(), 0);
     }
+}
+
+/// By temperature alone a device draws what the CPU does: in the order of the vocabulary, by the same random numbers. Limits leave the
+/// same tokens, and a seed gives the same text again.
+#[test]
+fn a_device_draws_by_the_same_random_numbers() {
+    let [teacher, _] = models();
+    let cpu = engine(&teacher, |_| ());
+    let Some(device) = on_device(engine(&teacher, |_| ()), 1 << 19, false) else {
+        return;
+    };
+    let texts = |engine: &Engine, params: &SamplingParams| {
+        let found = engine.generate(&PROMPTS[..2], 2, params, &mut |_, _| true);
+        let found = found.unwrap().into_iter().flatten().map(|g| g.text);
+        found.collect::<Vec<_>>()
+    };
+    let params = SamplingParams {
+        temperature: 0.8,
+        seed: 3,
+        ..greedy(10)
+    };
+    assert_eq!(texts(&device, &params), texts(&cpu, &params));
+    let limited = SamplingParams {
+        top_k: 20,
+        top_p: 0.9,
+        ..params.clone()
+    };
+    assert_eq!(texts(&device, &limited), texts(&device, &limited));
+    let one = SamplingParams {
+        top_k: 1,
+        ..params.clone()
+    };
+    assert_eq!(texts(&device, &one), texts(&cpu, &one));
 }

@@ -7,7 +7,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::constraint::{Constraint, Format};
-use crate::model::Row;
+use crate::model::{Ask, Row};
+use crate::op::sample::cuda::Draw;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq)]
@@ -166,14 +167,27 @@ impl Sampler {
         guess
     }
 
-    /// Whether the likeliest token is all that it needs to know.
-    pub(super) fn takes_the_best(&self) -> bool {
+    /// What it needs to know of the next row.
+    pub(super) fn ask(&self) -> Ask {
         let p = &self.params;
         let plain = p.repetition_penalty == 1.0
             && p.presence_penalty == 0.0
             && p.frequency_penalty == 0.0
             && p.logit_bias.is_empty();
-        p.temperature == 0.0 && plain && p.logprobs.is_none() && self.constraint.is_none()
+        if !plain || p.logprobs.is_some() || self.constraint.is_some() {
+            return Ask::Logits;
+        }
+        if p.temperature == 0.0 {
+            return Ask::Best;
+        }
+        Ask::Draw(Draw {
+            temperature: p.temperature as f32,
+            top_k: u32::try_from(p.top_k).unwrap_or(0),
+            top_p: p.top_p as f32,
+            min_p: p.min_p as f32,
+            // The number that it goes by when it takes the token.
+            uniform: self.random.clone().random::<f64>() as f32,
+        })
     }
 
     /// The next token of what follows a row.
@@ -183,8 +197,11 @@ impl Sampler {
     pub(super) fn take(&mut self, row: Row) -> Result<Drawn> {
         match row {
             Row::Logits(logits) => self.sample(logits),
-            Row::Best(token) => {
+            Row::Token(token) => {
                 *self.counts.entry(token).or_default() += 1;
+                if self.params.temperature > 0.0 {
+                    self.random.random::<f64>();
+                }
                 Ok(Drawn {
                     token,
                     logprob: None,

@@ -11,7 +11,7 @@ use super::speculation::{self, Draft, Drafter, Pace, Want};
 use super::{Engine, Generation, Logprob, Sampler, SamplingParams};
 use crate::data::DecodeStream;
 use crate::mixer::{Memory, Span};
-use crate::model::{Reading, Row};
+use crate::model::{Ask, Reading, Row};
 use crate::op::team::team;
 use crate::{Error, Result};
 
@@ -281,7 +281,7 @@ impl<'e> Scheduler<'e> {
         let counts = self.share_out();
         let sequences = self.running.len();
         let tokens_before: usize = self.running.iter().map(|s| s.tokens.len()).sum();
-        let (mut tokens, mut wanted, mut best) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tokens, mut wanted, mut asks) = (Vec::new(), Vec::new(), Vec::new());
         let mut spans = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
             if *count == 0 {
@@ -292,7 +292,7 @@ impl<'e> Scheduler<'e> {
             tokens.extend_from_slice(&sequence.tokens[read..read + count]);
             sequence.scored = sequence.to_score(read..read + count);
             wanted.extend(sequence.scored.clone().map(|token| from + token - 1 - read));
-            best.resize(wanted.len(), false);
+            asks.resize(wanted.len(), Ask::Logits);
             if read + count == sequence.tokens.len() {
                 wanted.push(tokens.len() - 1);
                 // What follows the guesses is wanted too.
@@ -303,7 +303,7 @@ impl<'e> Scheduler<'e> {
                     self.statistics.drafted += 1;
                 }
             }
-            best.resize(wanted.len(), sequence.sampler.takes_the_best());
+            asks.resize(wanted.len(), sequence.ask());
             spans.push(Span {
                 memory: &mut sequence.memory,
                 rows: from..tokens.len(),
@@ -314,7 +314,7 @@ impl<'e> Scheduler<'e> {
         }
         let engine = self.engine;
         let rows =
-            (engine.decoder).read_rows(&tokens, &mut spans, &wanted, &best, &mut self.reading)?;
+            (engine.decoder).read_rows(&tokens, &mut spans, &wanted, &asks, &mut self.reading)?;
         drop(spans);
         self.statistics.passes += 1;
         self.statistics.read_tokens += tokens.len();
@@ -338,7 +338,7 @@ impl<'e> Scheduler<'e> {
             }
             for mut sibling in sequence.split() {
                 match &mut first {
-                    Row::Best(token) => sibling.take(engine, Row::Best(*token), &mut events),
+                    Row::Token(token) => sibling.take(engine, Row::Token(*token), &mut events),
                     Row::Logits(logits) => {
                         sibling.take(engine, Row::Logits(&mut logits.to_vec()), &mut events);
                     }
@@ -509,6 +509,15 @@ impl Sequence {
         from..unscored.end.min(read.end + 1).max(from)
     }
 
+    /// What it needs to know of the rows behind all that it has; of several rows, and for several answers, no token can be drawn yet.
+    fn ask(&self) -> Ask {
+        let guesses = self.draft.as_ref().map_or(0, |draft| draft.tokens.len());
+        match self.sampler.ask() {
+            Ask::Draw(_) if guesses > 0 || !self.siblings.is_empty() => Ask::Logits,
+            ask => ask,
+        }
+    }
+
     /// Takes the rows of logits `[V]` that they were asked for.
     fn score<'l>(&mut self, rows: &mut impl Iterator<Item = Row<'l>>) {
         let scored = std::mem::take(&mut self.scored);
@@ -516,7 +525,7 @@ impl Sequence {
         let rows: Vec<&[f32]> = rows
             .map(|row| match row {
                 Row::Logits(logits) => &*logits,
-                Row::Best(_) => unreachable!("asked for with its logits"),
+                Row::Token(_) => unreachable!("asked for with its logits"),
             })
             .collect();
         let top = self.params.prompt_logprobs.unwrap_or_default();

@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex};
 use candle_core::Device;
 
 use super::Lm;
-use super::decoder::{Decoder, DecoderLayer, Decodes, host_room};
+use super::decoder::{Ask, Decoder, DecoderLayer, Decodes, host_room};
 use crate::mixer::batch::{Arena, Batch, Inputs, Plan};
 use crate::mixer::{CacheType, Keeps, Pool, Span, cuda};
-use crate::op::argmax::cuda::{argmax, read as read_argmax};
 use crate::op::cuda::{Cuda, Gpu, Lasting, records_steps};
 use crate::op::linear::cuda::{Weight, add_scaled, gather};
 use crate::op::rms_norm::cuda::forward as rms_norm;
+use crate::op::sample::cuda::{Draw, argmax, draw};
 use crate::op::swiglu::cuda::forward as swiglu;
 use crate::{Error, Result};
 
@@ -228,22 +228,33 @@ impl<G: Lasting> OnGpu<G> {
     fn rows(
         &self,
         found: Option<&G::Array>,
-        best: &[bool],
+        asks: &[Ask],
         logits: &mut Vec<f32>,
     ) -> Result<Vec<Option<u32>>> {
         let Some(found) = found else {
             return Ok(Vec::new());
         };
         let gpu = &*self.gpu;
-        let mut tokens = vec![None; best.len()];
-        if best.contains(&true) {
-            tokens = read_argmax(gpu, &argmax(gpu, found, self.vocab)?)?;
-            let asked = tokens.iter_mut().zip(best);
-            asked
-                .filter(|(_, best)| !**best)
-                .for_each(|(token, _)| *token = None);
+        let mut tokens = vec![None; asks.len()];
+        if asks.contains(&Ask::Best) {
+            tokens = argmax(gpu, found, self.vocab)?;
+            let asked = tokens.iter_mut().zip(asks);
+            let others = asked.filter(|(_, ask)| **ask != Ask::Best);
+            others.for_each(|(token, _)| *token = None);
         }
-        let rows: Vec<usize> = (0..best.len()).filter(|i| tokens[*i].is_none()).collect();
+        let draws = asks.iter().enumerate().filter_map(|(row, ask)| match ask {
+            Ask::Draw(draw) => Some((row, *draw)),
+            Ask::Logits | Ask::Best => None,
+        });
+        let draws: Vec<(usize, Draw)> = draws.collect();
+        if !draws.is_empty() {
+            let drawn = draw(gpu, found, self.vocab, &draws)?;
+            for ((row, _), token) in draws.iter().zip(drawn) {
+                tokens[*row] = token;
+            }
+        }
+        // What a device cannot choose from the host explains.
+        let rows: Vec<usize> = (0..asks.len()).filter(|i| tokens[*i].is_none()).collect();
         logits.resize(rows.len() * self.vocab, 0.);
         // Neighbours at once.
         let mut left = logits.as_mut_slice();
@@ -283,7 +294,7 @@ impl<G: Lasting> Decodes for OnGpu<G> {
         tokens: &[u32],
         spans: &mut [Span],
         wanted: &[usize],
-        best: &[bool],
+        asks: &[Ask],
         logits: &mut Vec<f32>,
     ) -> Result<Vec<Option<u32>>> {
         logits.clear();
@@ -304,7 +315,7 @@ impl<G: Lasting> Decodes for OnGpu<G> {
         // Decoding goes on in one pass at a time.
         let mut steps = self.steps.lock().unwrap_or_else(|e| e.into_inner());
         let found = self.run(&plan, &pool, &mut steps, |found| {
-            self.rows(found, best, logits)
+            self.rows(found, asks, logits)
         })?;
         for span in spans {
             span.memory.advance(span.rows.len());

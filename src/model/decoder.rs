@@ -10,6 +10,7 @@ use crate::op::cpu::entries;
 use crate::op::linear::{Part, Stored, products};
 use crate::op::rms_norm::norm_row;
 use crate::op::runtime::free_memory;
+use crate::op::sample::cuda::Draw;
 use crate::op::swiglu::swiglu_row;
 use crate::op::team::fill;
 
@@ -21,16 +22,25 @@ pub(super) trait Decodes: fmt::Debug + Send + Sync {
     /// Bytes that nobody uses.
     fn free_memory(&self) -> Result<usize>;
 
-    /// As [`Decoder::read`], of rows of which the best token is enough where `best` says so. Those tokens; where there is none the next
-    /// row of `logits` is its.
+    /// As [`Decoder::read_rows`]: tokens; where there is none the next row of `logits` is its.
     fn read(
         &self,
         tokens: &[u32],
         spans: &mut [Span],
         wanted: &[usize],
-        best: &[bool],
+        asks: &[Ask],
         logits: &mut Vec<f32>,
     ) -> Result<Vec<Option<u32>>>;
+}
+
+/// What is asked of what follows a token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Ask {
+    Logits,
+    /// The first of the likeliest tokens is enough.
+    Best,
+    /// One that is drawn.
+    Draw(Draw),
 }
 
 /// What follows a token.
@@ -38,8 +48,8 @@ pub(super) trait Decodes: fmt::Debug + Send + Sync {
 pub enum Row<'r> {
     /// `[V]`
     Logits(&'r mut [f32]),
-    /// The first of the likeliest tokens, as a device has found it; all logits are below infinity.
-    Best(u32),
+    /// What a device has chosen, as it was asked to; all logits are below infinity.
+    Token(u32),
 }
 
 #[derive(Debug)]
@@ -171,7 +181,7 @@ impl Decoder {
         })
     }
 
-    /// As [`Decoder::read`], of rows of which the best token is enough where `best` says so: a device then keeps their logits.
+    /// As [`Decoder::read`]; a device keeps the logits of rows of which no more than a token is asked, the CPU gives all.
     ///
     /// # Errors
     /// As [`Decoder::read`].
@@ -180,7 +190,7 @@ impl Decoder {
         tokens: &[u32],
         spans: &mut [Span],
         wanted: &[usize],
-        best: &[bool],
+        asks: &[Ask],
         reading: &'r mut Reading,
     ) -> Result<Vec<Row<'r>>> {
         let vocab = self.config.vocab_size;
@@ -188,10 +198,10 @@ impl Decoder {
             let logits = self.read(tokens, spans, wanted, reading)?;
             return Ok(logits.chunks_exact_mut(vocab).map(Row::Logits).collect());
         };
-        let found = device.read(tokens, spans, wanted, best, &mut reading.logits)?;
+        let found = device.read(tokens, spans, wanted, asks, &mut reading.logits)?;
         let mut logits = reading.logits.chunks_exact_mut(vocab);
-        let rows = found.into_iter().map(|best| match best {
-            Some(token) => Row::Best(token),
+        let rows = found.into_iter().map(|token| match token {
+            Some(token) => Row::Token(token),
             None => Row::Logits(logits.next().expect("one where no token is")),
         });
         Ok(rows.collect())
@@ -210,8 +220,8 @@ impl Decoder {
         reading: &'r mut Reading,
     ) -> Result<&'r mut [f32]> {
         if let Some(device) = &self.device {
-            let best = vec![false; wanted.len()];
-            device.read(tokens, spans, wanted, &best, &mut reading.logits)?;
+            let asks = vec![Ask::Logits; wanted.len()];
+            device.read(tokens, spans, wanted, &asks, &mut reading.logits)?;
             return Ok(&mut reading.logits);
         }
         let (d, f, eps) = (

@@ -21,7 +21,7 @@ mod decoder;
 mod parts;
 pub use config::{FORMAT_VERSION, ModelConfig, layer_of};
 pub use cuda::cache_room;
-pub use decoder::{Decoder, Reading, Row};
+pub use decoder::{Ask, Decoder, Reading, Row};
 pub use parts::Parts;
 
 #[derive(Debug)]

@@ -9,7 +9,6 @@ mod documents;
 pub use documents::Documents;
 
 pub mod adamw;
-pub mod argmax;
 pub mod attention;
 pub mod blocks;
 pub mod causal_conv;
@@ -28,6 +27,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod route;
 pub mod runtime;
+pub mod sample;
 pub mod ssd;
 pub mod swiglu;
 pub mod team;
