@@ -41,7 +41,7 @@
 //! | `op/linear/dot/x86.rs` | vector loads from checked slices |
 //! | `op/linear/product.rs` | places of one buffer that threads write apart |
 //! | `op/team.rs` | work that threads share while its owner waits for them |
-//! | `op/cuda/device.rs` | memory of the GPU and launches of kernels |
+//! | `op/cuda/device.rs`, `op/cuda/recording.rs` | memory of the GPU, launches of kernels, recorded launches |
 //! | `op/runtime.rs` | the process: its environment, its allocator |
 //! | `mapped.rs` | the memory map of a file |
 //! | `op/blocks/dot.rs` | the choice of instructions that the processor has |

@@ -144,4 +144,12 @@ impl Place {
     pub fn cpu() -> Self {
         Self::new(Device::Cpu, Frozen::Stored)
     }
+
+    /// The same on the CPU: what decodes elsewhere takes its weights from there.
+    pub fn host(&self) -> Self {
+        Self {
+            device: Device::Cpu,
+            ..self.clone()
+        }
+    }
 }

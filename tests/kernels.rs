@@ -1,4 +1,4 @@
-//! Kernels for CUDA that nothing launches yet: programs that hold them to loops in f64, on the emulator.
+//! Kernels for CUDA whose plain reference is a loop in f64: programs that hold them to it, on the emulator.
 
 use std::path::Path;
 use std::process::Command;

@@ -25,6 +25,7 @@ PY
   strip -o $lease/zebroid "$(sed -n 2p $lease/programs)"
   rm $lease/messages.json $lease/programs
   cp -r assets/teacher $lease/teacher
+  cp recipes/peer/random_llama.py recipes/teachers/llama-3.2-1b/config.json $lease/
   golden=${ZEBROID_SHARED:-../shared}/golden
   if [ -d "$golden" ]; then cp -r "$golden" $lease/golden; fi
   tar -C $lease -c . | xz -9 > $lease.tar.xz
@@ -57,10 +58,29 @@ run() {
   step device 20 nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader
   step opens 30 $lease/zebroid doctor
   step laws 150 $lease/tests op:: mixer::tests::kernel_gradients --test-threads 1
+  step decodes 60 $lease/tests generate::device_tests --test-threads 1
   for golden in "$lease"/golden/*/; do
     [ -d "$golden" ] || continue
     step "parity-$(basename "$golden")" 60 $lease/zebroid parity "$golden" "$golden/expected.safetensors" --tolerance 1e-3 --device cuda
   done
+  # Decoding at the 1B shape, random weights: the Llama, half of its layers MLA and half Mamba2, both also in 8 bits.
+  rooms=$(mktemp -d)
+  step model 60 python3 $lease/random_llama.py $teacher "$rooms/llama" $lease/config.json
+  step hybrid 90 $lease/zebroid compose "$rooms/llama" "$rooms/hybrid" --mla 0,2,4,6,8,10,12,14 --kv-rank 128 --init published
+  for shape in llama hybrid; do
+    [ -d "$rooms/$shape" ] || continue
+    step "decode-$shape" 60 $lease/zebroid bench decode "$rooms/$shape" --depths 0,4096,32768 --device cuda --json
+    step "decode-$shape-graphs" 60 $lease/zebroid bench decode "$rooms/$shape" --depths 0,4096,32768 --device cuda --cuda-graphs --json
+    step "batch-$shape" 60 $lease/zebroid bench batch "$rooms/$shape" --batches 8,48 --depth 4096 --device cuda --json
+    step "prefill-$shape" 60 $lease/zebroid bench prefill "$rooms/$shape" --lengths 2048 --device cuda --json
+    if command -v nsys > /dev/null; then
+      step "profile-$shape" 60 nsys profile --stats=true -o "$rooms/profile-$shape" \
+        $lease/zebroid bench decode "$rooms/$shape" --depths 4096 --repeat 1 --device cuda --json
+    fi
+    step "quantize-$shape" 60 $lease/zebroid quantize "$rooms/$shape" "$rooms/$shape.gguf" --type q8_0
+    step "decode-$shape-q8" 60 $lease/zebroid bench decode "$rooms/$shape.gguf" --depths 0,4096 --device cuda --json
+  done
+  rm -rf "$rooms"
   step speed 90 $lease/tests op::cuda::speed --ignored --nocapture --test-threads 1
   step train-cuda 60 $lease/zebroid bench train $teacher "${hybrid[@]}" --batch-size 4 --seq-len 128 --device cuda --json
   step train-cpu 60 $lease/zebroid bench train $teacher "${hybrid[@]}" --batch-size 4 --seq-len 128 --device cpu --json

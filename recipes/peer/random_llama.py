@@ -1,13 +1,13 @@
 """A Llama with random weights and a small teacher's tokenizer: of 104 M parameters in f32 (arithmetic, not Python, decides how fast
-it is evaluated), or of the shape of a config.json in bf16 (recipes/teachers/llama-3.2-1b/config.json: 2.5 GB). Needs numpy only.
+it is evaluated), or of the shape of a config.json in bf16 (recipes/teachers/llama-3.2-1b/config.json: 2.5 GB). Needs nothing beside.
     random_llama.py TOKENIZER_FOLDER OUT [CONFIG_JSON]"""
 import json
+import math
+import random
 import shutil
 import struct
 import sys
 from pathlib import Path
-
-import numpy as np
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 own = json.loads((source / "config.json").read_text())
@@ -33,24 +33,38 @@ if not config["tie_word_embeddings"]:
 
 header, at = {}, 0
 for name, shape in shapes.items():
-    size = int(np.prod(shape)) * (2 if dtype == "BF16" else 4)
+    size = math.prod(shape) * (2 if dtype == "BF16" else 4)
     header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
     at += size
 head = json.dumps(header).encode()
 head += b" " * (-len(head) % 8)
 
-random = np.random.default_rng(0)
+random.seed(0)
+signs = bytes(0x3C | byte & 0x80 for byte in range(256))
+upper = bytes(0x80 | byte for byte in range(256))
+
+
+def entries(count):
+    """Of either sign, between 1/64 and 1/32."""
+    width = 2 if dtype == "BF16" else 4
+    x = bytearray(random.randbytes(count * width))
+    x[width - 1 :: width] = x[width - 1 :: width].translate(signs)
+    x[width - 2 :: width] = x[width - 2 :: width].translate(upper)
+    return x
+
+
+one = bytes([0x80, 0x3F]) if dtype == "BF16" else struct.pack("<f", 1)
 out.mkdir(parents=True, exist_ok=True)
 with open(out / "model.safetensors", "wb") as file:
     file.write(struct.pack("<Q", len(head)) + head)
     for shape in shapes.values():
-        ones = len(shape) == 1
-        for rows in np.array_split(np.arange(shape[0]), max(1, shape[0] // 8192)):
-            part = (len(rows), *shape[1:])
-            x = np.ones(part, np.float32) if ones else random.standard_normal(part, np.float32) * np.float32(0.02)
-            # The upper half of an f32, rounded to nearest.
-            file.write(((x.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).tobytes() if dtype == "BF16" else x.tobytes())
+        count = math.prod(shape)
+        if len(shape) == 1:
+            file.write(one * count)
+            continue
+        for first in range(0, count, 1 << 24):
+            file.write(entries(min(1 << 24, count - first)))
 (out / "config.json").write_text(json.dumps(config, indent=2))
 for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copy(source / name, out / name)
-print(f"{sum(int(np.prod(shape)) for shape in shapes.values()) / 1e6:.1f} M parameters")
+print(f"{sum(map(math.prod, shapes.values())) / 1e6:.1f} M parameters")

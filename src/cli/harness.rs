@@ -74,7 +74,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::open(&folder)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
     let parts = checkpoint.parts()?;
-    let (fingerprint, lm) = (parts.hash()?, parts.lm(&place)?);
+    let (fingerprint, lm) = (parts.hash()?, parts.lm(&place.host())?);
+    let lm = lm.decoding_on(&place.device);
     let config = HarnessConfig {
         data: match args.data_dir.clone() {
             Some(folder) => Source::Folder(folder),

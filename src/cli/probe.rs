@@ -51,7 +51,8 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     args.report.iter().try_for_each(|path| check_file(path))?;
     let (place, checkpoint) = (args.device.place()?, args.checkpoint.fetch()?);
-    let lm = Checkpoint::open(&checkpoint)?.model(&place)?;
+    let lm = Checkpoint::open(&checkpoint)?.model(&place.host())?;
+    let lm = lm.decoding_on(&place.device);
     let tokenizer = Tokenizer::open(&checkpoint)?;
     tokenizer.check(lm.config.vocab_size)?;
     let wanted = Sweep {

@@ -12,7 +12,6 @@ use super::arg::memory::size;
 use super::positive;
 use super::show::{note, print};
 use crate::generate::EngineOptions;
-use crate::op::runtime;
 use crate::serve::{self, About, Keys, Limits, Models, Options};
 use crate::{Error, Result};
 
@@ -181,13 +180,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // Models share what is free, and leave room for weights where there is a budget.
     let largest = all.iter().map(|about| about.bytes as usize).max();
     let left = |budget: usize| budget.saturating_sub(largest.unwrap_or_default()) / 2;
-    let free = runtime::free_memory().map(|free| free / 2 / all.len().max(1));
-    let cache = [free, args.memory.map(left)].into_iter().flatten().min();
+    let free = args.engine.cache_room()? / all.len().max(1);
+    let cache = args.memory.map(left).map_or(free, |left| left.min(free));
     let mut options = args.engine.options();
     options.max_batch = args.max_batch;
     options.prefix_cache = !args.no_prefix_cache;
-    options.cache_memory = options.cache_memory.or(cache);
-    let cache = options.memory_limit() as u64;
+    let cache = *options.cache_memory.get_or_insert(cache) as u64;
     let engine = args.engine.clone();
     let load = Box::new(move |path: &Path| engine.open_with(path, options.clone()));
     let limits = Limits {

@@ -6,10 +6,11 @@ use std::sync::OnceLock;
 use crate::data::Tokenizer;
 use crate::mixer::{CacheType, Pool};
 use crate::model::{Decoder, Lm};
-use crate::op::runtime;
 use crate::{Error, Result};
 
 mod constraint;
+#[cfg(test)]
+mod device_tests;
 mod prefix;
 mod sampler;
 mod scheduler;
@@ -31,7 +32,7 @@ pub use speculation::Drafter;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineOptions {
     pub cache_type: CacheType,
-    /// Bytes for the caches and states of all sequences; none: half of the machine's free memory.
+    /// Bytes for the caches and states of all sequences; none: half of the free memory where the model decodes.
     pub cache_memory: Option<usize>,
     /// Tokens of prompts that are read in one pass, at most, beside the sequences that are being continued.
     pub prefill_chunk: usize,
@@ -50,14 +51,6 @@ impl Default for EngineOptions {
             max_batch: 64,
             prefix_cache: false,
         }
-    }
-}
-
-impl EngineOptions {
-    /// Bytes for the caches and states of all sequences.
-    pub fn memory_limit(&self) -> usize {
-        self.cache_memory
-            .unwrap_or_else(|| runtime::free_memory().map_or(FALLBACK_MEMORY, |free| free / 2))
     }
 }
 
@@ -103,9 +96,6 @@ pub struct Generation {
 /// Told of every piece of text as soon as it is certain, and of which prompt; false ends that sequence.
 pub type Emit<'a> = &'a mut dyn FnMut(usize, &str) -> bool;
 
-/// Where the system does not tell what is free.
-const FALLBACK_MEMORY: usize = 2 << 30;
-
 impl Engine {
     /// With default options.
     ///
@@ -116,14 +106,17 @@ impl Engine {
     }
 
     /// # Errors
-    /// A model and a tokenizer that do not belong together, a model on another device than the CPU, or too little memory for one
+    /// A model and a tokenizer that do not belong together, a device that the model cannot decode on, or too little memory for one
     /// sequence.
     pub fn with(lm: &Lm, tokenizer: Tokenizer, options: EngineOptions) -> Result<Self> {
         tokenizer.check(lm.config.vocab_size)?;
         let decoder = lm.decoder()?;
-        let limit = options.memory_limit();
+        let limit = match options.cache_memory {
+            Some(limit) => limit,
+            None => decoder.cache_room()?,
+        };
         Ok(Self {
-            pool: Pool::new(&decoder.keeps(), options.cache_type, limit, 1)?,
+            pool: decoder.pool(options.cache_type, limit)?,
             decoder,
             tokenizer,
             options,

@@ -7,6 +7,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::constraint::{Constraint, Format};
+use crate::model::{Ask, Row};
+use crate::op::sample::cuda::Draw;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, PartialEq)]
@@ -163,6 +165,50 @@ impl Sampler {
         let mut guess = self.clone();
         guess.params.logprobs = None;
         guess
+    }
+
+    /// What it needs to know of the next row.
+    pub(super) fn ask(&self) -> Ask {
+        let p = &self.params;
+        let plain = p.repetition_penalty == 1.0
+            && p.presence_penalty == 0.0
+            && p.frequency_penalty == 0.0
+            && p.logit_bias.is_empty();
+        if !plain || p.logprobs.is_some() || self.constraint.is_some() {
+            return Ask::Logits;
+        }
+        if p.temperature == 0.0 {
+            return Ask::Best;
+        }
+        Ask::Draw(Draw {
+            temperature: p.temperature as f32,
+            top_k: u32::try_from(p.top_k).unwrap_or(0),
+            top_p: p.top_p as f32,
+            min_p: p.min_p as f32,
+            // The number that it goes by when it takes the token.
+            uniform: self.random.clone().random::<f64>() as f32,
+        })
+    }
+
+    /// The next token of what follows a row.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub(super) fn take(&mut self, row: Row) -> Result<Drawn> {
+        match row {
+            Row::Logits(logits) => self.sample(logits),
+            Row::Token(token) => {
+                *self.counts.entry(token).or_default() += 1;
+                if self.params.temperature > 0.0 {
+                    self.random.random::<f64>();
+                }
+                Ok(Drawn {
+                    token,
+                    logprob: None,
+                    last: false,
+                })
+            }
+        }
     }
 
     /// The next token of `logits [V]`, which are changed on the way; `-inf` is never drawn.

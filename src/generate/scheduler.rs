@@ -11,7 +11,7 @@ use super::speculation::{self, Draft, Drafter, Pace, Want};
 use super::{Engine, Generation, Logprob, Sampler, SamplingParams};
 use crate::data::DecodeStream;
 use crate::mixer::{Memory, Span};
-use crate::model::Reading;
+use crate::model::{Ask, Reading, Row};
 use crate::op::team::team;
 use crate::{Error, Result};
 
@@ -281,7 +281,7 @@ impl<'e> Scheduler<'e> {
         let counts = self.share_out();
         let sequences = self.running.len();
         let tokens_before: usize = self.running.iter().map(|s| s.tokens.len()).sum();
-        let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
+        let (mut tokens, mut wanted, mut asks) = (Vec::new(), Vec::new(), Vec::new());
         let mut spans = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
             if *count == 0 {
@@ -292,6 +292,7 @@ impl<'e> Scheduler<'e> {
             tokens.extend_from_slice(&sequence.tokens[read..read + count]);
             sequence.scored = sequence.to_score(read..read + count);
             wanted.extend(sequence.scored.clone().map(|token| from + token - 1 - read));
+            asks.resize(wanted.len(), Ask::Logits);
             if read + count == sequence.tokens.len() {
                 wanted.push(tokens.len() - 1);
                 // What follows the guesses is wanted too.
@@ -302,6 +303,7 @@ impl<'e> Scheduler<'e> {
                     self.statistics.drafted += 1;
                 }
             }
+            asks.resize(wanted.len(), sequence.ask());
             spans.push(Span {
                 memory: &mut sequence.memory,
                 rows: from..tokens.len(),
@@ -311,13 +313,12 @@ impl<'e> Scheduler<'e> {
             return Ok(events);
         }
         let engine = self.engine;
-        let logits = engine
-            .decoder
-            .read(&tokens, &mut spans, &wanted, &mut self.reading)?;
+        let rows =
+            (engine.decoder).read_rows(&tokens, &mut spans, &wanted, &asks, &mut self.reading)?;
         drop(spans);
         self.statistics.passes += 1;
         self.statistics.read_tokens += tokens.len();
-        let mut rows = logits.chunks_exact_mut(engine.decoder.config.vocab_size);
+        let mut rows = rows.into_iter();
         let mut siblings = Vec::new();
         for (sequence, count) in self.running.iter_mut().zip(&counts) {
             if *count == 0 {
@@ -331,12 +332,17 @@ impl<'e> Scheduler<'e> {
             if sequence.memory.len() < sequence.tokens.len() {
                 continue;
             }
-            let first = rows.next().expect("one for each that has read all it has");
+            let mut first = rows.next().expect("one for each that has read all it has");
             if sequence.most == 0 {
                 continue;
             }
             for mut sibling in sequence.split() {
-                sibling.take(engine, &mut first.to_vec(), &mut events);
+                match &mut first {
+                    Row::Token(token) => sibling.take(engine, Row::Token(*token), &mut events),
+                    Row::Logits(logits) => {
+                        sibling.take(engine, Row::Logits(&mut logits.to_vec()), &mut events);
+                    }
+                }
                 siblings.push(sibling);
             }
             let rows = std::iter::once(first).chain(&mut rows);
@@ -503,10 +509,25 @@ impl Sequence {
         from..unscored.end.min(read.end + 1).max(from)
     }
 
+    /// What it needs to know of the rows behind all that it has; of several rows, and for several answers, no token can be drawn yet.
+    fn ask(&self) -> Ask {
+        let guesses = self.draft.as_ref().map_or(0, |draft| draft.tokens.len());
+        match self.sampler.ask() {
+            Ask::Draw(_) if guesses > 0 || !self.siblings.is_empty() => Ask::Logits,
+            ask => ask,
+        }
+    }
+
     /// Takes the rows of logits `[V]` that they were asked for.
-    fn score<'l>(&mut self, rows: &mut impl Iterator<Item = &'l mut [f32]>) {
+    fn score<'l>(&mut self, rows: &mut impl Iterator<Item = Row<'l>>) {
         let scored = std::mem::take(&mut self.scored);
-        let rows: Vec<&[f32]> = rows.by_ref().take(scored.len()).map(|row| &*row).collect();
+        let rows = rows.by_ref().take(scored.len());
+        let rows: Vec<&[f32]> = rows
+            .map(|row| match row {
+                Row::Logits(logits) => &*logits,
+                Row::Token(_) => unreachable!("asked for with its logits"),
+            })
+            .collect();
         let top = self.params.prompt_logprobs.unwrap_or_default();
         let mut found = vec![None; rows.len()];
         team().fill(&mut found, 1, |i, found| {
@@ -582,7 +603,7 @@ impl Sequence {
     fn take_all<'l>(
         &mut self,
         engine: &Engine,
-        mut rows: impl Iterator<Item = &'l mut [f32]>,
+        mut rows: impl Iterator<Item = Row<'l>>,
         events: &mut Vec<Event>,
     ) -> usize {
         let read = self.tokens.len();
@@ -590,10 +611,10 @@ impl Sequence {
         let guesses = guesses.to_vec();
         let mut right = 0;
         for i in 0..=guesses.len() {
-            let logits = rows.next().expect("one for each, and for what follows");
+            let row = rows.next().expect("one for each, and for what follows");
             // Once a guess was wrong, what follows the next ones is of no use.
             if right == i && !self.is_done() {
-                self.take(engine, logits, events);
+                self.take(engine, row, events);
                 let drawn = self.tokens.get(read + i);
                 right += usize::from(drawn.is_some() && drawn == guesses.get(i));
             }
@@ -612,24 +633,19 @@ impl Sequence {
         right
     }
 
-    /// The next token from its logits.
-    fn take(&mut self, engine: &Engine, logits: &mut [f32], events: &mut Vec<Event>) {
-        if let Err(error) = self.try_take(engine, logits, events) {
+    /// The next token from its row.
+    fn take(&mut self, engine: &Engine, row: Row, events: &mut Vec<Event>) {
+        if let Err(error) = self.try_take(engine, row, events) {
             self.failed = Some(error);
         }
     }
 
-    fn try_take(
-        &mut self,
-        engine: &Engine,
-        logits: &mut [f32],
-        events: &mut Vec<Event>,
-    ) -> Result<()> {
+    fn try_take(&mut self, engine: &Engine, row: Row, events: &mut Vec<Event>) -> Result<()> {
         let Drawn {
             token,
             logprob,
             last,
-        } = self.sampler.sample(logits)?;
+        } = self.sampler.take(row)?;
         if self.so_far.completion_tokens == 0 {
             self.ttft_s = self.submitted.elapsed().as_secs_f64();
         }

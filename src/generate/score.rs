@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::data::Tokenizer;
-use crate::mixer::{CacheType, Memory, Pool, Span};
+use crate::mixer::{CacheType, Full, Memory, Pool, Span};
 use crate::model::{Decoder, Lm, Reading};
 use crate::op::cpu::exp;
 use crate::op::isa::vectorised;
@@ -100,7 +100,7 @@ const LOGITS: usize = 1 << 26;
 /// what they are watched as. No more than `batch_tokens` tokens are read at once.
 ///
 /// # Errors
-/// [`Error::Interrupted`], or a model on another device than the CPU.
+/// [`Error::Interrupted`], or a device that the model cannot decode on, or that has too little memory.
 pub fn log_likelihoods(
     lm: &Lm,
     requests: &[Tokens],
@@ -167,7 +167,7 @@ impl Scorer {
     fn new(lm: &Lm, batch_tokens: usize) -> Result<Self> {
         let decoder = lm.decoder()?;
         Ok(Self {
-            pool: Pool::new(&decoder.keeps(), CacheType::F32, usize::MAX, 1)?,
+            pool: decoder.pool(CacheType::F32, usize::MAX)?,
             most_logits: (LOGITS / decoder.config.vocab_size).max(1),
             reading: Reading::default(),
             batch_tokens,
@@ -308,13 +308,19 @@ impl Scorer {
     ) -> Result<&[f32]> {
         let tokens: Vec<u32> = sequences.iter().flat_map(|(_, t)| *t).copied().collect();
         let mut from = 0;
+        let limit = self.pool.limit();
         let spans = sequences.iter_mut().map(|(memory, tokens)| {
-            memory.reserve(tokens.len()).expect("the pool has no limit");
+            // On the host there is no limit.
+            memory.reserve(tokens.len()).map_err(|Full| {
+                Error::invalid(format!(
+                    "what is read at once does not fit the device's {limit} bytes of cache: lower --batch-tokens"
+                ))
+            })?;
             let rows = from..from + tokens.len();
             from = rows.end;
-            Span { memory, rows }
+            Ok(Span { memory, rows })
         });
-        let mut spans: Vec<Span> = spans.collect();
+        let mut spans: Vec<Span> = spans.collect::<Result<_>>()?;
         let logits = self
             .decoder
             .read(&tokens, &mut spans, wanted, &mut self.reading)?;

@@ -88,7 +88,7 @@ impl Session {
         let mut bytes = MAGIC.to_vec();
         bytes.extend((header.len() as u64).to_le_bytes());
         bytes.extend(header);
-        bytes.extend(self.memory.to_bytes());
+        bytes.extend(self.memory.to_bytes()?);
         write_atomic(path, &bytes)
     }
 

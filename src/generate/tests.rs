@@ -9,7 +9,7 @@ use crate::watch::Quiet;
 use crate::weights::Place;
 
 /// The embedded teacher, and an untrained hybrid of all kinds of layer.
-fn models() -> [Lm; 2] {
+pub(super) fn models() -> [Lm; 2] {
     let folder = Path::new("assets/teacher");
     let teacher = Checkpoint::open(folder).unwrap().parts().unwrap();
     let kinds = ["mla:16", "mamba2", "window:8:2", "attention"];
@@ -20,7 +20,7 @@ fn models() -> [Lm; 2] {
     [teacher, hybrid].map(|parts| parts.lm(&Place::cpu()).unwrap())
 }
 
-fn engine(lm: &Lm, change: impl FnOnce(&mut EngineOptions)) -> Engine {
+pub(super) fn engine(lm: &Lm, change: impl FnOnce(&mut EngineOptions)) -> Engine {
     let mut options = EngineOptions::default();
     change(&mut options);
     let tokenizer = Tokenizer::open(Path::new("assets/teacher")).unwrap();
@@ -31,7 +31,7 @@ fn engines() -> [Engine; 2] {
     models().map(|lm| engine(&lm, |_| ()))
 }
 
-fn greedy(max_tokens: usize) -> SamplingParams {
+pub(super) fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams {
         max_tokens: Some(max_tokens),
         ..SamplingParams::default()
@@ -39,7 +39,7 @@ fn greedy(max_tokens: usize) -> SamplingParams {
 }
 
 /// All requests to their end; what they remember goes.
-fn ended(scheduler: &mut Scheduler) -> BTreeMap<u64, Generation> {
+pub(super) fn ended(scheduler: &mut Scheduler) -> BTreeMap<u64, Generation> {
     let mut found = BTreeMap::new();
     while !scheduler.is_idle() {
         for event in scheduler.step().unwrap() {
@@ -64,7 +64,7 @@ fn drain(scheduler: &mut Scheduler) -> BTreeMap<u64, Finish> {
     found
 }
 
-const PROMPTS: [&str; 3] = [
+pub(super) const PROMPTS: [&str; 3] = [
     "Tom",
     "One day Tom and Mia walked to the park. Tom had a red ball and Mia had a",
     "Mia had a blue kite.",

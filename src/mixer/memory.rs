@@ -1,6 +1,7 @@
 //! What sequences remember while they are decoded: pages of cache that hold some positions of all layers, and the recurrent state of all
 //! layers, both under one budget. Sequences share pages and states until one of them writes.
 
+use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
+use super::shelf::{Of, Piece, Shelf, Store};
 use crate::op::linear::Storage;
 use crate::{Error, Result};
 
@@ -127,9 +129,9 @@ pub struct Keeps {
 
 /// Where everything stands that the layers keep.
 #[derive(Debug)]
-struct Layout {
+pub(super) struct Layout {
     kind: CacheType,
-    layers: Vec<Place>,
+    pub layers: Vec<Place>,
     /// Bytes of a page.
     page: usize,
     /// Entries of a state.
@@ -137,21 +139,24 @@ struct Layout {
 }
 
 #[derive(Debug)]
-struct Place {
+pub(super) struct Place {
     /// First byte in a page: plane after plane, rows in each.
-    page: usize,
+    pub page: usize,
     planes: usize,
     dim: usize,
-    row_bytes: usize,
-    state: Range<usize>,
+    pub row_bytes: usize,
+    /// Entries in a state.
+    pub state: Range<usize>,
 }
 
-/// Memory for sequences, up to a limit.
+/// Memory for sequences, up to a limit: the host's, or a device's.
 #[derive(Debug, Clone)]
 pub struct Pool {
     layout: Arc<Layout>,
     limit: usize,
     used: Arc<AtomicUsize>,
+    /// None: on the host.
+    shelf: Option<Arc<Shelf>>,
 }
 
 /// There is not room for what was asked for.
@@ -185,6 +190,7 @@ impl Pool {
             }),
             limit,
             used: Arc::default(),
+            shelf: None,
         };
         let needed = pool.bytes(least);
         match needed > limit {
@@ -193,6 +199,41 @@ impl Pool {
             ))),
             false => Ok(pool),
         }
+    }
+
+    /// The same in a device's memory: all of `store`.
+    ///
+    /// # Errors
+    /// As [`Pool::new`].
+    pub fn on(layers: &[Keeps], kind: CacheType, store: Box<dyn Store>) -> Result<Self> {
+        let pool = Self::new(layers, kind, store.bytes(), 1)?;
+        let sizes = [pool.layout.page, 4 * pool.layout.state];
+        Ok(Self {
+            shelf: Some(Arc::new(Shelf::new(store, sizes))),
+            ..pool
+        })
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The device's memory.
+    pub(super) fn store(&self) -> Option<&dyn Any> {
+        self.shelf.as_ref().map(|shelf| shelf.store())
+    }
+
+    /// Says what failed on the device since it was last asked.
+    ///
+    /// # Errors
+    /// That.
+    pub fn check(&self) -> Result<()> {
+        self.shelf.as_ref().map_or(Ok(()), |shelf| shelf.check())
+    }
+
+    /// Whether it is the same.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.used, &other.used)
     }
 
     /// Bytes that a sequence of `positions` takes.
@@ -235,35 +276,111 @@ impl Pool {
         taken.map(|_| ()).map_err(|_| Full)
     }
 
-    /// Words that are counted, and given back when they go.
-    fn words(&self, count: usize) -> Words {
-        Words {
-            entries: vec![0; count],
-            used: self.used.clone(),
+    /// Room for so many pages and states; what is taken of it is counted already, and given back when it goes.
+    ///
+    /// # Errors
+    /// When a device's memory has no place for them.
+    fn pieces(&self, pages: usize, states: usize) -> Result<Vec<Home>, Full> {
+        let of = |of: Of, count: usize| {
+            let words = match of {
+                Of::Page => self.layout.page / 4,
+                Of::State => self.layout.state,
+            };
+            (0..count).map(move |_| Home::Host(vec![0; words]))
+        };
+        match &self.shelf {
+            None => Ok(of(Of::Page, pages).chain(of(Of::State, states)).collect()),
+            Some(shelf) => {
+                let pieces = Shelf::take(shelf, pages, states).ok_or(Full)?;
+                Ok(pieces.into_iter().map(Home::Device).collect())
+            }
         }
     }
+
+    fn give(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Where words stand.
+#[derive(Debug)]
+enum Home {
+    Host(Vec<u32>),
+    Device(Piece),
 }
 
 /// A page or a state.
 #[derive(Debug)]
 struct Words {
-    entries: Vec<u32>,
+    home: Home,
+    bytes: usize,
     used: Arc<AtomicUsize>,
 }
 
 impl Words {
-    /// The same in a place of its own, which has been taken.
-    fn copy(&self) -> Self {
+    /// A place of its own, with what another holds, else with zeros.
+    fn new(pool: &Pool, of: Of, mut home: Home, like: Option<&Self>) -> Self {
+        match (&mut home, like) {
+            (Home::Host(entries), Some(like)) => entries.copy_from_slice(like.host()),
+            (Home::Host(_), None) => {}
+            (Home::Device(piece), like) => piece.begin(like.map(Self::piece)),
+        }
         Self {
-            entries: self.entries.clone(),
-            used: self.used.clone(),
+            home,
+            bytes: match of {
+                Of::Page => pool.layout.page,
+                Of::State => 4 * pool.layout.state,
+            },
+            used: pool.used.clone(),
+        }
+    }
+
+    /// # Panics
+    /// On a device: only its own decoder reads what stands there.
+    fn host(&self) -> &[u32] {
+        match &self.home {
+            Home::Host(entries) => entries,
+            Home::Device(piece) => unreachable!("{piece:?} is not the host's"),
+        }
+    }
+
+    fn host_mut(&mut self) -> &mut [u32] {
+        match &mut self.home {
+            Home::Host(entries) => entries,
+            Home::Device(piece) => unreachable!("{piece:?} is not the host's"),
+        }
+    }
+
+    fn piece(&self) -> &Piece {
+        match &self.home {
+            Home::Device(piece) => piece,
+            Home::Host(_) => unreachable!("a pool has one home"),
+        }
+    }
+
+    fn to_bytes(&self) -> Result<Vec<u8>> {
+        match &self.home {
+            Home::Host(entries) => Ok(entries.iter().flat_map(|word| word.to_le_bytes()).collect()),
+            Home::Device(piece) => piece.read(),
+        }
+    }
+
+    fn set(&mut self, bytes: &[u8]) -> Result<()> {
+        match &mut self.home {
+            Home::Host(entries) => {
+                let words = bytes.as_chunks().0.iter().copied();
+                let words = entries.iter_mut().zip(words.map(u32::from_le_bytes));
+                words.for_each(|(entry, word)| *entry = word);
+                Ok(())
+            }
+            Home::Device(piece) => piece.write(bytes),
         }
     }
 }
 
 impl Drop for Words {
     fn drop(&mut self) {
-        (self.used).fetch_sub(4 * self.entries.len(), Ordering::Relaxed);
+        self.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -309,17 +426,21 @@ impl Memory {
         let count = missing + shared.len();
         let bytes = count * layout.page + if state { 4 * layout.state } else { 0 };
         self.pool.take(bytes)?;
+        let homes = self.pool.pieces(count, usize::from(state));
+        let homes = homes.inspect_err(|Full| self.pool.give(bytes))?;
+        let mut homes = homes.into_iter();
+        let mut next = |of: Of, like: Option<&Words>| {
+            let home = homes.next().expect("as many as were asked for");
+            Arc::new(Words::new(&self.pool, of, home, like))
+        };
         for i in shared {
-            self.pages[i] = Arc::new(self.pages[i].copy());
+            self.pages[i] = next(Of::Page, Some(&self.pages[i]));
         }
         for _ in 0..missing {
-            self.pages.push(Arc::new(self.pool.words(layout.page / 4)));
+            self.pages.push(next(Of::Page, None));
         }
         if state {
-            self.state = Some(Arc::new(match &self.state {
-                Some(state) => state.copy(),
-                None => self.pool.words(layout.state),
-            }));
+            self.state = Some(next(Of::State, self.state.as_deref()));
         }
         Ok(())
     }
@@ -329,13 +450,28 @@ impl Memory {
         self.len += new;
     }
 
+    /// Its pool.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Where its pages begin in a device's memory, in units.
+    pub(super) fn page_places(&self) -> impl Iterator<Item = u32> {
+        self.pages.iter().map(|page| page.piece().at())
+    }
+
+    /// The same of its state, which has been reserved where there is any.
+    pub(super) fn state_place(&self) -> Option<u32> {
+        self.state.as_ref().map(|state| state.piece().at())
+    }
+
     /// The row of a plane at `position`, which has been reserved.
     pub(super) fn write(&mut self, layer: usize, plane: usize, position: usize, row: &[f32]) {
         let layout = &self.pool.layout;
         let place = &layout.layers[layer];
         let at = place.page + (plane * PAGE + position % PAGE) * place.row_bytes;
         let page = Arc::get_mut(&mut self.pages[position / PAGE]).expect("reserved");
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut page.entries);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(page.host_mut());
         layout.kind.write(row, &mut bytes[at..][..place.row_bytes]);
     }
 
@@ -351,7 +487,7 @@ impl Memory {
         let layout = &self.pool.layout;
         let place = &layout.layers[layer];
         let at = place.page + plane * PAGE * place.row_bytes;
-        let bytes: &[u8] = bytemuck::cast_slice(&self.pages[page].entries);
+        let bytes: &[u8] = bytemuck::cast_slice(self.pages[page].host());
         let bytes = &bytes[at..][..count * place.row_bytes];
         if layout.kind == CacheType::F32 {
             return bytemuck::cast_slice(bytes);
@@ -377,7 +513,7 @@ impl Memory {
             .as_mut()
             .and_then(Arc::get_mut)
             .expect("reserved");
-        bytemuck::cast_slice_mut(&mut state.entries[range])
+        bytemuck::cast_slice_mut(&mut state.host_mut()[range])
     }
 
     /// Goes back to its first `len` positions: where nothing but pages is kept.
@@ -404,6 +540,11 @@ impl Memory {
     /// When the pool has no room.
     pub fn fill(&mut self, len: usize, seed: u64) -> Result<(), Full> {
         self.reserve(len)?;
+        if self.pool.shelf.is_some() {
+            self.fill_pieces(seed);
+            self.len += len;
+            return Ok(());
+        }
         let mut random = seed;
         let mut next = || {
             // Knuth's MMIX generator.
@@ -425,17 +566,41 @@ impl Memory {
         Ok(())
     }
 
+    /// The same on a device: one page, again and again.
+    fn fill_pieces(&self, seed: u64) {
+        let Some(first) = self.pages.first() else {
+            return;
+        };
+        let host = Pool {
+            shelf: None,
+            used: Arc::default(),
+            limit: usize::MAX,
+            ..self.pool.clone()
+        };
+        let mut page = host.sequence();
+        page.fill(PAGE, seed).expect("no limit");
+        first
+            .piece()
+            .begin_with(bytemuck::cast_slice(page.pages[0].host()));
+        for page in &self.pages[1..] {
+            page.piece().begin(Some(first.piece()));
+        }
+    }
+
     /// Bytes of all that it holds, shared or not.
     pub fn bytes(&self) -> usize {
         let words = self.pages.iter().chain(&self.state);
-        words.map(|words| 4 * words.entries.len()).sum()
+        words.map(|words| words.bytes).sum()
     }
 
     /// Everything as bytes: what a session's file holds.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let words = self.pages.iter().chain(&self.state);
-        let words = words.flat_map(|words| &words.entries);
-        words.flat_map(|word| word.to_le_bytes()).collect()
+        let parts: Result<Vec<Vec<u8>>> = words.map(|words| words.to_bytes()).collect();
+        Ok(parts?.concat())
     }
 
     /// A sequence of `len` positions from [`Memory::to_bytes`].
@@ -457,15 +622,12 @@ impl Memory {
                 "{wanted} bytes of cache, where {used} of {limit} are in use"
             ))
         })?;
-        let mut words = bytes
-            .chunks_exact(4)
-            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let mut rest = bytes;
         for part in memory.pages.iter_mut().chain(&mut memory.state) {
             let part = Arc::get_mut(part).expect("reserved");
-            part.entries
-                .iter_mut()
-                .zip(&mut words)
-                .for_each(|(entry, word)| *entry = word);
+            let (own, behind) = rest.split_at(part.bytes);
+            part.set(own)?;
+            rest = behind;
         }
         memory.len = len;
         Ok(memory)
@@ -573,8 +735,8 @@ mod tests {
         let mut room = Vec::new();
         assert_eq!(first.read(0, 0, 1, 8, &mut room)[6..12], row(6, 1));
         assert_eq!(second.read(0, 0, 1, 8, &mut room)[6..12], row(6, 2));
-        let again = Memory::from_bytes(&pool, 40, &first.to_bytes()).unwrap();
-        assert_eq!(again.to_bytes(), first.to_bytes());
+        let again = Memory::from_bytes(&pool, 40, &first.to_bytes().unwrap()).unwrap();
+        assert_eq!(again.to_bytes().unwrap(), first.to_bytes().unwrap());
         drop((first, second, again));
         assert_eq!(pool.used(), 0);
     }

@@ -12,9 +12,11 @@ use crate::op::Documents;
 use crate::weights::Weights;
 
 pub mod attention;
+pub mod batch;
 pub mod calibration;
 #[cfg(test)]
 mod calibration_tests;
+pub mod cuda;
 pub mod kind;
 pub mod linalg;
 pub mod mamba2;
@@ -23,6 +25,7 @@ pub mod mla;
 mod paged;
 pub mod pass;
 pub mod rotary;
+pub mod shelf;
 pub mod sizes;
 #[cfg(test)]
 mod tests;

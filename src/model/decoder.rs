@@ -1,32 +1,76 @@
-//! The model as it decodes: on the CPU, over weights as they are stored, the next tokens of any number of sequences at once.
+//! The model as it decodes: over weights as they are stored, the next tokens of any number of sequences at once; here on the CPU.
+
+use std::fmt;
 
 use super::{Layer, Lm, ModelConfig};
+use crate::Result;
 use crate::hash::Hash;
-use crate::mixer::{self, Keeps, Span, Work};
+use crate::mixer::{self, CacheType, Keeps, Pool, Span, Work};
 use crate::op::cpu::entries;
 use crate::op::linear::{Part, Stored, products};
 use crate::op::rms_norm::norm_row;
+use crate::op::runtime::free_memory;
+use crate::op::sample::cuda::Draw;
 use crate::op::swiglu::swiglu_row;
 use crate::op::team::fill;
-use crate::{Error, Result};
+
+/// A device that decodes.
+pub(super) trait Decodes: fmt::Debug + Send + Sync {
+    /// As [`Decoder::pool`].
+    fn pool(&self, keeps: &[Keeps], kind: CacheType, limit: usize) -> Result<Pool>;
+
+    /// Bytes that nobody uses.
+    fn free_memory(&self) -> Result<usize>;
+
+    /// As [`Decoder::read_rows`]: tokens; where there is none the next row of `logits` is its.
+    fn read(
+        &self,
+        tokens: &[u32],
+        spans: &mut [Span],
+        wanted: &[usize],
+        asks: &[Ask],
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<Option<u32>>>;
+}
+
+/// What is asked of what follows a token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Ask {
+    Logits,
+    /// The first of the likeliest tokens is enough.
+    Best,
+    /// One that is drawn.
+    Draw(Draw),
+}
+
+/// What follows a token.
+#[derive(Debug)]
+pub enum Row<'r> {
+    /// `[V]`
+    Logits(&'r mut [f32]),
+    /// What a device has chosen, as it was asked to; all logits are below infinity.
+    Token(u32),
+}
 
 #[derive(Debug)]
 pub struct Decoder {
     pub config: ModelConfig,
-    embed_tokens: Stored,
-    layers: Vec<DecoderLayer>,
-    norm: Vec<f32>,
-    lm_head: Option<Stored>,
+    pub(super) embed_tokens: Stored,
+    pub(super) layers: Vec<DecoderLayer>,
+    pub(super) norm: Vec<f32>,
+    pub(super) lm_head: Option<Stored>,
+    /// What computes instead of the CPU.
+    pub(super) device: Option<Box<dyn Decodes>>,
 }
 
 #[derive(Debug)]
-struct DecoderLayer {
-    input_layernorm: Vec<f32>,
-    mixer: mixer::Decoder,
-    post_attention_layernorm: Vec<f32>,
-    gate_proj: Stored,
-    up_proj: Stored,
-    down_proj: Stored,
+pub(super) struct DecoderLayer {
+    pub input_layernorm: Vec<f32>,
+    pub mixer: mixer::Decoder,
+    pub post_attention_layernorm: Vec<f32>,
+    pub gate_proj: Stored,
+    pub up_proj: Stored,
+    pub down_proj: Stored,
 }
 
 /// What reading tokens works with, and what it gives.
@@ -43,18 +87,23 @@ pub struct Reading {
     logits: Vec<f32>,
 }
 
+/// Where the system does not tell what is free.
+const FALLBACK_MEMORY: usize = 2 << 30;
+
 /// Entries below which other threads are not worth waking.
 const ALONE: usize = 1 << 15;
 
 impl Lm {
+    /// What the layers remember of a sequence.
+    ///
     /// # Errors
-    /// On another device than the CPU.
-    pub fn decoder(&self) -> Result<Decoder> {
-        if !self.device().is_cpu() {
-            return Err(Error::invalid(
-                "text is generated on the CPU so far: choose --device cpu",
-            ));
-        }
+    /// A tensor library that fails.
+    pub fn keeps(&self) -> Result<Vec<Keeps>> {
+        Ok(self.host_decoder()?.keeps())
+    }
+
+    /// On the CPU.
+    pub(super) fn host_decoder(&self) -> Result<Decoder> {
         let layer = |layer: &Layer| -> Result<DecoderLayer> {
             Ok(DecoderLayer {
                 input_layernorm: entries(&layer.input_layernorm)?,
@@ -74,8 +123,14 @@ impl Lm {
                 scaling => entries(&self.norm)?.iter().map(|x| x / scaling).collect(),
             },
             lm_head: self.lm_head.as_ref().map(|w| w.stored()).transpose()?,
+            device: None,
         })
     }
+}
+
+/// Half of what is free.
+pub(super) fn host_room() -> usize {
+    free_memory().map_or(FALLBACK_MEMORY, |free| free / 2)
 }
 
 impl Decoder {
@@ -104,11 +159,59 @@ impl Decoder {
             .collect()
     }
 
-    /// Reads `tokens [N]`, those of one span after those of the other (spans that have room for them reserved): the logits of what follows
-    /// rows `wanted`, `[wanted, V]`. A row's are the same whatever is read beside it and however its sequence was cut.
+    /// Memory for sequences where the decoder computes, up to `limit` bytes; `usize::MAX`: all that there is.
     ///
     /// # Errors
-    /// A token outside of the vocabulary.
+    /// Too little for one token, or more than a device has.
+    pub fn pool(&self, kind: CacheType, limit: usize) -> Result<Pool> {
+        match &self.device {
+            Some(device) => device.pool(&self.keeps(), kind, limit),
+            None => Pool::new(&self.keeps(), kind, limit, 1),
+        }
+    }
+
+    /// Bytes for what sequences remember, where nobody says how many: half of what is free where the decoder computes.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn cache_room(&self) -> Result<usize> {
+        Ok(match &self.device {
+            Some(device) => device.free_memory()? / 2,
+            None => host_room(),
+        })
+    }
+
+    /// As [`Decoder::read`]; a device keeps the logits of rows of which no more than a token is asked, the CPU gives all.
+    ///
+    /// # Errors
+    /// As [`Decoder::read`].
+    pub fn read_rows<'r>(
+        &self,
+        tokens: &[u32],
+        spans: &mut [Span],
+        wanted: &[usize],
+        asks: &[Ask],
+        reading: &'r mut Reading,
+    ) -> Result<Vec<Row<'r>>> {
+        let vocab = self.config.vocab_size;
+        let Some(device) = &self.device else {
+            let logits = self.read(tokens, spans, wanted, reading)?;
+            return Ok(logits.chunks_exact_mut(vocab).map(Row::Logits).collect());
+        };
+        let found = device.read(tokens, spans, wanted, asks, &mut reading.logits)?;
+        let mut logits = reading.logits.chunks_exact_mut(vocab);
+        let rows = found.into_iter().map(|token| match token {
+            Some(token) => Row::Token(token),
+            None => Row::Logits(logits.next().expect("one where no token is")),
+        });
+        Ok(rows.collect())
+    }
+
+    /// Reads `tokens [N]`, those of one span after those of the other (spans that have room for them reserved): the logits of what follows
+    /// rows `wanted`, `[wanted, V]`. On the CPU a row's are the same whatever is read beside it and however its sequence was cut.
+    ///
+    /// # Errors
+    /// A token outside of the vocabulary, or a device that fails.
     pub fn read<'r>(
         &self,
         tokens: &[u32],
@@ -116,6 +219,11 @@ impl Decoder {
         wanted: &[usize],
         reading: &'r mut Reading,
     ) -> Result<&'r mut [f32]> {
+        if let Some(device) = &self.device {
+            let asks = vec![Ask::Logits; wanted.len()];
+            device.read(tokens, spans, wanted, &asks, &mut reading.logits)?;
+            return Ok(&mut reading.logits);
+        }
         let (d, f, eps) = (
             self.config.hidden_size,
             self.config.intermediate_size,

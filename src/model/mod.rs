@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 use crate::mixer::Mixer;
@@ -16,10 +16,12 @@ use crate::op::swiglu::swiglu;
 use crate::weights::Weights;
 
 mod config;
+mod cuda;
 mod decoder;
 mod parts;
 pub use config::{FORMAT_VERSION, ModelConfig, layer_of};
-pub use decoder::{Decoder, Reading};
+pub use cuda::cache_room;
+pub use decoder::{Ask, Decoder, Reading, Row};
 pub use parts::Parts;
 
 #[derive(Debug)]
@@ -147,6 +149,8 @@ pub struct Lm {
     pub layers: Vec<Layer>,
     norm: Tensor,
     lm_head: Option<Matrix>,
+    /// Where its decoder computes, if not where the weights are.
+    decodes_on: Option<Device>,
 }
 
 /// What a forward pass went through.
@@ -175,6 +179,7 @@ impl Lm {
             },
             config: config.clone(),
             layers,
+            decodes_on: None,
         })
     }
 
@@ -238,7 +243,7 @@ impl Lm {
         self.embed_tokens.dtype()
     }
 
-    pub fn device(&self) -> &candle_core::Device {
+    pub fn device(&self) -> &Device {
         self.embed_tokens.device()
     }
 }

@@ -14,18 +14,21 @@ pub mod blocks;
 pub mod causal_conv;
 pub mod cgroup;
 pub mod cpu;
-#[cfg(any(feature = "cuda", test))]
 pub mod cuda;
 pub mod isa;
 #[cfg(test)]
 pub(crate) mod laws;
 pub mod linear;
 pub mod loss;
+pub mod mamba2_step;
 pub mod matmul;
+pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
 pub mod route;
 pub mod runtime;
+pub mod sample;
 pub mod ssd;
 pub mod swiglu;
 pub mod team;
+pub mod window_step;

@@ -2,10 +2,10 @@
 
 use candle_core::Device;
 
+use crate::op::cuda::{check_all, record_steps};
 use crate::weights::{Frozen, Place};
 use crate::{Error, Result};
 
-/// Why `auto` leaves an accelerator alone.
 /// Why a device is not taken unasked.
 fn reserve(device: &str) -> &'static str {
     match device.starts_with("cuda") {
@@ -25,12 +25,24 @@ pub struct DeviceArg {
     /// What is not trained: as the file has it (on the CPU), or widened once.
     #[arg(long, value_enum, default_value = "stored", hide_short_help = true)]
     frozen: Frozen,
+    /// Stop at the first CUDA kernel that leaves something that is no number (each launch is waited for: slow).
+    #[arg(long, hide_short_help = true)]
+    check: bool,
+    /// Record steps of decoding as CUDA graphs and play them again (has never run on a GPU).
+    #[arg(long, hide_short_help = true)]
+    cuda_graphs: bool,
 }
 
 impl DeviceArg {
     /// # Errors
     /// A device that does not exist, or that this binary was not built for.
     pub fn place(&self) -> Result<Place> {
+        if self.check {
+            check_all();
+        }
+        if self.cuda_graphs {
+            record_steps();
+        }
         Ok(Place::new(self.get()?, self.frozen))
     }
 

@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::data::Tokenizer;
 use crate::generate::{Drafter, Engine, EngineOptions};
 use crate::mixer::Pool;
-use crate::model::Lm;
+use crate::model::{Lm, cache_room};
 
 /// Tokens of a text by which memory is shared out.
 const TEXT: usize = 1024;
@@ -37,6 +37,14 @@ impl EngineArg {
         }
     }
 
+    /// Bytes for what sequences remember, where nobody says how many.
+    ///
+    /// # Errors
+    /// A device that is not there.
+    pub fn cache_room(&self) -> Result<usize> {
+        cache_room(&self.device.place()?.device)
+    }
+
     /// # Errors
     /// As [`EngineArg::open_with`].
     pub fn open(&self, checkpoint: &Path) -> Result<Engine> {
@@ -49,7 +57,8 @@ impl EngineArg {
         let place = self.device.place()?;
         let opened = Checkpoint::open(checkpoint)?;
         let tokenizer = Tokenizer::open(checkpoint)?;
-        let lm = opened.model(&place)?;
+        let device = &place.device;
+        let lm = opened.model(&place.host())?.decoding_on(device);
         let mut drafter = None;
         match &self.draft {
             None => {}
@@ -58,17 +67,21 @@ impl EngineArg {
                 let path = draft.fetch()?;
                 let opened = Checkpoint::open(&path)?;
                 let own = Tokenizer::open(&path)?;
-                let draft = opened.model(&place)?;
+                let draft = opened.model(&place.host())?;
                 // What both remember of a token shares the memory.
-                let limit = options.memory_limit();
+                let limit = match options.cache_memory {
+                    Some(limit) => limit,
+                    None => cache_room(device)?,
+                };
                 let bytes = |lm: &Lm| -> Result<usize> {
-                    let keeps = lm.decoder()?.keeps();
+                    let keeps = lm.keeps()?;
                     Ok(Pool::new(&keeps, options.cache_type, usize::MAX, 1)?.bytes(TEXT))
                 };
                 let (model, guesser) = (bytes(&lm)?, bytes(&draft)?);
                 let part = (limit as f64 * guesser as f64 / (model + guesser) as f64) as usize;
                 options.cache_memory = Some(limit - part);
                 let kind = options.cache_type;
+                let draft = draft.decoding_on(device);
                 drafter = Some(Drafter::model(&draft, &own, &tokenizer, kind, part)?);
             }
         }

@@ -128,12 +128,13 @@ struct Setup {
 impl Setup {
     fn new(common: &Common) -> anyhow::Result<Self> {
         use_threads(common.threads)?;
-        let lm = Checkpoint::open(&common.model.fetch()?)?.model(&common.device.place()?)?;
-        let decoder = lm.decoder()?;
+        let place = common.device.place()?;
+        let lm = Checkpoint::open(&common.model.fetch()?)?.model(&place.host())?;
+        let decoder = lm.decoding_on(&place.device).decoder()?;
         let kind = common.memory.cache_type;
         let limit = common.memory.cache_memory.unwrap_or(usize::MAX);
         Ok(Self {
-            pool: Pool::new(&decoder.keeps(), kind, limit, 1)?,
+            pool: decoder.pool(kind, limit)?,
             reading: Reading::default(),
             report: Report {
                 model: common.model.named().display().to_string(),

@@ -234,7 +234,10 @@ impl Part<'_> {
         config: &HarnessConfig,
         watch: &dyn Watch,
     ) -> Result<PartResult> {
-        let (store, key) = (Store::new(&config.cache), self.key(config, lm.device()));
+        let (store, key) = (
+            Store::new(&config.cache),
+            self.key(config, lm.decoding_device()),
+        );
         let score = || self.score(lm, tokenizer, config, watch);
         match config.fresh {
             true => store.make("part", &key, score),

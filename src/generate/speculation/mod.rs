@@ -31,7 +31,7 @@ impl Drafter {
     /// `cache_memory`: bytes for what it remembers of all sequences.
     ///
     /// # Errors
-    /// A model of other tokens than `tokenizer` has, on another device than the CPU, or too little memory for one sequence.
+    /// A model of other tokens than `tokenizer` has, on a device that it cannot decode on, or too little memory for one sequence.
     pub fn model(
         lm: &Lm,
         own: &Tokenizer,
@@ -46,7 +46,7 @@ impl Drafter {
         }
         own.check(lm.config.vocab_size)?;
         let decoder = lm.decoder()?;
-        let pool = Pool::new(&decoder.keeps(), cache_type, cache_memory, 1)?;
+        let pool = decoder.pool(cache_type, cache_memory)?;
         Ok(Self::Model(Box::new(DraftModel { decoder, pool })))
     }
 

@@ -17,15 +17,15 @@ use crate::op::rope::{RopeLayout, turn_head};
 #[derive(Debug)]
 pub struct Decoder {
     pub(in crate::mixer) config: AttentionConfig,
-    q_proj: Stored,
-    k_proj: Stored,
-    v_proj: Stored,
-    o_proj: Stored,
+    pub(super) q_proj: Stored,
+    pub(super) k_proj: Stored,
+    pub(super) v_proj: Stored,
+    pub(super) o_proj: Stored,
     /// Of queries, keys and values.
-    biases: Option<[Vec<f32>; 3]>,
+    pub(super) biases: Option<[Vec<f32>; 3]>,
     /// Of queries and keys.
-    norms: Option<[Vec<f32>; 2]>,
-    rotary: Option<Arc<Rotary>>,
+    pub(super) norms: Option<[Vec<f32>; 2]>,
+    pub(super) rotary: Option<Arc<Rotary>>,
 }
 
 /// Queries `[N, H, hd]`, keys and values `[N, G, hd]`, rotated, and room for the heads' outputs, `[N, H, hd]`.

@@ -39,8 +39,10 @@ pub struct AttentionConfig {
     pub attention_multiplier: Option<f64>,
 }
 
+mod cuda;
 mod decode;
 mod weights;
+pub use cuda::OnGpu;
 pub use decode::Decoder;
 pub use weights::AttentionWeights;
 

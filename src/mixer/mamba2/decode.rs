@@ -13,17 +13,17 @@ use crate::op::{causal_conv, ssd};
 /// What decoding needs of the layer.
 #[derive(Debug)]
 pub struct Decoder {
-    config: Mamba2Config,
-    z_proj: Stored,
-    xbc_proj: Stored,
-    dt_proj: Stored,
+    pub(super) config: Mamba2Config,
+    pub(super) z_proj: Stored,
+    pub(super) xbc_proj: Stored,
+    pub(super) dt_proj: Stored,
     /// `[W, C]`
-    taps: Vec<f32>,
-    bias: Vec<f32>,
+    pub(super) taps: Vec<f32>,
+    pub(super) bias: Vec<f32>,
     /// `A_log`, `dt_bias`, `D`, `[3, H]`.
-    params: Vec<f32>,
-    norm: Vec<f32>,
-    out_proj: Stored,
+    pub(super) params: Vec<f32>,
+    pub(super) norm: Vec<f32>,
+    pub(super) out_proj: Stored,
 }
 
 impl Mamba2 {

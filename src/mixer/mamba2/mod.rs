@@ -16,9 +16,11 @@ use crate::op::ssd::{SsdShape, ssd};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+mod cuda;
 mod decode;
 mod init;
 mod refined;
+pub use cuda::OnGpu;
 pub use decode::Decoder;
 pub use init::published;
 pub use refined::refined;

@@ -21,20 +21,20 @@ use crate::op::team::fill;
 /// What decoding needs of the layer.
 #[derive(Debug)]
 pub struct Decoder {
-    config: MlaConfig,
-    q_a_proj: Stored,
-    q_b_proj: Stored,
-    latent_proj: Stored,
-    rope_proj: Option<Stored>,
+    pub(super) config: MlaConfig,
+    pub(super) q_a_proj: Stored,
+    pub(super) q_b_proj: Stored,
+    pub(super) latent_proj: Stored,
+    pub(super) rope_proj: Option<Stored>,
     /// `[G, nope, R]`
-    key_up: Vec<f32>,
+    pub(super) key_up: Vec<f32>,
     /// `[G, R, V]`
-    value_up: Vec<f32>,
-    out_proj: Stored,
+    pub(super) value_up: Vec<f32>,
+    pub(super) out_proj: Stored,
     /// Of the queries' latent, the latent and the rotary key.
-    biases: Option<[Vec<f32>; 3]>,
-    norms: Option<[Vec<f32>; 2]>,
-    rotary: Arc<Rotary>,
+    pub(super) biases: Option<[Vec<f32>; 3]>,
+    pub(super) norms: Option<[Vec<f32>; 2]>,
+    pub(super) rotary: Arc<Rotary>,
 }
 
 impl Mla {

@@ -22,11 +22,13 @@ use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
+mod cuda;
 mod decode;
 mod init;
 pub mod plan;
 pub mod rank;
 mod refined;
+pub use cuda::OnGpu;
 pub use decode::Decoder;
 pub use init::{published, published_spectrum};
 pub use refined::{refined, spectrum};

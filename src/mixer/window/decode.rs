@@ -16,8 +16,8 @@ use crate::op::team::fill;
 /// What decoding needs of the layer.
 #[derive(Debug)]
 pub struct Decoder {
-    attention: attention::Decoder,
-    reach: Reach,
+    pub(super) attention: attention::Decoder,
+    pub(super) reach: Reach,
 }
 
 impl Window {

@@ -14,8 +14,10 @@ use crate::op::Documents;
 use crate::op::attention::{Sight, Window as Reach};
 use crate::weights::Weights;
 
+mod cuda;
 mod decode;
 pub mod plan;
+pub use cuda::OnGpu;
 pub use decode::Decoder;
 
 /// Its fields stand beside those of the attention, as in Mistral's `config.json`.

@@ -1,19 +1,18 @@
 //! Kernels on the CPU, for tests: `tests/cuda/` compiled with `g++`, in a process of its own, under the sanitizers of addresses and of
 //! undefined behaviour. Every launch sends its arguments there and gets the arrays back.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use half::bf16;
 
-use super::{Arg, Array, Gpu, Launch};
+use super::{Arg, Array, Gpu, Launch, Recorded};
 
 const COMPILER: &str = "g++";
 
@@ -22,30 +21,71 @@ fn is_possible() -> bool {
     sources.is_dir() && Command::new(COMPILER).arg("--version").output().is_ok()
 }
 
-/// The kernels of one folder of `op/`, and those of `op/cuda/`.
+/// The kernels of some folders of `op/`, and those of `op/cuda/`.
+#[derive(Debug)]
 pub struct Emulated {
-    process: Mutex<Child>,
+    /// Of every folder: its kernels, and who runs them.
+    processes: Vec<(String, Mutex<Child>)>,
     /// Entries by which arrays stand off from what vectors are aligned to.
     pub skew: usize,
+    /// What is not run but recorded.
+    recorded: Mutex<Option<Recording>>,
+}
+
+/// Launches, with arrays that they share with who launched them.
+pub type Recording = Vec<(Launch, Vec<Given>)>;
+
+/// An argument that lasts.
+#[derive(Debug)]
+pub enum Given {
+    Array(Entries),
+    Null,
+    I32(i32),
+    I64(i64),
+    F32(f32),
 }
 
 impl Emulated {
     /// None where there is no compiler, which is said.
     pub fn of(op: &str, skew: usize) -> Option<Self> {
+        Self::of_all(&[op], skew)
+    }
+
+    pub fn of_all(ops: &[&str], skew: usize) -> Option<Self> {
         if !is_possible() {
-            eprintln!("{COMPILER} or tests/cuda is not here: CUDA kernels of {op} are not tested");
+            eprintln!(
+                "{COMPILER} or tests/cuda is not here: CUDA kernels of {ops:?} are not tested"
+            );
             return None;
         }
-        let process = Command::new(program(op))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            // What looks for leaks stops other processes to do so, which containers forbid.
-            .env("ASAN_OPTIONS", "detect_leaks=0")
-            .spawn();
+        let processes = ops.iter().map(|op| {
+            let program = program(op);
+            let kernels = fs::read_to_string(program.with_file_name(TABLE)).unwrap();
+            let process = Command::new(program)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                // What looks for leaks stops other processes to do so, which containers forbid.
+                .env("ASAN_OPTIONS", "detect_leaks=0")
+                .spawn();
+            (kernels, Mutex::new(process.unwrap()))
+        });
         Some(Self {
-            process: Mutex::new(process.unwrap()),
+            processes: processes.collect(),
             skew,
+            recorded: Mutex::default(),
         })
+    }
+
+    fn recorder(&self) -> MutexGuard<'_, Option<Recording>> {
+        self.recorded.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// What is no launch cannot be recorded.
+    fn unrecorded(&self) -> Result<()> {
+        match *self.recorder() {
+            Some(_) => bail!("this cannot be recorded"),
+            None => Ok(()),
+        }
     }
 
     /// A tensor's entries, row after row.
@@ -61,19 +101,18 @@ impl Emulated {
             }
             other => panic!("no kernel takes {other:?}"),
         };
-        Entries {
-            dtype: x.dtype(),
-            bytes: RefCell::new(bytes),
-        }
+        Entries::new(x.dtype(), bytes)
     }
 }
 
 impl Drop for Emulated {
     fn drop(&mut self) {
-        let child = self.process.get_mut().unwrap_or_else(|e| e.into_inner());
-        // Without input it ends by itself.
-        drop(child.stdin.take());
-        let _ = child.wait();
+        for (_, child) in &mut self.processes {
+            let child = child.get_mut().unwrap_or_else(|e| e.into_inner());
+            // Without input it ends by itself.
+            drop(child.stdin.take());
+            let _ = child.wait();
+        }
     }
 }
 
@@ -90,6 +129,9 @@ fn program(op: &str) -> PathBuf {
     let mut slot = slot.lock().unwrap_or_else(|e| e.into_inner());
     slot.get_or_insert_with(|| build(op)).clone()
 }
+
+/// Names the kernels, beside the program.
+const TABLE: &str = "kernels.inc";
 
 /// Under the sanitizers.
 const FLAGS: [&str; 5] = [
@@ -138,7 +180,7 @@ fn build(op: &str) -> PathBuf {
         "static const Kernel KERNELS[] = {{\n{}}};\n",
         kernels.collect::<String>()
     );
-    fs::write(folder.join("kernels.inc"), table).unwrap();
+    fs::write(folder.join(TABLE), table).unwrap();
     // A name that appears when it is whole.
     let unfinished = folder.join(format!("launch.{}", std::process::id()));
     let places = [
@@ -160,16 +202,39 @@ fn kernels(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Entries on the emulated device.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Entries {
     dtype: DType,
-    bytes: RefCell<Vec<u8>>,
+    bytes: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Clone for Entries {
+    fn clone(&self) -> Self {
+        Self::new(self.dtype, self.bytes().clone())
+    }
 }
 
 impl Entries {
+    fn new(dtype: DType, bytes: Vec<u8>) -> Self {
+        let bytes = Arc::new(Mutex::new(bytes));
+        Self { dtype, bytes }
+    }
+
+    /// The same place.
+    fn shared(&self) -> Self {
+        Self {
+            dtype: self.dtype,
+            bytes: self.bytes.clone(),
+        }
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// On the host, in f64.
     pub fn tensor(&self, shape: impl Into<Shape>) -> Tensor {
-        let bytes = self.bytes.borrow();
+        let bytes = self.bytes();
         let entries: Vec<f64> = match self.dtype {
             DType::F32 => each(&bytes, |b| f64::from(f32::from_le_bytes(b))),
             DType::F64 => each(&bytes, f64::from_le_bytes),
@@ -192,27 +257,114 @@ impl Array for Entries {
     }
 
     fn len(&self) -> usize {
-        self.bytes.borrow().len() / self.dtype.size_in_bytes()
+        self.bytes().len() / self.dtype.size_in_bytes()
     }
 }
 
 impl Gpu for Emulated {
     type Array = Entries;
+    type Recording = Recording;
 
     /// Entries that are not numbers.
     fn empty(&self, dtype: DType, n: usize) -> Result<Entries> {
-        let bytes = RefCell::new(vec![0xff; n * dtype.size_in_bytes()]);
-        Ok(Entries { dtype, bytes })
+        Ok(Entries::new(dtype, vec![0xff; n * dtype.size_in_bytes()]))
     }
 
-    fn upload(&self, entries: &[u32]) -> Result<Entries> {
-        let bytes = RefCell::new(bytemuck::cast_slice(entries).to_vec());
-        let dtype = DType::U32;
-        Ok(Entries { dtype, bytes })
+    fn upload_bytes(&self, dtype: DType, bytes: &[u8]) -> Result<Entries> {
+        assert!(bytes.len().is_multiple_of(dtype.size_in_bytes()));
+        self.unrecorded()?;
+        Ok(Entries::new(dtype, bytes.to_vec()))
+    }
+
+    fn read(&self, array: &Entries, at: usize, to: &mut [u8]) -> Result<()> {
+        self.unrecorded()?;
+        to.copy_from_slice(&array.bytes()[at..][..to.len()]);
+        Ok(())
+    }
+
+    fn write(&self, array: &Entries, at: usize, bytes: &[u8]) -> Result<()> {
+        self.unrecorded()?;
+        array.bytes()[at..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn copy(&self, array: &Entries, from: usize, to: usize, count: usize) -> Result<()> {
+        assert!(from.abs_diff(to) >= count);
+        array.bytes().copy_within(from..from + count, to);
+        Ok(())
+    }
+
+    fn clear(&self, array: &Entries, at: usize, count: usize) -> Result<()> {
+        array.bytes()[at..][..count].fill(0);
+        Ok(())
+    }
+
+    fn product(&self, x: &Entries, w: &Entries, k: usize) -> Result<Entries> {
+        self.unrecorded()?;
+        if x.dtype != w.dtype || k == 0 || !(x.len() + w.len()).is_multiple_of(k) {
+            bail!(
+                "a product of {} and {} entries in rows of {k}",
+                x.len(),
+                w.len()
+            );
+        }
+        let wide = |x: &Entries| x.tensor(x.len()).to_vec1::<f64>();
+        let (x, w) = (wide(x)?, wide(w)?);
+        let dot = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>() as f32;
+        let rows = x.chunks_exact(k);
+        let y: Vec<f32> = rows
+            .flat_map(|x| w.chunks_exact(k).map(move |w| dot(x, w)))
+            .collect();
+        self.upload_f32(&y)
+    }
+
+    fn free_memory(&self) -> Result<usize> {
+        Ok(1 << 20)
+    }
+
+    fn record<T, R>(
+        &self,
+        work: impl Fn() -> Result<T>,
+        then: impl FnOnce(&T) -> Result<R>,
+    ) -> Result<Recorded<R, Recording, T>> {
+        let found = then(&work()?)?;
+        *self.recorder() = Some(Vec::new());
+        let made = work();
+        let recording = self.recorder().take().unwrap();
+        Ok((found, made.ok().map(|made| (recording, made))))
+    }
+
+    fn replay(&self, recording: &Recording) -> Result<()> {
+        for (launch, args) in recording {
+            let args = args.iter().map(|given| match given {
+                Given::Array(array) => Arg::Array(array),
+                Given::Null => Arg::Null,
+                Given::I32(x) => Arg::I32(*x),
+                Given::I64(x) => Arg::I64(*x),
+                Given::F32(x) => Arg::F32(*x),
+            });
+            let args: Vec<Arg<Entries>> = args.collect();
+            self.launch(launch, &args)?;
+        }
+        Ok(())
     }
 
     fn launch(&self, launch: &Launch, args: &[Arg<Entries>]) -> Result<()> {
-        let mut process = self.process.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(recording) = self.recorder().as_mut() {
+            let args = args.iter().map(|arg| match arg {
+                Arg::Array(array) => Given::Array(array.shared()),
+                Arg::Null => Given::Null,
+                Arg::I32(x) => Given::I32(*x),
+                Arg::I64(x) => Given::I64(*x),
+                Arg::F32(x) => Given::F32(*x),
+            });
+            recording.push((launch.clone(), args.collect()));
+            return Ok(());
+        }
+        let entry = format!("\"{}\"", launch.kernel);
+        let found = self.processes.iter().find(|(all, _)| all.contains(&entry));
+        let (_, process) = found.unwrap_or_else(|| panic!("no kernel {}", launch.kernel));
+        let mut process = process.lock().unwrap_or_else(|e| e.into_inner());
         let ended = |error: std::io::Error| -> ! {
             panic!("{launch:?}: the emulator has ended and says why above: {error}")
         };
@@ -228,7 +380,7 @@ impl Gpu for Emulated {
         for arg in args {
             match arg {
                 Arg::Array(array) => {
-                    let bytes = array.bytes.borrow();
+                    let bytes = array.bytes();
                     let kind = array.dtype.as_str();
                     send(&size(kind.len()));
                     send(kind.as_bytes());
@@ -254,11 +406,36 @@ impl Gpu for Emulated {
         let from = process.stdout.as_mut().unwrap();
         for arg in args {
             if let Arg::Array(array) = arg {
-                let mut bytes = array.bytes.borrow_mut();
+                let mut bytes = array.bytes();
                 from.read_exact(&mut bytes).unwrap_or_else(|e| ended(e));
             }
         }
         Ok(())
+    }
+}
+
+/// `--check`: the first kernel that leaves something that is no number is named.
+#[test]
+fn a_kernel_that_leaves_no_number_is_named() {
+    let Some(gpu) = Emulated::of("linear", 1) else {
+        return;
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        let array = |entries: &[f32]| {
+            let x = Tensor::new(entries, &Device::Cpu).unwrap();
+            gpu.array(&x.to_dtype(dtype).unwrap())
+        };
+        let launch = Launch::elements("add_scaled", 300, 1);
+        let check = |entries: &[f32]| {
+            let left = array(entries);
+            launch.check(&gpu, &[Arg::Array(&left), Arg::Null, Arg::F32(1.)])
+        };
+        let mut entries = vec![f32::INFINITY; 300];
+        check(&entries).unwrap();
+        entries[270] = f32::NAN;
+        entries[290] = f32::NAN;
+        let said = check(&entries).unwrap_err().to_string();
+        assert!(said.contains("after add_scaled entry 270 of 300"), "{said}");
     }
 }
 

@@ -2,33 +2,105 @@
 //! device itself (with the feature `cuda`), or in tests an emulator that needs `g++` only. So what decides on launches is tested
 //! where there is no GPU, and the arguments are held against the kernels' own.
 
+#[cfg(not(feature = "cuda"))]
+mod absent;
 #[cfg(feature = "cuda")]
 mod device;
 #[cfg(test)]
 pub(crate) mod emulated;
+#[cfg(feature = "cuda")]
+mod recording;
 #[cfg(all(test, feature = "cuda"))]
 mod speed_tests;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Result, bail};
 
 use super::Documents;
 
+#[cfg(not(feature = "cuda"))]
+pub use absent::Cuda;
 #[cfg(feature = "cuda")]
 pub use device::{Cuda, CudaArray, open};
 
 /// What launches kernels, one after the other.
 pub trait Gpu {
     type Array: Array;
+    /// Launches as [`Gpu::record`] leaves them.
+    type Recording;
 
     /// `n` entries that a kernel is about to write.
     fn empty(&self, dtype: DType, n: usize) -> Result<Self::Array>;
 
-    /// Entries from the host.
-    fn upload(&self, entries: &[u32]) -> Result<Self::Array>;
+    /// Entries from the host, as bytes.
+    fn upload_bytes(&self, dtype: DType, bytes: &[u8]) -> Result<Self::Array>;
+
+    fn upload(&self, entries: &[u32]) -> Result<Self::Array> {
+        self.upload_bytes(DType::U32, bytemuck::cast_slice(entries))
+    }
+
+    fn upload_f32(&self, entries: &[f32]) -> Result<Self::Array> {
+        self.upload_bytes(DType::F32, bytemuck::cast_slice(entries))
+    }
+
+    /// Bytes of an array from its byte `at` on, when all that was launched before has ended.
+    fn read(&self, array: &Self::Array, at: usize, to: &mut [u8]) -> Result<()>;
+
+    fn write(&self, array: &Self::Array, at: usize, bytes: &[u8]) -> Result<()>;
+
+    /// `count` bytes of an array to another place in it, which they do not overlap.
+    fn copy(&self, array: &Self::Array, from: usize, to: usize, count: usize) -> Result<()>;
+
+    /// Zeros.
+    fn clear(&self, array: &Self::Array, at: usize, count: usize) -> Result<()>;
+
+    /// `x [M, K]`, `w [N, K]` of one type → `x wᵀ [M, N]` in f32.
+    fn product(&self, x: &Self::Array, w: &Self::Array, k: usize) -> Result<Self::Array>;
+
+    /// Bytes that nobody uses.
+    fn free_memory(&self) -> Result<usize>;
+
+    /// Runs `work`, lets `then` have what it made, and records the same launches without running them: `work` makes arrays by
+    /// [`Gpu::empty`] alone, and neither reads nor writes any itself. None where the device cannot record all of it.
+    ///
+    /// # Errors
+    /// Those of `work` and `then`.
+    fn record<T, R>(
+        &self,
+        work: impl Fn() -> Result<T>,
+        then: impl FnOnce(&T) -> Result<R>,
+    ) -> Result<Recorded<R, Self::Recording, T>>;
+
+    /// Runs what was recorded, over the arrays as they now are.
+    fn replay(&self, recording: &Self::Recording) -> Result<()>;
 
     /// # Errors
     /// A kernel that is not there, or that the device refuses.
     fn launch(&self, launch: &Launch, args: &[Arg<Self::Array>]) -> Result<()>;
+}
+
+/// What was made of work's result; its launches where they were recorded, and what they leave.
+pub type Recorded<R, L, T> = (R, Option<(L, T)>);
+
+/// A [`Gpu`] that may be kept, and used by any thread.
+pub trait Lasting:
+    Gpu<Array: fmt::Debug + Send + Sync, Recording: fmt::Debug + Send + Sync>
+    + fmt::Debug
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<G> Lasting for G where
+    G: Gpu<Array: fmt::Debug + Send + Sync, Recording: fmt::Debug + Send + Sync>
+        + fmt::Debug
+        + Send
+        + Sync
+        + 'static
+{
 }
 
 /// Entries of one type in the memory of a [`Gpu`], side by side.
@@ -130,11 +202,96 @@ impl Launch {
     }
 
     /// Launches, unless there is nothing to do.
+    ///
+    /// # Errors
+    /// Those of [`Gpu::launch`]; after [`check_all`], entries that are no numbers.
     pub fn run<G: Gpu>(&self, gpu: &G, args: &[Arg<G::Array>]) -> Result<()> {
-        match self.grid.contains(&0) {
-            true => Ok(()),
-            false => gpu.launch(self, args),
+        if self.grid.contains(&0) {
+            return Ok(());
         }
+        gpu.launch(self, args)?;
+        match CHECKED.load(Ordering::Relaxed) {
+            true => self.check(gpu, args),
+            false => Ok(()),
+        }
+    }
+
+    /// # Errors
+    /// Names the kernel, if one of its arrays now has an entry that is no number.
+    fn check<G: Gpu>(&self, gpu: &G, args: &[Arg<G::Array>]) -> Result<()> {
+        for (i, arg) in args.iter().enumerate() {
+            let Arg::Array(array) = arg else { continue };
+            let (n, dtype) = (array.len(), array.dtype());
+            if n == 0 || !matches!(dtype, DType::F32 | DType::BF16) {
+                continue;
+            }
+            let found = gpu.upload(&[u32::MAX])?;
+            let kernel = named("first_nan", dtype);
+            let launch = Self::elements(kernel, n, 1);
+            gpu.launch(&launch, &[(*array).into(), (&found).into(), Arg::long(n)])?;
+            let mut first = [0; 4];
+            gpu.read(&found, 0, &mut first)?;
+            match u32::from_le_bytes(first) {
+                u32::MAX => {}
+                first => bail!(
+                    "cuda: after {} entry {first} of {n} in argument {} of {} ({}) is no number: it has left that, or was given it (a broken \
+                     weight)",
+                    self.kernel,
+                    i + 1,
+                    args.len(),
+                    dtype.as_str()
+                ),
+            }
+        }
+        Ok(())
+    }
+}
+
+static CHECKED: AtomicBool = AtomicBool::new(false);
+
+/// From now on what every kernel leaves is looked at: the first to leave something that is no number is named.
+pub fn check_all() {
+    CHECKED.store(true, Ordering::Relaxed);
+}
+
+static RECORDED: AtomicBool = AtomicBool::new(false);
+
+/// From now on steps of decoding are recorded, and played again where they are alike.
+pub fn record_steps() {
+    RECORDED.store(true, Ordering::Relaxed);
+}
+
+/// Whether steps are recorded: not while every launch is looked at.
+pub fn records_steps() -> bool {
+    RECORDED.load(Ordering::Relaxed) && !CHECKED.load(Ordering::Relaxed)
+}
+
+/// Where the new tokens of a pass stand in the memory of their sequences, for one layer. Tokens of a sequence follow each other.
+#[derive(Debug)]
+pub struct Places<'a, A> {
+    /// Pages and states of all sequences, in bytes.
+    pub memory: &'a A,
+    /// Bytes by which places in it are counted, and those before the layer in a page or a state.
+    pub unit: usize,
+    pub layer_at: usize,
+    /// Where every sequence's pages begin, `[S, width]`, and its state, `[S]`.
+    pub pages: &'a A,
+    pub states: &'a A,
+    /// Of every token its sequence, and the positions up to it, `[N]`.
+    pub owners: &'a A,
+    pub lengths: &'a A,
+    /// A sequence's tokens are those from its entry to the next, `[S + 1]`.
+    pub ends: &'a A,
+}
+
+impl<A: Array> Places<'_, A> {
+    pub fn sequences(&self) -> usize {
+        self.ends.len() - 1
+    }
+
+    /// Pages that a row of the table has room for.
+    pub fn width(&self) -> usize {
+        self.pages.len() / self.sequences().max(1)
     }
 }
 

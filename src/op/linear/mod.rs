@@ -1,5 +1,6 @@
 //! `y = x Wᵀ`: of a [`Matrix`] that is trained, or of one as a file has it.
 
+pub mod cuda;
 pub mod dot;
 mod gradient;
 mod matrix;

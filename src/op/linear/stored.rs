@@ -110,7 +110,7 @@ impl Stored {
         &self.bytes()[row * self.row_bytes..][..self.row_bytes]
     }
 
-    pub(super) fn slice(&self, from: usize, count: usize) -> Result<Self> {
+    pub fn slice(&self, from: usize, count: usize) -> Result<Self> {
         if from + count > self.rows {
             bail!("rows {from} to {} of {self:?}", from + count);
         }

@@ -219,3 +219,117 @@ fn bytes_that_do_not_fit_are_named() {
         assert!(new(range, storage, rows, width).is_err());
     }
 }
+
+/// Products and rows by the kernels for a GPU, of matrices as they stand on it, against those of the widened entries.
+#[test]
+fn device_products_equal_those_of_wide_entries() {
+    use super::cuda::{Groups, Weight, add_bias, add_scaled, gather};
+    use crate::op::cuda::Gpu;
+    use crate::op::cuda::emulated::Emulated;
+    let Some(gpu) = Emulated::of("linear", 0) else {
+        return;
+    };
+    let device = &candle_core::Device::Cpu;
+    let host = |x: &Tensor| x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
+    for (storage, rows, width, bound) in [
+        (Storage::F32, 21, 515, 1e-6),
+        (Storage::F32, 3, 5, 1e-6),
+        (Storage::Bf16, 9, 264, 1e-6),
+        (Storage::F16, 9, 40, 4e-3),
+        (Storage::Blocks(BlockType::Q8_0), 21, 288, 1e-6),
+        (Storage::Blocks(BlockType::Q4K), 13, 768, 1e-6),
+        (Storage::Blocks(BlockType::Q6K), 6, 256, 4e-3),
+    ] {
+        let name = format!("{} [{rows}, {width}]", storage.name());
+        let w = random(&[&[rows, width]], 5).remove(0);
+        let entries = host(&w).unwrap();
+        let bytes: Vec<u8> = match storage {
+            Storage::F32 => entries.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Storage::Bf16 => (entries
+                .iter()
+                .flat_map(|x| bf16::from_f32(*x).to_le_bytes()))
+            .collect(),
+            Storage::F16 => {
+                (entries.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes())).collect()
+            }
+            Storage::Blocks(kind) => {
+                let mut bytes = vec![0; rows * kind.row_bytes(width).unwrap()];
+                quantize(kind, &entries, None, &mut bytes);
+                bytes
+            }
+        };
+        let stored = Stored::new(
+            Arc::new(bytes.clone()),
+            0..bytes.len(),
+            storage,
+            rows,
+            width,
+        )
+        .unwrap();
+        let weight = Weight::new(&gpu, &stored).unwrap();
+        let wide = stored.to_tensor().unwrap().to_dtype(DType::F64).unwrap();
+        for m in [1, 2, 3, 7, 8, 11, 40] {
+            let x = random(&[&[m, width]], m as u64).remove(0);
+            let x = x.to_dtype(DType::F32).unwrap();
+            let y = weight
+                .product(&gpu, &gpu.array(&x))
+                .unwrap()
+                .tensor((m, rows));
+            let y_ = x
+                .to_dtype(DType::F64)
+                .unwrap()
+                .matmul(&wide.t().unwrap())
+                .unwrap();
+            // More rows than the kernel takes are rounded to bf16 with the matrix.
+            let rounded = m > 32
+                || (m > 8 && !matches!(storage, Storage::F32 | Storage::Blocks(_)))
+                || (m > 8 && storage == Storage::Blocks(BlockType::Q6K));
+            let bound = if rounded && storage != Storage::F32 {
+                6e-3
+            } else {
+                bound
+            };
+            let off = gap(&y, &y_);
+            assert!(off < bound, "{name}, {m} rows: {off}");
+        }
+        let ids = gpu.upload(&[rows as u32 - 1, 0, 0]).unwrap();
+        let found = weight.gather(&gpu, &ids, 3.).unwrap().tensor((3, width));
+        let ids = Tensor::new(&[rows as u32 - 1, 0, 0], device).unwrap();
+        let wanted = (wide.index_select(&ids, 0).unwrap() * 3.).unwrap();
+        assert!(gap(&found, &wanted) < bound, "{name}: rows");
+    }
+    // Heads with a matrix of their group, and what stands behind.
+    let (n, h, g, ins, outs, tail) = (11, 6, 3, 5, 140, 4);
+    let inputs = random(&[&[n, h, ins + tail], &[g, ins, outs]], 9);
+    let [x, w] = [0, 1].map(|i| inputs[i].to_dtype(DType::F32).unwrap());
+    let groups = Groups {
+        entries: gpu.array(&w),
+        dims: [g, ins, outs],
+    };
+    let y = groups
+        .product(&gpu, &gpu.array(&x), [h, ins + tail], tail)
+        .unwrap();
+    let y = y.tensor((n, h, outs + tail));
+    let [x, w] = [x, w].map(|x| x.to_dtype(DType::F64).unwrap());
+    let matrices: Vec<Tensor> = (0..h).map(|head| w.get(head / (h / g)).unwrap()).collect();
+    let product = x.narrow(2, 0, ins).unwrap().transpose(0, 1).unwrap();
+    let product = product
+        .contiguous()
+        .unwrap()
+        .matmul(&Tensor::stack(&matrices, 0).unwrap());
+    let product = product.unwrap().transpose(0, 1).unwrap();
+    let y_ = Tensor::cat(&[&product, &x.narrow(2, ins, tail).unwrap()], 2).unwrap();
+    assert!(gap(&y, &y_) < 1e-6);
+    // What is added where it stands, and rows of activations.
+    let inputs = random(&[&[4, 300], &[4, 300], &[300]], 10);
+    let [a, b, bias] = [0, 1, 2].map(|i| gpu.array(&inputs[i].to_dtype(DType::F32).unwrap()));
+    add_scaled(&gpu, &a, &b, 0.5).unwrap();
+    add_bias(&gpu, &a, &bias).unwrap();
+    let wanted = (&inputs[0] + (&inputs[1] * 0.5).unwrap()).unwrap();
+    let wanted = wanted.broadcast_add(&inputs[2]).unwrap();
+    assert!(gap(&a.tensor((4, 300)), &wanted) < 1e-6);
+    let ids = gpu.upload(&[2, 2]).unwrap();
+    let found = gather(&gpu, &a, &ids, 300).unwrap().tensor((2, 300));
+    let ids = Tensor::new(&[2u32, 2], device).unwrap();
+    assert!(gap(&found, &wanted.index_select(&ids, 0).unwrap()) < 1e-6);
+}

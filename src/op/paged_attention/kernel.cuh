@@ -1,8 +1,10 @@
-// Attention of single queries over the pages of a cache, as it is decoded: of grouped heads over keys and values, and of all heads
+// Attention of new tokens over the pages of a cache, as it is decoded: of grouped heads over keys and values, and of all heads
 // over the latents of MLA with its up-projections absorbed, where a value is the beginning of its key (DeepSeek-V2, arXiv 2405.04434).
+// And the rows of these pages as they are written.
 //
 // Pages are those of `mixer/memory.rs`: 32 positions, plane after plane. Positions are split over blocks (Flash-Decoding, Dao et al.
-// 2023) and within a block over warps, each of which takes a page at a time for up to 16·MT heads; `combine` puts the parts together.
+// 2023) and within a block over warps, each of which takes a page at a time for 16·MT queries: the heads of a group, of as many
+// neighbouring tokens of a sequence as there is room for; `combine` puts the parts together.
 // What changes from step to step stands in device memory, so that launches can be recorded.
 #pragma once
 #include "../cuda/tile.cuh"
@@ -25,13 +27,15 @@ template <> struct Computed<int8> {
 
 struct Cache {
     const uint8_t* pages;
-    /// Of every query's sequence, [N, width].
+    /// Where the pages of every sequence begin, in units, [S, width].
     const uint32_t* table;
-    /// Positions that a query sees, [N].
+    /// The sequence, the first token and the number of tokens that a block has, [Z, 3].
+    const uint32_t* tiles;
+    /// Positions that a token sees, [N].
     const uint32_t* lengths;
     int width;
-    /// Bytes: of a page, of what stands before the layer in it, of a row.
-    long long page_bytes;
+    /// Bytes: of a unit, of what stands before the layer in a page, of a row.
+    long long unit;
     int layer_at, row_bytes;
     /// The plane of the first group's values; 0: a value is the beginning of its key, and there is one plane.
     int values;
@@ -79,7 +83,8 @@ template <class KEPT, int KD, int VD, int MT, bool LATENT> struct Shared {
 };
 
 /// Parts of the outputs of q [N, H, K]: out [N, H, splits, V], sums [N, H, splits, 2] their greatest score (to the base 2) and their sum
-/// of exponentials. Grid: splits, groups times the tiles of 16·MT heads of a group, N.
+/// of exponentials. Grid: splits, groups times the tiles of 16·MT heads of a group, Z. A tile has several tokens only where all heads of
+/// a group fit into it that often.
 template <class KEPT, class Q, int KD, int VD, int MT, bool LATENT>
 __device__ __forceinline__ void
 split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim, float scale, float* out_parts, float* sums) {
@@ -93,21 +98,34 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
     T* pages = q + R * PK + warp * S::OWN;
     T* room = pages + STAGES * S::PAGES;
 
-    const int rep = heads / groups, tiles = (rep + R - 1) / R, n = blockIdx.z;
-    const int g = blockIdx.y / tiles, first = blockIdx.y % tiles * R, count = min(R, rep - first);
-    const Q* query = q_in + ((long long)n * heads + g * rep + first) * k_dim;
+    const int rep = heads / groups, tiles = (rep + R - 1) / R;
+    const int g = blockIdx.y / tiles, first = blockIdx.y % tiles * R, own = min(R, rep - first);
+    const uint32_t* tile = c.tiles + 3 * blockIdx.z;
+    const uint32_t* table = c.table + (long long)tile[0] * c.width;
+    const int token = tile[1], count = own * (int)tile[2];
+    // The head's place among all heads of all tokens.
+    auto head_of = [&](int row) { return (long long)(token + row / own) * heads + g * rep + first + row % own; };
     for (int i = threadIdx.x; i < R * KD; i += THREADS) {
         const int row = i / KD, column = i % KD;
         const bool there = row < count && column < k_dim;
-        q[row * PK + column] = T(there ? scale * 1.4426950408889634f * widen(query[(long long)row * k_dim + column]) : 0.f);
+        q[row * PK + column] = T(there ? scale * 1.4426950408889634f * widen(q_in[head_of(row) * k_dim + column]) : 0.f);
     }
     __syncthreads();
 
-    const int length = c.lengths[n], all = (length + PAGE - 1) / PAGE, each = (all + gridDim.x - 1) / gridDim.x;
+    int sees[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = row_of(m, half);
+            sees[m][half] = row < count ? (int)c.lengths[token + row / own] : 0;
+        }
+    // The last token sees furthest.
+    const int length = c.lengths[token + tile[2] - 1], all = (length + PAGE - 1) / PAGE, each = (all + gridDim.x - 1) / gridDim.x;
     const int begin = blockIdx.x * each, end = min(begin + each, all);
     auto load = [&](int page, int stage) {
         if (page < end) {
-            const uint8_t* at = c.pages + c.table[(long long)n * c.width + page] * c.page_bytes + c.layer_at;
+            const uint8_t* at = c.pages + table[page] * c.unit + c.layer_at;
             const int rows = min(PAGE, length - page * PAGE);
             const long long plane = (long long)PAGE * c.row_bytes;
             T* to = pages + stage * S::PAGES;
@@ -142,16 +160,18 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
                 for (int i = 0; i < PAGE / 8; i++)
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; e++) {
-                        if (page * PAGE + column_of(i) + e % 2 >= length) w[m][i][e] = -INFINITY;
+                        if (page * PAGE + column_of(i) + e % 2 >= sees[m][half]) w[m][i][e] = -INFINITY;
                         most = fmaxf(most, w[m][i][e]);
                     }
-                const float now = fmaxf(largest[m][half], row_max(most)), factor = exp2_fast(largest[m][half] - now);
+                const float now = fmaxf(largest[m][half], row_max(most));
+                // A token may see nothing of the page that a later one does.
+                const float base = now == -INFINITY ? 0.f : now, factor = exp2_fast(largest[m][half] - base);
                 largest[m][half] = now;
                 sum[m][half] *= factor;
 #pragma unroll
                 for (int i = 0; i < PAGE / 8; i++)
 #pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; e++) sum[m][half] += w[m][i][e] = exp2_fast(w[m][i][e] - now);
+                    for (int e = 2 * half; e < 2 * half + 2; e++) sum[m][half] += w[m][i][e] = exp2_fast(w[m][i][e] - base);
 #pragma unroll
                 for (int i = 0; i < VD / 8; i++) out[m][i][2 * half] *= factor, out[m][i][2 * half + 1] *= factor;
             }
@@ -193,10 +213,9 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
                 }
         __syncthreads();
     }
-    const long long part = (long long)n * heads + g * rep + first;
     for (int i = threadIdx.x; i < count * v_dim; i += THREADS) {
         const int row = i / v_dim, column = i % v_dim;
-        out_parts[((part + row) * gridDim.x + blockIdx.x) * v_dim + column] = totals[row * VD + column];
+        out_parts[(head_of(row) * gridDim.x + blockIdx.x) * v_dim + column] = totals[row * VD + column];
     }
     if ((int)threadIdx.x < count) {
         float most = -INFINITY, total = 0.f;
@@ -205,7 +224,7 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
             const float* of = stats + 2 * (i * R + threadIdx.x);
             if (of[0] != -INFINITY) total = fmaf(exp2_fast(of[0] - most), of[1], total);
         }
-        float* to = sums + 2 * ((part + threadIdx.x) * gridDim.x + blockIdx.x);
+        float* to = sums + 2 * (head_of(threadIdx.x) * gridDim.x + blockIdx.x);
         to[0] = most, to[1] = total;
     }
 }
@@ -225,15 +244,43 @@ template <class T> __device__ void combine(const float* out_parts, const float* 
     }
 }
 
+/// A row of a plane, of a [N, planes, A] and behind it b [N, planes, B], as `mixer/memory.rs` writes it. A warp a row; grid: N, planes.
+template <class KEPT>
+__device__ void write(uint8_t* pages, const uint32_t* table, const uint32_t* owners, const uint32_t* lengths, const float* a,
+                      const float* b, int width, long long unit, int layer_at, int row_bytes, int first_plane, int a_dim, int b_dim) {
+    const int n = blockIdx.x, plane = blockIdx.y, planes = gridDim.y, lane = threadIdx.x, dim = a_dim + b_dim;
+    const int position = (int)lengths[n] - 1;
+    uint8_t* to = pages + table[(long long)owners[n] * width + position / PAGE] * unit + layer_at +
+                  (long long)((first_plane + plane) * PAGE + position % PAGE) * row_bytes;
+    const long long at = (long long)n * planes + plane;
+    auto entry = [&](int i) { return i < a_dim ? a[at * a_dim + i] : b[at * b_dim + i - a_dim]; };
+    if constexpr (sizeof(KEPT) > 1) {
+        for (int i = lane; i < dim; i += 32) narrow(entry(i), ((KEPT*)to)[i]);
+    } else {
+        float* scales = (float*)to;
+        int8_t* codes = (int8_t*)(scales + (dim + 31) / 32);
+        for (int first = 0; first < dim; first += 32) {
+            const float x = first + lane < dim ? entry(first + lane) : 0.f;
+            float most = fabsf(x);
+            for (int by = 16; by; by /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, by));
+            // What is no number must not end as one.
+            const bool good = __all_sync(~0u, fabsf(x) < INFINITY);
+            const float inverse = most > 0.f ? 127.f / most : 0.f;
+            if (lane == 0) scales[first / 32] = good ? most / 127.f : NAN;
+            if (first + lane < dim) codes[first + lane] = good ? (int8_t)rintf(x * inverse) : 0;
+        }
+    }
+}
+
 } // namespace paged_attention
 
 // Up to KD entries of keys and VD of values, which are filled up with zeros.
 #define KERNELS(name, size, type, KEPT, Q, KD, VD, MT, LATENT)                                                                   \
     extern "C" __launch_bounds__(128, 1) __global__ void name##_##size##_##type(                                                 \
-        const uint8_t* pages, const uint32_t* table, const uint32_t* lengths, const Q* q, float* out, float* sums, int width,    \
-        long long page_bytes, int layer_at, int row_bytes, int values, int heads, int groups, int k_dim, int v_dim,              \
-        float scale) {                                                                                                           \
-        const paged_attention::Cache c = {pages, table, lengths, width, page_bytes, layer_at, row_bytes, values};                \
+        const uint8_t* pages, const uint32_t* table, const uint32_t* tiles, const uint32_t* lengths, const Q* q, float* out,     \
+        float* sums, int width, long long unit, int layer_at, int row_bytes, int values, int heads, int groups, int k_dim,       \
+        int v_dim, float scale) {                                                                                                \
+        const paged_attention::Cache c = {pages, table, tiles, lengths, width, unit, layer_at, row_bytes, values};               \
         paged_attention::split<KEPT, Q, KD, VD, MT, LATENT>(c, q, heads, groups, k_dim, v_dim, scale, out, sums);                \
     }
 #define KINDS(type, KEPT, Q)                                                                                                     \
@@ -255,4 +302,17 @@ KINDS(int8_bf16, paged_attention::int8, bf16)
     }
 KERNELS(f32, float)
 KERNELS(bf16, bf16)
+#undef KERNELS
+
+#define KERNELS(type, KEPT)                                                                                                      \
+    extern "C" __global__ void paged_write_##type(uint8_t* pages, const uint32_t* table, const uint32_t* owners,                 \
+                                                  const uint32_t* lengths, const float* a, const float* b, int width,            \
+                                                  long long unit, int layer_at, int row_bytes, int first_plane, int a_dim,       \
+                                                  int b_dim) {                                                                   \
+        paged_attention::write<KEPT>(pages, table, owners, lengths, a, b, width, unit, layer_at, row_bytes, first_plane, a_dim,  \
+                                     b_dim);                                                                                     \
+    }
+KERNELS(f32, float)
+KERNELS(f16, f16)
+KERNELS(int8, paged_attention::int8)
 #undef KERNELS

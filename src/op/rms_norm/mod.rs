@@ -1,8 +1,7 @@
 //! RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) and the gated, grouped form of Mamba2.
 
 mod cpu;
-#[cfg(any(feature = "cuda", test))]
-mod cuda;
+pub mod cuda;
 mod plain;
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,7 @@
 //! Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
 mod cpu;
-#[cfg(any(feature = "cuda", test))]
-mod cuda;
+pub mod cuda;
 mod plain;
 #[cfg(test)]
 mod tests;

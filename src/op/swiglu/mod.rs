@@ -1,7 +1,6 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202).
 
-#[cfg(any(feature = "cuda", test))]
-mod cuda;
+pub mod cuda;
 mod plain;
 #[cfg(test)]
 mod tests;
