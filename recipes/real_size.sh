@@ -33,7 +33,8 @@ measured generate "$out/bf16" --prompt "$text" --max-tokens 40 --json
 measured train kd --teacher "$out/teacher" --student "$out/hybrid" --data "$data" "$out/distilled" --trained mixers \
   --batch-size 1 --seq-len 256 --steps 2 --lr 1e-4 --json
 # Each says beside its peak what `plan --train` predicts of it (predicted_bytes).
-for flags in "--trained mixers" "--trained mixers --optimizer adamw_8bit --gradient-checkpointing true" "--optimizer adamw_8bit --gradient-checkpointing true"; do
+for flags in "--trained mixers" "--trained mixers --optimizer adamw_8bit --gradient-checkpointing true" "--optimizer adamw_8bit --gradient-checkpointing true" \
+  "--optimizer adamw_8bit --gradient-checkpointing true --clip-by layer --weights bf16"; do
   # shellcheck disable=SC2086
   measured bench train "$out/teacher" --mla 0,5,10,15 --kv-rank 128 --rope-dim 32 --batch-size 1 --seq-len 1024 --steps 1 --warmup 0 $flags --json
 done

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 
-use crate::op::linear::Matrix;
+use crate::op::linear::{Matrix, wide};
 use crate::{Error, Result};
 
 /// A shared map of weights, seen from a prefix: `weights.at("model.layers.0").get("mlp.up_proj.weight")`. Matrices may
@@ -55,9 +56,16 @@ impl Weights {
     ///
     /// # Errors
     /// Names the tensor when it is absent. Checkpoints are checked as a whole when they are opened, so
-    /// this is met only by weights that were put together by hand.
+    /// this is met only by weights that were put together by hand. A matrix that is trained in bf16: a tensor of it would neither
+    /// move nor get a gradient.
     pub fn get(&self, name: &str) -> Result<Tensor> {
-        Ok(self.matrix(name)?.to_tensor()?)
+        match self.matrix(name)? {
+            Matrix::Trained(_) => Err(Error::invalid(format!(
+                "{}{name} is trained in bf16, and can only be multiplied by",
+                self.prefix
+            ))),
+            matrix => Ok(matrix.to_tensor()?),
+        }
     }
 
     /// A matrix, as it is kept.
@@ -98,9 +106,15 @@ impl Weights {
         let mut all = BTreeMap::new();
         for (name, w) in self.all.iter() {
             let moved = match (w, place.frozen) {
+                // It shares its entries with what trains it.
+                (Matrix::Trained(_), _) => w.clone(),
                 (Matrix::Stored(_), Frozen::Stored) if place.device.is_cpu() => w.clone(),
                 _ => {
-                    let w = w.to_tensor()?.to_dtype(place.compute)?;
+                    let dtype = match w.shape().len() {
+                        2 => place.compute,
+                        _ => wide(place.compute),
+                    };
+                    let w = w.to_tensor()?.to_dtype(dtype)?;
                     w.to_device(&place.device)?.into()
                 }
             };
@@ -123,12 +137,35 @@ pub enum Frozen {
     F32,
 }
 
-/// Where a model computes, and in which types: decided once, for a whole command. What is trained is kept in f32.
+/// How matrices are kept that are trained. Norms, biases, convolutions, `A_log`, `dt_bias` and `D` stay in f32, and so do gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    #[default]
+    F32,
+    /// Rounded stochastically after every step, without a copy in f32.
+    Bf16,
+}
+
+impl Precision {
+    /// What products are computed in, teacher included: on a GPU the type of the matrices, on the CPU, which has no products in bf16,
+    /// f32. Sums over layers, norms, recurrent states, losses and steps are in f32 in either ([`wide`]).
+    pub fn compute(self, on_cpu: bool) -> DType {
+        match (self, on_cpu) {
+            (Self::Bf16, false) => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+}
+
+/// Where a model computes, and in which types: decided once, for a whole command.
 #[derive(Debug, Clone)]
 pub struct Place {
     pub device: Device,
     pub frozen: Frozen,
-    /// Of activations.
+    /// Of what is trained.
+    pub trained: Precision,
+    /// Of activations between the products of a layer.
     pub compute: DType,
 }
 
@@ -137,7 +174,17 @@ impl Place {
         Self {
             device,
             frozen,
+            trained: Precision::F32,
             compute: DType::F32,
+        }
+    }
+
+    /// The same for a run that trains.
+    pub fn training(&self, trained: Precision) -> Self {
+        Self {
+            trained,
+            compute: trained.compute(self.device.is_cpu()),
+            ..self.clone()
         }
     }
 

@@ -459,6 +459,7 @@ pub fn write_tensors(
 fn written_as(weight: &Matrix) -> Dtype {
     match weight {
         Matrix::Dense(t) => View::dtype(t),
+        Matrix::Trained(_) => Dtype::BF16,
         Matrix::Stored(w) => match w.storage() {
             Storage::F16 => Dtype::F16,
             Storage::Bf16 => Dtype::BF16,
@@ -475,6 +476,7 @@ pub(super) fn bytes_of(weight: &Matrix) -> usize {
 fn bytes(weight: &Matrix) -> candle_core::Result<Cow<'_, [u8]>> {
     Ok(match weight {
         Matrix::Dense(t) => View::data(t),
+        Matrix::Trained(w) => View::data(&w.narrow()?).into_owned().into(),
         Matrix::Stored(w) => match w.storage() {
             Storage::Blocks(_) => {
                 let entries = weight.to_host()?;

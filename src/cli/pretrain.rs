@@ -86,7 +86,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         layers: vec![MixerConfig::Attention(attention); args.num_layers],
         converted: None,
     };
-    let place = args.train.device.place()?;
+    let place = args.train.device.place()?.training(settings.weights);
     let watch = Progress::default();
     let corpus = args.train.data.corpus(&args.data, &tokenizer, &watch)?;
     let pretrain = Pretrain::new(&config, settings.seed, &place)?;

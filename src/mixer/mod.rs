@@ -129,6 +129,14 @@ impl MixerConfig {
         }
     }
 
+    /// Matrices that are taken apart as tensors, not only multiplied by.
+    pub fn read(&self) -> &'static [&'static str] {
+        match self {
+            MixerConfig::Mla(_) => &["kv_b_proj.weight"],
+            MixerConfig::Attention(_) | MixerConfig::Mamba2(_) | MixerConfig::Window(_) => &[],
+        }
+    }
+
     /// The tensor that makes the mixer's output of what its heads give, `[D, ..]`.
     pub fn output(&self) -> &'static str {
         match self {

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::Result;
 use crate::mixer::Mixer;
 use crate::op::Documents;
-use crate::op::linear::{Matrix, linear};
+use crate::op::linear::{Matrix, linear, wide};
 use crate::op::rms_norm::rms_norm;
 use crate::op::swiglu::swiglu;
 use crate::weights::Weights;
@@ -46,7 +46,7 @@ impl Mlp {
     }
 }
 
-/// What a layer gives, `[B, T, D]` each.
+/// What a layer gives, `[B, T, D]` each, in the type of the residual stream.
 #[derive(Debug)]
 pub struct LayerOutput {
     /// The residual stream after it.
@@ -92,12 +92,19 @@ impl Layer {
 
     /// What the mixer reads: `norm(x)`.
     pub fn mixer_input(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(x, &self.input_layernorm, self.eps)?)
+        self.normed(x, &self.input_layernorm)
+    }
+
+    /// In the type that is computed with.
+    fn normed(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        let normed = rms_norm(x, weight, self.eps)?;
+        Ok(normed.to_dtype(self.mlp.gate_proj.dtype())?)
     }
 
     /// The residual stream `x` with what a part of the layer gave.
     pub fn joined(&self, x: &Tensor, given: &Tensor) -> Result<Tensor> {
-        Ok((x + scaled(given, self.residual_multiplier)?)?)
+        let given = scaled(given, self.residual_multiplier)?;
+        Ok((x + given.to_dtype(x.dtype())?)?)
     }
 
     /// What would have to be given for the residual stream `x` to be `wanted`.
@@ -108,15 +115,14 @@ impl Layer {
     /// What follows the mixer: both residual additions and the MLP.
     pub fn finish(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
         let x = self.joined(x, mixed)?;
-        let y = self
-            .mlp
-            .forward(&rms_norm(&x, &self.post_attention_layernorm, self.eps)?)?;
-        self.joined(&x, &y)
+        let read = self.normed(&x, &self.post_attention_layernorm)?;
+        self.joined(&x, &self.mlp.forward(&read)?)
     }
 
     /// `x [B, T, D]` → what the layer makes of it.
     pub fn forward(&self, x: &Tensor, documents: Option<&Documents>) -> Result<LayerOutput> {
         let mixed = self.mixer.forward(&self.mixer_input(x)?, documents)?;
+        let mixed = mixed.to_dtype(x.dtype())?;
         let hidden = self.finish(x, &mixed)?;
         Ok(LayerOutput { hidden, mixed })
     }
@@ -183,11 +189,12 @@ impl Lm {
         })
     }
 
-    /// `ids [B, T]` (u32) → `[B, T, D]`.
+    /// `ids [B, T]` (u32) → the residual stream `[B, T, D]`: in f32 where products are in a half type.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
         let rows = self.embed_tokens.gather(&ids.flatten_all()?)?;
         let rows = rows.reshape((b, t, self.config.hidden_size))?;
+        let rows = rows.to_dtype(wide(rows.dtype()))?;
         scaled(&rows, self.config.embedding_multiplier)
     }
 
@@ -204,7 +211,9 @@ impl Lm {
 
     /// The head over final-normed hidden states: `[.., D]` → `[.., V]`.
     pub fn head(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(linear(x, self.head_matrix())?)
+        let head = self.head_matrix();
+        let logits = linear(&x.to_dtype(head.dtype())?, head)?;
+        Ok(logits.to_dtype(x.dtype())?)
     }
 
     /// `ids [B, T]` → final-normed hidden states `[B·T, D]`.
@@ -239,6 +248,7 @@ impl Lm {
         Ok(Trace { hidden, mixer_out })
     }
 
+    /// Of what is computed.
     pub fn dtype(&self) -> DType {
         self.embed_tokens.dtype()
     }

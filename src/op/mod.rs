@@ -25,6 +25,7 @@ pub mod matmul;
 pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
+pub mod rounding;
 pub mod route;
 pub mod runtime;
 pub mod sample;

@@ -52,6 +52,14 @@ impl Kernels {
         route
     }
 
+    /// The half type of `tensors`, if no kernel takes it: they are to be computed on in f32 and rounded, as kernels do, where plain
+    /// operations would round every sum on the way.
+    pub fn rounds(&self, tensors: &[&Tensor]) -> Option<DType> {
+        let dtype = tensors.first().map(|t| t.dtype());
+        let half = dtype.filter(|t| matches!(t, DType::BF16 | DType::F16))?;
+        (self.find(tensors) == Route::Plain).then_some(half)
+    }
+
     fn find(&self, tensors: &[&Tensor]) -> Route {
         let all = |types: &[DType]| tensors.iter().all(|t| types.contains(&t.dtype()));
         if tensors.iter().all(|t| t.device().is_cpu()) && all(self.cpu) {
@@ -101,10 +109,13 @@ mod tests {
         assert_eq!(OP.route(&[&f32, &f32]), Route::Cpu);
         assert_eq!(OP.route(&[&f32, &f64]), Route::Plain);
         assert_eq!(OP.route(&[&bf16, &bf16]), Route::Plain);
+        assert_eq!(OP.rounds(&[&bf16, &bf16]), Some(DType::BF16));
+        assert_eq!(OP.rounds(&[&f64, &f64]), None);
         let both = Kernels {
             cpu: &[DType::F32, DType::BF16],
             ..OP
         };
         assert_eq!(both.route(&[&f32, &bf16]), Route::Cpu);
+        assert_eq!(both.rounds(&[&bf16, &f32]), None);
     }
 }

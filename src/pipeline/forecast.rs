@@ -1,6 +1,7 @@
 //! What a recipe will take, before anything is loaded: memory, disk, tokens, operations and hours, stage by stage, and what to
 //! change where it does not fit.
 
+use candle_core::DType;
 use serde::Serialize;
 
 use super::device::Device;
@@ -12,6 +13,7 @@ use super::text::{Mixture, Text};
 use crate::mixer::Windows;
 use crate::op::runtime::OWN;
 use crate::train::cost::{Memory, forward};
+use crate::weights::Precision;
 use crate::{Error, Result};
 
 /// A stage's figures.
@@ -99,22 +101,26 @@ pub fn forecast(recipe: &Recipe, device: &Device, memory: f64) -> Result<Forecas
     let held = Memory::default()
         .with("program", OWN.own + OPENED)
         .with_file("program file", OWN.file);
-    let held = supply.weights(held, "base model", (base.bytes, &base.config));
     let held = held.with("texts", texts);
+    let base_model = |held, compute| {
+        let source = (base.bytes, &base.config);
+        supply.weights(held, "base model", source, compute)
+    };
     let windows = Windows {
         rows: recipe.eval.batch_size,
         len: recipe.eval.seq_len,
     };
     for (entry, need) in needs {
         statistics += need.statistics;
-        let held = held.clone().with("statistics", statistics);
+        let held = base_model(held.clone(), need.compute).with("statistics", statistics);
         let mut phases = need.phases.clone();
         phases.push(fingerprint(&base.config, 2));
         if need.measured {
             measurements += 1;
             let student = sizes.student()?;
             let read = reading(student, windows, 2);
-            phases.push(supply.weights(read, "hybrid", (need.student.unwrap_or(0), student)));
+            let source = (need.student.unwrap_or(0), student);
+            phases.push(supply.weights(read, "hybrid", source, DType::F32));
         }
         let phases = phases
             .iter()
@@ -144,7 +150,10 @@ pub fn forecast(recipe: &Recipe, device: &Device, memory: f64) -> Result<Forecas
             scratch: need.scratch,
             tokens: need.tokens,
             operations: total,
-            hours: hours(device.f32),
+            hours: hours(match (need.compute, device.bf16) {
+                (DType::BF16, Some(bf16)) => bf16,
+                _ => device.f32,
+            }),
             hours_bf16: device.bf16.and_then(hours),
         });
     }
@@ -153,7 +162,9 @@ pub fn forecast(recipe: &Recipe, device: &Device, memory: f64) -> Result<Forecas
     let total = held_out.map(|tokens| each * tokens as f64);
     let hours = |rate: f64| total.map(|all| device.seconds(rate, all, 0.0) / 3600.0);
     let read = reading(&base.config, windows, 2);
-    let read = supply.weights(read, "hybrid", (supply.student, sizes.student()?));
+    let source = (supply.student, sizes.student()?);
+    let read = supply.weights(read, "hybrid", source, DType::F32);
+    let held = base_model(held, DType::F32);
     stages.push(StageForecast {
         name: "measuring".into(),
         memory: held.and(&read),
@@ -303,6 +314,11 @@ fn ladder(table: &str, settings: &Settings) -> Vec<(Vec<String>, &'static str)> 
         _ => Vec::new(),
     };
     steps.push((apart, "gradients are clipped layer by layer"));
+    let rounded = match train.weights {
+        Precision::F32 => vec![set("train.weights", "bf16".into())],
+        Precision::Bf16 => Vec::new(),
+    };
+    steps.push((rounded, "matrices in bf16, rounded at each step"));
     let galore = match train.optimizer {
         Adamw | Adamw8bit => vec![set("train.optimizer", "galore_8bit".into())],
         _ => Vec::new(),

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use candle_core::DType;
+
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::mixer::Windows;
@@ -54,12 +56,12 @@ pub struct Supply<'a> {
     pub pairs: Option<u64>,
     /// Bytes that a stage may take.
     pub free: usize,
-    /// Weights that are not trained are used where files have them; else they are on the device, in f32.
+    /// Weights that are not trained are used where files have them (on the CPU); else they are on the device.
     pub mapped: bool,
 }
 
 /// What a stage takes.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Need {
     /// One after the other, beside the base model, the texts and the calibration.
     pub phases: Vec<Memory>,
@@ -79,8 +81,28 @@ pub struct Need {
     pub moved: f64,
     /// Results that are measured on the held-out text.
     pub measured: bool,
+    /// What products are computed in.
+    pub compute: DType,
     /// What could be set otherwise.
     pub settings: Option<Settings>,
+}
+
+impl Default for Need {
+    fn default() -> Self {
+        Self {
+            phases: Vec::new(),
+            student: None,
+            kept: 0,
+            scratch: 0,
+            statistics: 0,
+            tokens: None,
+            operations: None,
+            moved: 0.0,
+            measured: false,
+            compute: DType::F32,
+            settings: None,
+        }
+    }
 }
 
 /// Layers that ILD is advised to train at a time where memory is short.
@@ -97,17 +119,18 @@ pub struct Settings {
 }
 
 impl Supply<'_> {
-    /// A model in files that are used where they stand, or on the device.
+    /// A model in files that are used where they stand, or on the device, in what it computes in.
     pub fn weights(
         &self,
         memory: Memory,
         name: &'static str,
         source: (usize, &ModelConfig),
+        compute: DType,
     ) -> Memory {
         let (bytes, config) = source;
         match self.mapped {
             true => memory.with_file(name, bytes),
-            false => memory.with(name, F32 * config.parameters()),
+            false => memory.with(name, compute.size_in_bytes() * config.parameters()),
         }
     }
 

@@ -9,6 +9,7 @@ use super::clip::{Clip, ClipBy};
 use super::optimizer::{GaloreConfig, OptimizerConfig, OptimizerName};
 use super::params::Update;
 use crate::op::adamw::AdamW;
+use crate::weights::Precision;
 use crate::{Error, Result};
 
 /// How the learning rate falls, after the warm-up.
@@ -66,6 +67,10 @@ pub struct TrainSettings {
     /// Tokens per window.
     #[arg(long, default_value_t = Self::default().seq_len)]
     pub seq_len: usize,
+    /// How trained matrices are kept; bf16 takes half the memory, rounds stochastically, and is what a GPU computes in then.
+    #[arg(long, value_enum, default_value_t = Self::default().weights)]
+    #[serde(skip_serializing_if = "is_default")]
+    pub weights: Precision,
     /// What a step follows.
     #[arg(long, value_enum, default_value_t = Self::default().optimizer)]
     pub optimizer: OptimizerName,
@@ -109,7 +114,7 @@ pub struct TrainSettings {
     /// Gradient norm is clipped to this; 0 never clips.
     #[arg(long, default_value_t = Self::default().clip)]
     pub clip: f64,
-    /// What is clipped together; by layer (or never, --clip 0) KD's gradients are applied as they appear where --accumulation is 1, and are
+    /// What is clipped together; by layer (or never, --clip 0) gradients are applied as they appear where --accumulation is 1, and are
     /// never all in memory.
     #[arg(long, value_enum, default_value_t = Self::default().clip_by)]
     #[serde(skip_serializing_if = "is_default")]
@@ -134,6 +139,7 @@ impl Default for TrainSettings {
             batch_size: 16,
             accumulation: 1,
             seq_len: 256,
+            weights: Precision::default(),
             optimizer: OptimizerName::Adamw,
             lr: 1e-3,
             adamw_lr: None,
@@ -197,6 +203,7 @@ impl TrainSettings {
             accumulation: self.accumulation,
             seq_len: self.seq_len,
             lr: self.lr,
+            weights: self.weights,
             optimizer: self.optimizer()?,
             mixer_lr: match self.mixer_lr {
                 Some(_) if self.lr == 0.0 => {
@@ -318,6 +325,8 @@ pub struct TrainConfig {
     pub accumulation: usize,
     pub seq_len: usize,
     pub lr: f64,
+    #[serde(skip_serializing_if = "is_default")]
+    pub weights: Precision,
     pub optimizer: OptimizerConfig,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mixer_lr: Option<f64>,
@@ -406,7 +415,7 @@ impl TrainConfig {
         }
     }
 
-    /// Whether KD's gradients are applied as they appear.
+    /// Whether gradients are applied as they appear.
     pub fn applies_at_once(&self) -> bool {
         self.accumulation == 1 && self.clip().is_apart()
     }
@@ -425,6 +434,7 @@ impl TrainConfig {
         Update {
             clip: self.clip(),
             rules: self.optimizer.rules(adamw, share, mixers),
+            seed: self.seed,
         }
     }
 }

@@ -1,14 +1,17 @@
 //! What a training step takes, counted from sizes alone: memory, part by part, and operations. `tests/memory.rs` holds the memory
 //! to what processes are measured to take.
 
+use candle_core::DType;
 use serde::Serialize;
 
-use super::optimizer::OptimizerConfig;
+use super::optimizer::{OptimizerConfig, Roles};
 use crate::mixer::Windows;
 use crate::model::{LOGITS, ModelConfig, layer_of};
 use crate::op::runtime::{between, shares_chunk};
+use crate::weights::Precision;
 
 const F32: usize = size_of::<f32>();
+const BF16: usize = 2;
 
 /// Memory of one kind.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -124,33 +127,48 @@ struct Trained {
     /// Of the largest matrix of each layer, times how often it is there on the way back beside its gradient: zeros and summand, and
     /// for matrices that stand in one tensor each part widened to the whole as well.
     largest: Vec<usize>,
+    /// The same without those in bf16, whose gradients candle's graph does not have.
+    beside: Vec<usize>,
+    /// Of the largest in bf16, which is widened for its step.
+    widened: usize,
     /// The head's own, or the embedding that is the head.
     head: bool,
     embedding: bool,
     all: usize,
+    /// As they are kept.
+    bytes: usize,
     /// Share of these in tensors of less than a piece of memory.
     small: f64,
     moments: usize,
 }
 
 impl<'a> Learner<'a> {
-    fn weights(&self, optimizer: OptimizerConfig) -> Trained {
+    fn weights(&self, optimizer: OptimizerConfig, weights: Precision) -> Trained {
         let config = self.config;
+        let roles = Roles::new(config);
         let count = config.layers.len();
         let tied = config.tie_word_embeddings;
         let mut found = Trained {
             layers: vec![0; count],
             largest: vec![0; count],
+            beside: vec![0; count],
+            widened: 0,
             embedding: (self.trained)(EMBEDDING),
             head: (self.trained)(if tied { EMBEDDING } else { HEAD }),
             all: 0,
+            bytes: 0,
             small: 0.0,
             moments: 0,
         };
         let learns = |name: &str| (self.trained)(name);
         for (name, shape) in config.params().iter().filter(|(name, _)| learns(name)) {
             let entries: usize = shape.iter().product();
+            let rounded = weights == Precision::Bf16 && roles.of(name, shape).may_be_rounded();
             found.all += entries;
+            found.bytes += if rounded { BF16 } else { F32 } * entries;
+            if rounded {
+                found.widened = found.widened.max(entries);
+            }
             found.small += if shares_chunk(entries * F32) {
                 entries as f64
             } else {
@@ -163,6 +181,9 @@ impl<'a> Learner<'a> {
                 let times = if stacked { 4 } else { 2 };
                 found.layers[i] += entries;
                 found.largest[i] = found.largest[i].max(times * entries);
+                if !rounded {
+                    found.beside[i] = found.beside[i].max(times * entries);
+                }
             }
         }
         found.small /= found.all.max(1) as f64;
@@ -193,26 +214,35 @@ impl<'a> Learner<'a> {
         self.graph(windows).saturating_mul(F32)
     }
 
-    /// Bytes of the trained weights in f32.
-    pub fn bytes(&self) -> usize {
-        self.weights(OptimizerConfig::Adamw).all * F32
+    /// Bytes of the trained weights.
+    pub fn bytes(&self, weights: Precision) -> usize {
+        self.weights(OptimizerConfig::Adamw, weights).bytes
     }
 
     /// Entries that learn.
     pub fn entries(&self) -> usize {
-        self.weights(OptimizerConfig::Adamw).all
+        let names = self.config.params().into_iter();
+        let learning = names.filter(|(name, _)| (self.trained)(name));
+        learning
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum()
     }
 
     /// Bytes of the moments.
     pub fn moments(&self, optimizer: OptimizerConfig) -> usize {
-        self.weights(optimizer).moments
+        self.weights(optimizer, Precision::F32).moments
     }
 
     /// Whether the activations of a pass are too many to be kept where so many bytes are free before the first step: more than half of
     /// what gradients and moments (in full) will leave.
     pub fn is_short(&self, windows: Windows, free: usize) -> bool {
-        self.activations(windows) > free.saturating_sub(3 * self.bytes()) / 2
+        self.activations(windows) > free.saturating_sub(3 * F32 * self.entries()) / 2
     }
+}
+
+/// Entries of f32 that as many of `compute` take.
+fn stored(entries: usize, compute: DType) -> usize {
+    entries.saturating_mul(compute.size_in_bytes()) / F32
 }
 
 /// Share of activations in blocks that share pieces of memory: all, or none where the MLP's are larger.
@@ -237,6 +267,9 @@ pub struct StepSizes<'a> {
     /// A micro-batch.
     pub windows: Windows,
     pub accumulation: usize,
+    pub weights: Precision,
+    /// Of activations between products.
+    pub compute: DType,
     pub optimizer: OptimizerConfig,
     /// Activations are computed anew on the way back.
     pub anew: bool,
@@ -253,9 +286,9 @@ impl StepSizes<'_> {
             config.hidden_size,
             config.layers.len(),
         );
-        let trained = self.learner.weights(self.optimizer);
+        let trained = self.learner.weights(self.optimizer, self.weights);
         let held = Memory::default()
-            .with_share(WEIGHTS, trained.all * F32, trained.small)
+            .with_share(WEIGHTS, trained.bytes, trained.small)
             .with_share("moments", trained.moments, trained.small);
         let share = shared_activations(config, n);
         let before = if self.accumulation > 1 {
@@ -272,18 +305,20 @@ impl StepSizes<'_> {
                 .with_share("on the way back", back * F32, share)
                 .with_share("logits", pieces * piece * F32, logits)
         };
+        // In f32 entries; the residual stream is in f32 itself.
+        let stored = |entries: usize| stored(entries, self.compute);
         let taught = self.teacher.map_or(0, |teacher| n * teacher.hidden_size);
         let mut phases = Vec::new();
         if let Some(teacher) = self.teacher {
             let layers = 0..teacher.layers.len();
             let widest = layers.map(|i| teacher.layer_pass(i, self.windows).kept);
-            let forward = widest.max().unwrap_or(0) + 2 * n * teacher.hidden_size;
+            let forward = stored(widest.max().unwrap_or(0)) + 2 * n * teacher.hidden_size;
             phases.push(phase(before, forward, 0, 0));
         }
         let first = self.learner.first();
         let graph = match self.anew {
             true => (count - first) * n * d,
-            false => self.learner.graph(self.windows),
+            false => stored(self.learner.graph(self.windows)),
         };
         let head = match trained.head {
             true => config.vocab_size * d,
@@ -299,7 +334,7 @@ impl StepSizes<'_> {
             let pass = config.layer_pass(i, self.windows);
             gradients += trained.layers[i];
             let kept = match self.anew {
-                true => (i + 1 - first) * n * d + pass.kept,
+                true => (i + 1 - first) * n * d + stored(pass.kept),
                 false => graph + n * d,
             };
             let so_far = match (self.accumulation > 1, self.anew) {
@@ -308,7 +343,7 @@ impl StepSizes<'_> {
                 _ => before + gradients,
             };
             let mlp = 2 * n * config.intermediate_size + 7 * n * d;
-            let back = pass.back.max(mlp + trained.largest[i]);
+            let back = stored(pass.back).max(stored(mlp) + trained.beside[i]);
             phases.push(phase(so_far, kept + taught, back, 0));
         }
         let all = match self.at_once {
@@ -318,8 +353,8 @@ impl StepSizes<'_> {
         if trained.embedding && !config.tie_word_embeddings {
             phases.push(phase(all, taught + 3 * n * d, config.vocab_size * d, 0));
         }
-        let stepped = self.optimizer.made() * trained.largest.iter().max().unwrap_or(&0) / 2;
-        phases.push(phase(all, 0, stepped, 0));
+        let made = self.optimizer.made() * trained.largest.iter().max().unwrap_or(&0) / 2;
+        phases.push(phase(all, 0, made + trained.widened, 0));
         Memory::peak(phases)
     }
 
@@ -331,7 +366,7 @@ impl StepSizes<'_> {
     }
 }
 
-/// f32 copies of what is trained.
+/// What is trained, as it is kept.
 const WEIGHTS: &str = "trained weights";
 
 /// The way back of what has no weights (attention's scores, the scan) over its way there: scores or states again, and a gradient of
@@ -383,11 +418,16 @@ pub struct IldSizes<'a> {
     pub candidates: &'a [ModelConfig],
     pub windows: Windows,
     pub accumulation: usize,
+    pub weights: Precision,
+    /// Of activations between products.
+    pub compute: DType,
     pub optimizer: OptimizerConfig,
     /// Layers read what the student's own give as well.
     pub joint: bool,
     /// Layers that learn at once.
     pub at_once: usize,
+    /// A layer's gradients are applied before the next layer's are there.
+    pub applied: bool,
 }
 
 /// What ILD trains of a candidate.
@@ -414,30 +454,36 @@ impl IldSizes<'_> {
         } else {
             0
         };
-        let (mut kept, mut back) = (0, 0);
+        let (mut kept, mut back, mut gradients) = (0, 0, 0);
         for learner in self.learners() {
-            let trained = learner.weights(self.optimizer);
+            let trained = learner.weights(self.optimizer, self.weights);
             let chunks = trained.layers.chunks(self.at_once.max(1));
             let most = chunks
                 .map(|chunk| chunk.iter().sum::<usize>())
                 .max()
                 .unwrap_or(0);
-            // Moments are spread over layers as weights are.
-            let moments = trained.moments as f64 * most as f64 / trained.all.max(1) as f64;
+            // These are spread over layers as entries are.
+            let share = most as f64 / trained.all.max(1) as f64;
+            let of = |bytes: usize| (share * bytes as f64) as usize;
             held = held
-                .with_share(WEIGHTS, most * F32, trained.small)
-                .with_share("moments", moments as usize, trained.small)
-                .with_share("gradients", most * F32, trained.small);
-            for (i, largest) in trained.largest.iter().enumerate() {
+                .with_share(WEIGHTS, of(trained.bytes), trained.small)
+                .with_share("moments", of(trained.moments), trained.small);
+            match self.applied {
+                true => gradients = trained.layers.iter().copied().fold(gradients, usize::max),
+                false => held = held.with_share("gradients", most * F32, trained.small),
+            }
+            for (i, beside) in trained.beside.iter().enumerate() {
                 let pass = learner.config.layer_pass(i, self.windows);
                 let mlp = 2 * n * self.teacher.intermediate_size + 7 * n * d;
-                kept = kept.max(pass.kept);
-                back = back.max(pass.back.max(mlp + largest));
+                kept = kept.max(stored(pass.kept, self.compute));
+                let [pass, mlp] = [pass.back, mlp].map(|n| stored(n, self.compute));
+                back = back.max(pass.max(mlp + beside));
             }
         }
         let times = if self.joint { 2 } else { 1 };
         let share = shared_activations(self.teacher, n);
-        held.with_share("activations", (lesson + own + times * kept) * F32, share)
+        held.with("gradients", gradients * F32)
+            .with_share("activations", (lesson + own + times * kept) * F32, share)
             .with_share("on the way back", back * F32, share)
     }
 

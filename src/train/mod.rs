@@ -13,8 +13,10 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{self, Input, Provenance};
 use crate::data::{Batch, Batches};
 use crate::model::Lm;
+use crate::weights::Precision;
 use crate::{Error, Result};
 
+mod at_once;
 mod clip;
 mod config;
 pub mod cost;
@@ -23,6 +25,8 @@ mod json_lines;
 pub mod optimizer;
 pub mod params;
 mod recovery;
+#[cfg(test)]
+mod rounded_tests;
 pub mod runs;
 mod samples;
 pub mod stage;
@@ -41,8 +45,8 @@ pub use recovery::Skipped;
 pub use samples::{Sample, read_samples};
 pub use stage::{Shares, Stage};
 
+use at_once::AtOnce;
 use clip::Norms;
-use stage::student::AtOnce;
 
 use state::Run;
 pub use state::read_metrics;
@@ -161,9 +165,15 @@ pub fn train(
     data.check(config.batch_size, config.seq_len)?;
     let steps = config.steps(data.examples(config.seq_len))?;
     let device = stage.student().map(|student| student.device().clone());
-    if config.optimizer.is_eight_bit() && device.is_some_and(|d| d.is_metal()) {
+    let on_metal = device.is_some_and(|device| device.is_metal());
+    if config.optimizer.is_eight_bit() && on_metal {
         return Err(Error::invalid(
             "moments of 8 bits are for the CPU and CUDA: choose an optimizer without _8bit, or another --device",
+        ));
+    }
+    if config.weights != Precision::F32 && on_metal {
+        return Err(Error::invalid(
+            "weights in bf16 are for the CPU and CUDA: leave weights f32, or choose another --device",
         ));
     }
     if config.mixer_lr.is_some() && !stage.groups_mut().iter().any(|group| group.has_mixers()) {
@@ -192,7 +202,7 @@ pub fn train(
         let mut taken = take_step(stage, &batches, &update, most);
         let due = (step + 1).is_multiple_of(options.save_every.max(1));
         // What was applied before the step came to nothing cannot be taken back.
-        let begun = stage.at_once().and_then(Option::take);
+        let begun = stage.at_once().take();
         let mut ruined = begun.is_some_and(|begun| begun.is_begun());
         if taken.is_ok()
             && (due || step + 1 == steps)
@@ -499,8 +509,8 @@ fn check_loss(loss: f64, most: f64) -> Result<()> {
 /// [`Error::Diverged`]: a loss above `most`, a loss or a gradient that is not finite. Nothing was updated then, so that what is kept is always
 /// whole; where gradients are applied as they appear, [`Stage::at_once`] has what was.
 pub fn take_step(stage: &mut Stage, batches: &[Batch], update: &Update, most: f64) -> Result<Step> {
-    if let (true, [_], Some(at_once)) = (update.clip.is_apart(), batches, stage.at_once()) {
-        *at_once = Some(AtOnce::new(*update, most));
+    if let (true, [_]) = (update.clip.is_apart(), batches) {
+        *stage.at_once() = Some(AtOnce::new(*update, most));
     }
     let shares = stage.shares(batches)?;
     let mut loss = 0.0;
@@ -531,8 +541,8 @@ pub fn take_step(stage: &mut Stage, batches: &[Batch], update: &Update, most: f6
     for (group, norms) in stage.groups_mut().into_iter().zip(&norms) {
         group.update(norms, update)?;
     }
-    if let (Some(applied), [norms]) = (stage.at_once().and_then(Option::take), &mut norms[..]) {
-        norms.add(applied.norms());
+    if let Some(applied) = stage.at_once().take() {
+        applied.add_to(&mut norms);
     }
     let mut layers = Vec::new();
     norms

@@ -6,18 +6,90 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::clip::{Clip, Norms};
-use super::optimizer::{Optimizer, Role, Roles, SavedTensors, State};
+use super::optimizer::{Optimizer, Role, Roles, SavedTensors, State, overwrite};
+use crate::hash::Hash;
 use crate::op::adamw::sum_of_squares;
-use crate::weights::{Place, Weights};
+use crate::op::linear::{Matrix, Trained, WeightGradient};
+use crate::weights::{Place, Precision, Weights};
 use crate::{Error, Result};
 
 struct Param {
-    var: Var,
+    value: Value,
     role: Role,
     state: State,
+    /// In f32.
     grad: Option<Tensor>,
     /// Updates so far: AdamW's bias correction counts a parameter's own.
     steps: u64,
+}
+
+/// What is trained, as it is kept: models share its storage.
+enum Value {
+    /// f32
+    Full(Var),
+    Rounded(Trained),
+}
+
+impl Value {
+    /// A copy: the source (the teacher) must stay as it is.
+    fn new(weight: &Matrix, role: &Role, place: &Place) -> Result<Self> {
+        let tensor = weight.to_tensor()?.to_dtype(DType::F32)?;
+        match place.trained {
+            Precision::Bf16 if role.may_be_rounded() => {
+                let tensor = tensor.to_device(&place.device)?;
+                Ok(Self::Rounded(Trained::new(&tensor, place.compute)?))
+            }
+            _ => {
+                let tensor = tensor.copy()?.to_device(&place.device)?;
+                Ok(Self::Full(Var::from_tensor(&tensor)?))
+            }
+        }
+    }
+
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Full(var) => var.as_tensor(),
+            Self::Rounded(matrix) => matrix.entries(),
+        }
+    }
+
+    /// As a model that learns sees it.
+    fn weight(&self) -> Matrix {
+        match self {
+            Self::Full(var) => var.as_tensor().clone().into(),
+            Self::Rounded(matrix) => Matrix::Trained(matrix.clone()),
+        }
+    }
+
+    /// Of a backward pass, if it went through here.
+    fn gradient(&self, grads: &GradStore) -> Result<Option<Tensor>> {
+        match self {
+            Self::Full(var) => Ok(grads.get(var.as_tensor()).cloned()),
+            Self::Rounded(matrix) => Ok(matrix.take_gradient()?),
+        }
+    }
+
+    /// Changes it by `step`, in f32; what is rounded draws by `key`.
+    fn change(&self, key: u64, step: impl FnOnce(&Tensor) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Full(var) => step(var.as_tensor()),
+            Self::Rounded(matrix) => {
+                let value = matrix.entries().to_dtype(DType::F32)?;
+                step(&value)?;
+                Ok(matrix.round(&value, key)?)
+            }
+        }
+    }
+}
+
+impl Param {
+    fn add(&mut self, grad: Tensor) -> Result<()> {
+        self.grad = Some(match self.grad.take() {
+            Some(sum) => (sum + grad)?,
+            None => grad,
+        });
+        Ok(())
+    }
 }
 
 /// `value`, unless it is not finite.
@@ -33,6 +105,16 @@ fn finite(value: f64, what: &str, name: &str) -> Result<f64> {
 pub struct Update {
     pub clip: Clip,
     pub rules: Optimizer,
+    /// Of what is drawn to round weights.
+    pub seed: u64,
+}
+
+impl Update {
+    /// Of the draws of a parameter's `steps`-th update: the same whatever else is trained, and after a resume.
+    fn key(&self, name: &str, steps: u64) -> u64 {
+        let key = Hash::of(&self.seed.to_le_bytes());
+        key.with(&steps.to_le_bytes()).with(name.as_bytes()).bits()
+    }
 }
 
 /// Parameters that are clipped together, if they are not clipped by layer.
@@ -41,8 +123,8 @@ pub struct ParamGroup {
 }
 
 impl ParamGroup {
-    /// Makes variables (f32) of the weights that `trained` picks and returns, with the group, all weights as a model in
-    /// `place` should see them; what is not trained stays as it is kept.
+    /// Takes the weights that `trained` picks, as `place` says, and returns, with the group, all weights as a model there should
+    /// see them; what is not trained stays as it is kept.
     pub fn new(
         weights: &Weights,
         trained: impl Fn(&str) -> bool,
@@ -56,16 +138,15 @@ impl ParamGroup {
             .partition(|(name, _)| trained(name));
         let mut seen = Weights::from(frozen).to(place)?.to_map();
         for (name, weight) in &picked {
-            // A copy: the source (the teacher) must stay as it is.
-            let tensor = weight.to_tensor()?.to_dtype(DType::F32)?.copy()?;
-            let var = Var::from_tensor(&tensor.to_device(&place.device)?)?;
-            seen.insert(name.clone(), var.as_tensor().clone().into());
+            let role = roles.of(name, &weight.shape());
+            let value = Value::new(weight, &role, place)?;
+            seen.insert(name.clone(), value.weight());
             params.insert(
                 name.clone(),
                 Param {
-                    role: roles.of(name, var.dims()),
+                    value,
+                    role,
                     state: State::None,
-                    var,
                     grad: None,
                     steps: 0,
                 },
@@ -88,10 +169,12 @@ impl ParamGroup {
         found.ok_or_else(|| Error::invalid(format!("{name} is not trained")))
     }
 
+    /// A gradient of it to be summed up, zero.
+    ///
     /// # Errors
     /// A name that is not trained.
-    pub fn value(&mut self, name: &str) -> Result<&Tensor> {
-        Ok(self.param(name)?.var.as_tensor())
+    pub fn gradient(&mut self, name: &str) -> Result<WeightGradient> {
+        Ok(self.param(name)?.value.weight().gradient()?)
     }
 
     #[cfg(test)]
@@ -106,22 +189,14 @@ impl ParamGroup {
     /// # Errors
     /// A name that is not trained.
     pub fn add_to(&mut self, name: &str, grad: Tensor) -> Result<()> {
-        let param = self.param(name)?;
-        param.grad = Some(match param.grad.take() {
-            Some(sum) => (sum + grad)?,
-            None => grad,
-        });
-        Ok(())
+        self.param(name)?.add(grad)
     }
 
     /// Adds the group's gradients of one backward pass.
     pub fn add(&mut self, grads: &GradStore) -> Result<()> {
         for param in self.params.values_mut() {
-            if let Some(grad) = grads.get(param.var.as_tensor()) {
-                param.grad = Some(match param.grad.take() {
-                    Some(sum) => (sum + grad)?,
-                    None => grad.clone(),
-                });
+            if let Some(grad) = param.value.gradient(grads)? {
+                param.add(grad)?;
             }
         }
         Ok(())
@@ -156,15 +231,22 @@ impl ParamGroup {
     }
 
     /// Drops the gradients.
-    pub(super) fn forget(&mut self) {
-        self.params.values_mut().for_each(|param| param.grad = None);
+    pub(super) fn forget(&mut self) -> Result<()> {
+        for param in self.params.values_mut() {
+            param.grad = None;
+            // Of a pass that has not come to its end.
+            if let Value::Rounded(matrix) = &param.value {
+                matrix.take_gradient()?;
+            }
+        }
+        Ok(())
     }
 
     /// # Errors
     /// Names the tensor that holds a value which is not finite.
     pub fn check_finite(&self) -> Result<()> {
         for (name, param) in &self.params {
-            finite(sum_of_squares(param.var.as_tensor())?, "the trained", name)?;
+            finite(sum_of_squares(param.value.tensor())?, "the trained", name)?;
         }
         Ok(())
     }
@@ -179,28 +261,30 @@ impl ParamGroup {
             let scale = norms.scale(update.clip, name);
             param.steps += 1;
             let Param {
-                var,
+                value,
                 role,
                 state,
                 steps,
                 ..
             } = param;
-            state.step(var, role, &grad, scale, *steps, &update.rules)?;
+            value.change(update.key(name, *steps), |value| {
+                state.step(value, role, &grad, scale, *steps, &update.rules)
+            })?;
         }
         Ok(())
     }
 
-    /// The values, by name.
+    /// The values, by name, as they are kept.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.params
             .iter()
-            .map(|(name, p)| (name.as_str(), p.var.as_tensor()))
+            .map(|(name, p)| (name.as_str(), p.value.tensor()))
     }
 
     /// Values, states and counts of updates under `prefix`, to be saved before anything goes on: they share the group's memory.
     pub(super) fn save(&self, prefix: &str, into: &mut BTreeMap<String, Tensor>) -> Result<()> {
         for (name, param) in &self.params {
-            let value = param.var.as_tensor().detach();
+            let value = param.value.tensor().detach();
             into.insert(format!("{prefix}.param.{name}"), value);
             for (kind, tensor) in param.state.tensors()? {
                 into.insert(format!("{prefix}.{kind}.{name}"), tensor);
@@ -230,8 +314,8 @@ impl ParamGroup {
                 param: name,
                 all: from,
             };
-            let value = of_param.find("param", param.var.dims())?;
-            let state = State::read(&of_param, param.var.dims())?;
+            let value = of_param.find("param", param.value.tensor().dims())?;
+            let state = State::read(&of_param, param.value.tensor().dims())?;
             match (value, &state) {
                 (None, _) => return Err(of_param.lacks("param")),
                 (Some(_), State::None) if *steps > 0 => return Err(of_param.lacks("moments")),
@@ -245,8 +329,8 @@ impl ParamGroup {
     pub(super) fn restore(&mut self, saved: Saved) -> Result<()> {
         let saved = saved.tensors.into_iter().zip(saved.steps);
         for (param, ((value, state), steps)) in self.params.values_mut().zip(saved) {
-            let device = param.var.device().clone();
-            param.var.set(&value.to_device(&device)?)?;
+            let device = param.value.tensor().device().clone();
+            overwrite(param.value.tensor(), &value.to_device(&device)?)?;
             param.state = state.onto(&device)?;
             param.steps = steps as u64;
         }

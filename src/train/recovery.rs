@@ -79,7 +79,7 @@ pub(super) fn skip(
         return end(&why);
     }
     for group in stage.groups_mut() {
-        group.forget();
+        group.forget()?;
     }
     let before = run.metrics.iter().rev();
     let row = before.take_while(|m| m.skipped.as_ref().is_some_and(|s| s.back_to.is_none()));

@@ -194,7 +194,7 @@ pub type Encode<'a> = dyn Fn(&str, &Matrix, Storage) -> Result<Vec<u8>> + 'a;
 pub fn storage_of(weight: &Matrix) -> Storage {
     match weight {
         Matrix::Stored(w) => w.storage(),
-        Matrix::Dense(_) => Storage::F32,
+        Matrix::Dense(_) | Matrix::Trained(_) => Storage::F32,
     }
 }
 
@@ -205,7 +205,7 @@ pub fn storage_of(weight: &Matrix) -> Storage {
 pub fn as_kept(_: &str, weight: &Matrix, _: Storage) -> Result<Vec<u8>> {
     Ok(match weight {
         Matrix::Stored(w) => w.bytes().to_vec(),
-        Matrix::Dense(_) => {
+        Matrix::Dense(_) | Matrix::Trained(_) => {
             let entries = weight.to_host()?;
             entries.iter().flat_map(|x| x.to_le_bytes()).collect()
         }

@@ -23,6 +23,7 @@ use crate::train::stage::kd::{Kd, KdConfig, Trained};
 use crate::train::teacher::Teacher;
 use crate::train::{ClipBy, OptimizerName, Stage, TrainSettings, check_batch, take_step};
 use crate::watch::Watch;
+use crate::weights::Precision;
 
 /// KD steps on random tokens.
 #[derive(Debug, clap::Args)]
@@ -48,6 +49,9 @@ pub struct Args {
     /// What is trained.
     #[arg(long, value_enum, default_value_t)]
     trained: Trained,
+    /// How trained matrices are kept.
+    #[arg(long, value_enum, default_value_t)]
+    weights: Precision,
     /// What a step follows.
     #[arg(long, value_enum, default_value_t)]
     optimizer: OptimizerName,
@@ -90,6 +94,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let settings = TrainSettings {
         lr: 1e-4,
         warmup: 0.0,
+        weights: args.weights,
         optimizer: args.optimizer,
         galore: args.galore,
         clip_by: args.clip_by,
@@ -97,7 +102,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let training = settings.settle()?;
     use_threads(args.threads)?;
-    let place = args.device.place()?;
+    let place = args.device.place()?.training(args.weights);
     let folder = args.teacher.fetch()?;
     let teacher = Checkpoint::open(&folder)?;
     let student = plan(&teacher.config, &args.plan)?;
@@ -129,6 +134,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         teacher: Some(&taught),
         windows,
         accumulation: 1,
+        weights: training.weights,
+        compute: place.compute,
         optimizer: training.optimizer,
         anew,
         at_once: training.applies_at_once(),

@@ -11,7 +11,7 @@ use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param, Pass, Windows};
 use crate::op::Documents;
 use crate::op::attention::{Sight, causal_attention};
-use crate::op::linear::{Matrix, linear};
+use crate::op::linear::{Matrix, biased, linear};
 use crate::op::rms_norm::rms_norm;
 use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
@@ -218,9 +218,9 @@ impl Attention {
         let mut k = linear(x, &self.k_proj)?;
         let mut v = linear(x, &self.v_proj)?;
         if let Some([of_q, of_k, of_v]) = &self.biases {
-            q = q.broadcast_add(of_q)?;
-            k = k.broadcast_add(of_k)?;
-            v = v.broadcast_add(of_v)?;
+            q = biased(&q, of_q)?;
+            k = biased(&k, of_k)?;
+            v = biased(&v, of_v)?;
         }
         let mut q = q.reshape((b, t, h, hd))?;
         let mut k = k.reshape((b, t, g, hd))?;

@@ -16,7 +16,7 @@ use super::sizes::{MAX_HEADS, MAX_WIDTH, at_most, bounded, bounded_heads};
 use super::{Cost, Param, Pass, Windows};
 use crate::op::Documents;
 use crate::op::attention::{Sight, causal_attention};
-use crate::op::linear::{Matrix, linear};
+use crate::op::linear::{Matrix, biased, linear};
 use crate::op::rms_norm::rms_norm;
 use crate::op::rope::{RopeLayout, rope};
 use crate::weights::Weights;
@@ -313,7 +313,7 @@ impl Mla {
         let (b, t, _) = x.dims3()?;
         let mut low = linear(x, &self.q_a_proj)?;
         if let Some([bias, _, _]) = &self.biases {
-            low = low.broadcast_add(bias)?;
+            low = biased(&low, bias)?;
         }
         if let Some((norm, _)) = &self.norms {
             low = rms_norm(&low, norm, LORA_NORM_EPS)?;
@@ -333,7 +333,7 @@ impl Mla {
         let (b, t, _) = x.dims3()?;
         let mut latent = linear(x, &self.latent_proj)?;
         if let Some([_, bias, _]) = &self.biases {
-            latent = latent.broadcast_add(bias)?;
+            latent = biased(&latent, bias)?;
         }
         if let Some((_, norm)) = &self.norms {
             latent = rms_norm(&latent, norm, LORA_NORM_EPS)?;
@@ -343,7 +343,7 @@ impl Mla {
         };
         let mut key = linear(x, rope_proj)?;
         if let Some([_, _, bias]) = &self.biases {
-            key = key.broadcast_add(bias)?;
+            key = biased(&key, bias)?;
         }
         let key = key.reshape((b, t, 1, self.config.qk_rope_head_dim))?;
         let (cos, sin) = self.key_rotary.tables(t, x)?;
@@ -363,7 +363,8 @@ impl Mla {
         let (b, s, r) = latent.dims3()?;
         let (g, nope, v) = (c.kv_heads(), c.qk_nope_head_dim, c.v_head_dim);
         let expand = |up: &Tensor, dim: usize| -> Result<Tensor> {
-            let flat = linear(latent, &up.reshape((g * dim, r))?.into())?;
+            let up = up.reshape((g * dim, r))?.to_dtype(latent.dtype())?;
+            let flat = linear(latent, &up.into())?;
             Ok(flat.reshape((b, s, g, dim))?)
         };
         let values = expand(&self.value_up, v)?;

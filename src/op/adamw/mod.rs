@@ -153,8 +153,20 @@ impl InplaceOp2 for Update8<'_> {
     }
 }
 
+/// Entries of a half type that are widened at a time.
+const PIECE: usize = 1 << 22;
+
 /// Sum of squares of a tensor of any layout, accumulated in f64 (f32 on Metal) in a fixed order.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    if matches!(x.dtype(), DType::BF16 | DType::F16) {
+        let x = x.flatten_all()?;
+        let starts = (0..x.elem_count()).step_by(PIECE);
+        let squares = starts.map(|start| {
+            let piece = x.narrow(0, start, PIECE.min(x.elem_count() - start))?;
+            sum_of_squares(&piece.to_dtype(DType::F32)?)
+        });
+        return squares.sum();
+    }
     if KERNELS.route(&[x]) == Route::Plain {
         return plain::sum_of_squares(x);
     }

@@ -94,6 +94,10 @@ fn sum_of_squares_of_any_layout() {
         sum_of_squares(&narrow).unwrap(),
         sum_of_squares(&narrow).unwrap()
     );
+    let half = narrow.to_dtype(DType::BF16).unwrap();
+    let wide = half.to_dtype(DType::F32).unwrap();
+    let (half, wide) = [half, wide].map(|x| sum_of_squares(&x).unwrap()).into();
+    assert_eq!(half, wide);
 }
 
 /// On any device, saved and read in between.

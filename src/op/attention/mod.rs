@@ -103,6 +103,10 @@ pub fn causal_attention(
             q.shape()
         );
     }
+    if let Some(half) = KERNELS.rounds(&[q, k, v]) {
+        let [q, k, v] = [q, k, v].map(|x| x.to_dtype(DType::F32));
+        return causal_attention(&q?, &k?, &v?, scale, sight)?.to_dtype(half);
+    }
     // Of CUDA's kernels.
     let strange = q.device().is_cuda() && (scale <= 0. || dim > LARGEST[0] || v_dim > LARGEST[1]);
     if strange || KERNELS.route(&[q, k, v]) == Route::Plain {

@@ -26,7 +26,7 @@ const KERNELS: Kernels = Kernels::f32("causal_conv").cuda(&[DType::F32, DType::B
 
 /// `x [B, T, C]`, `weight [C, W]` (last tap = the present), `bias [C]` → `[B, T, C]`; a tap that would
 /// reach before the sequence or its document reads zero. `x` may be a view whose last axis is
-/// contiguous (a narrowed projection): it is read in place.
+/// contiguous (a narrowed projection): it is read in place. Weight and bias may be in another type than x, which is the value's.
 pub fn causal_conv(
     x: &Tensor,
     weight: &Tensor,
@@ -53,6 +53,12 @@ pub fn causal_conv(
             documents.len(),
             x.shape()
         );
+    }
+    let [weight, bias] = [weight, bias].map(|w| w.to_dtype(x.dtype()));
+    let (weight, bias) = (&weight?, &bias?);
+    if let Some(half) = KERNELS.rounds(&[x, weight, bias]) {
+        let [x, weight, bias] = [x, weight, bias].map(|x| x.to_dtype(DType::F32));
+        return causal_conv(&x?, &weight?, &bias?, silu, documents)?.to_dtype(half);
     }
     let too_wide = x.device().is_cuda() && w > CUDA_WIDEST;
     if too_wide || KERNELS.route(&[x, weight, bias]) == Route::Plain {

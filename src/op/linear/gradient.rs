@@ -1,45 +1,15 @@
-//! Gradients of a product that is taken piece by piece, outside of candle's graph: so that neither its output nor its weight's
-//! gradient need be there more than once.
+//! The gradient of a weight, summed up in f32 outside of candle's graph, so that it need not be there more than once.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use super::matrix::Matrix;
-use super::{KERNELS, plain};
+use super::{KERNELS, wide};
 use crate::op::cpu::{host, slice};
 use crate::op::matmul::{View, matmul};
-use crate::op::route::Route;
-
-/// What `y = x Wᵀ` hands back to `x`: `dy [M, N]` → `dy W [M, K]`.
-pub fn back(dy: &Tensor, w: &Matrix) -> Result<Tensor> {
-    let (m, n) = dy.dims2()?;
-    let (_, k) = w.dims()?;
-    let dy = dy.contiguous()?;
-    match w {
-        Matrix::Dense(w) if KERNELS.route(&[&dy, w]) == Route::Cpu => {
-            let w = w.contiguous()?;
-            let ((dy, dy_at), (w, w_at)) = (dy.storage_and_layout(), w.storage_and_layout());
-            let (dy, w) = (slice(host(&dy)?, dy_at)?, slice(host(&w)?, w_at)?);
-            let mut dx = vec![0.; m * k];
-            matmul(
-                &mut dx,
-                View::rows(dy, m, n),
-                View::rows(w, n, k),
-                false,
-                true,
-            );
-            Tensor::from_vec(dx, (m, k), &Device::Cpu)
-        }
-        Matrix::Dense(w) => plain::back(&dy, w),
-        Matrix::Stored(w) => {
-            let (dy, at) = dy.storage_and_layout();
-            Tensor::from_vec(w.back(slice(host(&dy)?, at)?), (m, k), &Device::Cpu)
-        }
-    }
-}
-
 /// The gradient of a matrix `[N, K]`, summed up.
+#[derive(Debug)]
 pub struct WeightGradient(Sum);
 
+#[derive(Debug)]
 enum Sum {
     Host {
         entries: Vec<f32>,
@@ -52,40 +22,45 @@ enum Sum {
 }
 
 impl WeightGradient {
-    /// Zero, for a matrix like this.
-    pub fn new(w: &Tensor) -> Result<Self> {
-        let (n, k) = w.dims2()?;
-        Ok(Self(match KERNELS.route(&[w]) {
-            Route::Cpu => Sum::Host {
+    /// Zero, for a matrix that is computed with in `compute`.
+    pub(super) fn zeros((n, k): (usize, usize), compute: DType, device: &Device) -> Result<Self> {
+        Ok(Self(match device {
+            Device::Cpu if KERNELS.cpu.contains(&compute) => Sum::Host {
                 entries: vec![0.; n * k],
                 width: k,
             },
             #[cfg(feature = "cuda")]
-            Route::Cuda => Sum::Cuda(Tensor::zeros((n, k), candle_core::DType::F32, w.device())?),
-            _ => Sum::Plain(w.zeros_like()?),
+            Device::Cuda(_) if KERNELS.cuda.contains(&compute) => {
+                Sum::Cuda(Tensor::zeros((n, k), DType::F32, device)?)
+            }
+            _ => Sum::Plain(Tensor::zeros((n, k), wide(compute), device)?),
         }))
     }
 
-    /// `+= dyᵀ x`: of `y = x Wᵀ`, `dy [M, N]`, `x [M, K]`.
-    pub fn add_product(&mut self, dy: &Tensor, x: &Tensor) -> Result<()> {
+    /// Rows from `first` on `+= dyᵀ x`: of `y = x Wᵀ` by these rows, `dy [M, N]`, `x [M, K]`.
+    pub fn add_product(&mut self, first: usize, dy: &Tensor, x: &Tensor) -> Result<()> {
+        let (m, n) = dy.dims2()?;
+        let (dy, x) = (dy.contiguous()?, x.contiguous()?);
         match &mut self.0 {
             Sum::Host { entries, width } => {
-                let (dy, x) = (dy.contiguous()?, x.contiguous()?);
-                let (m, n) = dy.dims2()?;
                 let ((dy, dy_at), (x, x_at)) = (dy.storage_and_layout(), x.storage_and_layout());
                 let (dy, x) = (slice(host(&dy)?, dy_at)?, slice(host(&x)?, x_at)?);
                 let dy = View::rows(dy, m, n).transposed();
-                matmul(entries, dy, View::rows(x, m, *width), true, true);
+                let sum = &mut entries[first * *width..][..n * *width];
+                matmul(sum, dy, View::rows(x, m, *width), true, true);
             }
             #[cfg(feature = "cuda")]
             Sum::Cuda(sum) => {
-                let (dy, x) = (dy.contiguous()?, x.contiguous()?);
-                let (m, _) = dy.dims2()?;
+                let rows = sum.narrow(0, first, n)?;
                 let gpu = crate::op::cuda::Cuda::of(sum)?;
-                let [sum, dy, x] = [gpu.tensor(sum)?, gpu.tensor(&dy)?, gpu.tensor(&x)?];
-                gpu.add_product(&sum, &dy, &x, m)?;
+                let [rows, dy, x] = [gpu.tensor(&rows)?, gpu.tensor(&dy)?, gpu.tensor(&x)?];
+                gpu.add_product(&rows, &dy, &x, m)?;
             }
-            Sum::Plain(sum) => *sum = (&*sum + dy.t()?.matmul(x)?)?,
+            Sum::Plain(sum) => {
+                let product = dy.t()?.matmul(&x)?.to_dtype(sum.dtype())?;
+                let rows = (sum.narrow(0, first, n)? + product)?;
+                sum.slice_set(&rows, 0, first)?;
+            }
         }
         Ok(())
     }
@@ -104,7 +79,7 @@ impl WeightGradient {
             }
             #[cfg(feature = "cuda")]
             Sum::Cuda(sum) => *sum = sum.index_add(ids, &dx.to_dtype(sum.dtype())?, 0)?,
-            Sum::Plain(sum) => *sum = sum.index_add(ids, dx, 0)?,
+            Sum::Plain(sum) => *sum = sum.index_add(ids, &dx.to_dtype(sum.dtype())?, 0)?,
         }
         Ok(())
     }

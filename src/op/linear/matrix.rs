@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::gradient::WeightGradient;
 use super::observer::Observer;
 use super::stored::Stored;
+use super::trained::Trained;
 use crate::op::cpu::entries;
 
 /// `[N, K]`, the weight of `y = x Wᵀ`. Models and mixers know no more of how it is kept.
@@ -15,6 +17,8 @@ pub enum Matrix {
     Dense(Tensor),
     /// As a file has it, read where it stands; computed with in f32 on the CPU, never trained.
     Stored(Stored),
+    /// In bf16, trained where it stands.
+    Trained(Trained),
 }
 
 impl From<Tensor> for Matrix {
@@ -29,6 +33,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.dims2(),
             Self::Stored(w) => Ok((w.rows(), w.width())),
+            Self::Trained(w) => Ok(w.dims()),
         }
     }
 
@@ -36,6 +41,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.dims().to_vec(),
             Self::Stored(w) => vec![w.rows(), w.width()],
+            Self::Trained(w) => vec![w.dims().0, w.dims().1],
         }
     }
 
@@ -44,14 +50,17 @@ impl Matrix {
         Ok(match self {
             Self::Dense(w) => Self::Dense(w.narrow(0, from, count)?),
             Self::Stored(w) => Self::Stored(w.slice(from, count)?),
+            Self::Trained(w) => Self::Trained(w.slice(from, count)?),
         })
     }
 
-    /// Rows `ids` (u32, any of them any number of times), in the type that is computed with: `[ids, K]`.
+    /// Rows `ids` (u32, any of them any number of times), in the type that is computed with: `[ids, K]`. Of a matrix that is not dense
+    /// they are no part of candle's graph.
     pub fn gather(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => w.index_select(ids, 0),
             Self::Stored(w) => w.gather(&ids.to_vec1::<u32>()?),
+            Self::Trained(w) => w.narrow()?.index_select(ids, 0)?.to_dtype(w.compute()),
         }
     }
 
@@ -60,6 +69,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => Ok(w.clone()),
             Self::Stored(w) => w.to_tensor(),
+            Self::Trained(w) => w.narrow()?.to_dtype(w.compute()),
         }
     }
 
@@ -67,7 +77,7 @@ impl Matrix {
     pub fn stored(&self) -> Result<Stored> {
         match self {
             Self::Stored(stored) => Ok(stored.clone()),
-            Self::Dense(_) => {
+            Self::Dense(_) | Self::Trained(_) => {
                 let (rows, width) = self.dims()?;
                 Ok(Stored::of_entries(&self.to_host()?, rows, width))
             }
@@ -91,7 +101,13 @@ impl Matrix {
         match self {
             Self::Dense(w) => Self::Dense(w.detach()),
             Self::Stored(_) => self.clone(),
+            Self::Trained(w) => Self::Trained(w.detach()),
         }
+    }
+
+    /// The gradient of a matrix like this, zero.
+    pub fn gradient(&self) -> Result<WeightGradient> {
+        WeightGradient::zeros(self.dims()?, self.dtype(), self.device())
     }
 
     /// What activations are computed in.
@@ -99,6 +115,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.dtype(),
             Self::Stored(_) => DType::F32,
+            Self::Trained(w) => w.compute(),
         }
     }
 
@@ -106,6 +123,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.device(),
             Self::Stored(_) => &Device::Cpu,
+            Self::Trained(w) => w.entries().device(),
         }
     }
 }

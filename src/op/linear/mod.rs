@@ -7,24 +7,27 @@ mod matrix;
 mod observer;
 mod plain;
 mod product;
+mod rows;
 mod storage;
 mod stored;
 mod stored_linear;
 #[cfg(test)]
 mod tests;
+mod trained;
 
 use crate::op::cpu::{host, slice};
 use crate::op::matmul::{View, matmul};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 
-pub use gradient::{WeightGradient, back};
+pub use gradient::WeightGradient;
 pub use matrix::Matrix;
 pub use observer::Observer;
 pub use product::{Part, Scratch, products, products_by};
 pub use storage::Storage;
 pub use stored::{Owner, Stored};
 use stored_linear::StoredLinear;
+pub use trained::Trained;
 
 /// On CUDA devices candle's products, which the plain version consists of, are cuBLAS's.
 const KERNELS: Kernels = Kernels::f32("linear").cuda(&[DType::F32, DType::BF16]);
@@ -46,12 +49,55 @@ pub fn linear(x: &Tensor, w: &Matrix) -> Result<Tensor> {
         Matrix::Stored(w) if KERNELS.route(&[x]) == Route::Cpu => {
             x.contiguous()?.apply_op1(StoredLinear(w.clone()))
         }
+        Matrix::Trained(w) => w.linear(x),
         Matrix::Stored(_) => bail!(
             "linear: a matrix as stored is multiplied in f32 on the CPU, not {:?} on {:?}",
             x.dtype(),
             x.device()
         ),
     }
+}
+
+/// What `y = x Wᵀ` hands back to `x`: `dy [M, N]` → `dy W [M, K]`.
+pub fn back(dy: &Tensor, w: &Matrix) -> Result<Tensor> {
+    let (m, n) = dy.dims2()?;
+    let (_, k) = w.dims()?;
+    let dy = dy.contiguous()?;
+    match w {
+        Matrix::Dense(w) if KERNELS.route(&[&dy, w]) == Route::Cpu => {
+            let w = w.contiguous()?;
+            let ((dy, dy_at), (w, w_at)) = (dy.storage_and_layout(), w.storage_and_layout());
+            let (dy, w) = (slice(host(&dy)?, dy_at)?, slice(host(&w)?, w_at)?);
+            let mut dx = vec![0.; m * k];
+            matmul(
+                &mut dx,
+                View::rows(dy, m, n),
+                View::rows(w, n, k),
+                false,
+                true,
+            );
+            Tensor::from_vec(dx, (m, k), &Device::Cpu)
+        }
+        Matrix::Dense(w) => plain::back(&dy, w),
+        Matrix::Trained(w) => w.back(&dy),
+        Matrix::Stored(w) => {
+            let (dy, at) = dy.storage_and_layout();
+            Tensor::from_vec(w.back(slice(host(&dy)?, at)?), (m, k), &Device::Cpu)
+        }
+    }
+}
+
+/// What sums are in where products are computed in `compute`.
+pub fn wide(compute: DType) -> DType {
+    match compute {
+        DType::BF16 | DType::F16 => DType::F32,
+        wide => wide,
+    }
+}
+
+/// `y [.., N]` with `bias [N]` added to every row, in the type of y.
+pub fn biased(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    y.broadcast_add(&bias.to_dtype(y.dtype())?)
 }
 
 /// Adds `bias` to every row of `y`.

@@ -5,9 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, bail};
-use rayon::prelude::*;
 
 use super::observer::Observer;
+use super::rows::Rows;
 use super::storage::Storage;
 
 /// Bytes that something else keeps: a mapped file, a buffer.
@@ -35,8 +35,16 @@ impl fmt::Debug for Stored {
     }
 }
 
-/// Rows that one thread widens at a time.
-pub(super) const PANEL: usize = 64;
+impl<'a> From<&'a Stored> for Rows<'a> {
+    fn from(stored: &'a Stored) -> Self {
+        Rows {
+            bytes: stored.bytes(),
+            storage: stored.storage,
+            rows: stored.rows,
+            width: stored.width,
+        }
+    }
+}
 
 impl Stored {
     /// `rows` of `width` entries in `bytes` of `owner`.
@@ -145,15 +153,7 @@ impl Stored {
     /// All of it in f32.
     pub fn to_tensor(&self) -> Result<Tensor> {
         let mut out = vec![0.; self.rows * self.width];
-        let panels = out.par_chunks_mut(PANEL * self.width).enumerate();
-        panels.for_each(|(i, out)| self.panel(i, out));
+        Rows::from(self).widen(0, &mut out);
         Tensor::from_vec(out, (self.rows, self.width), &Device::Cpu)
-    }
-
-    /// Rows from `PANEL · i` on, as many as `out` has.
-    pub(super) fn panel(&self, i: usize, out: &mut [f32]) {
-        let count = out.len() / self.width;
-        let bytes = &self.bytes()[PANEL * i * self.row_bytes..][..count * self.row_bytes];
-        self.storage.widen(bytes, out);
     }
 }

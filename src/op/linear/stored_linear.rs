@@ -1,11 +1,11 @@
 //! The product of tensors with a matrix as it is stored, and its gradient.
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::product::{Part, Scratch, products};
+use super::rows::Rows;
 use super::storage::Storage;
-use super::stored::{PANEL, Stored};
+use super::stored::Stored;
 use crate::op::cpu::{host, slice};
 use crate::op::matmul::{View, matmul};
 
@@ -14,8 +14,6 @@ use crate::op::matmul::{View, matmul};
 const FEW: usize = 8;
 /// Bytes below which a matrix in f32 is multiplied as a whole.
 const SMALL: usize = 1 << 20;
-/// Rows that are widened for one product: panels, as many as make it worth its threads and still stay in the cache.
-const CHUNK: usize = 16 * PANEL;
 
 impl Stored {
     /// All entries where they stand, of a matrix in f32.
@@ -39,59 +37,20 @@ impl Stored {
                 let part = Part { w: self, y: &mut y };
                 products(x, &mut [part], &mut Scratch::default());
             }
-            _ => self.by_chunks(x, m, &mut y),
+            _ => Rows::from(self).product(x, &mut y),
         }
         y
     }
 
-    /// Rows from `first` on, at most [`CHUNK`], in f32, widened by all threads.
-    fn chunk(&self, first: usize) -> Vec<f32> {
-        let count = CHUNK.min(self.rows() - first);
-        let mut wide = vec![0.; count * self.width()];
-        let panels = wide.par_chunks_mut(PANEL * self.width()).enumerate();
-        panels.for_each(|(i, out)| self.panel(first / PANEL + i, out));
-        wide
-    }
-
-    fn by_chunks(&self, x: &[f32], m: usize, y: &mut [f32]) {
-        let x = View::rows(x, m, self.width());
-        for first in (0..self.rows()).step_by(CHUNK) {
-            let wide = self.chunk(first);
-            let count = wide.len() / self.width();
-            let mut part = vec![0.; m * count];
-            let w = View::rows(&wide, count, self.width()).transposed();
-            matmul(&mut part, x, w, false, true);
-            for (y, part) in y.chunks_mut(self.rows()).zip(part.chunks(count)) {
-                y[first..first + count].copy_from_slice(part);
-            }
-        }
-    }
-
     /// `dy [M, N]` → `dx [M, K] = dy W`.
     pub(super) fn back(&self, dy: &[f32]) -> Vec<f32> {
+        let Some(w) = self.entries() else {
+            return Rows::from(self).back(dy);
+        };
         let m = dy.len() / self.rows();
         let mut dx = vec![0.; m * self.width()];
-        if let Some(w) = self.entries() {
-            let w = View::rows(w, self.rows(), self.width());
-            matmul(&mut dx, View::rows(dy, m, self.rows()), w, false, true);
-            return dx;
-        }
-        for first in (0..self.rows()).step_by(CHUNK) {
-            let wide = self.chunk(first);
-            let count = wide.len() / self.width();
-            let dy = View {
-                data: &dy[first..],
-                dims: [m, count],
-                strides: [self.rows(), 1],
-            };
-            matmul(
-                &mut dx,
-                dy,
-                View::rows(&wide, count, self.width()),
-                true,
-                true,
-            );
-        }
+        let w = View::rows(w, self.rows(), self.width());
+        matmul(&mut dx, View::rows(dy, m, self.rows()), w, false, true);
         dx
     }
 }

@@ -45,14 +45,73 @@ fn gradients_of_pieces_are_summed_up() {
     // dy [M, N] and x [M, K] of two pieces.
     let pieces = random(&[&[7, 5], &[7, 3], &[2, 5], &[2, 3]], 6);
     let like = Tensor::zeros((5, 3), DType::F64, &Device::Cpu).unwrap();
-    let mut gradient = WeightGradient::new(&f32(&like)).unwrap();
+    let mut gradient = Matrix::from(f32(&like)).gradient().unwrap();
     let mut truth = like;
     for piece in pieces.chunks(2) {
         let (dy, x) = (&piece[0], &piece[1]);
-        gradient.add_product(&f32(dy), &f32(x)).unwrap();
+        gradient.add_product(0, &f32(dy), &f32(x)).unwrap();
         truth = (truth + dy.t().unwrap().matmul(x).unwrap()).unwrap();
     }
     assert!(gap(&gradient.finish().unwrap(), &truth) < 1e-6);
+}
+
+/// In f32 as their entries do, in bf16 nearly so: value, gradient of x, and the matrix's own, of all rows or some, over two passes.
+#[test]
+fn trained_matrices_give_what_their_entries_give() {
+    for (compute, bound) in [(DType::F32, 1e-6), (DType::BF16, 2e-2)] {
+        for (m, n, k) in [(1, 3, 5), (40, 131, 100), (9, 1100, 7)] {
+            let inputs = random(&[&[n, k], &[2, m, k]], 8);
+            let wide = inputs[0].to_dtype(DType::BF16).unwrap();
+            let wide = wide.to_dtype(DType::F32).unwrap();
+            let trained = Trained::new(&wide, compute).unwrap();
+            let matrix = Matrix::Trained(trained.clone());
+            assert_eq!((matrix.dtype(), matrix.shape()), (compute, vec![n, k]));
+            let round = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
+            let x = round(&inputs[1]).to_dtype(DType::F32).unwrap();
+            let of = |w: &Matrix, x: &Tensor| -> [Tensor; 2] {
+                // Some rows weigh more, and one is left out.
+                let x = candle_core::Var::from_tensor(&x.to_dtype(w.dtype()).unwrap()).unwrap();
+                let all = linear(&x, w).unwrap();
+                let some = linear(&x, &w.rows(1, n - 2).unwrap()).unwrap();
+                let loss = all.sqr().unwrap().sum_all().unwrap() + some.sum_all().unwrap();
+                let grads = loss.unwrap().backward().unwrap();
+                [all.detach(), grads.get(&x).unwrap().clone()]
+            };
+            let var = candle_core::Var::from_tensor(&wide).unwrap();
+            let dense = Matrix::from(var.as_tensor().clone());
+            let [y, dx] = of(&matrix, &x);
+            of(&matrix, &x);
+            let [true_y, true_dx] = of(&dense, &x);
+            let close = |a: &Tensor, b: &Tensor, what: &str| {
+                let off = crate::op::laws::distance(a, b);
+                assert!(off < bound, "{compute:?} {m} {n} {k} {what}: {off}");
+            };
+            close(&y, &true_y, "y");
+            close(&dx, &true_dx, "dx");
+            let x = x.reshape(((), k)).unwrap();
+            let once = {
+                let all = (2.0 * linear(&x, &dense).unwrap()).unwrap().detach();
+                let some = Tensor::ones((2 * m, n - 2), DType::F32, &Device::Cpu).unwrap();
+                let some = some.pad_with_zeros(1, 1, 1).unwrap();
+                (all + some).unwrap().t().unwrap().matmul(&x).unwrap()
+            };
+            let found = trained.take_gradient().unwrap().unwrap();
+            assert_eq!(found.dtype(), DType::F32);
+            close(&found, &(once * 2.0).unwrap(), "dW");
+            assert!(trained.take_gradient().unwrap().is_none());
+            // What evaluates has none.
+            of(&matrix.detach(), &x.reshape((2, m, k)).unwrap());
+            assert!(trained.take_gradient().unwrap().is_none());
+            let dy = true_y.reshape(((), n)).unwrap();
+            let [found, truth] =
+                [&matrix, &dense].map(|w| back(&dy.to_dtype(w.dtype()).unwrap(), w).unwrap());
+            close(&found, &truth, "back");
+            let ids = Tensor::new(&[2u32, 0, 2], &Device::Cpu).unwrap();
+            let rows = matrix.gather(&ids).unwrap();
+            assert_eq!(gap(&rows, &wide.index_select(&ids, 0).unwrap()), 0.0);
+            assert_eq!(gap(&matrix.to_tensor().unwrap(), &wide), 0.0);
+        }
+    }
 }
 
 /// A random matrix in every storage, and what it means in f32.

@@ -20,7 +20,7 @@ pub use cpu::{gated_row, norm_row, norm_rows};
 
 const KERNELS: Kernels = Kernels::f32("rms_norm").cuda(&[DType::F32, DType::BF16]);
 
-/// `x / sqrt(mean(x²) + eps) · weight`; `x [.., D]`, `weight [D]` → `[.., D]`.
+/// `x / sqrt(mean(x²) + eps) · weight`; `x [.., D]`, `weight [D]` → `[.., D]` in the type of x.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let d = weight.dims1()?;
     if x.dims().last() != Some(&d) {
@@ -28,6 +28,11 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
             "rms_norm: x {:?} does not end with the {d} channels of its weight",
             x.shape()
         );
+    }
+    let weight = &weight.to_dtype(x.dtype())?;
+    if let Some(half) = KERNELS.rounds(&[x, weight]) {
+        let [x, weight] = [x, weight].map(|x| x.to_dtype(DType::F32));
+        return rms_norm(&x?, &weight?, eps)?.to_dtype(half);
     }
     if KERNELS.route(&[x, weight]) == Route::Plain {
         return plain::rms_norm(x, weight, eps);
@@ -37,7 +42,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 }
 
 /// `v / sqrt(mean_group(v²) + eps) · weight` with `v = y · silu(z)`, groups of `group` neighbouring
-/// channels (Mamba2, arXiv 2405.21060). `y, z [.., D]`, `weight [D]` → `[.., D]`.
+/// channels (Mamba2, arXiv 2405.21060). `y, z [.., D]`, `weight [D]` → `[.., D]` in the type of y and z.
 pub fn gated_rms_norm(
     y: &Tensor,
     z: &Tensor,
@@ -52,6 +57,11 @@ pub fn gated_rms_norm(
             y.shape(),
             z.shape()
         );
+    }
+    let weight = &weight.to_dtype(y.dtype())?;
+    if let Some(half) = KERNELS.rounds(&[y, z, weight]) {
+        let [y, z, weight] = [y, z, weight].map(|x| x.to_dtype(DType::F32));
+        return gated_rms_norm(&y?, &z?, &weight?, group, eps)?.to_dtype(half);
     }
     if KERNELS.route(&[y, z, weight]) == Route::Plain {
         return plain::gated_rms_norm(y, z, weight, group, eps);

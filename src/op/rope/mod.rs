@@ -40,6 +40,10 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Resul
             sin.shape()
         );
     }
+    if let Some(half) = KERNELS.rounds(&[x, cos, sin]) {
+        let [x, cos, sin] = [x, cos, sin].map(|x| x.to_dtype(DType::F32));
+        return rope(&x?, &cos?, &sin?, layout)?.to_dtype(half);
+    }
     if KERNELS.route(&[x, cos, sin]) == Route::Plain {
         return plain::rope(x, cos, sin, layout);
     }

@@ -26,6 +26,10 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             up.shape()
         );
     }
+    if let Some(half) = KERNELS.rounds(&[gate, up]) {
+        let [gate, up] = [gate, up].map(|x| x.to_dtype(DType::F32));
+        return swiglu(&gate?, &up?)?.to_dtype(half);
+    }
     if KERNELS.route(&[gate, up]) == Route::Plain {
         return plain::swiglu(gate, up);
     }

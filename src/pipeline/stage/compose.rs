@@ -18,6 +18,7 @@ use crate::pipeline::need::{Need, Supply};
 use crate::pipeline::texts::Texts;
 use crate::train::cost::{Learner, Memory};
 use crate::watch::Watch;
+use crate::weights::Precision;
 
 /// What a hybrid is composed of besides the teacher.
 pub enum Source<'a> {
@@ -154,7 +155,10 @@ impl Stage for PlanOptions {
             config: student,
             trained: &made,
         };
-        let memory = Memory::default().with("new mixers", if taken { 0 } else { born.bytes() });
+        let memory = Memory::default().with(
+            "new mixers",
+            if taken { 0 } else { born.bytes(Precision::F32) },
+        );
         let memory = memory.with("decompositions", MATRICES * 8 * d * d);
         let calibration = &sizes.common.calibration;
         let windows = Windows {
@@ -184,7 +188,7 @@ impl Stage for PlanOptions {
         let bytes = match taken && before.is_none() {
             // A bank's layers are in f32.
             true => 4 * student.parameters(),
-            false => born.bytes() + (others as f64 * stored) as usize,
+            false => born.bytes(Precision::F32) + (others as f64 * stored) as usize,
         };
         Ok(Need {
             phases: vec![memory.with("sample", sample)],

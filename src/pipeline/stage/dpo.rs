@@ -41,7 +41,8 @@ impl DpoStage {
         watch: &dyn Watch,
     ) -> Result<train::Stage<'a>> {
         let parts = student.parts()?;
-        let dpo = Dpo::new(&parts, pairs, self.objective, stored, place, watch)?;
+        let place = place.training(self.train.weights);
+        let dpo = Dpo::new(&parts, pairs, self.objective, stored, &place, watch)?;
         Ok(train::Stage::Dpo(dpo, pairs))
     }
 }
@@ -78,8 +79,9 @@ impl Stage for DpoStage {
             trained: &|_| true,
         };
         let windows = pairs(config.batch_size);
-        let mut need = trained_need(&config, learner, (None, false), windows, with.pairs, with);
-        let before = reading(student, pairs(CHUNK), 1).with("trained weights", learner.bytes());
+        let mut need = trained_need(&config, learner, None, windows, with.pairs, with);
+        let weights = learner.bytes(config.weights);
+        let before = reading(student, pairs(CHUNK), 1).with("trained weights", weights);
         need.phases.push(before);
         need.settings = Some(Settings {
             train: self.train.clone(),

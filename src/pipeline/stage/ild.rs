@@ -93,8 +93,9 @@ impl IldStage {
         layers: Option<&[usize]>,
         text: &'a Corpus,
     ) -> Result<train::Stage<'a>> {
-        let (lm, hash, students) = (base.lm()?, base.hash()?, students.clone());
-        let ild = Ild::new(lm, hash, students, self.objective, layers, &base.place)?;
+        let place = base.place.training(self.train.weights);
+        let (lm, hash, students) = (base.parts.lm(&place)?, base.hash()?, students.clone());
+        let ild = Ild::new(lm, hash, students, self.objective, layers, &place)?;
         Ok(train::Stage::Ild(ild, text))
     }
 
@@ -167,29 +168,32 @@ impl Stage for IldStage {
                 len: config.seq_len,
             },
             accumulation: config.accumulation,
+            weights: config.weights,
+            compute: config.weights.compute(with.mapped),
             optimizer: config.optimizer,
             joint: self.objective.inputs == IldInputs::Joint,
             at_once: self
                 .layers_at_once
                 .map_or(count, NonZeroUsize::get)
                 .min(count),
+            applied: config.applies_at_once(),
         };
         let tokens = with.length(&config, with.text, config.tokens_per_step());
         let learners = candidates.iter().map(|config| Learner {
             config,
             trained: &in_layers,
         });
-        let saves = learners.map(|learner| saved(learner, config.optimizer));
+        let saves = learners.map(|learner| saved(learner, &config));
         let (state, moved) = saves.fold((0, 0.0), |(a, b), (c, d)| (a + c, b + d));
         let steps = tokens.unwrap_or(0) as f64 / config.tokens_per_step() as f64;
-        // Layers in f32, embedding and head as the teacher has them.
-        let result = candidates.iter().map(|config| {
+        // Layers as they are trained, embedding and head as the teacher has them.
+        let result = candidates.iter().map(|student| {
             let layers = Learner {
-                config,
+                config: student,
                 trained: &in_layers,
             };
-            let ends = config.parameters() - layers.entries();
-            layers.bytes() + (ends as f64 * with.base.width()) as usize
+            let ends = student.parameters() - layers.entries();
+            layers.bytes(config.weights) + (ends as f64 * with.base.width()) as usize
         });
         let result: usize = result.sum();
         let bank = self.target == IldTarget::Bank;
@@ -202,6 +206,7 @@ impl Stage for IldStage {
             operations: Some(ild.operations()),
             moved: moved * steps,
             measured: !bank,
+            compute: ild.compute,
             settings: Some(Settings {
                 train: self.train.clone(),
                 all: false,

@@ -65,11 +65,12 @@ impl KdStage {
         settled: &[usize],
         text: &'a Corpus,
     ) -> Result<train::Stage<'a>> {
+        let place = teacher.place.training(self.train.weights);
         let of = Teacher::Model {
-            lm: Box::new(teacher.lm()?),
+            lm: Box::new(teacher.parts.lm(&place)?),
             hash: teacher.hash()?,
         };
-        self.learn(of, student, settled, text, &teacher.place)
+        self.learn(of, student, settled, text, &place)
     }
 
     /// The same from what is stored of a teacher, in whose tokens `text` is.
@@ -87,7 +88,8 @@ impl KdStage {
     ) -> Result<train::Stage<'a>> {
         let (len, vocab) = (self.train.seq_len, student.config.vocab_size);
         let stored = Stored::open(logits, text, len, tokenizer, vocab)?;
-        self.learn(Teacher::Stored(stored), student, settled, text, place)
+        let place = place.training(self.train.weights);
+        self.learn(Teacher::Stored(stored), student, settled, text, &place)
     }
 
     fn learn<'a>(
@@ -164,9 +166,10 @@ impl Stage for KdStage {
         };
         // Stored logits of a batch are a few bytes beside its activations.
         let teacher = self.teacher_logits.is_none().then_some(teacher);
-        let mut need = trained_need(&config, learner, (teacher, true), windows, with.text, with);
+        let mut need = trained_need(&config, learner, teacher, windows, with.text, with);
         if let Some(other) = &other {
-            let held = |phase| with.weights(phase, "other teacher", (other.bytes, &other.config));
+            let (compute, of) = (need.compute, (other.bytes, &other.config));
+            let held = |phase| with.weights(phase, "other teacher", of, compute);
             need.phases = need.phases.into_iter().map(held).collect();
         }
         need.settings = Some(Settings {

@@ -12,8 +12,8 @@ use crate::model::ModelConfig;
 use crate::pipeline::need::{Need, Supply, fingerprint};
 use crate::train::cost::{Learner, StepSizes};
 use crate::train::{
-    self, OptimizerConfig, RunOptions, Skipped, Sources, StepMetrics, TrainConfig, TrainSettings,
-    Training, partial_folder,
+    self, RunOptions, Skipped, Sources, StepMetrics, TrainConfig, TrainSettings, Training,
+    partial_folder,
 };
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -87,16 +87,19 @@ pub(super) fn fill(data: &dyn Batches, train: &TrainSettings) -> Result<()> {
 }
 
 /// Of a learner's weights with their moments: bytes of a save, and those that an update reads and writes (with the gradients).
-pub(super) fn saved(learner: Learner, optimizer: OptimizerConfig) -> (usize, f64) {
-    let (weights, moments) = (learner.bytes(), learner.moments(optimizer));
-    (weights + moments, (3 * weights + 2 * moments) as f64)
+pub(super) fn saved(learner: Learner, config: &TrainConfig) -> (usize, f64) {
+    let weights = learner.bytes(config.weights);
+    let moments = learner.moments(config.optimizer);
+    let gradients = size_of::<f32>() * learner.entries();
+    let moved = 2 * weights + gradients + 2 * moments;
+    (weights + moments, moved as f64)
 }
 
-/// What KD or DPO of `learner` takes; `at_once`: updates may follow gradients layer by layer; `text`: tokens that an epoch has.
+/// What KD or DPO of `learner` takes; `text`: tokens that an epoch has.
 pub(super) fn trained_need(
     config: &TrainConfig,
     learner: Learner,
-    (teacher, at_once): (Option<&ModelConfig>, bool),
+    teacher: Option<&ModelConfig>,
     windows: Windows,
     text: Option<u64>,
     with: &Supply,
@@ -104,34 +107,39 @@ pub(super) fn trained_need(
     let student = learner.config;
     let per_step = windows.tokens() * config.accumulation;
     let tokens = with.length(config, text, per_step);
-    let left = with.free.saturating_sub(learner.bytes());
+    let weights = learner.bytes(config.weights);
+    let left = with.free.saturating_sub(weights);
+    let compute = config.weights.compute(with.mapped);
     let step = StepSizes {
         learner,
         teacher,
         windows,
         accumulation: config.accumulation,
+        weights: config.weights,
+        compute,
         optimizer: config.optimizer,
         anew: learner.is_short(windows, left),
-        at_once: at_once && config.applies_at_once(),
+        at_once: config.applies_at_once(),
     };
     let kept = student.parameters() - learner.entries();
-    let file = |phase| with.weights(phase, "hybrid", (with.student, student));
+    let file = |phase| with.weights(phase, "hybrid", (with.student, student), compute);
     let taken = match kept {
         0 => step.memory(),
         _ => file(step.memory()),
     };
-    let opened = fingerprint(student, 1).with("trained weights", learner.bytes());
-    let (state, moved) = saved(learner, config.optimizer);
+    let opened = fingerprint(student, 1).with("trained weights", weights);
+    let (state, moved) = saved(learner, config);
     let steps = tokens.unwrap_or(0) as f64 / per_step as f64;
     let width = with.student as f64 / student.parameters() as f64;
     Need {
         phases: vec![file(opened), taken],
-        student: Some(learner.bytes() + (kept as f64 * width) as usize),
+        student: Some(weights + (kept as f64 * width) as usize),
         scratch: 2 * state,
         tokens,
         operations: Some(step.operations()),
         moved: moved * steps,
         measured: true,
+        compute,
         ..Need::default()
     }
 }

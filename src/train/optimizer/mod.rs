@@ -1,9 +1,9 @@
 //! What a step follows. An optimizer is a file here, its names ([`OptimizerName`], [`OptimizerConfig`]), its rules of a step
 //! ([`Matrices`]) and what it remembers of a parameter ([`State`]); a fused kernel, where it has one, stands in `op/`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::model::ModelConfig;
@@ -125,6 +125,8 @@ pub struct Role {
     decays: bool,
     /// Of a mixer that replaced attention.
     in_mixer: bool,
+    /// A mixer reads it whole ([`MixerConfig::read`](crate::mixer::MixerConfig::read)).
+    is_read: bool,
     /// Of the matrices in it ([`MixerConfig::stacked`](crate::mixer::MixerConfig::stacked)).
     rows: Vec<usize>,
 }
@@ -133,26 +135,35 @@ impl Role {
     pub fn in_mixer(&self) -> bool {
         self.in_mixer
     }
+
+    /// Whether it may be kept in bf16: of a matrix nothing is asked but products.
+    pub fn may_be_rounded(&self) -> bool {
+        self.decays && !self.is_read
+    }
 }
 
 /// The roles of a model's parameters.
 pub struct Roles {
     mixers: Vec<String>,
     stacked: BTreeMap<String, Vec<usize>>,
+    read: BTreeSet<String>,
 }
 
 impl Roles {
     pub fn new(config: &ModelConfig) -> Self {
-        let mut stacked = BTreeMap::new();
+        let (mut stacked, mut read) = (BTreeMap::new(), BTreeSet::new());
         for (i, mixer) in config.layers.iter().enumerate() {
+            let prefix = config.mixer_prefix(i);
             for (name, rows) in mixer.stacked() {
-                stacked.insert(format!("{}{name}", config.mixer_prefix(i)), rows);
+                stacked.insert(format!("{prefix}{name}"), rows);
             }
+            read.extend(mixer.read().iter().map(|name| format!("{prefix}{name}")));
         }
         let mixers = config.converted().into_iter();
         Self {
             mixers: mixers.map(|i| config.mixer_prefix(i)).collect(),
             stacked,
+            read,
         }
     }
 
@@ -161,6 +172,7 @@ impl Roles {
             is_matrix: matrix(name, shape).is_some(),
             decays: shape.len() == 2,
             in_mixer: self.mixers.iter().any(|prefix| name.starts_with(prefix)),
+            is_read: self.read.contains(name),
             rows: self.stacked.get(name).cloned().unwrap_or_default(),
         }
     }
@@ -229,10 +241,10 @@ pub enum State {
 }
 
 impl State {
-    /// Steps a parameter for the `steps`-th time, its gradient times `grad_scale`.
+    /// Steps a parameter (f32, in place) for the `steps`-th time, its gradient times `grad_scale`.
     pub fn step(
         &mut self,
-        param: &Var,
+        value: &Tensor,
         role: &Role,
         grad: &Tensor,
         grad_scale: f64,
@@ -240,16 +252,15 @@ impl State {
         optimizer: &Optimizer,
     ) -> Result<()> {
         let rules = optimizer.of(role);
-        let value = param.as_tensor();
         match rules.matrices {
             Matrices::Muon(muon) if role.is_matrix => {
                 let momentum = match std::mem::take(self) {
                     Self::Muon(momentum) => momentum,
                     _ => value.zeros_like()?.detach(),
                 };
-                let (value, momentum) =
+                let (stepped, momentum) =
                     muon::muon_step(value, grad, &momentum, &role.rows, grad_scale, &muon)?;
-                param.set(&value)?;
+                overwrite(value, &stepped)?;
                 *self = Self::Muon(momentum);
             }
             Matrices::Galore(galore)
@@ -261,8 +272,8 @@ impl State {
                 let Self::Galore(state) = self else {
                     unreachable!("just made")
                 };
-                let value = state.step(value, grad, grad_scale, steps, &galore, &rules.adamw)?;
-                param.set(&value)?;
+                let stepped = state.step(value, grad, grad_scale, steps, &galore, &rules.adamw)?;
+                overwrite(value, &stepped)?;
             }
             matrices => {
                 if !matches!(self, Self::Adamw(_)) {
@@ -314,6 +325,12 @@ impl State {
             Self::Galore(state) => Self::Galore(state.onto(device)?),
         })
     }
+}
+
+/// Copies `value` into the storage of `target`, which all that shares it then shows.
+pub fn overwrite(target: &Tensor, value: &Tensor) -> Result<()> {
+    let value = value.contiguous()?.flatten_all()?;
+    Ok(target.detach().flatten_all()?.slice_set(&value, 0, 0)?)
 }
 
 const MOMENTUM: &str = "momentum";

@@ -1,4 +1,4 @@
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Var};
 
 use super::*;
 use crate::mixer::linalg;
@@ -17,6 +17,7 @@ const MATRIX: Role = Role {
     is_matrix: true,
     decays: true,
     in_mixer: false,
+    is_read: false,
     rows: Vec::new(),
 };
 

@@ -194,6 +194,9 @@ impl Dpo {
         let log_probs = Var::from_tensor(&log_probs)?;
         let (rewards, losses) = self.config.loss(&log_probs, &frozen, &lengths)?;
         let loss = (losses.mean_all()? * shares.rows)?;
+        if let Some(step) = &mut self.student.at_once {
+            step.judge(scalar(&loss)?)?;
+        }
         // The loss is one of the rows' sums: what a token's log-probability is worth is what its row's is.
         let grads = loss.backward()?;
         let worth = grads.get(&log_probs).map(|g| g.to_vec1::<f32>());

@@ -16,6 +16,7 @@ use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts};
 use crate::op::adamw::sum_of_squares;
 use crate::op::linear::Matrix;
 use crate::op::loss::{mean_l2, relative_mse};
+use crate::train::at_once::AtOnce;
 use crate::train::optimizer::Roles;
 use crate::train::params::ParamGroup;
 use crate::weights::{Place, Weights};
@@ -83,6 +84,8 @@ pub struct Ild {
     layers: Vec<usize>,
     /// Of the one student or candidate, where all of its layers are trained here: as it is now.
     snapshot: Option<Lm>,
+    /// A step in which a layer's gradients are applied before the next layer's are there; its loss is known at the end only.
+    pub(super) at_once: Option<AtOnce>,
 }
 
 struct Candidate {
@@ -176,6 +179,7 @@ impl Ild {
             config,
             layers,
             snapshot,
+            at_once: None,
         })
     }
 
@@ -220,6 +224,7 @@ impl Ild {
             Ok((loss * share)?)
         };
         let (teacher, candidates) = (&self.teacher, &mut self.candidates);
+        let (at_once, layers) = (&mut self.at_once, self.layers.len());
         let mut sums = vec![0.0; candidates.len()];
         let mut named: Vec<Vec<(String, f64)>> = vec![Vec::new(); candidates.len()];
         let mut own: Vec<Option<Tensor>> = vec![None; candidates.len()];
@@ -239,6 +244,9 @@ impl Ild {
                     own[c] = Some(alone.hidden.detach());
                 }
                 params.add(&loss.backward()?)?;
+                if let Some(step) = at_once.as_mut() {
+                    step.apply(c * layers + slot, params)?;
+                }
                 let loss = scalar(&loss)?;
                 named[c].push((format!("{}.{}", candidate.name, lesson.index), loss));
                 sums[c] += loss;

@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
 use super::TrainConfig;
+use super::at_once::AtOnce;
 use super::params::ParamGroup;
 use crate::checkpoint::{Kept, Key, Provenance, keep, kept_in_place};
 use crate::data::{Batch, Batches, Corpus, Preferences};
@@ -27,7 +28,7 @@ pub use dpo::Dpo;
 pub use ild::Ild;
 pub use kd::Kd;
 pub use pretrain::Pretrain;
-pub use student::{AtOnce, Student};
+pub use student::Student;
 
 /// A loss and the figures it is made of, of one micro-batch.
 #[derive(Debug, Default)]
@@ -223,13 +224,13 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Of a stage that can apply gradients as they appear: what it is to do in the next step, and what it did in one that came to nothing.
-    pub fn at_once(&mut self) -> Option<&mut Option<AtOnce>> {
+    /// Where gradients are to be applied as they appear in the next step, and what was in one that came to nothing.
+    pub fn at_once(&mut self) -> &mut Option<AtOnce> {
         match self {
-            Stage::Kd(s, _) => Some(&mut s.student.at_once),
-            Stage::Pretrain(s, _) => Some(&mut s.student.at_once),
-            // Its layers' losses are known at the end; its loss is not that of its logits.
-            Stage::Ild(..) | Stage::Dpo(..) => None,
+            Stage::Ild(s, _) => &mut s.at_once,
+            Stage::Kd(s, _) => &mut s.student.at_once,
+            Stage::Dpo(s, _) => &mut s.student.at_once,
+            Stage::Pretrain(s, _) => &mut s.student.at_once,
         }
     }
 

@@ -14,11 +14,10 @@ use crate::model::{LOGITS, Layer, Lm, Parts, pieces, through};
 use crate::op::Documents;
 use crate::op::linear::{WeightGradient, back};
 use crate::op::runtime::free_memory;
-use crate::train::check_loss;
-use crate::train::clip::Norms;
+use crate::train::at_once::AtOnce;
 use crate::train::cost::Learner;
 use crate::train::optimizer::Roles;
-use crate::train::params::{ParamGroup, Update};
+use crate::train::params::ParamGroup;
 use crate::weights::{Place, Weights};
 
 pub struct Student {
@@ -35,41 +34,6 @@ pub struct Student {
     pub(in crate::train) logits: usize,
     /// A step whose gradients are applied as they appear, so that they are never all there; else they are left in `params`.
     pub at_once: Option<AtOnce>,
-}
-
-/// A step whose gradients are applied as they appear.
-pub struct AtOnce {
-    update: Update,
-    /// A loss above it is a spike.
-    most: f64,
-    applied: Norms,
-}
-
-impl AtOnce {
-    pub fn new(update: Update, most: f64) -> Self {
-        Self {
-            update,
-            most,
-            applied: Norms::default(),
-        }
-    }
-
-    /// Of what was applied.
-    pub fn norms(self) -> Norms {
-        self.applied
-    }
-
-    /// Whether anything was applied.
-    pub fn is_begun(&self) -> bool {
-        !self.applied.is_empty()
-    }
-
-    fn apply(&mut self, params: &mut ParamGroup) -> Result<()> {
-        let norms = params.norms()?;
-        params.update(&norms, &self.update)?;
-        self.applied.add(norms);
-        Ok(())
-    }
 }
 
 /// A summand of a loss, of some rows of a batch's logits.
@@ -257,7 +221,7 @@ impl Student {
             let dinput = grads.get(input).map(Tensor::detach);
             drop(grads);
             if let Some(step) = at_once.as_mut() {
-                step.apply(params)?;
+                step.apply(0, params)?;
             }
             Ok(dinput)
         };
@@ -278,13 +242,13 @@ impl Student {
         if let (true, Some(dx)) = (params.is_trained(EMBEDDING), dx) {
             let mut gradient = match embedding {
                 Some(gradient) => gradient,
-                None => WeightGradient::new(params.value(EMBEDDING)?)?,
+                None => params.gradient(EMBEDDING)?,
             };
             let dx = (dx * self.plain.config.embedding_multiplier)?;
             gradient.add_rows(&ids, &rows(&dx)?)?;
             params.add_to(EMBEDDING, gradient.finish()?)?;
             if let Some(step) = at_once.as_mut() {
-                step.apply(params)?;
+                step.apply(0, params)?;
             }
         }
         learned.phases.push(("backward", laps.lap()));
@@ -304,7 +268,7 @@ impl Student {
         let name = if tied { EMBEDDING } else { HEAD };
         let head = plain.head_matrix();
         let mut gradient = match params.is_trained(name) {
-            true => Some(WeightGradient::new(params.value(name)?)?),
+            true => Some(params.gradient(name)?),
             false => None,
         };
         let x = x.detach();
@@ -332,13 +296,14 @@ impl Student {
                 None => logits.zeros_like()?,
             };
             drop(logits);
+            let dlogits = dlogits.to_dtype(head.dtype())?;
             if let Some(gradient) = &mut gradient {
-                gradient.add_product(&dlogits, &x)?;
+                gradient.add_product(0, &dlogits, &x.to_dtype(head.dtype())?)?;
             }
-            dx.push(back(&dlogits, head)?);
+            dx.push(back(&dlogits, head)?.to_dtype(x.dtype())?);
         }
-        if let Some(step) = &self.at_once {
-            check_loss(learned.loss, step.most)?;
+        if let Some(step) = &mut self.at_once {
+            step.judge(learned.loss)?;
         }
         let dx = Tensor::cat(&dx, 0)?;
         match (gradient, tied) {
