@@ -52,7 +52,8 @@ fn tokens_are_drawn_by_the_weights_that_limits_leave() {
         let row = logits(n);
         let mut order: Vec<usize> = (0..n).collect();
         order.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
-        let weight = |i: usize| f64::from((row[i] - row[order[0]]) / temperature).exp();
+        let best = row[order[0]];
+        let weight = |i: usize| f64::from((row[i] - best) / temperature).exp();
         let count = if top_k > 0 { top_k as usize } else { n };
         order.truncate(count);
         order.retain(|i| weight(*i) >= f64::from(min_p));
