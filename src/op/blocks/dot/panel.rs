@@ -252,14 +252,17 @@ impl Panel {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn bytes<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
         let codes = &self.codes[2 * STEPS * g..][..2 * STEPS];
-        let x = x.each_ref().map(|x| x.codes[GROUP * g..][..GROUP].as_ptr());
+        let mut rows = [std::ptr::null::<i8>(); N];
+        for (row, x) in rows.iter_mut().zip(x) {
+            *row = x.codes[GROUP * g..][..GROUP].as_ptr();
+        }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for s in 0..steps {
             // SAFETY: the panel holds them, as the slice was cut.
             let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
             for n in 0..N {
                 // SAFETY: four of the group's codes, as the slice was cut.
-                let q = unsafe { x[n].add(4 * s).cast::<i32>().read_unaligned() };
+                let q = unsafe { rows[n].add(4 * s).cast::<i32>().read_unaligned() };
                 let q = _mm256_set1_epi32(q);
                 for strip in 0..2 {
                     let found = _mm256_maddubs_epi16(w[strip], q);
@@ -281,14 +284,17 @@ impl Panel {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn words<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
         let codes = &self.codes[4 * STEPS * g..][..4 * STEPS];
-        let x = x.each_ref().map(|x| x.wide[GROUP * g..][..GROUP].as_ptr());
+        let mut rows = [std::ptr::null::<i16>(); N];
+        for (row, x) in rows.iter_mut().zip(x) {
+            *row = x.wide[GROUP * g..][..GROUP].as_ptr();
+        }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for s in 0..steps {
             // SAFETY: the panel holds them, as the slice was cut.
             let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
             for n in 0..N {
                 // SAFETY: two of the group's codes, as the slice was cut.
-                let q = unsafe { x[n].add(2 * s).cast::<i32>().read_unaligned() };
+                let q = unsafe { rows[n].add(2 * s).cast::<i32>().read_unaligned() };
                 let q = _mm256_set1_epi32(q);
                 for strip in 0..2 {
                     let found = _mm256_madd_epi16(w[strip], q);
