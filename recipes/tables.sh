@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tables 1 to 4 of docs/results.md, out of recipes/tables/.
-#   recipes/tables.sh untrained|ild|proof|smart|tune TEACHERS DATA OUT [TEACHER ..] [-- KEY=VALUE ..]
+#   recipes/tables.sh untrained|ild|proof|default|smart|tune TEACHERS DATA OUT [TEACHER ..] [-- KEY=VALUE ..]
 # TEACHERS, DATA: folders with the teachers, and with TinyStories' train.jsonl and validation.jsonl. OUT: where runs are kept; what
 # is there is not made again. Settings behind -- replace those of the recipe (kd.train.tokens=6400000).
 #
@@ -84,6 +84,7 @@ for published in [v for v in lines if "published" in v]:
         print(published, name, f"published at {pair[0][-1]['tokens']}: {goal:.4f}; refined there after {reached}, ends at {smooth[1][-1]:.4f}")
 PY
       ;;
+    default) run ../convert.toml --validation "$(text '#1/3')" --set plan.mla='[2]' ;;
     proof) run "proof-$name.toml" --validation "$(text '#1/3')" ;;
     smart)
       read -r ild muon < <(refined)

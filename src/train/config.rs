@@ -84,6 +84,11 @@ pub struct TrainSettings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mixer_lr: Option<f64>,
+    /// Learning rates are shares of the size of the weights: times the median root mean square of the layers' matrices that are trained, as they
+    /// are at first. One rate suits teachers whose weights differ in size (Adafactor's scale_parameter, arXiv 1804.04235).
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_default")]
+    pub scale_parameter: bool,
     #[command(flatten)]
     #[serde(skip_serializing_if = "is_default")]
     pub galore: GaloreConfig,
@@ -144,6 +149,7 @@ impl Default for TrainSettings {
             lr: 1e-3,
             adamw_lr: None,
             mixer_lr: None,
+            scale_parameter: false,
             galore: GaloreConfig::default(),
             warmup: 0.01,
             lr_scheduler: LrScheduler::Cosine,
@@ -213,6 +219,7 @@ impl TrainSettings {
                 }
                 rate => rate,
             },
+            scale_parameter: self.scale_parameter,
             warmup: self.warmup,
             schedule: match (self.lr_scheduler, self.decay) {
                 (LrScheduler::Cosine, None) => LrSchedule::Cosine,
@@ -330,6 +337,8 @@ pub struct TrainConfig {
     pub optimizer: OptimizerConfig,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mixer_lr: Option<f64>,
+    #[serde(skip_serializing_if = "is_default")]
+    pub scale_parameter: bool,
     pub warmup: f64,
     pub schedule: LrSchedule,
     pub min_lr: f64,
@@ -434,6 +443,7 @@ impl TrainConfig {
         Update {
             clip: self.clip(),
             rules: self.optimizer.rules(adamw, share, mixers),
+            scale_parameter: self.scale_parameter,
             seed: self.seed,
         }
     }

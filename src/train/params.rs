@@ -105,6 +105,8 @@ fn finite(value: f64, what: &str, name: &str) -> Result<f64> {
 pub struct Update {
     pub clip: Clip,
     pub rules: Optimizer,
+    /// Learning rates are shares of the size of a group's matrices.
+    pub scale_parameter: bool,
     /// Of what is drawn to round weights.
     pub seed: u64,
 }
@@ -120,6 +122,21 @@ impl Update {
 /// Parameters that are clipped together, if they are not clipped by layer.
 pub struct ParamGroup {
     params: BTreeMap<String, Param>,
+    /// Of the layers' matrices among them, before the first step: the median of their root mean squares; 1 where there are none.
+    size: f64,
+}
+
+/// The median of the root mean squares of the layers' matrices.
+fn size(params: &BTreeMap<String, Param>) -> Result<f64> {
+    let matrices = params.values().filter(|param| param.role.is_matrix());
+    let mut sizes = matrices
+        .map(|param| {
+            let value = param.value.tensor();
+            Ok((sum_of_squares(value)? / value.elem_count() as f64).sqrt())
+        })
+        .collect::<Result<Vec<f64>>>()?;
+    sizes.sort_by(f64::total_cmp);
+    Ok(sizes.get(sizes.len() / 2).copied().unwrap_or(1.0))
 }
 
 impl ParamGroup {
@@ -152,7 +169,8 @@ impl ParamGroup {
                 },
             );
         }
-        Ok((Self { params }, seen.into()))
+        let size = size(&params)?;
+        Ok((Self { params, size }, seen.into()))
     }
 
     pub fn is_trained(&self, name: &str) -> bool {
@@ -254,6 +272,10 @@ impl ParamGroup {
     /// Clips gradients of these norms ([`ParamGroup::norms`]), steps and forgets them. Parameters without a gradient stay as they
     /// are.
     pub fn update(&mut self, norms: &Norms, update: &Update) -> Result<()> {
+        let rules = match update.scale_parameter {
+            true => update.rules.slowed(self.size),
+            false => update.rules,
+        };
         for (name, param) in &mut self.params {
             let Some(grad) = param.grad.take() else {
                 continue;
@@ -268,7 +290,7 @@ impl ParamGroup {
                 ..
             } = param;
             value.change(update.key(name, *steps), |value| {
-                state.step(value, role, &grad, scale, *steps, &update.rules)
+                state.step(value, role, &grad, scale, *steps, &rules)
             })?;
         }
         Ok(())

@@ -20,6 +20,7 @@ use crate::data::{Batches, Corpus, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::numerics;
+use crate::op::linear::Matrix;
 use crate::watch::Quiet;
 use crate::weights::Place;
 use crate::weights::Weights;
@@ -1290,6 +1291,60 @@ fn weight_decay_and_learning_rates_go_by_groups() {
             assert!(gap < 1e-6, "{optimizer:?} {name}: {gap}");
         }
     }
+}
+
+/// The first step of AdamW is as long as the learning rate: a share of how large the layers' matrices are.
+#[test]
+fn learning_rates_are_shares_of_the_weights() {
+    let parts = student([LayerKind::MLA, LayerKind::Mamba2]);
+    let roles = Roles::new(&parts.config);
+    let settings = TrainSettings {
+        lr: 0.1,
+        scale_parameter: true,
+        warmup: 0.0,
+        eps: 0.0,
+        ..config(8)
+    };
+    let update = settings.settle().unwrap().update(0, 8);
+    let steps = [1.0, 3.0].map(|factor| {
+        let weights = parts.weights.to_map().into_iter();
+        let weights = weights.map(|(name, weight)| {
+            let value = weight.to_tensor().unwrap().to_dtype(DType::F32).unwrap();
+            (name, (value * factor).unwrap().into())
+        });
+        let weights = Weights::from(weights.collect::<BTreeMap<_, Matrix>>());
+        let (mut group, _) = ParamGroup::new(&weights, |_| true, &roles, &Place::cpu()).unwrap();
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut sizes = Vec::new();
+        let before: BTreeMap<String, Vec<f32>> = group
+            .tensors()
+            .map(|(name, t)| {
+                if name.starts_with("model.layers.") && t.dims().len() == 2 {
+                    let square = flat(t).iter().map(|x| f64::from(x * x)).sum::<f64>();
+                    sizes.push((square / t.elem_count() as f64).sqrt());
+                }
+                (name.to_owned(), flat(t))
+            })
+            .collect();
+        sizes.sort_by(f64::total_cmp);
+        let size = sizes[sizes.len() / 2];
+        let ones: Vec<_> = (group.tensors())
+            .map(|(name, t)| (name.to_owned(), t.ones_like().unwrap()))
+            .collect();
+        for (name, ones) in ones {
+            group.add_to(&name, ones).unwrap();
+        }
+        let norms = group.norms().unwrap();
+        group.update(&norms, &update).unwrap();
+        for (name, after) in group.tensors() {
+            for (before, after) in before[name].iter().zip(flat(after)) {
+                let moved = f64::from(before - after);
+                assert!((moved - 0.1 * size).abs() < 1e-5, "{name}: {moved} {size}");
+            }
+        }
+        size
+    });
+    assert!((steps[1] / steps[0] - 3.0).abs() < 1e-4, "{steps:?}");
 }
 
 /// The first step of AdamW is as long as the learning rate, whatever the gradient.

@@ -132,6 +132,10 @@ pub struct Role {
 }
 
 impl Role {
+    pub fn is_matrix(&self) -> bool {
+        self.is_matrix
+    }
+
     pub fn in_mixer(&self) -> bool {
         self.in_mixer
     }
