@@ -49,7 +49,8 @@ kv_lora_rank = 16
 qk_rope_head_dim = 8
 "#;
 
-/// A small model with all that it has, one with mixers alone and moments in 8 bits in portions, and one that is mostly weights.
+/// A small model with all that it has, one with mixers alone and moments in 8 bits in portions, and one that is mostly weights, in f32 and
+/// in bf16.
 #[test]
 #[cfg(target_os = "linux")]
 fn runs_take_what_was_predicted() {
@@ -77,6 +78,11 @@ fn runs_take_what_was_predicted() {
             "weights",
             teacher.as_str(),
             "[[kd]]\ntrain = { steps = 2, batch_size = 2 }",
+        ),
+        (
+            "rounded",
+            teacher.as_str(),
+            "[[kd]]\ntrain = { steps = 2, batch_size = 2, weights = \"bf16\", optimizer = \"adamw_8bit\", clip_by = \"layer\" }",
         ),
     ] {
         let recipe = at(&format!("{name}.toml"));

@@ -122,13 +122,14 @@ fn gradients_in_bf16_point_where_those_of_f32_do() {
                 let truth = &truth[weight];
                 let size = dot(truth, truth).sqrt();
                 let cosine = dot(found, truth) / (size * dot(found, found).sqrt());
-                println!(
-                    "{name} {weight}: {cosine} {}",
-                    dot(found, found).sqrt() / size
-                );
-                assert!(cosine > 0.99, "{name} {weight}: {cosine}");
+                // Few sums of many terms that cancel out are rough.
+                let (least, bound) = match truth.len() < 16 {
+                    true => (0.9, 0.1),
+                    false => (0.99, 0.05),
+                };
+                assert!(cosine > least, "{name} {weight}: {cosine}");
                 let length = dot(found, found).sqrt() / size;
-                assert!((length - 1.0).abs() < 0.05, "{name} {weight}: {length}");
+                assert!((length - 1.0).abs() < bound, "{name} {weight}: {length}");
             }
         }
     }
@@ -216,8 +217,7 @@ fn runs_go_on_bit_for_bit() {
         if !galore {
             let (first, last) = full(*optimizer);
             let off = (metrics[7].loss - last).abs() / (first - last);
-            println!("{optimizer:?}: {off}");
-            assert!(off < 0.1, "{optimizer:?}: {off} of what f32 learns");
+            assert!(off < 0.02, "{optimizer:?}: {off} of what f32 learns");
         }
     }
     let other = TrainSettings {

@@ -5,6 +5,7 @@ use candle_core::Device;
 
 fn bits(x: &Tensor) -> Vec<u16> {
     let x = x.to_device(&Device::Cpu).unwrap();
+    let x = x.to_dtype(DType::BF16).unwrap();
     let entries: Vec<bf16> = x.flatten_all().unwrap().to_vec1().unwrap();
     entries.into_iter().map(bf16::to_bits).collect()
 }
