@@ -54,6 +54,7 @@ fn run(engine: &Engine, tokens: usize) -> (Vec<String>, Statistics) {
 #[test]
 fn the_kernels_continue_as_the_cpu_does() {
     let [_, hybrid] = models();
+    // Room for two of the three.
     for (cache_type, chunk, prefix, records) in [
         (CacheType::F32, 512, false, false),
         (CacheType::F16, 5, true, false),
@@ -65,12 +66,12 @@ fn the_kernels_continue_as_the_cpu_does() {
             options.prefix_cache = prefix;
         };
         let cpu = engine(&hybrid, change);
-        let one = cpu.pool.bytes(cpu.prompt(PROMPTS[1]).unwrap().len() + 13);
-        let Some(device) = on_device(engine(&hybrid, change), 2 * one, records) else {
+        let one = cpu.pool.bytes(cpu.prompt(PROMPTS[1]).unwrap().len() + 9);
+        let Some(device) = on_device(engine(&hybrid, change), 2 * one + one / 3, records) else {
             return;
         };
-        let (expected, _) = run(&cpu, 12);
-        let (found, statistics) = run(&device, 12);
+        let (expected, _) = run(&cpu, 8);
+        let (found, statistics) = run(&device, 8);
         assert_eq!(found, expected, "{cache_type}");
         assert!(statistics.preempted > 0, "{statistics:?}");
     }
@@ -81,7 +82,7 @@ fn the_kernels_continue_as_the_cpu_does() {
 fn memories_move_between_the_cpu_and_a_device() {
     let [_, hybrid] = models();
     let cpu = engine(&hybrid, |_| ());
-    let Some(device) = on_device(engine(&hybrid, |_| ()), 1 << 20, false) else {
+    let Some(device) = on_device(engine(&hybrid, |_| ()), 1 << 19, false) else {
         return;
     };
     let prompt = cpu.prompt(PROMPTS[2]).unwrap();
@@ -136,14 +137,14 @@ fn a_device_draws_by_the_same_random_numbers() {
         return;
     };
     let texts = |engine: &Engine, params: &SamplingParams| {
-        let found = engine.generate(&PROMPTS[..2], 2, params, &mut |_, _| true);
+        let found = engine.generate(&PROMPTS[..2], 1, params, &mut |_, _| true);
         let found = found.unwrap().into_iter().flatten().map(|g| g.text);
         found.collect::<Vec<_>>()
     };
     let params = SamplingParams {
         temperature: 0.8,
         seed: 3,
-        ..greedy(10)
+        ..greedy(5)
     };
     assert_eq!(texts(&device, &params), texts(&cpu, &params));
     let limited = SamplingParams {
@@ -151,7 +152,8 @@ fn a_device_draws_by_the_same_random_numbers() {
         top_p: 0.9,
         ..params.clone()
     };
-    assert_eq!(texts(&device, &limited), texts(&device, &limited));
+    let [found, again] = [0, 1].map(|_| texts(&device, &limited));
+    assert_eq!(found, again);
     let one = SamplingParams {
         top_k: 1,
         ..params.clone()
