@@ -591,6 +591,7 @@ fn mistakes_in_recipes_are_named() {
 fn shipped_recipes_plan() {
     let ratios = BTreeMap::from([
         ("demo", 7.81),
+        ("convert", 3.91),
         ("1b-4mla-12m2", 3.91),
         ("1b-8mla-8m2", 7.81),
         ("3b-6mla-22m2", 2.01),
