@@ -4,6 +4,7 @@
 use half::f16;
 
 use super::storage::Storage;
+use crate::op::cpu::fma;
 use crate::op::isa::{Isa, Level};
 
 #[cfg(target_arch = "x86_64")]
@@ -94,19 +95,17 @@ pub fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
 pub fn scores(isa: Isa, queries: &[f32], dim: usize, keys: &[f32], stride: usize, out: &mut [f32]) {
     let count = queries.len() / dim;
     assert!(queries.len() == count * dim && count > 0 && out.len().is_multiple_of(count));
-    let level = match dim.is_multiple_of(LANES) {
-        true => isa.level(),
-        false => Level::Portable,
-    };
-    match level {
+    if !dim.is_multiple_of(LANES) {
+        let rows = (out.len() / count).max(1);
+        return isa.run(
+            #[inline(always)]
+            || narrow_scores(queries, dim, keys, stride, out, rows),
+        );
+    }
+    match isa.level() {
         Level::Portable => {
-            let rows = out.chunks_exact_mut((out.len() / count).max(1));
-            for (query, out) in queries.chunks_exact(dim).zip(rows) {
-                for (p, out) in out.iter_mut().enumerate() {
-                    let key = bytemuck::cast_slice(&keys[p * stride..][..dim]);
-                    *out = portable(Storage::F32, key, query, dim);
-                }
-            }
+            let rows = (out.len() / count).max(1);
+            narrow_scores(queries, dim, keys, stride, out, rows);
         }
         // SAFETY: an `Isa` is of this processor.
         #[cfg(target_arch = "x86_64")]
@@ -117,6 +116,36 @@ pub fn scores(isa: Isa, queries: &[f32], dim: usize, keys: &[f32], stride: usize
         Level::Avx512 => unsafe { x86::avx512::scores(queries, dim, keys, stride, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
+    }
+}
+
+/// Those of short keys, `positions` a query, in loops that the compiler makes vectors of.
+#[inline(always)]
+fn narrow_scores(
+    queries: &[f32],
+    dim: usize,
+    keys: &[f32],
+    stride: usize,
+    out: &mut [f32],
+    positions: usize,
+) {
+    let rows = out.chunks_exact_mut(positions);
+    for (query, out) in queries.chunks_exact(dim).zip(rows) {
+        let (queries, last_query) = query.as_chunks::<8>();
+        for (p, out) in out.iter_mut().enumerate() {
+            let (keys, last_key) = keys[p * stride..][..dim].as_chunks::<8>();
+            let mut sums = [0f32; 8];
+            for (query, key) in queries.iter().zip(keys) {
+                for i in 0..8 {
+                    sums[i] = fma(query[i], key[i], sums[i]);
+                }
+            }
+            for ((sum, query), key) in sums.iter_mut().zip(last_query).zip(last_key) {
+                *sum = fma(*query, *key, *sum);
+            }
+            let [a, b, c, d, e, f, g, h] = sums;
+            *out = ((a + e) + (c + g)) + ((b + f) + (d + h));
+        }
     }
 }
 
