@@ -7,7 +7,7 @@ use candle_core::Result;
 use super::{AttentionConfig, Decoder};
 use crate::mixer::batch::{Batch, Plan};
 use crate::mixer::rotary::Rotary;
-use crate::op::cuda::{Array, Gpu};
+use crate::op::cuda::{Array, Gpu, upload_each};
 use crate::op::linear::cuda::{Weight, add_bias};
 use crate::op::paged_attention::cuda::{Heads, attend, write};
 use crate::op::rms_norm::cuda::forward as rms_norm;
@@ -29,21 +29,14 @@ pub struct OnGpu<A> {
 
 impl Decoder {
     pub(in crate::mixer) fn on<G: Gpu>(&self, gpu: &G) -> Result<OnGpu<G::Array>> {
-        let floats = |entries: &Vec<f32>| gpu.upload_f32(entries);
         Ok(OnGpu {
             config: self.config.clone(),
             q_proj: Weight::new(gpu, &self.q_proj)?,
             k_proj: Weight::new(gpu, &self.k_proj)?,
             v_proj: Weight::new(gpu, &self.v_proj)?,
             o_proj: Weight::new(gpu, &self.o_proj)?,
-            biases: match &self.biases {
-                Some([q, k, v]) => Some([floats(q)?, floats(k)?, floats(v)?]),
-                None => None,
-            },
-            norms: match &self.norms {
-                Some([q, k]) => Some([floats(q)?, floats(k)?]),
-                None => None,
-            },
+            biases: upload_each(gpu, self.biases.as_ref())?,
+            norms: upload_each(gpu, self.norms.as_ref())?,
             rotary: self.rotary.clone(),
         })
     }

@@ -7,7 +7,7 @@ use candle_core::Result;
 use super::{Decoder, LORA_NORM_EPS, MlaConfig};
 use crate::mixer::batch::{Batch, Plan};
 use crate::mixer::rotary::Rotary;
-use crate::op::cuda::{Array, Gpu};
+use crate::op::cuda::{Array, Gpu, upload_each};
 use crate::op::linear::cuda::{Groups, Weight, add_bias};
 use crate::op::paged_attention::cuda::{Heads, attend, write};
 use crate::op::rms_norm::cuda::forward as rms_norm;
@@ -35,7 +35,6 @@ pub struct OnGpu<A> {
 
 impl Decoder {
     pub(in crate::mixer) fn on<G: Gpu>(&self, gpu: &G) -> Result<OnGpu<G::Array>> {
-        let floats = |entries: &Vec<f32>| gpu.upload_f32(entries);
         let c = &self.config;
         let (g, r) = (c.kv_heads(), c.kv_lora_rank);
         Ok(OnGpu {
@@ -48,22 +47,16 @@ impl Decoder {
                 None => None,
             },
             key_up: Groups {
-                entries: floats(&self.key_up)?,
+                entries: gpu.upload_f32(&self.key_up)?,
                 dims: [g, c.qk_nope_head_dim, r],
             },
             value_up: Groups {
-                entries: floats(&self.value_up)?,
+                entries: gpu.upload_f32(&self.value_up)?,
                 dims: [g, r, c.v_head_dim],
             },
             out_proj: Weight::new(gpu, &self.out_proj)?,
-            biases: match &self.biases {
-                Some([q, latent, key]) => Some([floats(q)?, floats(latent)?, floats(key)?]),
-                None => None,
-            },
-            norms: match &self.norms {
-                Some([q, kv]) => Some([floats(q)?, floats(kv)?]),
-                None => None,
-            },
+            biases: upload_each(gpu, self.biases.as_ref())?,
+            norms: upload_each(gpu, self.norms.as_ref())?,
             rotary: self.rotary.clone(),
         })
     }

@@ -319,6 +319,18 @@ pub fn starts<G: Gpu>(gpu: &G, documents: Option<&Documents>) -> Result<Option<G
     documents.map(upload).transpose()
 }
 
+/// Those that there are, an array each.
+pub fn upload_each<G: Gpu, const N: usize>(
+    gpu: &G,
+    vectors: Option<&[Vec<f32>; N]>,
+) -> Result<Option<[G::Array; N]>> {
+    let Some(vectors) = vectors else {
+        return Ok(None);
+    };
+    let arrays = vectors.iter().map(|entries| gpu.upload_f32(entries));
+    Ok(arrays.collect::<Result<Vec<_>>>()?.try_into().ok())
+}
+
 /// `parts [R, N]` in f32 → their sum over rows, `[N]`.
 pub fn sum_rows<G: Gpu>(gpu: &G, parts: &G::Array, n: usize, dtype: DType) -> Result<G::Array> {
     let sum = gpu.empty(dtype, n)?;

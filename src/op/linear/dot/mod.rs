@@ -95,33 +95,28 @@ pub fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
 pub fn scores(isa: Isa, queries: &[f32], dim: usize, keys: &[f32], stride: usize, out: &mut [f32]) {
     let count = queries.len() / dim;
     assert!(queries.len() == count * dim && count > 0 && out.len().is_multiple_of(count));
-    if !dim.is_multiple_of(LANES) {
-        let rows = (out.len() / count).max(1);
-        return isa.run(
-            #[inline(always)]
-            || narrow_scores(queries, dim, keys, stride, out, rows),
-        );
-    }
+    let whole = dim.is_multiple_of(LANES);
     match isa.level() {
-        Level::Portable => {
-            let rows = (out.len() / count).max(1);
-            narrow_scores(queries, dim, keys, stride, out, rows);
-        }
         // SAFETY: an `Isa` is of this processor.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx2 => unsafe { x86::avx2::scores(queries, dim, keys, stride, out) },
+        Level::Avx2 if whole => unsafe { x86::avx2::scores(queries, dim, keys, stride, out) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx512 => unsafe { x86::avx512::scores(queries, dim, keys, stride, out) },
-        #[cfg(not(target_arch = "x86_64"))]
-        _ => unreachable!("not on this architecture"),
+        Level::Avx512 if whole => unsafe { x86::avx512::scores(queries, dim, keys, stride, out) },
+        _ => {
+            let positions = (out.len() / count).max(1);
+            isa.run(
+                #[inline(always)]
+                || scores_by_loops(queries, dim, keys, stride, out, positions),
+            );
+        }
     }
 }
 
-/// Those of short keys, `positions` a query, in loops that the compiler makes vectors of.
+/// Those of `positions` a query, in loops that the compiler makes vectors of: of keys that are no whole vectors, or without vectors.
 #[inline(always)]
-fn narrow_scores(
+fn scores_by_loops(
     queries: &[f32],
     dim: usize,
     keys: &[f32],
