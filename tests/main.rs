@@ -51,7 +51,7 @@ fn tests_of_the_shared_material_are_ignored_without_it() {
         }
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(
-            !text.contains("var_os(\"ZEBROID"),
+            !text.contains("var_os(\"ZEBROID_SHARED"),
             "{}: use crate::shared",
             path.display()
         );
