@@ -38,14 +38,16 @@
 //! | `op/ssd/backward.rs`, `op/ssd/resume.rs` | the same, for gradients and for decoding |
 //! | `op/isa.rs` | the choice of instructions that the processor has |
 //! | `op/linear/dot/mod.rs` | the choice of instructions that the processor has |
-//! | `op/linear/dot/x86.rs` | vector loads from checked slices |
+//! | `op/amx.rs` | tiles of a processor that has them |
+//! | `op/linear/dot/x86.rs`, `op/linear/dot/amx.rs` | vector loads from checked slices, tiles |
 //! | `op/linear/product.rs` | places of one buffer that threads write apart |
 //! | `op/team.rs` | work that threads share while its owner waits for them |
 //! | `op/cuda/device.rs`, `op/cuda/recording.rs` | memory of the GPU, launches of kernels, recorded launches |
 //! | `op/runtime.rs` | the process: its environment, its allocator |
 //! | `mapped.rs` | the memory map of a file |
 //! | `op/blocks/dot.rs` | the choice of instructions that the processor has |
-//! | `op/blocks/dot/avx2.rs`, `op/blocks/dot/avx512.rs`, `op/blocks/dot/panel.rs` | vector loads from checked slices |
+//! | `op/blocks/activations.rs` | places of one buffer that threads write apart |
+//! | `op/blocks/dot/avx2.rs`, `op/blocks/dot/avx512.rs`, `op/blocks/dot/amx.rs`, `op/blocks/dot/panel.rs` | vector loads from checked slices, tiles |
 //! | `main.rs` | the call of `op::runtime::prepare`, before any thread |
 //!
 //! # Shape letters

@@ -23,7 +23,7 @@ fn text(output: &Output) -> String {
 #[test]
 fn every_set_of_instructions_gives_the_same_text() {
     let own = text(&command().args(PROMPT).output().unwrap());
-    for isa in ["portable", "avx2", "avx512"] {
+    for isa in ["portable", "avx2", "avx512", "amx"] {
         // One that this processor lacks is said, and the widest taken.
         let forced = command().args(PROMPT).env("ZEBROID_ISA", isa).output();
         assert_eq!(text(&forced.unwrap()), own, "{isa}");

@@ -11,19 +11,22 @@ pub enum Level {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
     Avx512,
+    /// The same with tiles for products in bf16 (AMX).
+    Amx,
 }
 
-/// Forces one: `portable`, `avx2` or `avx512`.
+/// Forces one: `portable`, `avx2`, `avx512` or `amx`.
 pub const VARIABLE: &str = "ZEBROID_ISA";
 
 impl Level {
-    pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Amx];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
         }
     }
 
@@ -45,6 +48,8 @@ impl Level {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.is_here() && tiles(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -85,7 +90,7 @@ impl Isa {
             Level::Avx2 => unsafe { avx2(work) },
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Level::Avx512 => unsafe { avx512(work) },
+            Level::Avx512 | Level::Amx => unsafe { avx512(work) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("not on this architecture"),
         }
@@ -115,6 +120,29 @@ impl Isa {
             })
         })
     }
+}
+
+/// Whether the processor has tiles for bf16, and the kernel lets this process use them: their registers are so large that it has to be asked.
+#[cfg(target_arch = "x86_64")]
+fn tiles() -> bool {
+    const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
+    let has = std::arch::x86_64::__cpuid_count(7, 0).edx & BF16_AND_TILES == BF16_AND_TILES;
+    has && permitted()
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn permitted() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    // SAFETY: it asks for a permission of the process, and has no pointers.
+    #[allow(unsafe_code)]
+    let refused = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) };
+    refused == 0
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn permitted() -> bool {
+    false
 }
 
 #[inline(never)]

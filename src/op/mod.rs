@@ -9,6 +9,8 @@ mod documents;
 pub use documents::Documents;
 
 pub mod adamw;
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 pub mod attention;
 pub mod blocks;
 pub mod causal_conv;

@@ -1,12 +1,14 @@
 //! Activations rounded to 8 bits, as products with blocks take them.
 
 use crate::op::isa::vectorised;
-use crate::op::team::fill;
+use crate::op::team::{Scatter, fill};
 
 /// Entries that share a scale.
 pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
-pub(super) const PADDED: usize = 256;
+pub(super) const PADDED: usize = 512;
+/// Their number is filled up with rows of zeros to whole numbers of this, which tiles read at once.
+const PADDED_ROWS: usize = 16;
 /// Rows from which on weights are unpacked in panels for all of them.
 pub(super) const MANY: usize = 4;
 
@@ -20,19 +22,22 @@ const ROUND: f32 = 12_582_912.;
 #[derive(Default)]
 pub struct Activations {
     pub width: usize,
+    /// Row after row, filled up with zeros to a whole number of [`PADDED`].
+    codes: Vec<i8>,
     rows: Vec<Coded>,
 }
 
-/// A row, filled up with zeros to a whole number of [`PADDED`].
+/// A row but for its codes.
 #[derive(Default)]
 struct Coded {
-    codes: Vec<i8>,
     /// One a group.
     scales: Vec<f32>,
     /// One a group: `scale · Σ q`, what a weight's constant part is multiplied by.
     sums: Vec<f32>,
     /// One for every four codes: `−Σ q`, what an offset of unsigned codes is multiplied by.
     negated: Vec<i32>,
+    /// The same of a whole group.
+    negated_groups: Vec<i32>,
     /// The codes in 16 bits where there are [`MANY`] rows, of every four in the order 0, 2, 1, 3.
     wide: Vec<i16>,
 }
@@ -47,6 +52,8 @@ pub(super) struct Row<'a> {
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub negated: &'a [i32],
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub negated_groups: &'a [i32],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub wide: &'a [i16],
 }
 
@@ -60,6 +67,7 @@ impl<'a> Row<'a> {
             scales: &self.scales[entry / GROUP..],
             sums: &self.sums[entry / GROUP..],
             negated: &self.negated[entry / 4..],
+            negated_groups: &self.negated_groups[entry / GROUP..],
             wide: self.wide.get(entry..).unwrap_or(&[]),
         }
     }
@@ -83,8 +91,16 @@ impl Activations {
         let rows = x.len() / width;
         self.width = width;
         self.rows.resize_with(rows, Coded::default);
+        let stride = self.stride();
+        self.codes.clear();
+        self.codes
+            .resize(rows.next_multiple_of(PADDED_ROWS) * stride, 0);
+        let codes = Scatter::of(&mut self.codes);
         let task = |row: usize, coded: &mut [Coded]| {
-            coded[0].set(&x[row * width..][..width], rows >= MANY);
+            // SAFETY: every row is one task's.
+            #[allow(unsafe_code)]
+            let codes = unsafe { codes.slice(row * stride, stride) };
+            coded[0].set(&x[row * width..][..width], codes, rows >= MANY);
         };
         fill(x.len() >= ALONE, &mut self.rows, 1, task);
     }
@@ -93,14 +109,20 @@ impl Activations {
         self.rows.len()
     }
 
+    /// Codes of a row.
+    pub(super) fn stride(&self) -> usize {
+        self.width.next_multiple_of(PADDED)
+    }
+
     #[inline]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
         let coded = &self.rows[row];
         Row {
-            codes: &coded.codes,
+            codes: &self.codes[row * self.stride()..][..self.stride()],
             scales: &coded.scales,
             sums: &coded.sums,
             negated: &coded.negated,
+            negated_groups: &coded.negated_groups,
             wide: &coded.wide,
         }
     }
@@ -117,16 +139,16 @@ impl Activations {
 }
 
 impl Coded {
-    fn set(&mut self, x: &[f32], wide: bool) {
+    fn set(&mut self, x: &[f32], codes: &mut [i8], wide: bool) {
         fn clear<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
             list.clear();
             list.resize(len, T::default());
         }
-        let padded = x.len().next_multiple_of(PADDED);
-        clear(&mut self.codes, padded);
+        let padded = codes.len();
         clear(&mut self.scales, padded / GROUP);
         clear(&mut self.sums, padded / GROUP);
         clear(&mut self.negated, padded / 4);
+        clear(&mut self.negated_groups, padded / GROUP);
         clear(&mut self.wide, if wide { padded } else { 0 });
         vectorised!(for (g, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
             // By lanes: a chain of all would wait for every step.
@@ -148,7 +170,7 @@ impl Coded {
                 let rounded = (x[i] * inverse + ROUND).to_bits();
                 q[i] = i32::from(rounded.wrapping_sub(ROUND.to_bits()) as i8);
             }
-            let codes = &mut self.codes[g * GROUP..][..GROUP];
+            let codes = &mut codes[g * GROUP..][..GROUP];
             for i in 0..GROUP {
                 codes[i] = q[i] as i8;
             }
@@ -167,6 +189,7 @@ impl Coded {
                     wide[i + 3] = q[i + 3] as i16;
                 }
             }
+            self.negated_groups[g] = -sum;
             // What is no number must not end as one.
             self.scales[g] = match finite {
                 true => largest / 127.,

@@ -8,13 +8,15 @@ use super::{Activations, BlockType};
 use crate::op::isa::{Isa, Level};
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod panel;
 
-/// Weights of a row whose sum is finished before the next begins, where [`Level::Avx2`] computes.
+/// Weights of a row whose sum is finished before the next begins, where vectors compute.
 #[cfg(target_arch = "x86_64")]
 const SPAN: usize = 512;
 
@@ -39,9 +41,17 @@ pub fn rows(
     assert!(rows.end * row_bytes <= w.len());
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
-    if isa.level() == Level::Avx2 && x.rows() >= super::activations::MANY {
+    if isa.level() >= Level::Avx2 && x.rows() >= super::activations::MANY {
         // SAFETY: an `Isa` is of this processor.
-        return unsafe { panel::rows(kind, w, row_bytes, x, rows, write) };
+        return unsafe {
+            match isa.level() {
+                Level::Avx512 => {
+                    panel::rows::<{ panel::AVX512 }>(kind, w, row_bytes, x, rows, write)
+                }
+                Level::Amx => panel::rows::<{ panel::AMX }>(kind, w, row_bytes, x, rows, write),
+                _ => panel::rows::<{ panel::AVX2 }>(kind, w, row_bytes, x, rows, write),
+            }
+        };
     }
     for first in (0..x.rows()).step_by(TOGETHER) {
         let x_of = |i: usize| x.row(first + i);
@@ -72,7 +82,7 @@ fn dot<const N: usize>(isa: Isa, kind: BlockType, w: &[u8], x: [Row; N]) -> [f32
         Level::Avx2 => unsafe { avx2::dot(kind, w, x) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx512 => unsafe { avx512::dot(kind, w, x) },
+        Level::Avx512 | Level::Amx => unsafe { avx512::dot(kind, w, x) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
     }

@@ -4,11 +4,13 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::dot::amx;
 use super::dot::{PADDED, SPAN, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations};
-use crate::op::isa::Isa;
+use crate::op::isa::{Isa, Level};
 use crate::op::team::{Scatter, team};
 
 /// Rows of activations up to which weights are widened as they are read.
@@ -34,6 +36,8 @@ pub struct Scratch {
     /// `[K / SPAN, M, SPAN]`
     packed: Vec<f32>,
     codes: Activations,
+    #[cfg(target_arch = "x86_64")]
+    tiles: amx::Activations,
 }
 
 /// A matrix and where its product goes: `W [N, K]`, `y [M, N]`.
@@ -70,6 +74,11 @@ impl<'a> Weights<'a> {
     }
 }
 
+/// Whether weights are multiplied by tiles, which take bf16 alone.
+pub(super) fn tiled(isa: Isa, storage: Storage) -> bool {
+    isa.level() == Level::Amx && storage == Storage::Bf16
+}
+
 /// `y = x Wᵀ` of every part, `x [M, K]`.
 ///
 /// # Panics
@@ -92,12 +101,19 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     if parts.iter().any(blocks) {
         scratch.codes.set(x, width);
     }
-    let Scratch { packed, codes } = scratch;
-    let packed = match m > FEW && !parts.iter().all(blocks) {
+    let in_tiles = |part: &Part| tiled(isa, part.w.storage());
+    #[cfg(target_arch = "x86_64")]
+    if parts.iter().any(in_tiles) {
+        scratch.tiles.set(x, width);
+    }
+    let Scratch { packed, codes, .. } = scratch;
+    let packed = match m > FEW && !parts.iter().all(|part| blocks(part) || in_tiles(part)) {
         true => pack(x, width, packed),
         false => &[],
     };
     let codes = &*codes;
+    #[cfg(target_arch = "x86_64")]
+    let tiles = &scratch.tiles;
     let rows: usize = parts.iter().map(|part| part.w.rows()).sum();
     let threads = match rows * width * m < ALONE {
         true => 1,
@@ -131,6 +147,12 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
         };
         match weights[i].storage {
             Storage::Blocks(kind) => blocks::rows(isa, kind, weights[i].bytes, codes, rows, write),
+            // SAFETY: an `Isa` is of this processor.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            storage if tiled(isa, storage) => unsafe {
+                amx::rows(weights[i].bytes, weights[i].width, tiles, rows, write)
+            },
             _ if m <= FEW => few(isa, &weights[i], x, m, rows, write),
             _ => many(isa, &weights[i], packed, m, rows, write),
         }
@@ -142,7 +164,7 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
 }
 
 /// `len` entries of `room` from a line of the cache on: vectors that lie across two cost twice.
-fn lines(room: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(super) fn lines(room: &mut Vec<f32>, len: usize) -> &mut [f32] {
     room.resize(len + LINE - 1, 0.);
     let start = room.as_ptr().align_offset(4 * LINE).min(LINE - 1);
     &mut room[start..][..len]

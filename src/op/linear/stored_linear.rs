@@ -2,15 +2,16 @@
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
-use super::product::{Part, Scratch, products};
+use super::product::{Part, Scratch, products, tiled};
 use super::rows::Rows;
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::cpu::{host, slice};
+use crate::op::isa::Isa;
 use crate::op::matmul::{View, matmul};
 
-/// Rows of activations up to which weights are multiplied as they are read; more of them share weights that are
-/// widened a chunk at a time.
+/// Rows of activations up to which weights are multiplied as they are read, as tiles do any number; more of them share weights that
+/// are widened a chunk at a time.
 const FEW: usize = 8;
 /// Bytes below which a matrix in f32 is multiplied as a whole.
 const SMALL: usize = 1 << 20;
@@ -26,7 +27,7 @@ impl Stored {
     fn product(&self, x: &[f32]) -> Vec<f32> {
         let m = x.len() / self.width();
         let mut y = vec![0.; m * self.rows()];
-        let few = m <= FEW;
+        let few = m <= FEW || tiled(Isa::here(), self.storage());
         match self.entries() {
             // Rows of a small matrix are too short to be worth a product each.
             Some(w) if !few || self.bytes().len() < SMALL => {

@@ -87,9 +87,9 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
     totals
 }
 
-/// Blocks that are fewer than eight groups, with zeros behind them.
+/// Blocks that are fewer than a whole number of eight groups, with zeros behind them.
 #[cold]
-pub(super) fn filled<'a>(w: &[u8], room: &'a mut [u8; 272]) -> &'a [u8] {
+pub(super) fn filled<'a, const LEN: usize>(w: &[u8], room: &'a mut [u8; LEN]) -> &'a [u8] {
     room.fill(0);
     room[..w.len()].copy_from_slice(w);
     room
@@ -248,7 +248,7 @@ fn wide_half(bytes: &[u8]) -> __m256 {
 /// The sum of the lanes, by halves.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn total(a: __m256) -> f32 {
+pub(super) fn total(a: __m256) -> f32 {
     let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))

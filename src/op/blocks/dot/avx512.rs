@@ -1,272 +1,353 @@
-//! 64 weights at a time: unsigned codes times signed activations (`vpdpbusd`), four products a lane.
-//! What an unsigned code is too large by comes in as the accumulator's first value.
+//! 512 weights at a time, in sixteen groups of 32 whose products with activations are whole numbers: `vpdpbusd` multiplies unsigned
+//! with signed bytes, four products to a lane. What an unsigned code is too large by comes in as the accumulator's first value, or,
+//! of codes of 4 bits, as a minimum. A group is a lane, which becomes `scale · product − minimum`; the lanes are added up.
+//!
+//! No vectors through closures and `map`: what the compiler does not inline has no vector registers.
 
 use std::arch::x86_64::*;
 
 use super::super::BlockType;
-use super::super::activations::Row;
+use super::super::activations::{GROUP, Row};
+use super::SPAN;
+use super::avx2::{self, Q4_0, Q4_K, Q6_K, Q8_0, eight_bytes, filled, unsigned};
+use super::panel::{Both, GROUPS, Panel, STEPS, TOGETHER};
+
+/// Weights of a vector of codes.
+const CHUNK: usize = 64;
 
 /// # Safety
-/// The processor has what [`super::Isa::Avx512`] says, `w` is whole blocks, and the rows of `x` are as wide as `w`, filled up to 64.
+/// The processor has what [`super::Isa`] says of it, `w` is whole blocks, and the rows of `x` are as wide as `w`.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub unsafe fn dot<const N: usize>(kind: BlockType, w: &[u8], x: [Row; N]) -> [f32; N] {
-    // SAFETY: the caller's promise is each function's.
-    unsafe {
-        match kind {
-            BlockType::Q8_0 => q8_0(w, x),
-            BlockType::Q4_0 => q4_0(w, x),
-            BlockType::Q4K => q4_k(w, x),
-            BlockType::Q6K => q6_k(w, x),
+    match kind {
+        BlockType::Q8_0 => row::<Q8_0, N>(w, x),
+        BlockType::Q6K => row::<Q6_K, N>(w, x),
+        BlockType::Q4K => row::<Q4_K, N>(w, x),
+        BlockType::Q4_0 => row::<Q4_0, N>(w, x),
+    }
+}
+
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
+    let bytes = const { 2 * eight_bytes(KIND) };
+    let spans = w.len().div_ceil(bytes);
+    let long = |x: &Row| x.codes.len() >= SPAN * spans && x.scales.len() >= GROUPS * spans;
+    assert!(x.iter().all(|x| long(x) && x.sums.len() == x.scales.len()));
+    assert!(x.iter().all(|x| x.negated.len() == x.codes.len() / 4));
+    let mut totals = [0.; N];
+    let mut room = [0; 544];
+    for (i, w) in w.chunks(bytes).enumerate() {
+        let w = match w.len() < bytes {
+            true => filled(w, &mut room),
+            false => w,
+        };
+        let mut halves = [[_mm512_setzero_si512(); 2]; N];
+        for half in 0..2 {
+            let mut chunks = [_mm512_setzero_si512(); 4];
+            let mut of_chunks = chunks;
+            for j in 0..4 {
+                chunks[j] = codes::<KIND>(w, 4 * half + j);
+                if KIND == Q6_K {
+                    of_chunks[j] = q6_k_scales(w, 4 * half + j);
+                }
+            }
+            for n in 0..N {
+                let mut sums = [_mm512_setzero_si512(); 4];
+                for j in 0..4 {
+                    let at = SPAN * i + CHUNK * (4 * half + j);
+                    // SAFETY: as long as asserted.
+                    sums[j] = unsafe { products::<KIND>(chunks[j], &x[n], at) };
+                    if KIND == Q6_K {
+                        sums[j] = _mm512_mullo_epi32(sums[j], of_chunks[j]);
+                    }
+                }
+                halves[n][half] = fours(sums);
+            }
+        }
+        let (low, high) = w.split_at(bytes / 2);
+        let (scales, mins) = avx2::scales::<KIND>(low);
+        let (next_scales, next_mins) = avx2::scales::<KIND>(high);
+        let (scales, mins) = (join(scales, next_scales), join(mins, next_mins));
+        for n in 0..N {
+            // SAFETY: as long as asserted.
+            let (own, sums) = unsafe {
+                (
+                    _mm512_loadu_ps(x[n].scales.as_ptr().add(GROUPS * i)),
+                    _mm512_loadu_ps(x[n].sums.as_ptr().add(GROUPS * i)),
+                )
+            };
+            let found = _mm512_cvtepi32_ps(groups(halves[n]));
+            let mut found = _mm512_mul_ps(found, _mm512_mul_ps(scales, own));
+            if unsigned(KIND) {
+                found = _mm512_fnmadd_ps(mins, sums, found);
+            }
+            totals[n] += total(found);
+        }
+    }
+    totals
+}
+
+/// Chunk `i` of a span's codes, unsigned.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2")]
+fn codes<const KIND: u8>(w: &[u8], i: usize) -> __m512i {
+    match KIND {
+        Q8_0 | Q4_0 => {
+            let both = two(
+                avx2::codes::<KIND>(w, 2 * i),
+                avx2::codes::<KIND>(w, 2 * i + 1),
+            );
+            match KIND {
+                Q8_0 => _mm512_xor_si512(both, _mm512_set1_epi8(-128)),
+                _ => both,
+            }
+        }
+        Q4_K => {
+            let at = i / 4 * 144 + 16 + 32 * (i % 4);
+            // SAFETY: 32 bytes, as the slice is cut.
+            let packed = unsafe { _mm256_loadu_si256(w[at..][..32].as_ptr().cast()) };
+            let both = two(packed, _mm256_srli_epi16::<4>(packed));
+            _mm512_and_si512(both, _mm512_set1_epi8(15))
+        }
+        _ => {
+            let (block, part) = (&w[i / 4 * 210..][..210], i % 4 / 2);
+            // SAFETY: 64 bytes of low bits and 32 of high ones a half.
+            let (low, high) = unsafe {
+                (
+                    _mm512_loadu_si512(block[64 * part..][..64].as_ptr().cast()),
+                    _mm256_loadu_si256(block[128 + 32 * part..][..32].as_ptr().cast()),
+                )
+            };
+            // Two bits each, of the first 32 codes and the next, moved to bits 4 and 5.
+            let (low, high) = match i % 2 {
+                0 => (
+                    low,
+                    two(_mm256_slli_epi16::<4>(high), _mm256_slli_epi16::<2>(high)),
+                ),
+                _ => (
+                    _mm512_srli_epi16::<4>(low),
+                    two(high, _mm256_srli_epi16::<2>(high)),
+                ),
+            };
+            let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
+            _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)))
         }
     }
 }
 
-/// The codes of 64 weights with `x` from entry `at` on, `offset · Σ x` taken off: 16 sums of four.
+/// Of chunk `i`, the scale of every lane: one for sixteen codes.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn q6_k_scales(w: &[u8], i: usize) -> __m512i {
+    let at = i / 4 * 210 + 192 + 4 * (i % 4);
+    let four = i32::from_le_bytes([w[at], w[at + 1], w[at + 2], w[at + 3]]);
+    // Each of the four in four lanes.
+    let lanes = _mm_set_epi8(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    _mm512_cvtepi8_epi32(_mm_shuffle_epi8(_mm_set1_epi32(four), lanes))
+}
+
+/// The products of 64 weights with `x` from entry `at` on, four to a lane.
+///
+/// # Safety
+/// They are there.
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn sums<const OFFSET_LOG2: u32>(codes: __m512i, x: &Row, at: usize) -> __m512 {
-    debug_assert!(at + 64 <= x.codes.len());
-    // SAFETY: 64 codes and 16 sums of four stand from `at` on.
+unsafe fn products<const KIND: u8>(codes: __m512i, x: &Row, at: usize) -> __m512i {
+    // SAFETY: the caller's promise.
     let (q, negated) = unsafe {
         (
             _mm512_loadu_si512(x.codes.as_ptr().add(at).cast()),
             _mm512_loadu_si512(x.negated.as_ptr().add(at / 4).cast()),
         )
     };
-    let first = match OFFSET_LOG2 {
-        0 => _mm512_setzero_si512(),
-        log2 => _mm512_sllv_epi32(negated, _mm512_set1_epi32(log2 as i32)),
+    let first = match KIND {
+        Q8_0 => _mm512_slli_epi32::<7>(negated),
+        Q6_K => _mm512_slli_epi32::<5>(negated),
+        _ => _mm512_setzero_si512(),
     };
-    _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(first, codes, q))
+    _mm512_dpbusd_epi32(first, codes, q)
 }
 
-/// Two f32 to the two halves of a vector.
+/// Of each quarter, the sums of four vectors' lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fours(sums: [__m512i; 4]) -> __m512i {
+    let [a, b, c, d] = sums;
+    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
+}
+
+/// The whole numbers of sixteen groups in their order, from those of quarters of eight chunks.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn groups(halves: [__m512i; 2]) -> __m512i {
+    let [a, b] = halves;
+    let even = _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
+    let odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
+    let order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    _mm512_permutexvar_epi32(order, _mm512_add_epi32(even, odd))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn two(low: __m256i, high: __m256i) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+}
+
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
-fn halves(low: f32, high: f32) -> __m512 {
-    _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high))
+fn join(low: __m256, high: __m256) -> __m512 {
+    _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
 }
 
-/// Broadcast: put into the lowest lane alone, the compiler keeps the others of some register, the sum's as it happens, and every
-/// block waits for the one before.
+/// The sum of the lanes, by halves.
 #[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn half(bytes: &[u8]) -> f32 {
-    let bits = u16::from_le_bytes([bytes[0], bytes[1]]) as i16;
-    _mm_cvtss_f32(_mm_cvtph_ps(_mm_set1_epi16(bits)))
+#[target_feature(enable = "avx512f,avx512dq,avx2")]
+fn total(a: __m512) -> f32 {
+    let (low, high) = (_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+    avx2::total(_mm256_add_ps(low, high))
 }
 
-/// The scales of two blocks, whose f16 are `d0` and `d1`, times those of two groups of `x` from group `at` on, in the two halves of a
-/// vector.
+/// What [`Panel`] does with AVX2: `sums [M, ROWS] +=` all rows of weights with those of `x` that there are sums for, at most
+/// [`TOGETHER`], `span` entries each.
+///
+/// # Panics
+/// When there are more.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+pub fn tile<'a, const KIND: u8>(
+    panel: &mut Panel,
+    x: impl Fn(usize) -> Row<'a>,
+    span: usize,
+    sums: &mut [Both],
+) {
+    let x = |n: usize| x(n.min(sums.len() - 1));
+    let [a, b, c, d, e, f, g, h] = [x(0), x(1), x(2), x(3), x(4), x(5), x(6), x(7)];
+    match sums.len() {
+        1 => tile_of::<KIND, 1>(panel, &[a], span, sums),
+        2 => tile_of::<KIND, 2>(panel, &[a, b], span, sums),
+        3 => tile_of::<KIND, 3>(panel, &[a, b, c], span, sums),
+        4 => tile_of::<KIND, 4>(panel, &[a, b, c, d], span, sums),
+        5 => tile_of::<KIND, 5>(panel, &[a, b, c, d, e], span, sums),
+        6 => tile_of::<KIND, 6>(panel, &[a, b, c, d, e, f], span, sums),
+        7 => tile_of::<KIND, 7>(panel, &[a, b, c, d, e, f, g], span, sums),
+        _ => tile_of::<KIND, TOGETHER>(panel, &[a, b, c, d, e, f, g, h], span, sums),
+    }
+}
+
 #[inline]
-#[target_feature(enable = "avx512f,avx512dq,avx2,f16c")]
-fn scales(d0: &[u8], d1: &[u8], x: &Row, at: usize) -> __m512 {
-    let bits = u32::from_le_bytes([d0[0], d0[1], d1[0], d1[1]]) as i32;
-    let d = _mm_cvtph_ps(_mm_set1_epi32(bits));
-    let own = _mm_setr_ps(x.scales[at], x.scales[at + 1], 0., 0.);
-    let both = _mm512_castps128_ps512(_mm_mul_ps(d, own));
-    let place = _mm512_mask_blend_epi32(0xff00, _mm512_setzero_si512(), _mm512_set1_epi32(1));
-    _mm512_permutexvar_ps(place, both)
-}
-
-#[allow(unsafe_code)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn q8_0<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
-    let mut sum = [_mm512_setzero_ps(); N];
-    let sign = _mm512_set1_epi8(-128);
-    let pairs = w.chunks_exact(68);
-    let (pairs_len, last) = (pairs.len(), pairs.remainder());
-    for (i, pair) in pairs.enumerate() {
-        // SAFETY: a block's codes are bytes 2 to 34; 64 entries of x stand from 64 i on.
-        unsafe {
-            let low = _mm256_loadu_si256(pair.as_ptr().add(2).cast());
-            let high = _mm256_loadu_si256(pair.as_ptr().add(36).cast());
-            let codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-            let codes = _mm512_xor_si512(codes, sign);
-            for (sum, x) in sum.iter_mut().zip(&x) {
-                let scale = scales(pair, &pair[34..], x, 2 * i);
-                *sum = _mm512_fmadd_ps(sums::<7>(codes, x, 64 * i), scale, *sum);
-            }
+fn tile_of<const KIND: u8, const N: usize>(
+    panel: &mut Panel,
+    x: &[Row; N],
+    span: usize,
+    sums: &mut [Both],
+) {
+    assert!(sums.len() == N);
+    // A number that the compiler does not know: it would unroll all steps, and run out of registers.
+    let steps = std::hint::black_box(STEPS);
+    for g in 0..GROUPS {
+        if g >= span.div_ceil(GROUP) {
+            panel.lanes[g] = [Both([_mm256_setzero_ps(); 2]); TOGETHER];
+            continue;
         }
-    }
-    if !last.is_empty() {
-        // SAFETY: as above; the rows of x are filled up to 64 with zeros.
-        unsafe {
-            let codes = _mm512_castsi256_si512(_mm256_loadu_si256(last.as_ptr().add(2).cast()));
-            let codes = _mm512_xor_si512(codes, sign);
-            for (sum, x) in sum.iter_mut().zip(&x) {
-                let scale = halves(half(last) * x.scales[2 * pairs_len], 0.);
-                *sum = _mm512_fmadd_ps(sums::<7>(codes, x, 64 * pairs_len), scale, *sum);
-            }
-        }
-    }
-    sum.map(|sum| _mm512_reduce_add_ps(sum))
-}
-
-/// The 32 codes of a Q4_0 block, in order.
-#[allow(unsafe_code)]
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn nibbles(block: &[u8]) -> __m256i {
-    debug_assert!(block.len() >= 18);
-    // SAFETY: the codes are bytes 2 to 18.
-    let packed = unsafe { _mm_loadu_si128(block.as_ptr().add(2).cast()) };
-    let both = _mm256_set_m128i(_mm_srli_epi16::<4>(packed), packed);
-    _mm256_and_si256(both, _mm256_set1_epi8(15))
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn q4_0<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
-    let mut sum = [_mm512_setzero_ps(); N];
-    let pairs = w.chunks_exact(36);
-    let (pairs_len, last) = (pairs.len(), pairs.remainder());
-    for (i, pair) in pairs.enumerate() {
-        // SAFETY: both are whole blocks; 64 entries of x stand from 64 i on.
-        unsafe {
-            let (low, high) = (nibbles(pair), nibbles(&pair[18..]));
-            let codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-            for (sum, x) in sum.iter_mut().zip(&x) {
-                let scale = scales(pair, &pair[18..], x, 2 * i);
-                *sum = _mm512_fmadd_ps(sums::<3>(codes, x, 64 * i), scale, *sum);
-            }
-        }
-    }
-    if !last.is_empty() {
-        // SAFETY: as above; the rows of x are filled up to 64 with zeros.
-        unsafe {
-            let codes = _mm512_castsi256_si512(nibbles(last));
-            for (sum, x) in sum.iter_mut().zip(&x) {
-                let scale = halves(half(last) * x.scales[2 * pairs_len], 0.);
-                *sum = _mm512_fmadd_ps(sums::<3>(codes, x, 64 * pairs_len), scale, *sum);
-            }
-        }
-    }
-    sum.map(|sum| _mm512_reduce_add_ps(sum))
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn q4_k<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
-    let mut sum = [_mm512_setzero_ps(); N];
-    let mut mins = [_mm256_setzero_ps(); N];
-    let low_bits = _mm256_set1_epi8(15);
-    for (i, block) in w.chunks_exact(144).enumerate() {
-        let both = u32::from_le_bytes([block[0], block[1], block[2], block[3]]) as i32;
-        let d = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
-        let min = _mm_movehdup_ps(d);
-        // The twelve bytes hold two rows of eight 6-bit numbers.
-        let word = |at: usize| {
-            u32::from_le_bytes([block[4 + at], block[5 + at], block[6 + at], block[7 + at]])
+        let found = match KIND {
+            Q6_K => words(panel, x, g, 2 * steps),
+            _ => bytes::<KIND, N>(panel, x, g, steps),
         };
-        let (a, b, c) = (word(0), word(4), word(8));
-        let (six, four, two) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x0303_0303);
-        let pack = |low: u32, high: u32| {
-            _mm_cvtsi64_si128((u64::from(low) | u64::from(high) << 32) as i64)
-        };
-        let s = pack(a & six, c & four | (a >> 6 & two) << 4);
-        let m = pack(b & six, c >> 4 & four | (b >> 6 & two) << 4);
-        let s = _mm256_mul_ps(
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(s)),
-            _mm256_broadcastss_ps(d),
-        );
-        let m = _mm256_mul_ps(
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(m)),
-            _mm256_broadcastss_ps(min),
-        );
-        let mut scales = [_mm512_setzero_ps(); N];
+        let (scales, mins) = (wide(&panel.scales[g]), wide(&panel.mins[g]));
         for n in 0..N {
-            // SAFETY: eight groups stand from 8 i on.
-            unsafe {
-                let own = _mm256_loadu_ps(x[n].scales[8 * i..][..8].as_ptr());
-                let sums = _mm256_loadu_ps(x[n].sums[8 * i..][..8].as_ptr());
-                scales[n] = _mm512_castps256_ps512(_mm256_mul_ps(s, own));
-                mins[n] = _mm256_fmadd_ps(m, sums, mins[n]);
+            let scale = _mm512_mul_ps(scales, _mm512_set1_ps(x[n].scales[g]));
+            let mut found = _mm512_mul_ps(_mm512_cvtepi32_ps(found[n]), scale);
+            if unsigned(KIND) {
+                found = _mm512_fnmadd_ps(mins, _mm512_set1_ps(x[n].sums[g]), found);
             }
-        }
-        for chunk in 0..4 {
-            // SAFETY: 128 bytes of codes stand from byte 16 on; 256 entries of x from 256 i on.
-            unsafe {
-                let packed = _mm256_loadu_si256(block.as_ptr().add(16 + 32 * chunk).cast());
-                let low = _mm256_and_si256(packed, low_bits);
-                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low_bits);
-                let codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-                let at = 2 * chunk as i32;
-                let place = _mm512_mask_blend_epi32(
-                    0xff00,
-                    _mm512_set1_epi32(at),
-                    _mm512_set1_epi32(at + 1),
-                );
-                for n in 0..N {
-                    let scale = _mm512_permutexvar_ps(place, scales[n]);
-                    let found = sums::<0>(codes, &x[n], 256 * i + 64 * chunk);
-                    sum[n] = _mm512_fmadd_ps(found, scale, sum[n]);
-                }
-            }
+            panel.lanes[g][n] = narrow(found);
         }
     }
-    let mut found = [0.; N];
     for n in 0..N {
-        let mins = _mm512_zextps256_ps512(mins[n]);
-        found[n] = _mm512_reduce_add_ps(_mm512_sub_ps(sum[n], mins));
+        // By halves, as lanes are added up.
+        let mut lanes = [_mm512_setzero_ps(); GROUPS];
+        for (g, lane) in lanes.iter_mut().enumerate() {
+            *lane = wide(&panel.lanes[g][n]);
+        }
+        for half in [8, 4, 2, 1] {
+            for g in 0..half {
+                lanes[g] = _mm512_add_ps(lanes[g], lanes[g + half]);
+            }
+        }
+        sums[n] = narrow(_mm512_add_ps(wide(&sums[n]), lanes[0]));
     }
-    found
 }
 
+/// A group of bytes.
 #[allow(unsafe_code)]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn q6_k<const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
-    let mut sum = [_mm512_setzero_ps(); N];
-    let (low_bits, high_bits) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
-    // Every group of x spans two scales of w, every scale of w four lanes.
-    let groups = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    let lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    for (i, block) in w.chunks_exact(210).enumerate() {
-        let mut scales = [_mm512_setzero_ps(); N];
-        // SAFETY: 16 scales stand from byte 192 on, eight groups of x from 8 i on.
-        unsafe {
-            let s = _mm512_cvtepi8_epi32(_mm_loadu_si128(block.as_ptr().add(192).cast()));
-            let s = _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(half(&block[208..])));
-            for n in 0..N {
-                let own = _mm256_loadu_ps(x[n].scales[8 * i..][..8].as_ptr());
-                let own = _mm512_permutexvar_ps(groups, _mm512_castps256_ps512(own));
-                scales[n] = _mm512_mul_ps(s, own);
-            }
-        }
-        for part in 0..2 {
-            // SAFETY: 64 bytes of low bits and 32 of high ones a half; 256 entries of x from 256 i on.
-            unsafe {
-                let low = _mm512_loadu_si512(block.as_ptr().add(64 * part).cast());
-                let high = _mm256_loadu_si256(block.as_ptr().add(128 + 32 * part).cast());
-                // Bits of the first and second 32 codes, then of the third and fourth, moved to bits 4 and 5.
-                let both = _mm512_inserti64x4::<1>(
-                    _mm512_castsi256_si512(_mm256_slli_epi16::<4>(high)),
-                    _mm256_slli_epi16::<2>(high),
-                );
-                let next = _mm512_inserti64x4::<1>(
-                    _mm512_castsi256_si512(high),
-                    _mm256_srli_epi16::<2>(high),
-                );
-                let first = _mm512_or_si512(
-                    _mm512_and_si512(low, low_bits),
-                    _mm512_and_si512(both, high_bits),
-                );
-                let second = _mm512_or_si512(
-                    _mm512_and_si512(_mm512_srli_epi16::<4>(low), low_bits),
-                    _mm512_and_si512(next, high_bits),
-                );
-                for (chunk, codes) in [(2 * part, first), (2 * part + 1, second)] {
-                    let place = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * chunk as i32));
-                    for n in 0..N {
-                        let scale = _mm512_permutexvar_ps(place, scales[n]);
-                        let found = sums::<5>(codes, &x[n], 256 * i + 64 * chunk);
-                        sum[n] = _mm512_fmadd_ps(found, scale, sum[n]);
-                    }
-                }
-            }
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
+fn bytes<const KIND: u8, const N: usize>(
+    panel: &Panel,
+    x: &[Row; N],
+    g: usize,
+    steps: usize,
+) -> [__m512i; N] {
+    let codes = &panel.codes[2 * STEPS * g..][..2 * STEPS];
+    let mut rows = [std::ptr::null::<i8>(); N];
+    let mut sums = [_mm512_setzero_si512(); N];
+    for n in 0..N {
+        rows[n] = x[n].codes[GROUP * g..][..GROUP].as_ptr();
+        if KIND == Q8_0 {
+            sums[n] = _mm512_set1_epi32(128 * x[n].negated_groups[g]);
         }
     }
-    sum.map(|sum| _mm512_reduce_add_ps(sum))
+    for s in 0..steps {
+        // SAFETY: the panel holds them, as the slice was cut.
+        let w = unsafe { _mm512_loadu_si512(codes.as_ptr().add(2 * s).cast()) };
+        for n in 0..N {
+            // SAFETY: four of the group's codes, as the slice was cut.
+            let q = unsafe { rows[n].add(4 * s).cast::<i32>().read_unaligned() };
+            sums[n] = _mm512_dpbusd_epi32(sums[n], w, _mm512_set1_epi32(q));
+        }
+    }
+    sums
+}
+
+/// A group of signed words.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
+fn words<const N: usize>(panel: &Panel, x: &[Row; N], g: usize, steps: usize) -> [__m512i; N] {
+    let codes = &panel.codes[4 * STEPS * g..][..4 * STEPS];
+    let mut rows = [std::ptr::null::<i16>(); N];
+    for n in 0..N {
+        rows[n] = x[n].wide[GROUP * g..][..GROUP].as_ptr();
+    }
+    let mut sums = [_mm512_setzero_si512(); N];
+    for s in 0..steps {
+        // SAFETY: the panel holds them, as the slice was cut.
+        let w = unsafe { _mm512_loadu_si512(codes.as_ptr().add(2 * s).cast()) };
+        for n in 0..N {
+            // SAFETY: two of the group's codes, as the slice was cut.
+            let q = unsafe { rows[n].add(2 * s).cast::<i32>().read_unaligned() };
+            sums[n] = _mm512_dpwssd_epi32(sums[n], w, _mm512_set1_epi32(q));
+        }
+    }
+    sums
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn wide(both: &Both) -> __m512 {
+    join(both.0[0], both.0[1])
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn narrow(a: __m512) -> Both {
+    Both([_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a)])
 }

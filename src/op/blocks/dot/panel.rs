@@ -1,8 +1,8 @@
-//! Many rows of activations with AVX2: sixteen rows of weights at a time are unpacked, [`SPAN`] weights of each, so that a lane is a row
-//! and nothing is added across lanes. Sums are those of [`super::avx2`], in its order.
+//! Many rows of activations, `BY` AVX2, AVX-512 or tiles: sixteen rows of weights at a time are unpacked, [`SPAN`] weights of each,
+//! so that a lane is a row and nothing is added across lanes. Sums are those of [`super::avx2`] or [`super::avx512`], in its order.
 //!
-//! Unsigned codes of 4 bits are multiplied as bytes, four to a lane, and a group's sums fit 16 bits; signed codes as 16 bits, two to a
-//! lane, Q6_K's with their scales in them.
+//! Codes of 4 bits, which are unsigned, are multiplied as bytes, four to a lane (their sums of a group fit 16 bits), and so are those of
+//! 8 bits with tiles, and with AVX-512, moved by 128. Others are multiplied as 16 bits, two to a lane, Q6_K's with their scales in them.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -14,34 +14,60 @@ use super::SPAN;
 use super::avx2::{
     Q4_0, Q4_K, Q6_K, Q8_0, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
 };
+use super::{amx, avx512};
+use crate::op::amx::{configure, release};
+
+pub const AVX2: u8 = 0;
+pub const AVX512: u8 = 1;
+pub const AMX: u8 = 2;
 
 /// Rows of weights in two vectors.
 const ROWS: usize = 16;
-const GROUPS: usize = SPAN / GROUP;
-/// Rows of activations that share a reading of a panel.
-const TOGETHER: usize = 4;
+pub(super) const GROUPS: usize = SPAN / GROUP;
+/// Rows of activations that share a reading of a panel with AVX-512.
+pub(super) const TOGETHER: usize = 8;
 /// Rows of activations whose spans stay in the second cache while [`PANELS`] panels pass, and so do their sums.
 const BLOCK: usize = 128;
 const PANELS: usize = 16;
 /// Vectors of a group's unsigned codes of eight rows.
-const STEPS: usize = GROUP / 4;
+pub(super) const STEPS: usize = GROUP / 4;
+
+/// Of [`ROWS`] rows.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Both(pub [__m256; 2]);
 
 /// Weights of [`ROWS`] rows, at most [`SPAN`] of each.
-struct Panel {
+#[repr(align(64))]
+pub(super) struct Panel {
     /// Group after group: of each step (four weights, or two in 16 bits) both vectors.
-    codes: [__m256i; GROUPS * 2 * STEPS * 2],
-    scales: [[__m256; 2]; GROUPS],
-    mins: [[__m256; 2]; GROUPS],
-    /// Sums on their way: of every eighth group, row of activations and vector.
-    lanes: [[[__m256; 2]; TOGETHER]; 8],
+    pub codes: [__m256i; GROUPS * 2 * STEPS * 2],
+    pub scales: [Both; GROUPS],
+    pub mins: [Both; GROUPS],
+    /// Sums on their way: of every group (with AVX2 of every eighth) and row of activations.
+    pub lanes: [[Both; TOGETHER]; GROUPS],
+}
+
+/// Whether codes are multiplied as bytes.
+const fn as_bytes(kind: u8, by: u8) -> bool {
+    unsigned(kind) || by != AVX2 && kind == Q8_0
+}
+
+/// Whether tiles are used, which have no 16 bits.
+const fn tiled(kind: u8, by: u8) -> bool {
+    by == AMX && kind != Q6_K
 }
 
 /// What [`super::rows`] does.
 ///
+/// # Safety
+/// The processor has what it is done by.
+///
 /// # Panics
 /// When the sizes do not fit.
+#[allow(unsafe_code)]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn rows(
+pub unsafe fn rows<const BY: u8>(
     kind: BlockType,
     w: &[u8],
     row_bytes: usize,
@@ -50,16 +76,17 @@ pub fn rows(
     write: impl Fn(usize, usize, f32),
 ) {
     match kind {
-        BlockType::Q8_0 => panels::<Q8_0>(w, row_bytes, x, rows, write),
-        BlockType::Q6K => panels::<Q6_K>(w, row_bytes, x, rows, write),
-        BlockType::Q4K => panels::<Q4_K>(w, row_bytes, x, rows, write),
-        BlockType::Q4_0 => panels::<Q4_0>(w, row_bytes, x, rows, write),
+        BlockType::Q8_0 => panels::<Q8_0, BY>(w, row_bytes, x, rows, write),
+        BlockType::Q6K => panels::<Q6_K, BY>(w, row_bytes, x, rows, write),
+        BlockType::Q4K => panels::<Q4_K, BY>(w, row_bytes, x, rows, write),
+        BlockType::Q4_0 => panels::<Q4_0, BY>(w, row_bytes, x, rows, write),
     }
 }
 
+#[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn panels<const KIND: u8>(
+fn panels<const KIND: u8, const BY: u8>(
     w: &[u8],
     row_bytes: usize,
     x: &Activations,
@@ -68,21 +95,26 @@ fn panels<const KIND: u8>(
 ) {
     thread_local! {
         /// `[PANELS, M, ROWS]`
-        static SUMS: RefCell<Vec<[__m256; 2]>> = const { RefCell::new(Vec::new()) };
+        static SUMS: RefCell<Vec<Both>> = const { RefCell::new(Vec::new()) };
     }
+    let zero = Both([_mm256_setzero_ps(); 2]);
     let mut panel = Panel {
         codes: [_mm256_setzero_si256(); GROUPS * 2 * STEPS * 2],
-        scales: [[_mm256_setzero_ps(); 2]; GROUPS],
-        mins: [[_mm256_setzero_ps(); 2]; GROUPS],
-        lanes: [[[_mm256_setzero_ps(); 2]; TOGETHER]; 8],
+        scales: [zero; GROUPS],
+        mins: [zero; GROUPS],
+        lanes: [[zero; TOGETHER]; GROUPS],
     };
+    if tiled(KIND, BY) {
+        // SAFETY: the processor has tiles.
+        unsafe { configure(amx::TILES) };
+    }
     SUMS.with_borrow_mut(|sums| {
         for first in rows.clone().step_by(PANELS * ROWS) {
             let count = (PANELS * ROWS).min(rows.end - first);
             for top in (0..x.rows()).step_by(BLOCK) {
                 let m = BLOCK.min(x.rows() - top);
                 sums.clear();
-                sums.resize(count.div_ceil(ROWS) * m, [_mm256_setzero_ps(); 2]);
+                sums.resize(count.div_ceil(ROWS) * m, zero);
                 // What stays in the second cache while all panels pass.
                 let entries = (BLOCK / m * SPAN).min(x.width);
                 for from in (0..x.width).step_by(entries) {
@@ -97,9 +129,34 @@ fn panels<const KIND: u8>(
                                 let r = first + (p * ROWS + r).min(count - 1);
                                 *row = &w[r * row_bytes..][part.clone()];
                             }
-                            panel.unpack::<KIND>(parts);
-                            for (i, sums) in sums.chunks_mut(TOGETHER).enumerate() {
-                                let x_of = |n: usize| x.row(top + TOGETHER * i + n).from(from);
+                            panel.unpack::<KIND, BY>(parts);
+                            let together = const {
+                                match BY {
+                                    _ if tiled(KIND, BY) => amx::TOKENS,
+                                    AVX2 => TOGETHER / 2,
+                                    _ => TOGETHER,
+                                }
+                            };
+                            for (i, sums) in sums.chunks_mut(together).enumerate() {
+                                let x_of = |n: usize| x.row(top + together * i + n).from(from);
+                                if BY != AVX2 {
+                                    // SAFETY: the processor has them; codes of rows stand one behind the other, filled up to whole tiles.
+                                    unsafe {
+                                        match tiled(KIND, BY) {
+                                            true => amx::tile::<KIND>(
+                                                &panel,
+                                                x_of,
+                                                x.stride(),
+                                                span,
+                                                sums,
+                                            ),
+                                            false => {
+                                                avx512::tile::<KIND>(&mut panel, x_of, span, sums)
+                                            }
+                                        }
+                                    }
+                                    continue;
+                                }
                                 match sums.len() {
                                     1 => panel.tile::<KIND, _>([x_of(0)], span, sums),
                                     2 => panel.tile::<KIND, _>([x_of(0), x_of(1)], span, sums),
@@ -120,12 +177,16 @@ fn panels<const KIND: u8>(
             }
         }
     });
+    if tiled(KIND, BY) {
+        // SAFETY: as above.
+        unsafe { release() };
+    }
 }
 
 impl Panel {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn unpack<const KIND: u8>(&mut self, rows: [&[u8]; ROWS]) {
+    fn unpack<const KIND: u8, const BY: u8>(&mut self, rows: [&[u8]; ROWS]) {
         let (bytes, zero) = (const { eight_bytes(KIND) }, _mm256_setzero_si256());
         for i in 0..rows[0].len().div_ceil(bytes) {
             for strip in 0..2 {
@@ -145,16 +206,21 @@ impl Panel {
                 };
                 for j in 0..8 {
                     let g = 8 * i + j;
-                    self.scales[g][strip] = of_scales[j];
-                    self.mins[g][strip] = of_mins[j];
+                    self.scales[g].0[strip] = of_scales[j];
+                    self.mins[g].0[strip] = of_mins[j];
                     let mut steps = [zero; 8];
                     for r in 0..8 {
                         steps[r] = codes::<KIND>(w[r], j);
                     }
                     let steps = transposed(steps);
                     for s in 0..STEPS {
-                        if unsigned(KIND) {
-                            self.codes[2 * (g * STEPS + s) + strip] = steps[s];
+                        if as_bytes(KIND, BY) {
+                            self.codes[2 * (g * STEPS + s) + strip] = match KIND {
+                                Q8_0 if BY == AVX512 => {
+                                    _mm256_xor_si256(steps[s], _mm256_set1_epi8(-128))
+                                }
+                                _ => steps[s],
+                            };
                             continue;
                         }
                         // The first and third weight, the second and fourth.
@@ -181,12 +247,12 @@ impl Panel {
         &mut self,
         x: [Row; N],
         span: usize,
-        sums: &mut [[__m256; 2]],
+        sums: &mut [Both],
     ) {
         let found = self.groups::<KIND, N>(&x, span / GROUP);
         for n in 0..N {
             for strip in 0..2 {
-                let sum = &mut sums[n][strip];
+                let sum = &mut sums[n].0[strip];
                 *sum = _mm256_add_ps(*sum, found[n][strip]);
             }
         }
@@ -204,7 +270,7 @@ impl Panel {
         for g in 0..groups.max(8) {
             let first = g < 8;
             if g >= groups {
-                self.lanes[g] = [[_mm256_setzero_ps(); 2]; TOGETHER];
+                self.lanes[g] = [Both([_mm256_setzero_ps(); 2]); TOGETHER];
                 continue;
             }
             let found = match unsigned(KIND) {
@@ -215,15 +281,15 @@ impl Panel {
                 let scale = _mm256_set1_ps(x[n].scales[g]);
                 let own = _mm256_set1_ps(x[n].sums[g]);
                 for strip in 0..2 {
-                    let lane = &mut self.lanes[g % 8][n][strip];
-                    let scale = _mm256_mul_ps(self.scales[g][strip], scale);
+                    let lane = &mut self.lanes[g % 8][n].0[strip];
+                    let scale = _mm256_mul_ps(self.scales[g].0[strip], scale);
                     let found = _mm256_cvtepi32_ps(found[n][strip]);
                     let mut sum = match first {
                         true => _mm256_mul_ps(found, scale),
                         false => _mm256_fmadd_ps(found, scale, *lane),
                     };
                     if unsigned(KIND) {
-                        sum = _mm256_fnmadd_ps(self.mins[g][strip], own, sum);
+                        sum = _mm256_fnmadd_ps(self.mins[g].0[strip], own, sum);
                     }
                     *lane = sum;
                 }
@@ -233,7 +299,7 @@ impl Panel {
         let mut sums = [[_mm256_setzero_ps(); 2]; N];
         for (n, sums) in sums.iter_mut().enumerate() {
             for (strip, sum) in sums.iter_mut().enumerate() {
-                let lane = |j: usize| &self.lanes[j][n][strip];
+                let lane = |j: usize| &self.lanes[j][n].0[strip];
                 let [a, b, c, d] = [
                     _mm256_add_ps(*lane(0), *lane(4)),
                     _mm256_add_ps(*lane(2), *lane(6)),
@@ -309,9 +375,9 @@ impl Panel {
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx2")]
-fn entries_of(a: &[__m256; 2]) -> [f32; ROWS] {
+fn entries_of(a: &Both) -> [f32; ROWS] {
     // SAFETY: a vector is eight numbers.
-    unsafe { std::mem::transmute(*a) }
+    unsafe { std::mem::transmute(a.0) }
 }
 
 /// Eight rows of eight words as columns.

@@ -8,6 +8,8 @@ use crate::op::cpu::fma;
 use crate::op::isa::{Isa, Level};
 
 #[cfg(target_arch = "x86_64")]
+pub mod amx;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
 /// Entries that are summed up before their sum is added to that of those before: what a tile of rows keeps in the first cache.
@@ -47,7 +49,7 @@ pub fn tile<const R: usize, const N: usize>(
         },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx512 => unsafe {
+        Level::Avx512 | Level::Amx => unsafe {
             x86::avx512::tile(
                 storage,
                 w.map(<[u8]>::as_ptr),
@@ -82,7 +84,7 @@ pub fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
         Level::Avx2 => unsafe { x86::avx2::pass(panel, x, span, sums, rows) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx512 => unsafe { x86::avx512::pass(panel, x, span, sums, rows) },
+        Level::Avx512 | Level::Amx => unsafe { x86::avx512::pass(panel, x, span, sums, rows) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
     }
@@ -103,7 +105,9 @@ pub fn scores(isa: Isa, queries: &[f32], dim: usize, keys: &[f32], stride: usize
         Level::Avx2 if whole => unsafe { x86::avx2::scores(queries, dim, keys, stride, out) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx512 if whole => unsafe { x86::avx512::scores(queries, dim, keys, stride, out) },
+        Level::Avx512 | Level::Amx if whole => unsafe {
+            x86::avx512::scores(queries, dim, keys, stride, out)
+        },
         _ => {
             let positions = (out.len() / count).max(1);
             isa.run(
@@ -154,7 +158,7 @@ pub(super) fn widen_f16(bytes: &[u8], out: &mut [f32]) {
         Level::Avx2 => unsafe { x86::avx2::widen_f16(bytes, out) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx512 => unsafe { x86::avx512::widen_f16(bytes, out) },
+        Level::Avx512 | Level::Amx => unsafe { x86::avx512::widen_f16(bytes, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
     };
