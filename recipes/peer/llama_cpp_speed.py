@@ -4,9 +4,11 @@
     python recipes/peer/llama_cpp_speed.py MODEL.gguf THREADS prefill LENGTH
     python recipes/peer/llama_cpp_speed.py MODEL.gguf THREADS batch SEQUENCES TOKENS
 
-Sequences that stand at a depth are read first, which is not measured.
+Sequences that stand at a depth are read first, which is not measured. REPACK=0: weights are used as they stand (its tiles of AMX crash with
+some versions and compilers).
 """
 
+import os
 import sys
 import time
 
@@ -20,7 +22,9 @@ room = {"decode": first + tokens, "prefill": first, "batch": sequences * (tokens
 LOG = ll.llama_log_callback(lambda *_: None)
 ll.llama_log_set(LOG, None)
 ll.llama_backend_init()
-model = ll.llama_load_model_from_file(path.encode(), ll.llama_model_default_params())
+params = ll.llama_model_default_params()
+params.use_extra_bufts = os.environ.get("REPACK") != "0"
+model = ll.llama_load_model_from_file(path.encode(), params)
 settings = ll.llama_context_default_params()
 settings.n_ctx, settings.n_batch, settings.n_ubatch = room, 512, 512
 settings.n_threads = settings.n_threads_batch = threads

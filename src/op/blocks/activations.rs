@@ -1,7 +1,7 @@
 //! Activations rounded to 8 bits, as products with blocks take them.
 
 use crate::op::isa::vectorised;
-use crate::op::team::{Scatter, fill};
+use crate::op::team::fill;
 
 /// Entries that share a scale.
 pub(super) const GROUP: usize = 32;
@@ -18,18 +18,13 @@ const ALONE: usize = 1 << 14;
 /// 1.5 · 2²³: adding it rounds to an integer (ties to even), which the low bits of the sum then hold.
 const ROUND: f32 = 12_582_912.;
 
-/// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row.
+/// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row. Rows are filled up with zeros to
+/// a whole number of [`PADDED`], their number to one of [`PADDED_ROWS`].
 #[derive(Default)]
 pub struct Activations {
     pub width: usize,
-    /// Row after row, filled up with zeros to a whole number of [`PADDED`].
+    rows: usize,
     codes: Vec<i8>,
-    rows: Vec<Coded>,
-}
-
-/// A row but for its codes.
-#[derive(Default)]
-struct Coded {
     /// One a group.
     scales: Vec<f32>,
     /// One a group: `scale · Σ q`, what a weight's constant part is multiplied by.
@@ -40,6 +35,16 @@ struct Coded {
     negated_groups: Vec<i32>,
     /// The codes in 16 bits where there are [`MANY`] rows, of every four in the order 0, 2, 1, 3.
     wide: Vec<i16>,
+}
+
+/// A row that is being filled.
+struct Coded<'a> {
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [f32],
+    negated: &'a mut [i32],
+    negated_groups: &'a mut [i32],
+    wide: &'a mut [i16],
 }
 
 /// One row of [`Activations`].
@@ -87,26 +92,48 @@ impl Activations {
     /// # Panics
     /// As [`Activations::new`].
     pub fn set(&mut self, x: &[f32], width: usize) {
+        fn clear<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+            list.clear();
+            list.resize(len, T::default());
+        }
         assert!(width > 0 && x.len().is_multiple_of(width) && width.is_multiple_of(GROUP));
-        let rows = x.len() / width;
         self.width = width;
-        self.rows.resize_with(rows, Coded::default);
-        let stride = self.stride();
-        self.codes.clear();
-        self.codes
-            .resize(rows.next_multiple_of(PADDED_ROWS) * stride, 0);
-        let codes = Scatter::of(&mut self.codes);
-        let task = |row: usize, coded: &mut [Coded]| {
-            // SAFETY: every row is one task's.
-            #[allow(unsafe_code)]
-            let codes = unsafe { codes.slice(row * stride, stride) };
-            coded[0].set(&x[row * width..][..width], codes, rows >= MANY);
-        };
-        fill(x.len() >= ALONE, &mut self.rows, 1, task);
+        self.rows = x.len() / width;
+        let (stride, groups) = (self.stride(), self.groups());
+        let rows = self.rows.next_multiple_of(PADDED_ROWS);
+        clear(&mut self.codes, rows * stride);
+        clear(&mut self.scales, rows * groups);
+        clear(&mut self.sums, rows * groups);
+        clear(&mut self.negated, rows * stride / 4);
+        clear(&mut self.negated_groups, rows * groups);
+        clear(
+            &mut self.wide,
+            if self.rows >= MANY { rows * stride } else { 0 },
+        );
+        let mut wide = self.wide.chunks_exact_mut(stride);
+        let mut places: Vec<Coded> = (self.codes.chunks_exact_mut(stride))
+            .zip(self.scales.chunks_exact_mut(groups))
+            .zip(self.sums.chunks_exact_mut(groups))
+            .zip(self.negated.chunks_exact_mut(stride / 4))
+            .zip(self.negated_groups.chunks_exact_mut(groups))
+            .take(self.rows)
+            .map(
+                |((((codes, scales), sums), negated), negated_groups)| Coded {
+                    codes,
+                    scales,
+                    sums,
+                    negated,
+                    negated_groups,
+                    wide: wide.next().unwrap_or_default(),
+                },
+            )
+            .collect();
+        let task = |row: usize, coded: &mut [Coded]| coded[0].set(&x[row * width..][..width]);
+        fill(x.len() >= ALONE, &mut places, 1, task);
     }
 
     pub fn rows(&self) -> usize {
-        self.rows.len()
+        self.rows
     }
 
     /// Codes of a row.
@@ -114,16 +141,36 @@ impl Activations {
         self.width.next_multiple_of(PADDED)
     }
 
+    /// Groups of a row.
+    pub(super) fn groups(&self) -> usize {
+        self.stride() / GROUP
+    }
+
+    pub(super) fn codes(&self) -> &[i8] {
+        &self.codes
+    }
+
+    pub(super) fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
+    pub(super) fn sums(&self) -> &[f32] {
+        &self.sums
+    }
+
     #[inline]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
-        let coded = &self.rows[row];
+        let (stride, groups) = (self.stride(), self.groups());
         Row {
-            codes: &self.codes[row * self.stride()..][..self.stride()],
-            scales: &coded.scales,
-            sums: &coded.sums,
-            negated: &coded.negated,
-            negated_groups: &coded.negated_groups,
-            wide: &coded.wide,
+            codes: &self.codes[row * stride..][..stride],
+            scales: &self.scales[row * groups..][..groups],
+            sums: &self.sums[row * groups..][..groups],
+            negated: &self.negated[row * stride / 4..][..stride / 4],
+            negated_groups: &self.negated_groups[row * groups..][..groups],
+            wide: self
+                .wide
+                .get(row * stride..)
+                .map_or(&[], |rest| &rest[..stride.min(rest.len())]),
         }
     }
 
@@ -138,18 +185,8 @@ impl Activations {
     }
 }
 
-impl Coded {
-    fn set(&mut self, x: &[f32], codes: &mut [i8], wide: bool) {
-        fn clear<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
-            list.clear();
-            list.resize(len, T::default());
-        }
-        let padded = codes.len();
-        clear(&mut self.scales, padded / GROUP);
-        clear(&mut self.sums, padded / GROUP);
-        clear(&mut self.negated, padded / 4);
-        clear(&mut self.negated_groups, padded / GROUP);
-        clear(&mut self.wide, if wide { padded } else { 0 });
+impl Coded<'_> {
+    fn set(&mut self, x: &[f32]) {
         vectorised!(for (g, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
             // By lanes: a chain of all would wait for every step.
             let mut lanes = [0f32; 8];
@@ -170,7 +207,7 @@ impl Coded {
                 let rounded = (x[i] * inverse + ROUND).to_bits();
                 q[i] = i32::from(rounded.wrapping_sub(ROUND.to_bits()) as i8);
             }
-            let codes = &mut codes[g * GROUP..][..GROUP];
+            let codes = &mut self.codes[g * GROUP..][..GROUP];
             for i in 0..GROUP {
                 codes[i] = q[i] as i8;
             }
@@ -180,7 +217,7 @@ impl Coded {
                 negated[i] = -(q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3]);
                 sum -= negated[i];
             }
-            if wide {
+            if !self.wide.is_empty() {
                 let wide = &mut self.wide[g * GROUP..][..GROUP];
                 for i in (0..GROUP).step_by(4) {
                     wide[i] = q[i] as i16;

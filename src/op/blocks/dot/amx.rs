@@ -4,7 +4,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::super::activations::{GROUP, Row};
+use super::super::activations::{Activations, GROUP};
+use super::SPAN;
 use super::avx2::unsigned;
 use super::avx512::{narrow, wide};
 use super::panel::{Both, GROUPS, Panel};
@@ -15,75 +16,100 @@ pub const TOKENS: usize = 16;
 /// A group's products: `[TOKENS, ROWS]`.
 type Products = [[i32; 16]; TOKENS];
 
-/// What [`tile`] works with: sums, activations, weights.
+/// What [`tile`] works with: four of sums, two of activations, two of weights in turn.
 pub const TILES: [(usize, usize); 8] = {
     let mut tiles = [(0, 0); 8];
-    tiles[0] = (TOKENS, 64);
-    tiles[1] = (TOKENS, GROUP);
-    tiles[2] = (GROUP / 4, 64);
+    let (sums, activations, weights) = ((TOKENS, 64), (TOKENS, GROUP), (GROUP / 4, 64));
+    (tiles[0], tiles[1], tiles[2], tiles[3]) = (sums, sums, sums, sums);
+    (tiles[4], tiles[6]) = (activations, activations);
+    (tiles[5], tiles[7]) = (weights, weights);
     tiles
 };
 
-/// `sums [M, ROWS] +=` all rows of weights with the first of `x`, `span` entries each.
+/// `sums [M, ROWS] +=` all rows of weights with those of `x` from `row` on, a span from entry `from` on.
 ///
 /// # Safety
-/// [`TILES`] are configured, and the codes of [`TOKENS`] rows stand from those of the first of `x` on, `stride` bytes each.
+/// [`TILES`] are configured.
 ///
 /// # Panics
-/// When there are more.
+/// When there are more than [`TOKENS`], or not as many.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub unsafe fn tile<'a, const KIND: u8>(
+pub unsafe fn tile<const KIND: u8>(
     panel: &Panel,
-    x: impl Fn(usize) -> Row<'a>,
-    stride: usize,
-    span: usize,
+    x: &Activations,
+    row: usize,
+    from: usize,
     sums: &mut [Both],
 ) {
     #[repr(align(64))]
     struct Found([Products; GROUPS]);
-    assert!(sums.len() <= TOKENS && span <= GROUP * GROUPS && span > 0);
     let mut found = std::mem::MaybeUninit::<Found>::uninit();
-    let groups = span.div_ceil(GROUP);
-    // SAFETY: the caller's promise; the panel has the codes of all groups, and there is room for their products.
+    let (stride, groups) = (x.stride(), x.groups());
+    let codes = &x.codes()[row * stride + from..];
+    assert!(sums.len() <= TOKENS && codes.len() >= (TOKENS - 1) * stride + SPAN);
+    // SAFETY: the caller's promise; `TOKENS` spans of codes are there, the panel has as many, and there is room for their products.
     unsafe {
         asm!(
             "2:",
             "tilezero tmm0",
-            "tileloadd tmm1, [{x} + {stride}]",
-            "tileloadd tmm2, [{w} + {line}]",
-            "tdpbssd tmm0, tmm1, tmm2",
+            "tileloadd tmm4, [{x} + {stride}]",
+            "tileloadd tmm5, [{w} + {line}]",
+            "tdpbssd tmm0, tmm4, tmm5",
+            "tilezero tmm1",
+            "tileloadd tmm6, [{x} + {stride} + 32]",
+            "tileloadd tmm7, [{w} + {line} + 512]",
+            "tdpbssd tmm1, tmm6, tmm7",
+            "tilezero tmm2",
+            "tileloadd tmm4, [{x} + {stride} + 64]",
+            "tileloadd tmm5, [{w} + {line} + 1024]",
+            "tdpbssd tmm2, tmm4, tmm5",
+            "tilezero tmm3",
+            "tileloadd tmm6, [{x} + {stride} + 96]",
+            "tileloadd tmm7, [{w} + {line} + 1536]",
+            "tdpbssd tmm3, tmm6, tmm7",
             "tilestored [{found} + {line}], tmm0",
-            "add {x}, 32",
-            "add {w}, 512",
-            "add {found}, 1024",
+            "tilestored [{found} + {line} + 1024], tmm1",
+            "tilestored [{found} + {line} + 2048], tmm2",
+            "tilestored [{found} + {line} + 3072], tmm3",
+            "add {x}, 128",
+            "add {w}, 2048",
+            "add {found}, 4096",
             "dec {n}",
             "jnz 2b",
-            x = inout(reg) x(0).codes.as_ptr() => _, stride = in(reg) stride,
+            x = inout(reg) codes.as_ptr() => _, stride = in(reg) stride,
             w = inout(reg) panel.codes.as_ptr() => _, line = in(reg) 64u64,
-            found = inout(reg) found.as_mut_ptr() => _, n = inout(reg) groups => _,
+            found = inout(reg) found.as_mut_ptr() => _, n = inout(reg) GROUPS / 4 => _,
             options(nostack)
         );
     }
+    // SAFETY: all is written.
+    let Found(found) = unsafe { found.assume_init_ref() };
+    let at = row * groups + from / GROUP;
     for (n, sum) in sums.iter_mut().enumerate() {
-        let x = x(n);
+        let scales = &x.scales()[at + n * groups..][..GROUPS];
+        let own = &x.sums()[at + n * groups..][..GROUPS];
         let mut lanes = [_mm512_setzero_ps(); GROUPS];
-        for g in 0..groups {
-            // SAFETY: the tiles of these groups are written.
-            let found = unsafe { _mm512_load_si512((&raw const (*found.as_ptr()).0[g][n]).cast()) };
-            let scale = _mm512_mul_ps(wide(&panel.scales[g]), _mm512_set1_ps(x.scales[g]));
+        for g in 0..GROUPS {
+            // SAFETY: sixteen whole numbers.
+            let found = unsafe { _mm512_load_si512((&raw const found[g][n]).cast()) };
+            let scale = _mm512_mul_ps(wide(&panel.scales[g]), _mm512_set1_ps(scales[g]));
             lanes[g] = _mm512_mul_ps(_mm512_cvtepi32_ps(found), scale);
             if unsigned(KIND) {
-                let own = _mm512_set1_ps(x.sums[g]);
-                lanes[g] = _mm512_fnmadd_ps(wide(&panel.mins[g]), own, lanes[g]);
+                lanes[g] = _mm512_fnmadd_ps(wide(&panel.mins[g]), _mm512_set1_ps(own[g]), lanes[g]);
             }
         }
         // By halves, as lanes are added up.
-        for half in [8, 4, 2, 1] {
-            for g in 0..half {
-                lanes[g] = _mm512_add_ps(lanes[g], lanes[g + half]);
-            }
+        for g in 0..8 {
+            lanes[g] = _mm512_add_ps(lanes[g], lanes[g + 8]);
         }
-        *sum = narrow(_mm512_add_ps(wide(sum), lanes[0]));
+        for g in 0..4 {
+            lanes[g] = _mm512_add_ps(lanes[g], lanes[g + 4]);
+        }
+        let (even, odd) = (
+            _mm512_add_ps(lanes[0], lanes[2]),
+            _mm512_add_ps(lanes[1], lanes[3]),
+        );
+        *sum = narrow(_mm512_add_ps(wide(sum), _mm512_add_ps(even, odd)));
     }
 }

@@ -15,6 +15,9 @@ pub(super) const Q6_K: u8 = BlockType::Q6K as u8;
 pub(super) const Q4_K: u8 = BlockType::Q4K as u8;
 pub(super) const Q4_0: u8 = BlockType::Q4_0 as u8;
 
+/// Bytes from those that are computed with to those that are asked for.
+const AHEAD: usize = 2048;
+
 /// Bytes of eight groups.
 pub(super) const fn eight_bytes(kind: u8) -> usize {
     match kind {
@@ -55,6 +58,7 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
     let mut room = [0; 272];
     let mut at = 0;
     for span in w.chunks(SPAN / 256 * bytes) {
+        ask_for_next(span, const { SPAN / 256 * eight_bytes(KIND) });
         let mut lanes = [_mm256_setzero_ps(); N];
         for w in span.chunks(bytes) {
             let w = match w.len() < bytes {
@@ -230,11 +234,23 @@ pub(super) fn eight_halves(w: [&[u8]; 8], at: usize) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn eight_blocks<const BYTES: usize>(w: &[u8]) -> __m256 {
-    let mut blocks = [w; 8];
-    for (j, block) in blocks.iter_mut().enumerate() {
-        *block = &w[BYTES * j..];
+    let w = &w[..8 * BYTES];
+    let mut four = [0; 2];
+    for j in 0..8 {
+        let half = u16::from_le_bytes([w[BYTES * j], w[BYTES * j + 1]]);
+        four[j / 4] |= u64::from(half) << (16 * (j % 4));
     }
-    eight_halves(blocks, 0)
+    _mm256_cvtph_ps(_mm_set_epi64x(four[1] as i64, four[0] as i64))
+}
+
+/// Asks for `count` bytes that come [`AHEAD`] behind `w`, of this row or the next: one that waits for memory at every span, with so much to
+/// compute between, has too few of its loads on their way.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn ask_for_next(w: &[u8], count: usize) {
+    for at in (0..count).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD + at).cast());
+    }
 }
 
 /// The half at the beginning in all lanes; broadcast, for an insertion would wait for what the register held before.

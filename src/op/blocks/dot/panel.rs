@@ -28,6 +28,8 @@ pub(super) const GROUPS: usize = SPAN / GROUP;
 pub(super) const TOGETHER: usize = 8;
 /// Rows of activations whose spans stay in the second cache while [`PANELS`] panels pass, and so do their sums.
 const BLOCK: usize = 128;
+/// The same with tiles, whose weights' unpacking takes as long as the products of many rows.
+const TILED_BLOCK: usize = 512;
 const PANELS: usize = 16;
 /// Vectors of a group's unsigned codes of eight rows.
 pub(super) const STEPS: usize = GROUP / 4;
@@ -111,12 +113,13 @@ fn panels<const KIND: u8, const BY: u8>(
     SUMS.with_borrow_mut(|sums| {
         for first in rows.clone().step_by(PANELS * ROWS) {
             let count = (PANELS * ROWS).min(rows.end - first);
-            for top in (0..x.rows()).step_by(BLOCK) {
-                let m = BLOCK.min(x.rows() - top);
+            let block = if tiled(KIND, BY) { TILED_BLOCK } else { BLOCK };
+            for top in (0..x.rows()).step_by(block) {
+                let m = block.min(x.rows() - top);
                 sums.clear();
                 sums.resize(count.div_ceil(ROWS) * m, zero);
                 // What stays in the second cache while all panels pass.
-                let entries = (BLOCK / m * SPAN).min(x.width);
+                let entries = (block / m * SPAN).min(x.width);
                 for from in (0..x.width).step_by(entries) {
                     for (p, sums) in sums.chunks_exact_mut(m).enumerate() {
                         for from in (from..x.width.min(from + entries)).step_by(SPAN) {
@@ -145,9 +148,9 @@ fn panels<const KIND: u8, const BY: u8>(
                                         match tiled(KIND, BY) {
                                             true => amx::tile::<KIND>(
                                                 &panel,
-                                                x_of,
-                                                x.stride(),
-                                                span,
+                                                x,
+                                                top + together * i,
+                                                from,
                                                 sums,
                                             ),
                                             false => {
@@ -188,6 +191,11 @@ impl Panel {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn unpack<const KIND: u8, const BY: u8>(&mut self, rows: [&[u8]; ROWS]) {
         let (bytes, zero) = (const { eight_bytes(KIND) }, _mm256_setzero_si256());
+        if tiled(KIND, BY) {
+            // Tiles compute with all groups of a span.
+            self.scales = [Both([_mm256_setzero_ps(); 2]); GROUPS];
+            self.mins = self.scales;
+        }
         for i in 0..rows[0].len().div_ceil(bytes) {
             for strip in 0..2 {
                 let mut rooms = [[0; 272]; 8];
