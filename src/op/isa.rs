@@ -100,11 +100,17 @@ impl Isa {
         self.0
     }
 
+    /// The last that is [found](Self::found).
+    pub fn widest() -> Self {
+        static FOUND: OnceLock<Isa> = OnceLock::new();
+        *FOUND.get_or_init(|| Self::found().last().unwrap_or(Self(Level::Portable)))
+    }
+
     /// The widest that this processor has, or the one that the environment names. Found once.
     pub fn here() -> Self {
         static FOUND: OnceLock<Isa> = OnceLock::new();
         *FOUND.get_or_init(|| {
-            let widest = Self::found().last().unwrap_or(Self(Level::Portable));
+            let widest = Self::widest();
             let Ok(wanted) = std::env::var(VARIABLE) else {
                 return widest;
             };

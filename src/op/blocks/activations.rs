@@ -1,14 +1,14 @@
 //! Activations rounded to 8 bits, as products with blocks take them.
 
-use crate::op::isa::vectorised;
+use crate::op::isa::{Isa, Level, vectorised};
 use crate::op::team::fill;
 
 /// Entries that share a scale.
 pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
 pub(super) const PADDED: usize = 512;
-/// Their number is filled up with rows of zeros to whole numbers of this, which tiles read at once.
-const PADDED_ROWS: usize = 16;
+/// Rows of a tile, which they are filled up to whole numbers of with rows of zeros.
+pub(super) const TILE: usize = 16;
 /// Rows from which on weights are unpacked in panels for all of them.
 pub(super) const MANY: usize = 4;
 
@@ -19,7 +19,7 @@ const ALONE: usize = 1 << 14;
 const ROUND: f32 = 12_582_912.;
 
 /// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row. Rows are filled up with zeros to
-/// a whole number of [`PADDED`], their number to one of [`PADDED_ROWS`].
+/// a whole number of [`PADDED`], their number to one of [`TILE`].
 #[derive(Default)]
 pub struct Activations {
     pub width: usize,
@@ -35,6 +35,8 @@ pub struct Activations {
     negated_groups: Vec<i32>,
     /// The codes in 16 bits where there are [`MANY`] rows, of every four in the order 0, 2, 1, 3.
     wide: Vec<i16>,
+    /// The codes once more where tiles multiply them: `[rows / TILE, groups, TILE, GROUP]`.
+    tiles: Vec<i8>,
 }
 
 /// A row that is being filled.
@@ -100,7 +102,7 @@ impl Activations {
         self.width = width;
         self.rows = x.len() / width;
         let (stride, groups) = (self.stride(), self.groups());
-        let rows = self.rows.next_multiple_of(PADDED_ROWS);
+        let rows = self.rows.next_multiple_of(TILE);
         clear(&mut self.codes, rows * stride);
         clear(&mut self.scales, rows * groups);
         clear(&mut self.sums, rows * groups);
@@ -130,6 +132,15 @@ impl Activations {
             .collect();
         let task = |row: usize, coded: &mut [Coded]| coded[0].set(&x[row * width..][..width]);
         fill(x.len() >= ALONE, &mut places, 1, task);
+        let in_tiles = self.rows >= MANY && Isa::widest().level() == Level::Amx;
+        clear(&mut self.tiles, if in_tiles { rows * stride } else { 0 });
+        let tiles = self.tiles.chunks_exact_mut(TILE * stride);
+        for (codes, tile) in self.codes.chunks_exact(TILE * stride).zip(tiles) {
+            let places = tile.as_chunks_mut::<GROUP>().0;
+            for (at, code) in codes.as_chunks::<GROUP>().0.iter().enumerate() {
+                places[at % groups * TILE + at / groups] = *code;
+            }
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -146,8 +157,9 @@ impl Activations {
         self.stride() / GROUP
     }
 
-    pub(super) fn codes(&self) -> &[i8] {
-        &self.codes
+    /// Where there are [`MANY`] rows and tiles.
+    pub(super) fn tiles(&self) -> &[i8] {
+        &self.tiles
     }
 
     pub(super) fn scales(&self) -> &[f32] {

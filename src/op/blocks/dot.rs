@@ -23,7 +23,8 @@ const SPAN: usize = 512;
 /// Activation rows that share one reading of a row of blocks.
 const TOGETHER: usize = 4;
 
-/// Rows `rows` of `W`, blocks of `[N, K]` weights, with all of `x [M, K]`; `write` gets the row of `W`, that of `x`, and their product.
+/// Rows `rows` of `W`, blocks of `[N, K]` weights, with all of `x [M, K]`; `write` gets a row of `W`, one of `x`, and the products of
+/// that and the rows of `W` behind it with the latter.
 /// Every product is one sum in one order, whatever it is computed beside.
 ///
 /// # Panics
@@ -34,7 +35,7 @@ pub fn rows(
     w: &[u8],
     x: &Activations,
     rows: Range<usize>,
-    write: impl Fn(usize, usize, f32),
+    write: impl Fn(usize, usize, &[f32]),
 ) {
     let row_bytes = x.width / kind.weights() * kind.bytes();
     assert!(x.width.is_multiple_of(kind.weights()) && row_bytes > 0);
@@ -59,7 +60,7 @@ pub fn rows(
             let w = &w[row * row_bytes..][..row_bytes];
             let put = |sums: &[f32]| {
                 for (i, sum) in sums.iter().enumerate() {
-                    write(row, first + i, *sum);
+                    write(row, first + i, &[*sum]);
                 }
             };
             match x.rows() - first {

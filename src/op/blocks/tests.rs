@@ -91,7 +91,9 @@ fn coding_twice_changes_little() {
 fn product(isa: Isa, kind: BlockType, w: &[u8], x: &Activations, y: &mut [f32]) {
     let outs = y.len() / x.rows();
     let y = std::cell::RefCell::new(y);
-    let write = |row: usize, m: usize, found: f32| y.borrow_mut()[m * outs + row] = found;
+    let write = |row: usize, m: usize, found: &[f32]| {
+        y.borrow_mut()[m * outs + row..][..found.len()].copy_from_slice(found);
+    };
     rows(isa, kind, w, x, 0..outs, write);
 }
 

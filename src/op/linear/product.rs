@@ -139,11 +139,11 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     let work = |task: usize| {
         let (i, rows) = tasks[task].clone();
         let outs = weights[i].rows;
-        let write = |row: usize, m: usize, found: f32| {
-            // SAFETY: every row of weights is one task's, and so is its column of `y`.
+        let write = |row: usize, m: usize, found: &[f32]| {
+            // SAFETY: every row of weights is one task's, and so are their columns of `y`.
             #[allow(unsafe_code)]
-            let place = unsafe { ys[i].slice(m * outs + row, 1) };
-            place[0] = found;
+            let place = unsafe { ys[i].slice(m * outs + row, found.len()) };
+            place.copy_from_slice(found);
         };
         match weights[i].storage {
             Storage::Blocks(kind) => blocks::rows(isa, kind, weights[i].bytes, codes, rows, write),
@@ -193,7 +193,7 @@ fn few(
     x: &[f32],
     m: usize,
     rows: Range<usize>,
-    write: impl Fn(usize, usize, f32),
+    write: impl Fn(usize, usize, &[f32]),
 ) {
     let four = match m {
         1 if w.bytes.len() < CACHED => rows.start + rows.len() / 4 * 4,
@@ -236,11 +236,11 @@ fn put<const R: usize, const N: usize>(
     row: usize,
     first: usize,
     sums: [[f32; N]; R],
-    write: impl Fn(usize, usize, f32),
+    write: impl Fn(usize, usize, &[f32]),
 ) {
     for (r, sums) in sums.into_iter().enumerate() {
         for (n, sum) in sums.into_iter().enumerate() {
-            write(row + r, first + n, sum);
+            write(row + r, first + n, &[sum]);
         }
     }
 }
@@ -278,7 +278,7 @@ fn many(
     packed: &[f32],
     m: usize,
     rows: Range<usize>,
-    write: impl Fn(usize, usize, f32),
+    write: impl Fn(usize, usize, &[f32]),
 ) {
     thread_local! {
         static WORK: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
@@ -309,9 +309,7 @@ fn many(
                 }
             }
             for (i, sums) in sums.chunks_exact(count).enumerate() {
-                for (r, sum) in sums.iter().enumerate() {
-                    write(first + r, i, *sum);
-                }
+                write(first, i, sums);
             }
         }
     });

@@ -4,14 +4,14 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::super::activations::{Activations, GROUP};
+use super::super::activations::{Activations, GROUP, TILE};
 use super::SPAN;
 use super::avx2::unsigned;
 use super::avx512::{narrow, wide};
 use super::panel::{Both, GROUPS, Panel};
 
 /// Rows of activations of a tile.
-pub const TOKENS: usize = 16;
+pub const TOKENS: usize = TILE;
 
 /// A group's products: `[TOKENS, ROWS]`.
 type Products = [[i32; 16]; TOKENS];
@@ -45,39 +45,39 @@ pub unsafe fn tile<const KIND: u8>(
     #[repr(align(64))]
     struct Found([Products; GROUPS]);
     let mut found = std::mem::MaybeUninit::<Found>::uninit();
-    let (stride, groups) = (x.stride(), x.groups());
-    let codes = &x.codes()[row * stride + from..];
-    assert!(sums.len() <= TOKENS && codes.len() >= (TOKENS - 1) * stride + SPAN);
-    // SAFETY: the caller's promise; `TOKENS` spans of codes are there, the panel has as many, and there is room for their products.
+    let groups = x.groups();
+    let codes = &x.tiles()[row * groups * GROUP + from * TOKENS..][..TOKENS * SPAN];
+    assert!(sums.len() <= TOKENS && row.is_multiple_of(TOKENS) && from.is_multiple_of(GROUP));
+    // SAFETY: the caller's promise; all groups' codes are there, the panel has as many, and there is room for their products.
     unsafe {
         asm!(
             "2:",
             "tilezero tmm0",
-            "tileloadd tmm4, [{x} + {stride}]",
+            "tileloadd tmm4, [{x} + {row}]",
             "tileloadd tmm5, [{w} + {line}]",
             "tdpbssd tmm0, tmm4, tmm5",
             "tilezero tmm1",
-            "tileloadd tmm6, [{x} + {stride} + 32]",
+            "tileloadd tmm6, [{x} + {row} + 512]",
             "tileloadd tmm7, [{w} + {line} + 512]",
             "tdpbssd tmm1, tmm6, tmm7",
             "tilezero tmm2",
-            "tileloadd tmm4, [{x} + {stride} + 64]",
+            "tileloadd tmm4, [{x} + {row} + 1024]",
             "tileloadd tmm5, [{w} + {line} + 1024]",
             "tdpbssd tmm2, tmm4, tmm5",
             "tilezero tmm3",
-            "tileloadd tmm6, [{x} + {stride} + 96]",
+            "tileloadd tmm6, [{x} + {row} + 1536]",
             "tileloadd tmm7, [{w} + {line} + 1536]",
             "tdpbssd tmm3, tmm6, tmm7",
             "tilestored [{found} + {line}], tmm0",
             "tilestored [{found} + {line} + 1024], tmm1",
             "tilestored [{found} + {line} + 2048], tmm2",
             "tilestored [{found} + {line} + 3072], tmm3",
-            "add {x}, 128",
+            "add {x}, 2048",
             "add {w}, 2048",
             "add {found}, 4096",
             "dec {n}",
             "jnz 2b",
-            x = inout(reg) codes.as_ptr() => _, stride = in(reg) stride,
+            x = inout(reg) codes.as_ptr() => _, row = in(reg) GROUP,
             w = inout(reg) panel.codes.as_ptr() => _, line = in(reg) 64u64,
             found = inout(reg) found.as_mut_ptr() => _, n = inout(reg) GROUPS / 4 => _,
             options(nostack)
@@ -89,26 +89,33 @@ pub unsafe fn tile<const KIND: u8>(
     for (n, sum) in sums.iter_mut().enumerate() {
         let scales = &x.scales()[at + n * groups..][..GROUPS];
         let own = &x.sums()[at + n * groups..][..GROUPS];
-        let mut lanes = [_mm512_setzero_ps(); GROUPS];
-        for g in 0..GROUPS {
-            // SAFETY: sixteen whole numbers.
-            let found = unsafe { _mm512_load_si512((&raw const found[g][n]).cast()) };
-            let scale = _mm512_mul_ps(wide(&panel.scales[g]), _mm512_set1_ps(scales[g]));
-            lanes[g] = _mm512_mul_ps(_mm512_cvtepi32_ps(found), scale);
-            if unsigned(KIND) {
-                lanes[g] = _mm512_fnmadd_ps(wide(&panel.mins[g]), _mm512_set1_ps(own[g]), lanes[g]);
-            }
+        // Written out, so that all of it stays in registers.
+        macro_rules! lane {
+            ($g:expr) => {{
+                // SAFETY: sixteen whole numbers.
+                let found = unsafe { _mm512_load_si512((&raw const found[$g][n]).cast()) };
+                let scale = _mm512_mul_ps(wide(&panel.scales[$g]), _mm512_set1_ps(scales[$g]));
+                let product = _mm512_mul_ps(_mm512_cvtepi32_ps(found), scale);
+                match unsigned(KIND) {
+                    true => {
+                        _mm512_fnmadd_ps(wide(&panel.mins[$g]), _mm512_set1_ps(own[$g]), product)
+                    }
+                    false => product,
+                }
+            }};
         }
         // By halves, as lanes are added up.
-        for g in 0..8 {
-            lanes[g] = _mm512_add_ps(lanes[g], lanes[g + 8]);
-        }
-        for g in 0..4 {
-            lanes[g] = _mm512_add_ps(lanes[g], lanes[g + 4]);
+        macro_rules! four {
+            ($g:expr) => {
+                _mm512_add_ps(
+                    _mm512_add_ps(lane!($g), lane!($g + 8)),
+                    _mm512_add_ps(lane!($g + 4), lane!($g + 12)),
+                )
+            };
         }
         let (even, odd) = (
-            _mm512_add_ps(lanes[0], lanes[2]),
-            _mm512_add_ps(lanes[1], lanes[3]),
+            _mm512_add_ps(four!(0), four!(2)),
+            _mm512_add_ps(four!(1), four!(3)),
         );
         *sum = narrow(_mm512_add_ps(wide(sum), _mm512_add_ps(even, odd)));
     }

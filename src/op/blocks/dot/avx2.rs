@@ -58,7 +58,7 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
     let mut room = [0; 272];
     let mut at = 0;
     for span in w.chunks(SPAN / 256 * bytes) {
-        ask_for_next(span, const { SPAN / 256 * eight_bytes(KIND) });
+        ask_behind(span);
         let mut lanes = [_mm256_setzero_ps(); N];
         for w in span.chunks(bytes) {
             let w = match w.len() < bytes {
@@ -243,13 +243,21 @@ fn eight_blocks<const BYTES: usize>(w: &[u8]) -> __m256 {
     _mm256_cvtph_ps(_mm_set_epi64x(four[1] as i64, four[0] as i64))
 }
 
-/// Asks for `count` bytes that come [`AHEAD`] behind `w`, of this row or the next: one that waits for memory at every span, with so much to
-/// compute between, has too few of its loads on their way.
+/// Asks memory for bytes that are read later: what computes much between its loads has too few of them on their way.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn ask_for_next(w: &[u8], count: usize) {
-    for at in (0..count).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD + at).cast());
+pub(super) fn ask_for(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+    }
+}
+
+/// Asks for what comes [`AHEAD`] behind a span, of this row or the next.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn ask_behind(span: &[u8]) {
+    for at in (0..span.len()).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(span.as_ptr().wrapping_add(AHEAD + at).cast());
     }
 }
 

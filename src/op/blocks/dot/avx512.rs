@@ -40,7 +40,7 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
     let mut totals = [0.; N];
     let mut room = [0; 544];
     for (i, w) in w.chunks(bytes).enumerate() {
-        avx2::ask_for_next(w, const { 2 * eight_bytes(KIND) });
+        avx2::ask_behind(w);
         let w = match w.len() < bytes {
             true => filled(w, &mut room),
             false => w,

@@ -12,7 +12,8 @@ use super::super::BlockType;
 use super::super::activations::{Activations, GROUP, Row};
 use super::SPAN;
 use super::avx2::{
-    Q4_0, Q4_K, Q6_K, Q8_0, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
+    Q4_0, Q4_K, Q6_K, Q8_0, ask_for, codes, eight_bytes, eight_halves, filled, ones, scales,
+    unsigned,
 };
 use super::{amx, avx512};
 use crate::op::amx::{configure, release};
@@ -75,7 +76,7 @@ pub unsafe fn rows<const BY: u8>(
     row_bytes: usize,
     x: &Activations,
     rows: Range<usize>,
-    write: impl Fn(usize, usize, f32),
+    write: impl Fn(usize, usize, &[f32]),
 ) {
     match kind {
         BlockType::Q8_0 => panels::<Q8_0, BY>(w, row_bytes, x, rows, write),
@@ -93,7 +94,7 @@ fn panels<const KIND: u8, const BY: u8>(
     row_bytes: usize,
     x: &Activations,
     rows: Range<usize>,
-    write: impl Fn(usize, usize, f32),
+    write: impl Fn(usize, usize, &[f32]),
 ) {
     thread_local! {
         /// `[PANELS, M, ROWS]`
@@ -120,19 +121,30 @@ fn panels<const KIND: u8, const BY: u8>(
                 sums.resize(count.div_ceil(ROWS) * m, zero);
                 // What stays in the second cache while all panels pass.
                 let entries = (block / m * SPAN).min(x.width);
-                for from in (0..x.width).step_by(entries) {
+                for start in (0..x.width).step_by(entries) {
                     for (p, sums) in sums.chunks_exact_mut(m).enumerate() {
-                        for from in (from..x.width.min(from + entries)).step_by(SPAN) {
+                        let end = x.width.min(start + entries);
+                        for from in (start..end).step_by(SPAN) {
                             let span = SPAN.min(x.width - from);
-                            let part =
-                                row_bytes * from / x.width..row_bytes * (from + span) / x.width;
-                            let mut parts = [&w[..0]; ROWS];
-                            for (r, row) in parts.iter_mut().enumerate() {
-                                // What is past the last row is computed and not written.
-                                let r = first + (p * ROWS + r).min(count - 1);
-                                *row = &w[r * row_bytes..][part.clone()];
+                            let panel_of = |p: usize, from: usize| {
+                                let end = x.width.min(from + SPAN);
+                                let part = row_bytes * from / x.width..row_bytes * end / x.width;
+                                let mut parts = [&w[..0]; ROWS];
+                                for (r, row) in parts.iter_mut().enumerate() {
+                                    // What is past the last row is computed and not written.
+                                    let r = first + (p * ROWS + r).min(count - 1);
+                                    *row = &w[r * row_bytes..][part.clone()];
+                                }
+                                parts
+                            };
+                            let next = match from + SPAN < end {
+                                true => panel_of(p, from + SPAN),
+                                false => panel_of(p + 1, start),
+                            };
+                            for row in next {
+                                ask_for(row);
                             }
-                            panel.unpack::<KIND, BY>(parts);
+                            panel.unpack::<KIND, BY>(panel_of(p, from));
                             let together = const {
                                 match BY {
                                     _ if tiled(KIND, BY) => amx::TOKENS,
@@ -170,12 +182,13 @@ fn panels<const KIND: u8, const BY: u8>(
                         }
                     }
                 }
-                for (i, sums) in sums.iter().enumerate() {
-                    let (row, m) = (first + i / m * ROWS, top + i % m);
-                    let left = first + count - row;
-                    for (r, sum) in entries_of(sums).into_iter().take(left).enumerate() {
-                        write(row + r, m, sum);
+                // Row after row of `x`: a place for each would be in a page of its own.
+                let mut found = [0.; PANELS * ROWS];
+                for i in 0..m {
+                    for (found, sums) in found.chunks_exact_mut(ROWS).zip(sums.chunks_exact(m)) {
+                        found.copy_from_slice(&entries_of(&sums[i]));
                     }
+                    write(first, top + i, &found[..count]);
                 }
             }
         }

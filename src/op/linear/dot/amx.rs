@@ -92,7 +92,8 @@ fn parts(x: f32) -> (u32, u32) {
     (high, nearest(x - f32::from_bits(high << 16)))
 }
 
-/// Rows `rows` of `w [N, width]` in bf16 with all of `x`; `write` gets the row of `w`, that of `x`, and their product.
+/// Rows `rows` of `w [N, width]` in bf16 with all of `x`; `write` gets a row of `w`, one of `x`, and the products of that and
+/// the rows of `w` behind it with the latter.
 ///
 /// # Safety
 /// The processor has tiles, and the process the permission to use them ([`crate::op::isa::Level::Amx`]).
@@ -105,7 +106,7 @@ pub unsafe fn rows(
     width: usize,
     x: &Activations,
     rows: Range<usize>,
-    write: impl Fn(usize, usize, f32),
+    write: impl Fn(usize, usize, &[f32]),
 ) {
     thread_local! {
         /// Sums `[rows / ROWS, tiles, ROWS, columns]`, and rows of weights that are filled up with zeros.
@@ -171,13 +172,18 @@ pub unsafe fn rows(
                     }
                 }
             }
-            for (i, sums) in sums.chunks_exact(x.columns).enumerate() {
-                let (tile, row) = (i / ROWS % tiles, i / ROWS / tiles * ROWS + i % ROWS);
-                if row < count {
-                    let left = x.rows - tile * TOKENS;
-                    for (token, sum) in sums.as_chunks::<2>().0.iter().take(left).enumerate() {
-                        write(first + row, tile * TOKENS + token, sum[0] + sum[1]);
+            for tile in 0..tiles {
+                let mut found = [[0.; BLOCK]; TOKENS];
+                for strip in 0..strips {
+                    let sums = &sums[(strip * tiles + tile) * sum..][..sum];
+                    for (r, sums) in sums.chunks_exact(x.columns).enumerate() {
+                        for (found, sum) in found.iter_mut().zip(sums.as_chunks::<2>().0) {
+                            found[strip * ROWS + r] = sum[0] + sum[1];
+                        }
                     }
+                }
+                for (token, found) in (tile * TOKENS..x.rows).zip(&found) {
+                    write(first, token, &found[..count]);
                 }
             }
         }
