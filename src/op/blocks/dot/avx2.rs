@@ -15,9 +15,6 @@ pub(super) const Q6_K: u8 = BlockType::Q6K as u8;
 pub(super) const Q4_K: u8 = BlockType::Q4K as u8;
 pub(super) const Q4_0: u8 = BlockType::Q4_0 as u8;
 
-/// Bytes from those that are computed with to those that are asked for.
-const AHEAD: usize = 2048;
-
 /// Bytes of eight groups.
 pub(super) const fn eight_bytes(kind: u8) -> usize {
     match kind {
@@ -58,7 +55,6 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
     let mut room = [0; 272];
     let mut at = 0;
     for span in w.chunks(SPAN / 256 * bytes) {
-        ask_behind(span);
         let mut lanes = [_mm256_setzero_ps(); N];
         for w in span.chunks(bytes) {
             let w = match w.len() < bytes {
@@ -249,15 +245,6 @@ fn eight_blocks<const BYTES: usize>(w: &[u8]) -> __m256 {
 pub(super) fn ask_for(bytes: &[u8]) {
     for line in bytes.chunks(64) {
         _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-    }
-}
-
-/// Asks for what comes [`AHEAD`] behind a span, of this row or the next.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn ask_behind(span: &[u8]) {
-    for at in (0..span.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(span.as_ptr().wrapping_add(AHEAD + at).cast());
     }
 }
 

@@ -12,6 +12,9 @@ use super::SPAN;
 use super::avx2::{self, Q4_0, Q4_K, Q6_K, Q8_0, eight_bytes, filled, unsigned};
 use super::panel::{Both, GROUPS, Panel, STEPS, TOGETHER};
 
+/// Bytes from those that are computed with to those that are asked for.
+const AHEAD: usize = 2048;
+
 /// Weights of a vector of codes.
 const CHUNK: usize = 64;
 
@@ -40,7 +43,7 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
     let mut totals = [0.; N];
     let mut room = [0; 544];
     for (i, w) in w.chunks(bytes).enumerate() {
-        avx2::ask_behind(w);
+        ask_behind(w);
         let w = match w.len() < bytes {
             true => filled(w, &mut room),
             false => w,
@@ -89,6 +92,15 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
         }
     }
     totals
+}
+
+/// Asks for what comes [`AHEAD`] behind a span, of this row or the next.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn ask_behind(span: &[u8]) {
+    for at in (0..span.len()).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(span.as_ptr().wrapping_add(AHEAD + at).cast());
+    }
 }
 
 /// Chunk `i` of a span's codes, unsigned.
