@@ -124,6 +124,32 @@ fn what_a_chat_cannot_do_is_said() {
     }
 }
 
+/// As `transformers` has it. No two places are further apart than these: it is never the same day in both.
+#[cfg(unix)]
+#[test]
+fn templates_are_told_the_local_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("template.jinja");
+    std::fs::write(
+        &path,
+        "{{ raise_exception(strftime_now('it is the %d.')) }}",
+    )
+    .unwrap();
+    let day = |zone: &str| {
+        let mut chat = command();
+        chat.args(["chat", TEACHER, "--chat-template", path.to_str().unwrap()]);
+        let mut child = (chat.env("TZ", zone).stdin(Stdio::piped()))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(b"Hello\n").unwrap();
+        let said = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+        let (_, day) = said.split_once("it is the ").expect(&said);
+        day[..2].parse::<u8>().unwrap()
+    };
+    assert_ne!(day("<+14>-14"), day("<-12>12"));
+}
+
 #[test]
 fn prompts_come_from_arguments_files_and_standard_input() {
     let folder = tempfile::tempdir().unwrap();

@@ -14,6 +14,7 @@ mod info;
 mod input;
 mod kernels;
 mod output;
+mod packaging;
 mod page;
 mod pipeline;
 mod processors;

@@ -369,7 +369,8 @@ pub fn write(
 /// Merges that put words together a character at a time: those that a tokenizer takes whole (`ignore_merges`) and no merge of its own
 /// makes. llama.cpp takes words whole for llama-bpe alone. First come the words behind a space: no other begins as they do, so nothing
 /// inside of them is put together before them. A text of known words is cut alike then; of an unknown one, what is a known word at its
-/// beginning is one token to llama.cpp.
+/// beginning is one token to llama.cpp, and where it begins as one but is none (` gi` as ` girl`), llama.cpp leaves its space out: it
+/// spells what no token is by bytes, and a space's letter here has two.
 fn spelled<'a>(
     words: impl Iterator<Item = &'a String>,
     merges: &[(String, String)],

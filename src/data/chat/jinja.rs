@@ -1,7 +1,9 @@
 //! Jinja as `transformers` sets it up, and as Python behaves in it.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::fmt::{Display, Write};
 
+use chrono::format::StrftimeItems;
+use chrono::{DateTime, Local, TimeZone};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Environment, ErrorKind, State, Value};
@@ -43,8 +45,7 @@ pub fn environment() -> Environment<'static> {
         },
     );
     environment.add_function("strftime_now", |format: String| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        strftime(now.map_or(0, |t| t.as_secs()), &format)
+        strftime(&Local::now(), &format)
     });
     environment.add_filter("tojson", tojson);
     // To Python what has a length and items is one.
@@ -194,57 +195,18 @@ fn float(x: f64) -> String {
     }
 }
 
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-
-/// The codes that templates use, in UTC.
-fn strftime(seconds: u64, format: &str) -> String {
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Civil date from days since 1970 (Hinnant).
-    let z = days + 719_468;
-    let (era, doe) = (z / 146_097, z % 146_097);
-    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let day = doy - (153 * mp + 2) / 5 + 1;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    let year = yoe + era * 400 + u64::from(month <= 2);
-    let name = MONTHS[month as usize - 1];
+/// As Python's `strftime`: what is no code stands as it is.
+fn strftime<Z: TimeZone<Offset: Display>>(
+    time: &DateTime<Z>,
+    format: &str,
+) -> Result<String, minijinja::Error> {
     let mut text = String::new();
-    let mut codes = format.chars();
-    while let Some(c) = codes.next() {
-        if c != '%' {
-            text.push(c);
-            continue;
-        }
-        let found = match codes.next() {
-            Some('d') => format!("{day:02}"),
-            Some('m') => format!("{month:02}"),
-            Some('Y') => year.to_string(),
-            Some('y') => format!("{:02}", year % 100),
-            Some('b') => name[..3].to_owned(),
-            Some('B') => name.to_owned(),
-            Some('H') => format!("{:02}", second / 3600),
-            Some('M') => format!("{:02}", second / 60 % 60),
-            Some('S') => format!("{:02}", second % 60),
-            Some(other) => format!("%{other}"),
-            None => "%".to_owned(),
-        };
-        text.push_str(&found);
-    }
-    text
+    let items = StrftimeItems::new_lenient(format);
+    write!(text, "{}", time.format_with_items(items)).map_err(|_| {
+        let message = format!("strftime_now cannot say {format:?}");
+        minijinja::Error::new(ErrorKind::InvalidOperation, message)
+    })?;
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -252,14 +214,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_civil() {
-        assert_eq!(
-            strftime(1_774_000_000, "%d %b %Y, %H:%M"),
-            "20 Mar 2026, 09:46"
-        );
-        assert_eq!(
-            strftime(951_782_400, "%Y-%m-%d %B %y"),
-            "2000-02-29 February 00"
-        );
+    fn times_are_said_as_by_python() {
+        let time = DateTime::parse_from_rfc3339("2026-03-02T09:46:05+02:00").unwrap();
+        // datetime(2026, 3, 2, 9, 46, 5).strftime(...)
+        for (format, text) in [
+            ("%d %b %Y, %H:%M", "02 Mar 2026, 09:46"),
+            (
+                "%A %-d %B %y, %I:%M:%S %p",
+                "Monday 2 March 26, 09:46:05 AM",
+            ),
+            ("%a %j %%", "Mon 061 %"),
+            ("100% %!", "100% %!"),
+        ] {
+            assert_eq!(strftime(&time, format).unwrap(), text);
+        }
     }
 }
