@@ -18,6 +18,7 @@ mod page;
 mod pipeline;
 mod processors;
 mod program;
+mod quantize;
 mod readme;
 mod recipes;
 mod runs;

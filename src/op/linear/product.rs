@@ -50,6 +50,7 @@ struct Weights<'a> {
     width: usize,
     rows: usize,
     row_bytes: usize,
+    scales: Option<&'a [f32]>,
 }
 
 impl<'a> Weights<'a> {
@@ -61,6 +62,7 @@ impl<'a> Weights<'a> {
             width: w.width(),
             rows: w.rows(),
             row_bytes: bytes.len() / w.rows().max(1),
+            scales: w.scales(),
         }
     }
 
@@ -127,7 +129,9 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
             // SAFETY: every row of weights is one task's, and so is its column of `y`.
             #[allow(unsafe_code)]
             let place = unsafe { ys[i].slice(m * outs + row, 1) };
-            place[0] = found;
+            place[0] = weights[i]
+                .scales
+                .map_or(found, |scales| scales[row] * found);
         };
         match weights[i].storage {
             Storage::Blocks(kind) => blocks::rows(isa, kind, weights[i].bytes, codes, rows, write),
