@@ -23,7 +23,7 @@ use crate::{Error, Result};
 
 /// Round a model's matrices into blocks and write them as GGUF. Norms, convolutions and what recurrences are made of stay in f32;
 /// rows that are no whole blocks of the type become Q8_0, or 16 bits. In f8_e4m3 what multiplies within layers gets 8 bits an entry and
-/// a scale a row, in a folder of safetensors; embedding and head become 16 bits. Ends with what the rounding costs.
+/// a scale a row, in a folder of safetensors that others read (Q8_0 loses less); embedding and head become 16 bits. Ends with what the rounding costs.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid quantize ./hybrid hybrid-q4_k.gguf --type q4_k --calibration train.jsonl --validation held-out.jsonl\n  \
