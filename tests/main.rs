@@ -19,6 +19,7 @@ mod page;
 mod pipeline;
 mod processors;
 mod program;
+mod quantize;
 mod readme;
 mod recipes;
 mod runs;

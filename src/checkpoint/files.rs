@@ -14,10 +14,10 @@ use rayon::prelude::*;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors, View};
 
-use super::json;
+use super::{fp8, json};
 use crate::atomic::write_atomic_with;
 use crate::mapped::map;
-use crate::op::linear::{Matrix, Storage, Stored};
+use crate::op::linear::{Matrix, Storage, Stored, finite_float8};
 use crate::{Error, Result};
 
 /// A mapped file and its parsed header.
@@ -86,6 +86,7 @@ impl TensorFile {
             Dtype::F32 => Storage::F32,
             Dtype::F16 => Storage::F16,
             Dtype::BF16 => Storage::Bf16,
+            Dtype::F8_E4M3 => Storage::F8E4M3,
             _ => return Ok(self.load(name, info)?.into()),
         };
         match info.shape[..] {
@@ -268,7 +269,7 @@ impl TensorFiles {
         self.place
             .keys()
             .map(String::as_str)
-            .filter(|name| !ignored(name))
+            .filter(|name| !ignored(name) && !self.beside_fp8(name))
     }
 
     pub fn contains(&self, name: &str) -> bool {
@@ -278,6 +279,31 @@ impl TensorFiles {
     fn find(&self, name: &str) -> Option<(&TensorFile, &TensorInfo)> {
         let file = &self.files[*self.place.get(name)?];
         file.header.info(name).map(|info| (file, info))
+    }
+
+    fn is_fp8(&self, name: &str) -> bool {
+        (self.find(name)).is_some_and(|(_, info)| info.dtype == Dtype::F8_E4M3)
+    }
+
+    /// Whether a tensor is the scale of another, or is there for those who round more than weights.
+    fn beside_fp8(&self, name: &str) -> bool {
+        let scale = fp8::scaled_by(name).is_some_and(|of| self.is_fp8(of));
+        scale || (fp8::is_of_others(name) && self.place.keys().any(|name| self.is_fp8(name)))
+    }
+
+    /// What a matrix in 8 bits is multiplied by.
+    fn scales(&self, name: &str, rows: usize) -> Result<Vec<f32>> {
+        let name = fp8::scale_of(name);
+        let (file, info) = self.finite(&name)?;
+        let scales = file
+            .load(&name, info)?
+            .to_dtype(DType::F32)?
+            .flatten_all()?;
+        let scales = scales.to_vec1::<f32>()?;
+        Ok(match scales[..] {
+            [one] => vec![one; rows],
+            _ => scales,
+        })
     }
 
     pub fn same_bytes(&self, a: &str, b: &str) -> bool {
@@ -306,11 +332,17 @@ impl TensorFiles {
                     info.shape
                 ));
             }
-            if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                problems.push(format!(
-                    "{name} has dtype {:?}; F32, F16 and BF16 are supported ({place})",
-                    info.dtype
-                ));
+            match (info.dtype, &info.shape[..]) {
+                (Dtype::F32 | Dtype::F16 | Dtype::BF16, _) => {}
+                (Dtype::F8_E4M3, [rows, _]) => {
+                    let scale = self.find(&fp8::scale_of(name)).map(|(_, info)| &info.shape[..]);
+                    let of_blocks = self.contains(&format!("{}_inv", fp8::scale_of(name)));
+                    let wrong = fp8::wrong(name, *rows, scale, of_blocks);
+                    problems.extend(wrong.map(|what| format!("{what} ({place})")));
+                }
+                (dtype, _) => problems.push(format!(
+                    "{name} has dtype {dtype:?}; F32, F16, BF16 and for matrices F8_E4M3 are supported ({place})"
+                )),
             }
         }
         let expected: std::collections::BTreeSet<&str> =
@@ -337,7 +369,19 @@ impl TensorFiles {
     /// When it holds a value that is not a finite number.
     pub fn matrix(&self, name: &str) -> Result<Matrix> {
         let (file, info) = self.finite(name)?;
-        file.matrix(name, info)
+        match file.matrix(name, info)? {
+            Matrix::Stored(w) if info.dtype == Dtype::F8_E4M3 => {
+                let scaled = self
+                    .scales(name, w.rows())
+                    .and_then(|scales| w.scaled(scales));
+                let scaled = scaled.map_err(|e| match e {
+                    Error::Invalid(what) => Error::file(&file.path, format!("{name}: {what}")),
+                    other => other,
+                });
+                scaled.map(Matrix::Stored)
+            }
+            matrix => Ok(matrix),
+        }
     }
 
     fn finite(&self, name: &str) -> Result<(&TensorFile, &TensorInfo)> {
@@ -380,6 +424,7 @@ fn part_is_finite(bytes: &[u8], dtype: Dtype) -> bool {
         Dtype::F32 => bytes
             .chunks_exact(4)
             .all(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 != 0x7f80_0000),
+        Dtype::F8_E4M3 => finite_float8(bytes),
         _ => true,
     }
 }
@@ -463,6 +508,7 @@ fn written_as(weight: &Matrix) -> Dtype {
         Matrix::Stored(w) => match w.storage() {
             Storage::F16 => Dtype::F16,
             Storage::Bf16 => Dtype::BF16,
+            Storage::F8E4M3 => Dtype::F8_E4M3,
             Storage::F32 | Storage::Blocks(_) => Dtype::F32,
         },
     }
@@ -488,7 +534,8 @@ fn bytes(weight: &Matrix) -> candle_core::Result<Cow<'_, [u8]>> {
     })
 }
 
-/// As [`write_tensors`], of weights however they are kept; blocks are widened to f32.
+/// As [`write_tensors`], of weights however they are kept; blocks are widened to f32. Scales of 8 bits are weights of their own
+/// ([`fp8::with_scales`]).
 pub(super) fn write_matrices(
     path: &Path,
     weights: &BTreeMap<String, Matrix>,

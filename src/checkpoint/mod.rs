@@ -21,6 +21,7 @@ mod bank;
 mod card;
 mod family;
 mod files;
+mod fp8;
 mod gguf;
 mod json;
 mod lock;
@@ -120,6 +121,7 @@ impl Checkpoint {
             return Err(Error::file(path, message));
         }
         let config = read_json(&file)?;
+        fp8::check(&file, &config)?;
         let hybrid = file.with_file_name("hybrid_config.json");
         if hybrid.exists() {
             let model = amd::read(&file, &config, &hybrid, &read_json(&hybrid)?)?;

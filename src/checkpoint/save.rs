@@ -10,7 +10,7 @@ use super::family;
 use super::files::{INDEX, bytes_of, write_matrices};
 use super::output::{COMPANIONS, check_output};
 use super::provenance::Provenance;
-use super::{Format, amd, card, gguf, replace};
+use super::{Format, amd, card, fp8, gguf, replace};
 use crate::atomic::{parent, private, usual, write_atomic};
 use crate::gguf::Gguf;
 use crate::model::ModelConfig;
@@ -55,7 +55,17 @@ pub fn save(
             );
         }
         Format::Zebroid => vec![("config.json", json!(config))],
-        Format::Llama => vec![("config.json", family::write(config)?)],
+        Format::Llama => {
+            let mut value = family::write(config)?;
+            fp8::declare(&mut value, &weights.to_map());
+            vec![("config.json", value)]
+        }
+        Format::Amd if weights.iter().any(|(_, weight)| fp8::is_fp8(weight)) => {
+            return Err(Error::file(
+                out,
+                "AMD's format has no matrices in 8 bits: write format zebroid, or round them first (zebroid export --dtype bf16)",
+            ));
+        }
         Format::Amd => {
             let (base, hybrid) = amd::write(config)?;
             vec![("config.json", base), ("hybrid_config.json", hybrid)]
@@ -69,7 +79,7 @@ pub fn save(
     let folder = partial.path();
     #[cfg(unix)]
     fs::set_permissions(folder, usual(0o755)).map_err(Error::io("cannot write into", folder))?;
-    write_weights(folder, &weights.to_map(), SHARD)?;
+    write_weights(folder, &fp8::with_scales(&weights.to_map())?, SHARD)?;
     for (name, value) in configs {
         let text = serde_json::to_string_pretty(&value).expect("configs serialise") + "\n";
         write_atomic(&folder.join(name), text.as_bytes())?;

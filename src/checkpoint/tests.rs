@@ -32,7 +32,7 @@ pub(super) fn config(tied: bool) -> ModelConfig {
     }
 }
 
-fn tensors(config: &ModelConfig) -> BTreeMap<String, Tensor> {
+pub(super) fn tensors(config: &ModelConfig) -> BTreeMap<String, Tensor> {
     let make = |(i, (name, shape)): (usize, (String, Vec<usize>))| {
         let n: usize = shape.iter().product();
         let data: Vec<f32> = (0..n).map(|j| ((i * 31 + j) as f32).sin()).collect();
@@ -42,7 +42,7 @@ fn tensors(config: &ModelConfig) -> BTreeMap<String, Tensor> {
 }
 
 /// A folder that nothing is known of.
-fn write(
+pub(super) fn write(
     out: &Path,
     format: Format,
     config: &ModelConfig,
@@ -53,9 +53,9 @@ fn write(
     save(out, format, config, weights, None, &record, force)
 }
 
-struct Folder {
+pub(super) struct Folder {
     _root: tempfile::TempDir,
-    path: PathBuf,
+    pub path: PathBuf,
 }
 
 impl Folder {
@@ -66,11 +66,11 @@ impl Folder {
         Self { _root: root, path }
     }
 
-    fn whole() -> Self {
+    pub fn whole() -> Self {
         Self::new(&config(true), &tensors(&config(true)))
     }
 
-    fn weights(&self) -> PathBuf {
+    pub fn weights(&self) -> PathBuf {
         self.path.join("model.safetensors")
     }
 
@@ -80,7 +80,7 @@ impl Folder {
     }
 
     /// Changes a field of config.json.
-    fn set(&self, field: &str, value: serde_json::Value) {
+    pub fn set(&self, field: &str, value: serde_json::Value) {
         let path = self.path.join("config.json");
         let mut json = read_json(&path).unwrap();
         json[field] = value;
@@ -88,13 +88,13 @@ impl Folder {
     }
 
     /// What opening and loading says.
-    fn error(&self) -> String {
+    pub fn error(&self) -> String {
         let loaded = Checkpoint::open(&self.path).and_then(|c| c.parts());
         loaded.expect_err("this folder is wrong").to_string()
     }
 }
 
-fn bits(t: &Tensor) -> Vec<u32> {
+pub(super) fn bits(t: &Tensor) -> Vec<u32> {
     let values = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
     values
         .to_vec1::<f32>()

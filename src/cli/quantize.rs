@@ -1,4 +1,4 @@
-//! `zebroid quantize`: matrices in blocks of 8, 6 or 4 bits, in a GGUF file.
+//! `zebroid quantize`: matrices in blocks of 8, 6 or 4 bits, in a GGUF file, or in 8 bits with an exponent each, in a folder.
 
 use std::path::{Path, PathBuf};
 
@@ -8,8 +8,10 @@ use super::arg::data;
 use super::arg::hub::Model;
 use super::positive;
 use super::show::{Progress, bytes, check_file, print, print_json, table, thousands};
-use crate::checkpoint::{self, Checkpoint, save_gguf, write_atomic};
-use crate::convert::quantize::{Importance, check, encoded, importance, storage};
+use crate::checkpoint::{self, Checkpoint, Format, Step, save_gguf, write_atomic};
+use crate::convert::quantize::{
+    Importance, check, encoded, float8, importance, storage, takes_float8,
+};
 use crate::data::{Batches, Corpus, Packing, Tokenizer};
 use crate::eval::kl::{self, KlReport};
 use crate::op::blocks::BlockType;
@@ -20,20 +22,22 @@ use crate::weights::Place;
 use crate::{Error, Result};
 
 /// Round a model's matrices into blocks and write them as GGUF. Norms, convolutions and what recurrences are made of stay in f32;
-/// rows that are no whole blocks of the type become Q8_0, or 16 bits. Ends with what the rounding costs.
+/// rows that are no whole blocks of the type become Q8_0, or 16 bits. In f8_e4m3 what multiplies within layers gets 8 bits an entry and
+/// a scale a row, in a folder of safetensors that others read (Q8_0 loses less); embedding and head become 16 bits. Ends with what the rounding costs.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     zebroid quantize ./hybrid hybrid-q4_k.gguf --type q4_k --calibration train.jsonl --validation held-out.jsonl\n  \
-    zebroid quantize ./teacher teacher-q8_0.gguf --type q8_0")]
+    zebroid quantize ./teacher teacher-q8_0.gguf --type q8_0\n  \
+    zebroid quantize ./teacher ./teacher-f8 --type f8_e4m3 --validation held-out.jsonl")]
 pub struct Args {
     /// Checkpoint folder of any format, with its tokenizer, a GGUF file, or a Hugging Face id.
     checkpoint: Model,
-    /// File to write (.gguf); must not exist.
+    /// File to write (.gguf), for f8_e4m3 a folder; must not exist.
     out: PathBuf,
-    /// Type of the blocks: q8_0, q6_k, q4_k or q4_0.
-    #[arg(long = "type", value_name = "TYPE")]
-    kind: BlockType,
-    /// Texts that say what an error in each weight is worth.
+    /// Type of the matrices: of blocks q8_0, q6_k, q4_k or q4_0; or f8_e4m3.
+    #[arg(long = "type", value_name = "TYPE", value_parser = kind)]
+    kind: Storage,
+    /// Texts that say what an error in each weight is worth (of blocks).
     #[arg(long, value_name = "TEXT")]
     calibration: Vec<Text>,
     /// Tokens of it that are read.
@@ -59,11 +63,36 @@ pub struct Args {
     json: bool,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
-    if !crate::gguf::Gguf::is_named(&args.out) {
-        let wanted = "quantised models are written as GGUF: give a name that ends in .gguf";
-        return Err(Error::file(&args.out, wanted).into());
+/// # Errors
+/// A name of none.
+fn kind(name: &str) -> Result<Storage> {
+    if name == Storage::F8E4M3.name() {
+        return Ok(Storage::F8E4M3);
     }
+    let kind = name.parse::<BlockType>().map(Storage::Blocks);
+    kind.map_err(|e| Error::invalid(format!("{e}, or {}", Storage::F8E4M3.name())))
+}
+
+/// # Errors
+/// A name for the output that its type cannot have, or texts that it has no use for.
+fn check_args(args: &Args) -> Result<()> {
+    let wrong = match (args.kind, crate::gguf::Gguf::is_named(&args.out)) {
+        (Storage::Blocks(_), false) => {
+            "matrices in blocks are written as GGUF: give a name that ends in .gguf"
+        }
+        (Storage::F8E4M3, true) => "GGUF has no f8_e4m3: give the name of a folder, or --type q8_0",
+        _ if args.kind == Storage::F8E4M3 && !args.calibration.is_empty() => {
+            return Err(Error::invalid(
+                "f8_e4m3 rounds every entry by its own exponent, whatever it is worth: leave out --calibration",
+            ));
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::file(&args.out, wrong))
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    check_args(&args)?;
     let texts = args.calibration.iter().chain(&args.validation);
     let texts = texts.filter_map(Text::source);
     let inputs: Vec<&Path> = [args.checkpoint.named()].into_iter().chain(texts).collect();
@@ -76,7 +105,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::open(&checkpoint)?;
     tokenizer.check(source.config.vocab_size)?;
     let parts = source.parts()?;
-    check(args.kind, &parts)?;
+    if let Storage::Blocks(kind) = args.kind {
+        check(kind, &parts)?;
+    }
     let watch = Progress::default();
     let text = |texts: &[Text]| -> Result<Option<Corpus>> {
         if texts.is_empty() {
@@ -95,28 +126,56 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let all: std::collections::BTreeMap<_, _> = worth.iter().collect();
         write_atomic(path, serde_json::to_string(&all)?.as_bytes())?;
     }
-    let matrices = parts.weights.iter().filter(|(_, w)| w.shape().len() == 2);
-    let matrices = matrices.count();
-    let done = std::cell::Cell::new(0);
-    watch.start("quantize", matrices);
-    let encode = |name: &str, weight: &Matrix, storage: Storage| {
-        let bytes = encoded(name, weight, storage, &worth)?;
-        done.set(done.get() + 1);
-        watch.reached(done.get(), matrices, "matrices")?;
-        Ok(bytes)
-    };
-    let kept = |_: &str, weight: &Matrix| storage(args.kind, weight);
     let (config, weights) = (&parts.config, &parts.weights);
-    save_gguf(
-        &args.out,
-        config,
-        weights,
-        &checkpoint,
-        args.force,
-        &kept,
-        &encode,
-    )?;
-    let result = Checkpoint::open(&args.out)?.parts()?;
+    match args.kind {
+        Storage::Blocks(kind) => {
+            let matrices = weights.iter().filter(|(_, w)| w.shape().len() == 2);
+            let matrices = matrices.count();
+            let done = std::cell::Cell::new(0);
+            watch.start("quantize", matrices);
+            let encode = |name: &str, weight: &Matrix, storage: Storage| {
+                let bytes = encoded(name, weight, storage, &worth)?;
+                done.set(done.get() + 1);
+                watch.reached(done.get(), matrices, "matrices")?;
+                Ok(bytes)
+            };
+            let kept = |_: &str, weight: &Matrix| storage(kind, weight);
+            save_gguf(
+                &args.out,
+                config,
+                weights,
+                &checkpoint,
+                args.force,
+                &kept,
+                &encode,
+            )?;
+        }
+        _ => {
+            let rounded = float8(weights, &watch)?;
+            let format = match source.format {
+                Format::Llama => Format::Llama,
+                _ => Format::Zebroid,
+            };
+            let settings = json!({ "type": args.kind.name() });
+            let record = source
+                .provenance()?
+                .then(Step::new("quantize", settings, Vec::new()));
+            let from = Some(checkpoint.as_path());
+            checkpoint::save(
+                &args.out, format, config, rounded, from, &record, args.force,
+            )?;
+        }
+    }
+    let written = Checkpoint::open(&args.out)?;
+    let size: usize = match args.kind {
+        // With the tokenizer and all that stands in the file.
+        Storage::Blocks(_) => {
+            let file = std::fs::metadata(&args.out).map_err(Error::io("cannot read", &args.out))?;
+            file.len() as usize
+        }
+        _ => written.on_disk().values().map(|of| of.bytes).sum(),
+    };
+    let result = written.parts()?;
     let measured = validation.map(|text| -> Result<KlReport> {
         let (before, after) = (parts.lm(&Place::cpu())?, result.lm(&Place::cpu())?);
         kl::evaluate(
@@ -130,12 +189,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     });
     let measured = measured.transpose()?;
     drop(watch);
-    let other = weights.iter().filter(|(_, w)| {
-        w.shape().len() == 2 && storage(args.kind, w) != Storage::Blocks(args.kind)
+    let other = weights.iter().filter(|(name, w)| {
+        let taken = match args.kind {
+            Storage::Blocks(kind) => storage(kind, w) == args.kind,
+            _ => takes_float8(name, w),
+        };
+        w.shape().len() == 2 && !taken
     });
     let other: Vec<String> = other.map(|(name, _)| name.to_owned()).collect();
-    let size = std::fs::metadata(&args.out).map_err(Error::io("cannot read", &args.out))?;
-    let size = size.len() as usize;
     let count = config.parameters();
     if args.json {
         print_json(&json!({
@@ -150,7 +211,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let mut rows = vec![
         ("type", args.kind.name().to_owned()),
-        ("file", bytes(size)),
+        ("size", bytes(size)),
         (
             "bits a parameter",
             format!("{:.2}", 8.0 * size as f64 / count as f64),

@@ -1,8 +1,10 @@
-//! Rounding a model's matrices into blocks, where it costs least: what each matrix reads on a text says what an error is worth.
+//! Rounding a model's matrices into blocks, where it costs least: what each matrix reads on a text says what an error is worth; or to
+//! 8 bits with an exponent each.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use half::f16;
 use rayon::prelude::*;
 
@@ -10,9 +12,9 @@ use crate::checkpoint::{as_kept, storage_of};
 use crate::data::Corpus;
 use crate::model::{LOGITS, Parts, pieces};
 use crate::op::blocks::{self, BlockType};
-use crate::op::linear::{Matrix, Storage};
+use crate::op::linear::{Matrix, Storage, Stored, quantize_float8};
 use crate::watch::Watch;
-use crate::weights::Place;
+use crate::weights::{Place, Weights};
 use crate::{Error, Result};
 
 /// Of every matrix the mean square of each input on a text, by name.
@@ -58,8 +60,7 @@ pub fn importance(
         Ok((name.to_owned(), weight))
     });
     let all = all.collect::<Result<BTreeMap<String, Matrix>>>()?;
-    let lm =
-        Parts::new(parts.config.clone(), crate::weights::Weights::from(all)).lm(&Place::cpu())?;
+    let lm = Parts::new(parts.config.clone(), Weights::from(all)).lm(&Place::cpu())?;
     let windows = (tokens / seq_len.max(1))
         .max(1)
         .min(corpus.windows(seq_len).max(1));
@@ -163,4 +164,43 @@ fn quantized(
         Ok(())
     })?;
     Ok(out)
+}
+
+/// Whether a weight is to be in E4M3: what multiplies within layers. The embedding and the head stay, as programs that read such files
+/// expect.
+pub fn takes_float8(name: &str, weight: &Matrix) -> bool {
+    let outside = ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
+    weight.shape().len() == 2 && !outside
+}
+
+/// Matrices in E4M3 with a scale a row; those that stay, in 16 bits; all else as it is.
+///
+/// # Errors
+/// A matrix that cannot be read, or [`Error::Interrupted`].
+pub fn float8(weights: &Weights, watch: &dyn Watch) -> Result<Weights> {
+    let matrices = weights.iter().filter(|(_, w)| w.shape().len() == 2);
+    let matrices = matrices.count();
+    watch.start("quantize", matrices);
+    let mut all = BTreeMap::new();
+    let mut done = 0;
+    for (name, weight) in weights.iter() {
+        let rounded = match weight.shape()[..] {
+            [rows, width] if takes_float8(name, weight) => {
+                let (codes, scales) = quantize_float8(&weight.to_host()?, width);
+                let bytes = 0..codes.len();
+                let stored = Stored::new(Arc::new(codes), bytes, Storage::F8E4M3, rows, width)?;
+                Matrix::Stored(stored.scaled(scales)?)
+            }
+            [_, _] if !matches!(storage_of(weight), Storage::F16 | Storage::Bf16) => {
+                weight.to_tensor()?.to_dtype(DType::BF16)?.into()
+            }
+            _ => weight.clone(),
+        };
+        if rounded.shape().len() == 2 {
+            done += 1;
+            watch.reached(done, matrices, "matrices")?;
+        }
+        all.insert(name.to_owned(), rounded);
+    }
+    Ok(all.into())
 }

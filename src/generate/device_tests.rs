@@ -3,7 +3,7 @@
 use super::tests::{PROMPTS, ended, engine, greedy, models};
 use super::*;
 use crate::op::cuda::Cuda;
-use crate::op::cuda::emulated::Emulated;
+use crate::op::cuda::emulated::{Emulated, SMALLER};
 use crate::op::laws::device;
 
 /// Folders of kernels that decoding launches.
@@ -21,7 +21,14 @@ const OPS: [&str; 8] = [
 /// The same engine on a device; none where there is neither a GPU to be tested nor the emulator.
 fn on_device(engine: Engine, memory: usize, records: bool) -> Option<Engine> {
     let decoder = match device().is_cpu() {
-        true => (engine.decoder).launching_on(Emulated::of_all(&OPS, 0)?, records),
+        true => {
+            let mut gpu = Emulated::of_all(&OPS, 0)?;
+            // Latents in f32 get fewer warps there.
+            if engine.options.cache_type == CacheType::F32 {
+                gpu.shared_memory = SMALLER;
+            }
+            (engine.decoder).launching_on(gpu, records)
+        }
         false => (engine.decoder).launching_on(Cuda::on(device()).unwrap(), records),
     };
     let decoder = decoder.unwrap();

@@ -85,7 +85,8 @@ void attention(const char* kind, std::vector<int> lengths, int heads, int groups
     const int across = (heads / groups + 16 * MT - 1) / (16 * MT);
     std::vector<float> parts(size_t(N) * heads * splits * v, NAN), sums(size_t(N) * heads * splits * 2, NAN);
     std::vector<Q> y(size_t(N) * heads * v, Q(NAN));
-    emu::launch(dim3(splits, groups * across, tiles.size() / 3), 128, paged_attention::Shared<KEPT, KD, VD, MT, LATENT>::ALL, [&] {
+    const int warps = splits % 2 ? 4 : 2, shared = paged_attention::Shared<KEPT, KD, VD, MT, LATENT>::all(warps);
+    emu::launch(dim3(splits, groups * across, tiles.size() / 3), 32 * warps, shared, [&] {
         paged_attention::split<KEPT, Q, KD, VD, MT, LATENT>(c, q.data(), heads, groups, k, v, scale, parts.data(), sums.data());
     });
     emu::launch(dim3(N * heads), 64, 0, [&] { paged_attention::combine(parts.data(), sums.data(), y.data(), splits, v); });
@@ -105,8 +106,8 @@ void attention(const char* kind, std::vector<int> lengths, int heads, int groups
                 for (int i = 0; i < v; i++) y_[(size_t(n) * heads + h) * v + i] += w[p] / total * entry(p, LATENT ? 0 : groups + g, i);
         }
     char name[200];
-    snprintf(name, sizeof name, "%s %s %s: %d new tokens, heads %d/%d, k %d, v %d, %d splits", LATENT ? "latents" : "pages", kind, type<Q>(), N,
-             heads, groups, k, v, splits);
+    snprintf(name, sizeof name, "%s %s %s: %d new tokens, heads %d/%d, k %d, v %d, %d splits, %d warps", LATENT ? "latents" : "pages", kind, type<Q>(), N,
+             heads, groups, k, v, splits, warps);
     check(name, {{"y", gap(y, y_), std::is_same_v<KEPT, float> ? 1e-6 : sizeof(Q) == 4 ? 1.5e-3 : 5e-3}});
 }
 

@@ -506,6 +506,7 @@ inline float __low2float(__nv_bfloat162 v) { return v.x; }
 inline float __high2float(__nv_bfloat162 v) { return v.y; }
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.x; }
 inline float __half2float(__half x) { return x; }
+inline __half __ushort_as_half(uint16_t x) { return emu::bits<__half>(x); }
 inline __half __float2half(float x) { return x; }
 inline __half __float2half_rn(float x) { return x; }
 inline float2 __half22float2(__half2 v) { return {v.x, v.y}; }

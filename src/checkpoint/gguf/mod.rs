@@ -183,6 +183,7 @@ fn finite(bytes: &[u8], storage: Storage) -> bool {
         Storage::F32 => super::files::finite(bytes, safetensors::Dtype::F32),
         Storage::F16 => super::files::finite(bytes, safetensors::Dtype::F16),
         Storage::Bf16 => super::files::finite(bytes, safetensors::Dtype::BF16),
+        Storage::F8E4M3 => super::files::finite(bytes, safetensors::Dtype::F8_E4M3),
         Storage::Blocks(kind) => blocks::finite(kind, bytes),
     }
 }
@@ -190,11 +191,11 @@ fn finite(bytes: &[u8], storage: Storage) -> bool {
 /// How a weight is written: its storage, and its bytes row after row.
 pub type Encode<'a> = dyn Fn(&str, &Matrix, Storage) -> Result<Vec<u8>> + 'a;
 
-/// What stands in a GGUF: matrices as they are kept (trained ones in f32), anything else in f32.
+/// What stands in a GGUF: matrices as they are kept (trained ones, and those in E4M3, which it does not have, in f32), anything else in f32.
 pub fn storage_of(weight: &Matrix) -> Storage {
     match weight {
-        Matrix::Stored(w) => w.storage(),
-        Matrix::Dense(_) | Matrix::Trained(_) => Storage::F32,
+        Matrix::Stored(w) if w.storage() != Storage::F8E4M3 => w.storage(),
+        Matrix::Stored(_) | Matrix::Dense(_) | Matrix::Trained(_) => Storage::F32,
     }
 }
 
@@ -204,8 +205,8 @@ pub fn storage_of(weight: &Matrix) -> Storage {
 /// A tensor that cannot be read.
 pub fn as_kept(_: &str, weight: &Matrix, _: Storage) -> Result<Vec<u8>> {
     Ok(match weight {
-        Matrix::Stored(w) => w.bytes().to_vec(),
-        Matrix::Dense(_) | Matrix::Trained(_) => {
+        Matrix::Stored(w) if w.storage() != Storage::F8E4M3 => w.bytes().to_vec(),
+        Matrix::Stored(_) | Matrix::Dense(_) | Matrix::Trained(_) => {
             let entries = weight.to_host()?;
             entries.iter().flat_map(|x| x.to_le_bytes()).collect()
         }

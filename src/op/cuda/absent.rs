@@ -64,6 +64,9 @@ impl Gpu for Cuda<'_> {
     fn free_memory(&self) -> Result<usize> {
         match self.never {}
     }
+    fn shared_memory(&self) -> usize {
+        match self.never {}
+    }
     fn record<T, R>(
         &self,
         _: impl Fn() -> Result<T>,

@@ -12,8 +12,8 @@ use candle_core::cuda_backend::cudarc::driver::result::{
     mem_get_info, memcpy_dtod_async, memcpy_dtoh_async, memcpy_htod_async, memset_d8_async,
 };
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    CUdeviceptr, CUfunction_attribute, CUmemPool_attribute, cuDeviceGetDefaultMemPool,
-    cuMemPoolSetAttribute,
+    CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUmemPool_attribute,
+    cuDeviceGetDefaultMemPool, cuMemPoolSetAttribute,
 };
 use candle_core::cuda_backend::cudarc::driver::{
     CudaContext, CudaModule, CudaStream, DevicePtr, LaunchConfig, PushKernelArg,
@@ -157,16 +157,21 @@ fn module(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>> {
 pub struct Cuda<'a> {
     device: CudaDevice,
     module: Arc<CudaModule>,
+    shared_memory: usize,
     recorder: Mutex<Option<Recorder>>,
     views: PhantomData<&'a CudaStorage>,
 }
 
 impl<'a> Cuda<'a> {
     pub fn new(device: &CudaDevice) -> Result<Self> {
-        let module = module(device.cuda_stream().context())?;
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_memory = context.attribute(limit).w()?;
         Ok(Self {
             device: device.clone(),
-            module,
+            module: module(context)?,
+            shared_memory: usize::try_from(shared_memory).unwrap_or(SHARED),
             recorder: Mutex::default(),
             views: PhantomData,
         })
@@ -497,6 +502,10 @@ impl<'a> Gpu for Cuda<'a> {
     fn free_memory(&self) -> Result<usize> {
         self.ready()?;
         Ok(mem_get_info().w()?.0)
+    }
+
+    fn shared_memory(&self) -> usize {
+        self.shared_memory
     }
 
     fn record<T, R>(

@@ -16,6 +16,10 @@ use super::{Arg, Array, Gpu, Launch, Recorded};
 
 const COMPILER: &str = "g++";
 
+/// Shared memory of a block, in bytes, of Hopper and Ampere's largest; of all others from 8.6 on.
+const LARGEST: usize = 163 << 10;
+pub const SMALLER: usize = 99 << 10;
+
 fn is_possible() -> bool {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda");
     sources.is_dir() && Command::new(COMPILER).arg("--version").output().is_ok()
@@ -28,6 +32,8 @@ pub struct Emulated {
     processes: Vec<(String, Mutex<Child>)>,
     /// Entries by which arrays stand off from what vectors are aligned to.
     pub skew: usize,
+    /// Bytes of shared memory that a block has.
+    pub shared_memory: usize,
     /// What is not run but recorded.
     recorded: Mutex<Option<Recording>>,
 }
@@ -72,6 +78,7 @@ impl Emulated {
         Some(Self {
             processes: processes.collect(),
             skew,
+            shared_memory: LARGEST,
             recorded: Mutex::default(),
         })
     }
@@ -322,6 +329,10 @@ impl Gpu for Emulated {
         Ok(1 << 20)
     }
 
+    fn shared_memory(&self) -> usize {
+        self.shared_memory
+    }
+
     fn record<T, R>(
         &self,
         work: impl Fn() -> Result<T>,
@@ -437,6 +448,33 @@ fn a_kernel_that_leaves_no_number_is_named() {
         let said = check(&entries).unwrap_err().to_string();
         assert!(said.contains("after add_scaled entry 270 of 300"), "{said}");
     }
+}
+
+#[test]
+fn a_kernel_for_larger_devices_is_named() {
+    let Some(mut gpu) = Emulated::of("linear", 0) else {
+        return;
+    };
+    gpu.shared_memory = SMALLER;
+    let launch = |shared| Launch {
+        shared,
+        ..Launch::elements("add_scaled", 1, 1)
+    };
+    let x = gpu.upload_f32(&[1.]).unwrap();
+    let run = |shared| {
+        launch(shared).run(
+            &gpu,
+            &[(&x).into(), (&x).into(), Arg::long(1), Arg::F32(1.)],
+        )
+    };
+    run(SMALLER).unwrap();
+    let said = run(SMALLER + 1).unwrap_err().to_string();
+    assert!(
+        said.contains(
+            "add_scaled needs 100 KiB of shared memory, where a block of this device has 99"
+        ),
+        "{said}"
+    );
 }
 
 #[test]

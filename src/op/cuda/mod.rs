@@ -62,6 +62,9 @@ pub trait Gpu {
     /// Bytes that nobody uses.
     fn free_memory(&self) -> Result<usize>;
 
+    /// Bytes of shared memory that a block can have.
+    fn shared_memory(&self) -> usize;
+
     /// Runs `work`, lets `then` have what it made, and records the same launches without running them: `work` makes arrays by
     /// [`Gpu::empty`] alone, and neither reads nor writes any itself. None where the device cannot record all of it.
     ///
@@ -204,10 +207,21 @@ impl Launch {
     /// Launches, unless there is nothing to do.
     ///
     /// # Errors
-    /// Those of [`Gpu::launch`]; after [`check_all`], entries that are no numbers.
+    /// Those of [`Gpu::launch`]; a device whose blocks have too little shared memory; after [`check_all`], entries that are no numbers.
     pub fn run<G: Gpu>(&self, gpu: &G, args: &[Arg<G::Array>]) -> Result<()> {
         if self.grid.contains(&0) {
             return Ok(());
+        }
+        let most = gpu.shared_memory();
+        if self.shared > most {
+            bail!(
+                "cuda: {} needs {} KiB of shared memory, where a block of this device has {} (the kernels of training want more than devices of \
+                 compute capability 8.6, 8.9 and 12.0 have, for heads or states of more than 64 entries): --weights bf16 needs less where \
+                 kernels are named f32; else choose --device cpu, or a device of capability 8.0, 9.0 or 10.0",
+                self.kernel,
+                self.shared.div_ceil(1 << 10),
+                most >> 10,
+            );
         }
         gpu.launch(self, args)?;
         match CHECKED.load(Ordering::Relaxed) {

@@ -12,6 +12,7 @@ use crate::op::cuda::{Arg, Array, Gpu, Launch};
 enum Kind {
     F32,
     Bf16,
+    F8,
     Q8_0,
     Q4K,
 }
@@ -21,6 +22,7 @@ impl Kind {
     fn of(storage: Storage) -> Self {
         match storage {
             Storage::F32 => Self::F32,
+            Storage::F8E4M3 => Self::F8,
             Storage::Blocks(BlockType::Q8_0) => Self::Q8_0,
             Storage::Blocks(BlockType::Q4K) => Self::Q4K,
             Storage::Bf16 | Storage::F16 | Storage::Blocks(_) => Self::Bf16,
@@ -31,6 +33,7 @@ impl Kind {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::F8 => "f8_e4m3",
             Self::Q8_0 => "q8_0",
             Self::Q4K => "q4_k",
         }
@@ -40,7 +43,7 @@ impl Kind {
         match self {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
-            Self::Q8_0 | Self::Q4K => DType::U8,
+            Self::F8 | Self::Q8_0 | Self::Q4K => DType::U8,
         }
     }
 
@@ -49,7 +52,7 @@ impl Kind {
         match self {
             Self::F32 | Self::Bf16 => ROWS,
             // Widened it would be written and read once more.
-            Self::Q8_0 | Self::Q4K => 4 * ROWS,
+            Self::F8 | Self::Q8_0 | Self::Q4K => 4 * ROWS,
         }
     }
 }
@@ -61,6 +64,26 @@ const STEP: usize = 256;
 const WARPS: usize = 4;
 /// Entries that are widened on the host at a time.
 const PIECE: usize = 1 << 22;
+
+/// Bytes before a row of 8 bits, which begin with its scale, and of which it is a multiple.
+const SCALE: usize = 16;
+
+/// Rows of 8 bits as the kernels read them: each behind its scale, in f32.
+fn with_scales(w: &Stored) -> Vec<u8> {
+    let width = w.width();
+    let row = SCALE + width.next_multiple_of(SCALE);
+    let mut bytes = vec![0; w.rows() * row];
+    for (i, (to, codes)) in (bytes
+        .chunks_exact_mut(row)
+        .zip(w.bytes().chunks_exact(width)))
+    .enumerate()
+    {
+        let scale = w.scales().map_or(1., |scales| scales[i]);
+        to[..4].copy_from_slice(&scale.to_le_bytes());
+        to[SCALE..][..width].copy_from_slice(codes);
+    }
+    bytes
+}
 
 /// `[N, K]`
 #[derive(Debug)]
@@ -75,13 +98,22 @@ impl<A: Array> Weight<A> {
     pub fn new<G: Gpu<Array = A>>(gpu: &G, w: &Stored) -> Result<Self> {
         let (kind, rows, width) = (Kind::of(w.storage()), w.rows(), w.width());
         let same = kind.name() == w.storage().name();
-        let entries = match same {
-            true => gpu.upload_bytes(kind.entry(), w.bytes())?,
-            false => {
+        let each = (PIECE / width).clamp(1, rows.max(1));
+        let pieces = (0..rows).step_by(each);
+        let pieces = pieces.map(|first| (first, each.min(rows - first)));
+        let entries = match (kind, same) {
+            (Kind::F8, _) => {
+                let row = SCALE + width.next_multiple_of(SCALE);
+                let entries = gpu.empty(DType::U8, rows * row)?;
+                for (first, count) in pieces {
+                    gpu.write(&entries, first * row, &with_scales(&w.slice(first, count)?))?;
+                }
+                entries
+            }
+            (_, true) => gpu.upload_bytes(kind.entry(), w.bytes())?,
+            (_, false) => {
                 let entries = gpu.empty(DType::BF16, rows * width)?;
-                let each = (PIECE / width).clamp(1, rows.max(1));
-                for first in (0..rows).step_by(each) {
-                    let count = each.min(rows - first);
+                for (first, count) in pieces {
                     let mut wide = vec![0.; count * width];
                     w.storage().widen(w.slice(first, count)?.bytes(), &mut wide);
                     let bytes = wide.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes());
@@ -108,7 +140,9 @@ impl<A: Array> Weight<A> {
             return match self.kind {
                 Kind::F32 => gpu.product(x, &self.entries, self.width),
                 Kind::Bf16 => gpu.product(&rounded()?, &self.entries, self.width),
-                Kind::Q8_0 | Kind::Q4K => gpu.product(&rounded()?, &self.to_bf16(gpu)?, self.width),
+                Kind::F8 | Kind::Q8_0 | Kind::Q4K => {
+                    gpu.product(&rounded()?, &self.to_bf16(gpu)?, self.width)
+                }
             };
         }
         let y = gpu.empty(DType::F32, m * self.rows)?;

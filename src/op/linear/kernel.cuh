@@ -32,6 +32,29 @@ template <class T> struct Plain {
     }
 };
 
+/// Codes of 8 bits (`float8.rs` says what they mean) behind a row's scale, as `cuda.rs` lays them out: all of it in whole 16 bytes.
+struct F8_E4M3 {
+    using Entry = uint8_t;
+    static __device__ __forceinline__ Runs runs(int at, int lane) { return Plain<float>::runs(at, lane); }
+    static __device__ __forceinline__ void load(float (&w)[8], const uint8_t* all, long long row, int at, int lane, int width) {
+        const int first = at + 8 * lane;
+        const uint8_t* entries = all + row * (16 + (width + 15) / 16 * 16);
+        // With the same bits f16, whose exponents count from 15 and not from 7, has a 256th.
+        const float scale = 256.f * *(const float*)entries;
+        const bool there = first < width;
+        const uint32_t* codes = (const uint32_t*)(entries + 16 + (there ? first : 0));
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            const uint32_t four = there ? codes[part] : 0u;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t code = four >> 8 * i;
+                w[4 * part + i] = scale * __half2float(__ushort_as_half((code & 0x80) << 8 | (code & 0x7f) << 7));
+            }
+        }
+    }
+};
+
 /// GGUF's blocks (`op/blocks/plain.rs` says what they mean). 32 weights: a scale in f16, 8 bits a weight.
 struct Q8_0 {
     using Entry = uint8_t;
@@ -192,6 +215,7 @@ __device__ __forceinline__ void group_product(const float* x, const float* w, fl
     GATHER(type, KIND, bf16, bf16)
 KERNELS(f32, linear::Plain<float>)
 KERNELS(bf16, linear::Plain<bf16>)
+KERNELS(f8_e4m3, linear::F8_E4M3)
 KERNELS(q8_0, linear::Q8_0)
 KERNELS(q4_k, linear::Q4_K)
 #undef KERNELS

@@ -2,6 +2,7 @@
 
 pub mod cuda;
 pub mod dot;
+mod float8;
 mod gradient;
 mod matrix;
 mod observer;
@@ -20,6 +21,7 @@ use crate::op::matmul::{View, matmul};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 
+pub use float8::{finite as finite_float8, quantize as quantize_float8};
 pub use gradient::WeightGradient;
 pub use matrix::Matrix;
 pub use observer::Observer;

@@ -54,6 +54,7 @@ struct Weights<'a> {
     width: usize,
     rows: usize,
     row_bytes: usize,
+    scales: Option<&'a [f32]>,
 }
 
 impl<'a> Weights<'a> {
@@ -65,6 +66,7 @@ impl<'a> Weights<'a> {
             width: w.width(),
             rows: w.rows(),
             row_bytes: bytes.len() / w.rows().max(1),
+            scales: w.scales(),
         }
     }
 
@@ -143,7 +145,16 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
             // SAFETY: every row of weights is one task's, and so are their columns of `y`.
             #[allow(unsafe_code)]
             let place = unsafe { ys[i].slice(m * outs + row, found.len()) };
-            place.copy_from_slice(found);
+            match weights[i].scales {
+                None => place.copy_from_slice(found),
+                Some(scales) => {
+                    let scaled = scales[row..].iter().zip(found).map(|(s, found)| s * found);
+                    place
+                        .iter_mut()
+                        .zip(scaled)
+                        .for_each(|(y, scaled)| *y = scaled);
+                }
+            }
         };
         match weights[i].storage {
             Storage::Blocks(kind) => blocks::rows(isa, kind, weights[i].bytes, codes, rows, write),

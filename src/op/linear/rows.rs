@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::float8;
 use super::storage::Storage;
 use crate::op::matmul::{View, matmul};
 
@@ -16,6 +17,8 @@ pub(super) struct Rows<'a> {
     pub storage: Storage,
     pub rows: usize,
     pub width: usize,
+    /// Of every row, where it has one.
+    pub scales: Option<&'a [f32]>,
 }
 
 impl Rows<'_> {
@@ -27,6 +30,9 @@ impl Rows<'_> {
             let count = out.len() / self.width;
             let bytes = &self.bytes[(first + PANEL * i) * row_bytes..][..count * row_bytes];
             self.storage.widen(bytes, out);
+            if let Some(scales) = self.scales {
+                float8::scale(out, &scales[first + PANEL * i..][..count]);
+            }
         });
     }
 

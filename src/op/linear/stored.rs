@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, bail};
 
+use super::float8;
 use super::observer::Observer;
 use super::rows::Rows;
 use super::storage::Storage;
@@ -22,6 +23,8 @@ pub struct Stored {
     rows: usize,
     width: usize,
     row_bytes: usize,
+    /// What every row's entries are multiplied by, `[N]`.
+    scales: Option<Arc<[f32]>>,
     pub(super) observer: Option<Arc<Observer>>,
 }
 
@@ -42,6 +45,7 @@ impl<'a> From<&'a Stored> for Rows<'a> {
             storage: stored.storage,
             rows: stored.rows,
             width: stored.width,
+            scales: stored.scales(),
         }
     }
 }
@@ -73,7 +77,28 @@ impl Stored {
             rows,
             width,
             row_bytes,
+            scales: None,
             observer: None,
+        })
+    }
+
+    /// The same, every row times its scale: of 8 bits, which have few exponents.
+    ///
+    /// # Errors
+    /// Another number of scales than of rows, a scale that is negative or no finite number, or another type.
+    pub fn scaled(self, scales: Vec<f32>) -> crate::Result<Self> {
+        let wrong = |what: String| Err(crate::Error::invalid(what));
+        if self.storage != Storage::F8E4M3 || scales.len() != self.rows {
+            return wrong(format!("{} scales for {self:?}", scales.len()));
+        }
+        if let Some(bad) = (scales.iter()).find(|scale| !scale.is_finite() || **scale < 0.) {
+            return wrong(format!(
+                "a scale of {bad}, where rows of 8 bits are multiplied by finite, positive ones"
+            ));
+        }
+        Ok(Self {
+            scales: Some(scales.into()),
+            ..self
         })
     }
 
@@ -87,6 +112,7 @@ impl Stored {
             rows,
             width,
             row_bytes: 4 * width,
+            scales: None,
             observer: None,
         }
     }
@@ -114,6 +140,11 @@ impl Stored {
         &(*self.owner).as_ref()[self.bytes.clone()]
     }
 
+    /// Of every row, where it has one.
+    pub fn scales(&self) -> Option<&[f32]> {
+        self.scales.as_deref()
+    }
+
     pub(super) fn row(&self, row: usize) -> &[u8] {
         &self.bytes()[row * self.row_bytes..][..self.row_bytes]
     }
@@ -126,6 +157,7 @@ impl Stored {
         Ok(Self {
             bytes: start..start + count * self.row_bytes,
             rows: count,
+            scales: self.scales().map(|scales| scales[from..][..count].into()),
             ..self.clone()
         })
     }
@@ -139,7 +171,11 @@ impl Stored {
             if *id as usize >= self.rows {
                 bail!("row {id} of {self:?}");
             }
-            self.storage.widen(self.row(*id as usize), out);
+            let id = *id as usize;
+            self.storage.widen(self.row(id), out);
+            if let Some(scales) = self.scales() {
+                float8::scale(out, &scales[id..=id]);
+            }
         }
         Ok(())
     }

@@ -140,11 +140,19 @@ fn stored(rows: usize, width: usize) -> Vec<(Stored, Tensor)> {
             all.push((Storage::Blocks(kind), bytes));
         }
     }
+    let (codes, scales) = quantize_float8(&entries, width);
+    all.push((Storage::F8E4M3, codes));
     let make = |(storage, bytes): (Storage, Vec<u8>)| {
         // Off any alignment.
         let range = 1..1 + bytes.len();
         let owner: Owner = Arc::new([vec![0], bytes].concat());
-        let stored = Stored::new(owner, range, storage, rows, width).unwrap();
+        let mut stored = Stored::new(owner, range, storage, rows, width).unwrap();
+        if storage == Storage::F8E4M3 {
+            stored = stored.scaled(scales.clone()).unwrap();
+            // Half of the last of four bits.
+            let off = gap(&stored.to_tensor().unwrap(), &w);
+            assert!(off < 1. / 16., "{off}");
+        }
         let wide = stored.to_tensor().unwrap();
         (stored, wide)
     };
@@ -264,6 +272,31 @@ fn parts_are_what_each_is_alone() {
 }
 
 #[test]
+fn scales_that_do_not_fit_are_named() {
+    let codes = |storage| {
+        Stored::new(
+            Arc::new(vec![0u8; 12]),
+            0..12,
+            storage,
+            3,
+            4 / Storage::entry_bytes(storage),
+        )
+    };
+    let scaled = |scales: &[f32]| codes(Storage::F8E4M3).unwrap().scaled(scales.to_vec());
+    assert!(scaled(&[1., 0., 2.]).is_ok());
+    for (scales, why) in [
+        (&[1., 2.][..], "2 scales for"),
+        (&[1., f32::NAN, 2.], "a scale of NaN"),
+        (&[1., f32::INFINITY, 2.], "a scale of inf"),
+        (&[1., 2., -1.], "a scale of -1"),
+    ] {
+        let said = scaled(scales).unwrap_err().to_string();
+        assert!(said.contains(why), "{said}");
+    }
+    assert!(codes(Storage::F32).unwrap().scaled(vec![1.; 3]).is_err());
+}
+
+#[test]
 fn bytes_that_do_not_fit_are_named() {
     let owner: Owner = Arc::new(vec![0u8; 100]);
     let new = |range, storage, rows, width| Stored::new(owner.clone(), range, storage, rows, width);
@@ -295,6 +328,8 @@ fn device_products_equal_those_of_wide_entries() {
         (Storage::F32, 3, 5, 1e-6),
         (Storage::Bf16, 9, 264, 1e-6),
         (Storage::F16, 9, 40, 4e-3),
+        (Storage::F8E4M3, 21, 300, 1e-6),
+        (Storage::F8E4M3, 5, 9, 1e-6),
         (Storage::Blocks(BlockType::Q8_0), 21, 288, 1e-6),
         (Storage::Blocks(BlockType::Q4K), 13, 768, 1e-6),
         (Storage::Blocks(BlockType::Q6K), 6, 256, 4e-3),
@@ -302,7 +337,9 @@ fn device_products_equal_those_of_wide_entries() {
         let name = format!("{} [{rows}, {width}]", storage.name());
         let w = random(&[&[rows, width]], 5).remove(0);
         let entries = host(&w).unwrap();
+        let (codes, scales) = quantize_float8(&entries, width);
         let bytes: Vec<u8> = match storage {
+            Storage::F8E4M3 => codes,
             Storage::F32 => entries.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Storage::Bf16 => (entries
                 .iter()
@@ -325,6 +362,10 @@ fn device_products_equal_those_of_wide_entries() {
             width,
         )
         .unwrap();
+        let stored = match storage {
+            Storage::F8E4M3 => stored.scaled(scales).unwrap(),
+            _ => stored,
+        };
         let weight = Weight::new(&gpu, &stored).unwrap();
         let wide = stored.to_tensor().unwrap().to_dtype(DType::F64).unwrap();
         for m in [1, 2, 3, 7, 8, 11, 40] {
@@ -341,7 +382,7 @@ fn device_products_equal_those_of_wide_entries() {
                 .unwrap();
             // More rows than the kernel takes are rounded to bf16 with the matrix.
             let rounded = m > 32
-                || (m > 8 && !matches!(storage, Storage::F32 | Storage::Blocks(_)))
+                || (m > 8 && matches!(storage, Storage::F16 | Storage::Bf16))
                 || (m > 8 && storage == Storage::Blocks(BlockType::Q6K));
             let bound = if rounded && storage != Storage::F32 {
                 6e-3

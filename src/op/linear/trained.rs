@@ -140,6 +140,7 @@ impl Trained {
             storage: Storage::Bf16,
             rows,
             width,
+            scales: None,
         }))
     }
 

@@ -6,7 +6,8 @@ use crate::op::cuda::{Arg, Array, Gpu, Launch, Places};
 
 /// Positions of a page.
 const PAGE: usize = 32;
-const WARPS: usize = 4;
+/// Of a block: the most for which it has shared memory.
+const WARPS: [usize; 2] = [4, 2];
 /// Blocks that a launch is split into: some for each multiprocessor of the largest devices.
 const BLOCKS: usize = 512;
 /// Parts into which positions are split, at most, and the pages that a part has at least.
@@ -60,8 +61,8 @@ const SIZES: [Size; 4] = [
 ];
 
 impl Size {
-    /// Bytes of shared memory; `Shared` there.
-    fn shared(&self, kept: Kept) -> usize {
+    /// Bytes of shared memory of so many warps; `Shared` there.
+    fn shared(&self, kept: Kept, warps: usize) -> usize {
         let (bytes, stages) = match kept {
             Kept::F32 => (4, 1),
             Kept::F16 | Kept::Int8 => (2, 2),
@@ -74,8 +75,8 @@ impl Size {
             Kept::F16 | Kept::Int8 => 0,
         };
         let own = stages * PAGE * (pitch(self.k) + values) + room;
-        let loaded = bytes * (rows * pitch(self.k) + WARPS * own);
-        loaded.max(4 * rows * self.v) + 4 * 2 * WARPS * rows
+        let loaded = bytes * (rows * pitch(self.k) + warps * own);
+        loaded.max(4 * rows * self.v) + 4 * 2 * WARPS[0] * rows
     }
 }
 
@@ -190,11 +191,14 @@ pub fn attend<G: Gpu>(
     let splits = wanted.min(places.width().div_ceil(PAGES)).clamp(1, SPLITS);
     let parts = gpu.empty(DType::F32, tokens * heads.heads * splits * heads.v_dim)?;
     let sums = gpu.empty(DType::F32, tokens * heads.heads * splits * 2)?;
+    let fits = |warps: &usize| size.shared(planes.kept, *warps) <= gpu.shared_memory();
+    let [_, fewest] = WARPS;
+    let warps = WARPS.into_iter().find(fits).unwrap_or(fewest);
     let launch = Launch {
         kernel: format!("{}_{}_f32", size.name, planes.kept.name()),
         grid: [splits, blocks[0], blocks[1]],
-        threads: 32 * WARPS as u32,
-        shared: size.shared(planes.kept),
+        threads: 32 * warps as u32,
+        shared: size.shared(planes.kept, warps),
     };
     let args = [
         places.memory.into(),
@@ -232,4 +236,25 @@ pub fn attend<G: Gpu>(
     ];
     combine.run(gpu, &args)?;
     Ok(y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::cuda::emulated::SMALLER;
+
+    /// Text is generated on every device since Ampere.
+    #[test]
+    fn fewer_warps_fit_where_there_is_little_shared_memory() {
+        let [most, fewest] = WARPS;
+        for size in SIZES {
+            for kept in [Kept::F32, Kept::F16, Kept::Int8] {
+                let bytes = size.shared(kept, fewest);
+                assert!(
+                    bytes <= SMALLER && bytes < size.shared(kept, most),
+                    "{size:?} {kept:?}: {bytes}"
+                );
+            }
+        }
+    }
 }

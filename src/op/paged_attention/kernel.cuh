@@ -3,8 +3,8 @@
 // And the rows of these pages as they are written.
 //
 // Pages are those of `mixer/memory.rs`: 32 positions, plane after plane. Positions are split over blocks (Flash-Decoding, Dao et al.
-// 2023) and within a block over warps, each of which takes a page at a time for 16·MT queries: the heads of a group, of as many
-// neighbouring tokens of a sequence as there is room for; `combine` puts the parts together.
+// 2023) and within a block over its warps (as many as have shared memory), each of which takes a page at a time for 16·MT queries: the
+// heads of a group, of as many neighbouring tokens of a sequence as there is room for; `combine` puts the parts together.
 // What changes from step to step stands in device memory, so that launches can be recorded.
 #pragma once
 #include "../cuda/tile.cuh"
@@ -12,7 +12,8 @@
 namespace paged_attention {
 using namespace tile;
 
-constexpr int PAGE = 32, WARPS = 4, THREADS = 32 * WARPS;
+/// Warps of a block, at most.
+constexpr int PAGE = 32, WARPS = 4;
 
 /// 8 bits with a scale for every 32 entries of a row, before the codes.
 struct int8 {};
@@ -75,11 +76,10 @@ template <class KEPT, int KD, int VD, int MT, bool LATENT> struct Shared {
     /// Entries of a page, and of what a warp has.
     static constexpr int PAGES = PAGE * (PITCH<T, KD> + (LATENT ? 0 : PITCH<T, VD>));
     static constexpr int OWN = STAGES * PAGES + Products<T>::template ROOM<MT, PAGE / 8>;
-    /// Bytes: of queries and pages, over which the warps' parts are put together, and of these parts' sums.
-    static constexpr int LOADED = (int)sizeof(T) * (16 * MT * PITCH<T, KD> + WARPS * OWN);
-    static constexpr int PARTS = (int)sizeof(float) * 16 * MT * VD;
-    static constexpr int STATS = LOADED > PARTS ? LOADED : PARTS;
-    static constexpr int ALL = STATS + (int)sizeof(float) * 2 * WARPS * 16 * MT;
+    /// Bytes: of the sums of the warps' parts; behind them of queries and pages, over which these parts are put together.
+    static constexpr int STATS = (int)sizeof(float) * 2 * WARPS * 16 * MT, PARTS = (int)sizeof(float) * 16 * MT * VD;
+    static constexpr int loaded(int warps) { return (int)sizeof(T) * (16 * MT * PITCH<T, KD> + warps * OWN); }
+    static constexpr int all(int warps) { return STATS + (loaded(warps) > PARTS ? loaded(warps) : PARTS); }
 };
 
 /// Parts of the outputs of q [N, H, K]: out [N, H, splits, V], sums [N, H, splits, 2] their greatest score (to the base 2) and their sum
@@ -92,9 +92,9 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
     using S = Shared<KEPT, KD, VD, MT, LATENT>;
     constexpr int STAGES = S::STAGES, R = 16 * MT, PK = PITCH<T, KD>, PV = LATENT ? PK : PITCH<T, VD>, PAGE_K = PAGE * PK;
     char* shared = dynamic_shared<char>();
-    const int warp = threadIdx.x / 32;
-    float* stats = (float*)(shared + S::STATS);
-    T* q = (T*)shared;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    float* stats = (float*)shared;
+    T* q = (T*)(shared + S::STATS);
     T* pages = q + R * PK + warp * S::OWN;
     T* room = pages + STAGES * S::PAGES;
 
@@ -105,7 +105,7 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
     const int token = tile[1], count = own * (int)tile[2];
     // The head's place among all heads of all tokens.
     auto head_of = [&](int row) { return (long long)(token + row / own) * heads + g * rep + first + row % own; };
-    for (int i = threadIdx.x; i < R * KD; i += THREADS) {
+    for (int i = threadIdx.x; i < R * KD; i += blockDim.x) {
         const int row = i / KD, column = i % KD;
         const bool there = row < count && column < k_dim;
         q[row * PK + column] = T(there ? scale * 1.4426950408889634f * widen(q_in[head_of(row) * k_dim + column]) : 0.f);
@@ -141,9 +141,9 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
     for (int m = 0; m < MT; m++) largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.f;
     if (STAGES == 2) load(begin + warp, 0);
     int stage = 0;
-    for (int page = begin + warp; page < end; page += WARPS) {
+    for (int page = begin + warp; page < end; page += warps) {
         __syncwarp(); // the tile that is loaded next has been read
-        if (STAGES == 2) load(page + WARPS, 1 - stage);
+        if (STAGES == 2) load(page + warps, 1 - stage);
         else load(page, 0);
         cp_async_wait<STAGES - 1>();
         __syncwarp();
@@ -192,8 +192,8 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
             }
         }
     __syncthreads();
-    float* totals = (float*)shared; // [R, VD]
-    for (int turn = 0; turn < WARPS; turn++) {
+    float* totals = (float*)(shared + S::STATS); // [R, VD]
+    for (int turn = 0; turn < warps; turn++) {
         if (turn == warp)
 #pragma unroll
             for (int m = 0; m < MT; m++)
@@ -201,7 +201,7 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
                 for (int half = 0; half < 2; half++) {
                     const int row = row_of(m, half);
                     float most = -INFINITY;
-                    for (int i = 0; i < WARPS; i++) most = fmaxf(most, stats[2 * (i * R + row)]);
+                    for (int i = 0; i < warps; i++) most = fmaxf(most, stats[2 * (i * R + row)]);
                     const float factor = largest[m][half] == -INFINITY ? 0.f : exp2_fast(largest[m][half] - most);
 #pragma unroll
                     for (int i = 0; i < VD / 8; i++)
@@ -213,14 +213,14 @@ split(const Cache& c, const Q* q_in, int heads, int groups, int k_dim, int v_dim
                 }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < count * v_dim; i += THREADS) {
+    for (int i = threadIdx.x; i < count * v_dim; i += blockDim.x) {
         const int row = i / v_dim, column = i % v_dim;
         out_parts[(head_of(row) * gridDim.x + blockIdx.x) * v_dim + column] = totals[row * VD + column];
     }
     if ((int)threadIdx.x < count) {
         float most = -INFINITY, total = 0.f;
-        for (int i = 0; i < WARPS; i++) most = fmaxf(most, stats[2 * (i * R + threadIdx.x)]);
-        for (int i = 0; i < WARPS; i++) {
+        for (int i = 0; i < warps; i++) most = fmaxf(most, stats[2 * (i * R + threadIdx.x)]);
+        for (int i = 0; i < warps; i++) {
             const float* of = stats + 2 * (i * R + threadIdx.x);
             if (of[0] != -INFINITY) total = fmaf(exp2_fast(of[0] - most), of[1], total);
         }

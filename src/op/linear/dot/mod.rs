@@ -3,6 +3,7 @@
 
 use half::f16;
 
+use super::float8;
 use super::storage::Storage;
 use crate::op::cpu::fma;
 use crate::op::isa::{Isa, Level};
@@ -32,6 +33,14 @@ pub fn tile<const R: usize, const N: usize>(
 ) -> [[f32; N]; R] {
     let bytes = count * storage.entry_bytes();
     assert!(w.iter().all(|w| w.len() >= bytes) && x.iter().all(|x| x.len() >= count));
+    if storage == Storage::F8E4M3 {
+        let mut wide = [[0f32; SPAN]; R];
+        (wide.iter_mut().zip(w)).for_each(|(wide, w)| float8::widen(&w[..count], wide));
+        let wide = wide
+            .each_ref()
+            .map(|wide| bytemuck::cast_slice::<f32, u8>(wide));
+        return tile(isa, Storage::F32, wide, x, count);
+    }
     match isa.level() {
         Level::Portable => {
             std::array::from_fn(|r| std::array::from_fn(|n| portable(storage, w[r], x[n], count)))
