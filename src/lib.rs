@@ -46,7 +46,7 @@
 //! | `op/runtime.rs` | the process: its environment, its allocator |
 //! | `mapped.rs` | the memory map of a file |
 //! | `op/blocks/dot.rs` | the choice of instructions that the processor has |
-//! | `op/blocks/dot/avx2.rs`, `op/blocks/dot/avx512.rs`, `op/blocks/dot/amx.rs`, `op/blocks/dot/panel.rs` | vector loads from checked slices, tiles |
+//! | `op/blocks/dot/avx2.rs`, `op/blocks/dot/avx512.rs`, `op/blocks/dot/amx.rs`, `op/blocks/dot/panel.rs`, `op/blocks/dot/many.rs` | vector loads from checked slices, tiles |
 //! | `main.rs` | the call of `op::runtime::prepare`, before any thread |
 //!
 //! # Shape letters

@@ -14,6 +14,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod many;
+#[cfg(target_arch = "x86_64")]
 mod panel;
 
 /// Weights of a row whose sum is finished before the next begins, where vectors compute.
@@ -47,10 +49,10 @@ pub fn rows(
         return unsafe {
             match isa.level() {
                 Level::Avx512 => {
-                    panel::rows::<{ panel::AVX512 }>(kind, w, row_bytes, x, rows, write)
+                    many::rows::<{ panel::AVX512 }>(kind, w, row_bytes, x, rows, write)
                 }
-                Level::Amx => panel::rows::<{ panel::AMX }>(kind, w, row_bytes, x, rows, write),
-                _ => panel::rows::<{ panel::AVX2 }>(kind, w, row_bytes, x, rows, write),
+                Level::Amx => many::rows::<{ panel::AMX }>(kind, w, row_bytes, x, rows, write),
+                _ => many::rows::<{ panel::AVX2 }>(kind, w, row_bytes, x, rows, write),
             }
         };
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use super::dot::amx;
-use super::dot::{PADDED, SPAN, pass, tile};
+use super::dot::{PADDED, SPAN, lines, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations};
@@ -21,8 +21,6 @@ const TOGETHER: usize = 4;
 const PANEL: usize = 48;
 /// Rows of activations that stay in the first cache while a panel passes.
 const GROUP: usize = 8;
-/// Entries of a line of the cache.
-const LINE: usize = 16;
 /// Multiplications below which other threads are not worth waking.
 const ALONE: usize = 1 << 14;
 /// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
@@ -172,13 +170,6 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
         1 => (0..tasks.len()).for_each(work),
         _ => team().run(tasks.len(), work),
     }
-}
-
-/// `len` entries of `room` from a line of the cache on: vectors that lie across two cost twice.
-pub(super) fn lines(room: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    room.resize(len + LINE - 1, 0.);
-    let start = room.as_ptr().align_offset(4 * LINE).min(LINE - 1);
-    &mut room[start..][..len]
 }
 
 /// `x [M, K]` → `[K / SPAN, M, SPAN]`, the last span as long as is left, filled up with zeros.

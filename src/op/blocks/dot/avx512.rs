@@ -48,8 +48,8 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
             true => filled(w, &mut room),
             false => w,
         };
-        let mut halves = [[_mm512_setzero_si512(); 2]; N];
-        for half in 0..2 {
+        let mut halves = [[_mm512_setzero_si512(); N]; 2];
+        for (half, fours_of) in halves.iter_mut().enumerate() {
             let mut chunks = [_mm512_setzero_si512(); 4];
             let mut of_chunks = chunks;
             for j in 0..4 {
@@ -68,7 +68,7 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
                         sums[j] = _mm512_mullo_epi32(sums[j], of_chunks[j]);
                     }
                 }
-                halves[n][half] = fours(sums);
+                fours_of[n] = fours(sums);
             }
         }
         let (low, high) = w.split_at(bytes / 2);
@@ -83,7 +83,7 @@ fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
                     _mm512_loadu_ps(x[n].sums.as_ptr().add(GROUPS * i)),
                 )
             };
-            let found = _mm512_cvtepi32_ps(groups(halves[n]));
+            let found = _mm512_cvtepi32_ps(groups([halves[0][n], halves[1][n]]));
             let mut found = _mm512_mul_ps(found, _mm512_mul_ps(scales, own));
             if unsigned(KIND) {
                 found = _mm512_fnmadd_ps(mins, sums, found);
@@ -284,7 +284,7 @@ fn tile_of<const KIND: u8, const N: usize>(
             panel.lanes[g][n] = narrow(found);
         }
     }
-    for n in 0..N {
+    for (n, sum) in sums.iter_mut().enumerate() {
         // By halves, as lanes are added up.
         let mut lanes = [_mm512_setzero_ps(); GROUPS];
         for (g, lane) in lanes.iter_mut().enumerate() {
@@ -295,7 +295,7 @@ fn tile_of<const KIND: u8, const N: usize>(
                 lanes[g] = _mm512_add_ps(lanes[g], lanes[g + half]);
             }
         }
-        sums[n] = narrow(_mm512_add_ps(wide(&sums[n]), lanes[0]));
+        *sum = narrow(_mm512_add_ps(wide(sum), lanes[0]));
     }
 }
 

@@ -1,37 +1,26 @@
-//! Many rows of activations, `BY` AVX2, AVX-512 or tiles: sixteen rows of weights at a time are unpacked, [`SPAN`] weights of each,
-//! so that a lane is a row and nothing is added across lanes. Sums are those of [`super::avx2`] or [`super::avx512`], in its order.
+//! Sixteen rows of weights that are unpacked for many rows of activations, [`SPAN`] weights of each, `BY` AVX2, AVX-512 or tiles: a lane
+//! is a row and nothing is added across lanes. Sums are those of [`super::avx2`] or [`super::avx512`], in its order.
 //!
 //! Codes of 4 bits, which are unsigned, are multiplied as bytes, four to a lane (their sums of a group fit 16 bits), and so are those of
 //! 8 bits with tiles, and with AVX-512, moved by 128. Others are multiplied as 16 bits, two to a lane, Q6_K's with their scales in them.
 
 use std::arch::x86_64::*;
-use std::cell::RefCell;
-use std::ops::Range;
 
-use super::super::BlockType;
-use super::super::activations::{Activations, GROUP, Row};
+use super::super::activations::{GROUP, Row};
 use super::SPAN;
 use super::avx2::{
-    Q4_0, Q4_K, Q6_K, Q8_0, ask_for, codes, eight_bytes, eight_halves, filled, ones, scales,
-    unsigned,
+    Q4_0, Q6_K, Q8_0, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
 };
-use super::{amx, avx512};
-use crate::op::amx::{configure, release};
 
 pub const AVX2: u8 = 0;
 pub const AVX512: u8 = 1;
 pub const AMX: u8 = 2;
 
 /// Rows of weights in two vectors.
-const ROWS: usize = 16;
+pub(super) const ROWS: usize = 16;
 pub(super) const GROUPS: usize = SPAN / GROUP;
 /// Rows of activations that share a reading of a panel with AVX-512.
 pub(super) const TOGETHER: usize = 8;
-/// Rows of activations whose spans stay in the second cache while [`PANELS`] panels pass, and so do their sums.
-const BLOCK: usize = 128;
-/// The same with tiles, whose weights' unpacking takes as long as the products of many rows.
-const TILED_BLOCK: usize = 512;
-const PANELS: usize = 16;
 /// Vectors of a group's unsigned codes of eight rows.
 pub(super) const STEPS: usize = GROUP / 4;
 
@@ -57,152 +46,25 @@ const fn as_bytes(kind: u8, by: u8) -> bool {
 }
 
 /// Whether tiles are used, which have no 16 bits.
-const fn tiled(kind: u8, by: u8) -> bool {
+pub(super) const fn tiled(kind: u8, by: u8) -> bool {
     by == AMX && kind != Q6_K
 }
 
-/// What [`super::rows`] does.
-///
-/// # Safety
-/// The processor has what it is done by.
-///
-/// # Panics
-/// When the sizes do not fit.
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn rows<const BY: u8>(
-    kind: BlockType,
-    w: &[u8],
-    row_bytes: usize,
-    x: &Activations,
-    rows: Range<usize>,
-    write: impl Fn(usize, usize, &[f32]),
-) {
-    match kind {
-        BlockType::Q8_0 => panels::<Q8_0, BY>(w, row_bytes, x, rows, write),
-        BlockType::Q6K => panels::<Q6_K, BY>(w, row_bytes, x, rows, write),
-        BlockType::Q4K => panels::<Q4_K, BY>(w, row_bytes, x, rows, write),
-        BlockType::Q4_0 => panels::<Q4_0, BY>(w, row_bytes, x, rows, write),
-    }
-}
-
-#[allow(unsafe_code)]
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn panels<const KIND: u8, const BY: u8>(
-    w: &[u8],
-    row_bytes: usize,
-    x: &Activations,
-    rows: Range<usize>,
-    write: impl Fn(usize, usize, &[f32]),
-) {
-    thread_local! {
-        /// `[PANELS, M, ROWS]`
-        static SUMS: RefCell<Vec<Both>> = const { RefCell::new(Vec::new()) };
-    }
-    let zero = Both([_mm256_setzero_ps(); 2]);
-    let mut panel = Panel {
-        codes: [_mm256_setzero_si256(); GROUPS * 2 * STEPS * 2],
-        scales: [zero; GROUPS],
-        mins: [zero; GROUPS],
-        lanes: [[zero; TOGETHER]; GROUPS],
-    };
-    if tiled(KIND, BY) {
-        // SAFETY: the processor has tiles.
-        unsafe { configure(amx::TILES) };
-    }
-    SUMS.with_borrow_mut(|sums| {
-        for first in rows.clone().step_by(PANELS * ROWS) {
-            let count = (PANELS * ROWS).min(rows.end - first);
-            let block = if tiled(KIND, BY) { TILED_BLOCK } else { BLOCK };
-            for top in (0..x.rows()).step_by(block) {
-                let m = block.min(x.rows() - top);
-                sums.clear();
-                sums.resize(count.div_ceil(ROWS) * m, zero);
-                // What stays in the second cache while all panels pass.
-                let entries = (block / m * SPAN).min(x.width);
-                for start in (0..x.width).step_by(entries) {
-                    for (p, sums) in sums.chunks_exact_mut(m).enumerate() {
-                        let end = x.width.min(start + entries);
-                        for from in (start..end).step_by(SPAN) {
-                            let span = SPAN.min(x.width - from);
-                            let panel_of = |p: usize, from: usize| {
-                                let end = x.width.min(from + SPAN);
-                                let part = row_bytes * from / x.width..row_bytes * end / x.width;
-                                let mut parts = [&w[..0]; ROWS];
-                                for (r, row) in parts.iter_mut().enumerate() {
-                                    // What is past the last row is computed and not written.
-                                    let r = first + (p * ROWS + r).min(count - 1);
-                                    *row = &w[r * row_bytes..][part.clone()];
-                                }
-                                parts
-                            };
-                            let next = match from + SPAN < end {
-                                true => panel_of(p, from + SPAN),
-                                false => panel_of(p + 1, start),
-                            };
-                            for row in next {
-                                ask_for(row);
-                            }
-                            panel.unpack::<KIND, BY>(panel_of(p, from));
-                            let together = const {
-                                match BY {
-                                    _ if tiled(KIND, BY) => amx::TOKENS,
-                                    AVX2 => TOGETHER / 2,
-                                    _ => TOGETHER,
-                                }
-                            };
-                            for (i, sums) in sums.chunks_mut(together).enumerate() {
-                                let x_of = |n: usize| x.row(top + together * i + n).from(from);
-                                if BY != AVX2 {
-                                    // SAFETY: the processor has them; codes of rows stand one behind the other, filled up to whole tiles.
-                                    unsafe {
-                                        match tiled(KIND, BY) {
-                                            true => amx::tile::<KIND>(
-                                                &panel,
-                                                x,
-                                                top + together * i,
-                                                from,
-                                                sums,
-                                            ),
-                                            false => {
-                                                avx512::tile::<KIND>(&mut panel, x_of, span, sums)
-                                            }
-                                        }
-                                    }
-                                    continue;
-                                }
-                                match sums.len() {
-                                    1 => panel.tile::<KIND, _>([x_of(0)], span, sums),
-                                    2 => panel.tile::<KIND, _>([x_of(0), x_of(1)], span, sums),
-                                    3 => panel.tile::<KIND, _>([0, 1, 2].map(x_of), span, sums),
-                                    _ => panel.tile::<KIND, _>([0, 1, 2, 3].map(x_of), span, sums),
-                                }
-                            }
-                        }
-                    }
-                }
-                // Row after row of `x`: a place for each would be in a page of its own.
-                let mut found = [0.; PANELS * ROWS];
-                for i in 0..m {
-                    for (found, sums) in found.chunks_exact_mut(ROWS).zip(sums.chunks_exact(m)) {
-                        found.copy_from_slice(&entries_of(&sums[i]));
-                    }
-                    write(first, top + i, &found[..count]);
-                }
-            }
-        }
-    });
-    if tiled(KIND, BY) {
-        // SAFETY: as above.
-        unsafe { release() };
-    }
-}
-
 impl Panel {
+    #[target_feature(enable = "avx2")]
+    pub fn new() -> Self {
+        let zero = Both([_mm256_setzero_ps(); 2]);
+        Self {
+            codes: [_mm256_setzero_si256(); GROUPS * 2 * STEPS * 2],
+            scales: [zero; GROUPS],
+            mins: [zero; GROUPS],
+            lanes: [[zero; TOGETHER]; GROUPS],
+        }
+    }
+
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn unpack<const KIND: u8, const BY: u8>(&mut self, rows: [&[u8]; ROWS]) {
+    pub fn unpack<const KIND: u8, const BY: u8>(&mut self, rows: [&[u8]; ROWS]) {
         let (bytes, zero) = (const { eight_bytes(KIND) }, _mm256_setzero_si256());
         if tiled(KIND, BY) {
             // Tiles compute with all groups of a span.
@@ -264,17 +126,16 @@ impl Panel {
     /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn tile<const KIND: u8, const N: usize>(
+    pub fn tile<const KIND: u8, const N: usize>(
         &mut self,
         x: [Row; N],
         span: usize,
         sums: &mut [Both],
     ) {
         let found = self.groups::<KIND, N>(&x, span / GROUP);
-        for n in 0..N {
-            for strip in 0..2 {
-                let sum = &mut sums[n].0[strip];
-                *sum = _mm256_add_ps(*sum, found[n][strip]);
+        for (sums, found) in sums.iter_mut().zip(found) {
+            for (sum, found) in sums.0.iter_mut().zip(found) {
+                *sum = _mm256_add_ps(*sum, found);
             }
         }
     }
@@ -391,14 +252,6 @@ impl Panel {
         }
         sums
     }
-}
-
-#[allow(unsafe_code)]
-#[inline]
-#[target_feature(enable = "avx2")]
-fn entries_of(a: &Both) -> [f32; ROWS] {
-    // SAFETY: a vector is eight numbers.
-    unsafe { std::mem::transmute(a.0) }
 }
 
 /// Eight rows of eight words as columns.

@@ -7,6 +7,7 @@ use std::arch::asm;
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::lines;
 use crate::op::amx::{configure, release};
 use crate::op::isa::vectorised;
 use crate::op::team::fill;
@@ -120,14 +121,14 @@ pub unsafe fn rows(
         for first in rows.clone().step_by(BLOCK) {
             let count = BLOCK.min(rows.end - first);
             let strips = count.div_ceil(ROWS);
-            let whole = count % ROWS == 0 && width % STEP == 0;
+            let whole = count.is_multiple_of(ROWS) && width.is_multiple_of(STEP);
             let weights = match whole {
                 true => &w[first * 2 * width..][..count * 2 * width],
                 false => fill_up(&w[first * 2 * width..][..count * 2 * width], width, filled),
             };
             let row_bytes = 2 * width.next_multiple_of(STEP);
             assert!(weights.len() == strips * ROWS * row_bytes || whole);
-            let sums = super::super::product::lines(sums, strips * tiles * sum);
+            let sums = lines(sums, strips * tiles * sum);
             for chunk in (0..x.steps).step_by(CHUNK / STEP) {
                 let chunk_end = x.steps.min(chunk + CHUNK / STEP);
                 for group in (0..tiles).step_by(GROUP) {

@@ -16,8 +16,18 @@ mod x86;
 /// Entries that are summed up before their sum is added to that of those before: what a tile of rows keeps in the first cache.
 pub const SPAN: usize = 512;
 
+/// Entries of a line of the cache.
+const LINE: usize = 16;
+
 /// Entries that rows of a panel are filled up to multiples of.
 pub const PADDED: usize = 32;
+
+/// `len` entries of `room` from a line of the cache on: vectors that lie across two cost twice.
+pub fn lines(room: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    room.resize(len + LINE - 1, 0.);
+    let start = room.as_ptr().align_offset(4 * LINE).min(LINE - 1);
+    &mut room[start..][..len]
+}
 
 /// `R` rows of weights (`count` of them a row) with `N` of activations; `count` is at most [`SPAN`].
 ///
