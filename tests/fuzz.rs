@@ -318,6 +318,13 @@ fn run(name: &str) {
     for seed in &seeds {
         (target.parse)(seed).unwrap_or_else(|e| panic!("{name}: a whole file is refused: {e}"));
     }
+    // What libFuzzer found; it may be refused.
+    for found in std::fs::read_dir(format!("tests/golden/fuzz/{name}"))
+        .into_iter()
+        .flatten()
+    {
+        let _ = (target.parse)(&std::fs::read(found.unwrap().path()).unwrap());
+    }
     if let Some(corpus) = std::env::var_os("ZEBROID_FUZZ_CORPUS") {
         let folder = Path::new(&corpus).join(name);
         std::fs::create_dir_all(&folder).unwrap();

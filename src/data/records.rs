@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
@@ -69,7 +70,20 @@ impl Records {
         };
         if name.ends_with(".parquet") {
             let reader = SerializedFileReader::new(file).map_err(|e| bad(&e))?;
-            let count = reader.metadata().file_metadata().num_rows();
+            let metadata = reader.metadata();
+            let mut columns = metadata
+                .row_groups()
+                .iter()
+                .flat_map(|group| group.columns());
+            // The reader panics at such a column.
+            let negative = |column: &ColumnChunkMetaData| {
+                let start = column.dictionary_page_offset();
+                start.unwrap_or(column.data_page_offset()) < 0 || column.compressed_size() < 0
+            };
+            if columns.any(negative) {
+                return Err(bad(&"a column has a negative place or size"));
+            }
+            let count = metadata.file_metadata().num_rows();
             let rows = RowIter::from_file_into(Box::new(reader));
             return Ok(records(Source::Parquet(rows), count as u64));
         }

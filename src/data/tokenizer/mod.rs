@@ -162,7 +162,10 @@ impl Tokenizer {
     /// Text of the ids, special tokens left out; ids outside the vocabulary (a padded embedding has
     /// some) are left out too.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(failed)
+        // Its decoder panics where it is to strip more than there is.
+        let text = guarded(|| self.inner.decode(ids, true));
+        let text = text.ok_or_else(|| Error::invalid("the tokenizer cannot decode these ids"))?;
+        text.map_err(failed)
     }
 
     /// Decodes a continuation id by id; `context` is what it continues (the prompt's ids, or nothing).
