@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# zebroid and llama.cpp on one GGUF file, in turn (docs/results.md, table 8): decoding at depth 0 and 2,048, eight sequences together,
-# a prompt. Needs llama-cpp-python built for this machine
+# zebroid and llama.cpp on one GGUF file, in turn (docs/results.md, table 8): decoding at depths (DEPTHS, 0 and 2,048), eight sequences
+# together, a prompt (PROMPT, 512 tokens). REPACK=0: llama.cpp uses weights as they stand. Needs llama-cpp-python built for this machine
 # (CMAKE_ARGS=-DGGML_NATIVE=ON python3 -m pip install --no-binary llama-cpp-python llama-cpp-python).
 #   recipes/peer/llama_cpp.sh MODEL.gguf [TURNS]
 set -euo pipefail
-model=$1 turns=${2:-3}
+model=$1 turns=${2:-3} prompt=${PROMPT:-512}
 repo=$(cd "$(dirname "$0")/../.." && pwd)
 zebroid=${ZEBROID:-$repo/target/release/zebroid}
 threads=$(nproc)
@@ -14,8 +14,9 @@ told() {
   echo "$(basename "$model") $1: zebroid $(printf %.1f "$2"), llama.cpp $(printf %.1f "$3") tokens/s, ratio $(awk "BEGIN { printf \"%.2f\", $2 / $3 }")"
 }
 for ((turn = 0; turn < turns; turn++)); do
-  told "decode, depth 0" "$(ours decode "$model" --tokens 32)" "$(theirs decode 0 32)"
-  told "decode, depth 2048" "$(ours decode "$model" --depths 2048 --tokens 16)" "$(theirs decode 2048 16)"
+  for depth in ${DEPTHS:-0 2048}; do
+    told "decode, depth $depth" "$(ours decode "$model" --depths "$depth" --tokens 24)" "$(theirs decode "$depth" 24)"
+  done
   told "8 sequences" "$(ours batch "$model" --batches 8 --tokens 8)" "$(theirs batch 8 8)"
-  told "prefill of 256" "$(ours prefill "$model" --lengths 256)" "$(theirs prefill 256)"
+  told "prefill of $prompt" "$(ours prefill "$model" --lengths "$prompt")" "$(theirs prefill "$prompt")"
 done
