@@ -13,7 +13,11 @@ const PIECE: usize = 1 << 16;
 
 /// Whether no code is that which means no number.
 pub fn finite(codes: &[u8]) -> bool {
-    codes.iter().all(|code| code & 0x7f != 0x7f)
+    let mut finite = true;
+    vectorised!(for code in codes {
+        finite &= code & 0x7f != 0x7f;
+    });
+    finite
 }
 
 /// What [`finite`] codes mean without their scale. Not multiplied as they are read, as other types are: a piece of a row is widened

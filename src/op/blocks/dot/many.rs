@@ -15,7 +15,9 @@ use crate::op::amx::{configure, release};
 const BLOCK: usize = 128;
 /// The same with tiles, whose weights' unpacking takes as long as the products of many rows.
 const TILED_BLOCK: usize = 512;
+/// Panels whose rows of activations' products are written side by side.
 const PANELS: usize = 16;
+
 /// What [`super::rows`] does.
 ///
 /// # Safety

@@ -127,7 +127,7 @@ pub unsafe fn rows(
                 false => fill_up(&w[first * 2 * width..][..count * 2 * width], width, filled),
             };
             let row_bytes = 2 * width.next_multiple_of(STEP);
-            assert!(weights.len() == strips * ROWS * row_bytes || whole);
+            assert!(weights.len() == strips * ROWS * row_bytes);
             let sums = lines(sums, strips * tiles * sum);
             for chunk in (0..x.steps).step_by(CHUNK / STEP) {
                 let chunk_end = x.steps.min(chunk + CHUNK / STEP);
