@@ -25,6 +25,10 @@ const SPAN: usize = 512;
 /// Activation rows that share one reading of a row of blocks.
 const TOGETHER: usize = 4;
 
+/// Rows of blocks, far from each other, that are read side by side for a single row of activations: from several places memory gives
+/// more at a time.
+const PLACES: usize = 3;
+
 /// Rows `rows` of `W`, blocks of `[N, K]` weights, with all of `x [M, K]`; `write` gets a row of `W`, one of `x`, and the products of
 /// that and the rows of `W` behind it with the latter.
 /// Every product is one sum in one order, whatever it is computed beside.
@@ -56,33 +60,50 @@ pub fn rows(
             }
         };
     }
+    let w = |row: usize| &w[row * row_bytes..][..row_bytes];
+    let each = match x.rows() {
+        1 if isa.level() >= Level::Avx512 => rows.len() / PLACES,
+        _ => 0,
+    };
+    for i in rows.start..rows.start + each {
+        let places = [0, 1, 2].map(|place| i + place * each);
+        let sums: [_; PLACES] = dot(isa, kind, places.map(w), [x.row(0)]);
+        for (row, sum) in places.into_iter().zip(sums) {
+            write(row, 0, &sum);
+        }
+    }
     for first in (0..x.rows()).step_by(TOGETHER) {
         let x_of = |i: usize| x.row(first + i);
-        for row in rows.clone() {
-            let w = &w[row * row_bytes..][..row_bytes];
+        for row in rows.start + PLACES * each..rows.end {
+            let w = [w(row)];
             let put = |sums: &[f32]| {
                 for (i, sum) in sums.iter().enumerate() {
                     write(row, first + i, &[*sum]);
                 }
             };
             match x.rows() - first {
-                1 => put(&dot(isa, kind, w, [x_of(0)])),
-                2 => put(&dot(isa, kind, w, [x_of(0), x_of(1)])),
-                3 => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2)])),
-                _ => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2), x_of(3)])),
+                1 => put(&dot(isa, kind, w, [x_of(0)])[0]),
+                2 => put(&dot(isa, kind, w, [x_of(0), x_of(1)])[0]),
+                3 => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2)])[0]),
+                _ => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2), x_of(3)])[0]),
             }
         }
     }
 }
 
-/// One row of blocks with `N` rows of activations.
-fn dot<const N: usize>(isa: Isa, kind: BlockType, w: &[u8], x: [Row; N]) -> [f32; N] {
+/// `R` rows of blocks with `N` rows of activations.
+fn dot<const R: usize, const N: usize>(
+    isa: Isa,
+    kind: BlockType,
+    w: [&[u8]; R],
+    x: [Row; N],
+) -> [[f32; N]; R] {
     match isa.level() {
-        Level::Portable => x.map(|x| portable(kind, w, x)),
+        Level::Portable => w.map(|w| x.map(|x| portable(kind, w, x))),
         // SAFETY: an `Isa` is of this processor.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx2 => unsafe { avx2::dot(kind, w, x) },
+        Level::Avx2 => w.map(|w| unsafe { avx2::dot(kind, w, x) }),
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         Level::Avx512 | Level::Amx => unsafe { avx512::dot(kind, w, x) },

@@ -202,62 +202,70 @@ fn few(
         _ => rows.start,
     };
     for row in (rows.start..four).step_by(4) {
-        put(row, 0, whole::<4, 1>(isa, w, row, x), &write);
+        put::<4, 1>([0, 1, 2, 3].map(|r| row + r), 0, isa, w, x, &write);
     }
-    // For one row of activations one row after the other: memory gives several side by side more slowly.
-    let threes = match m {
-        1 => four,
-        _ => four + (rows.end - four) / 3 * 3,
+    let (left, threes) = (rows.end - four, (rows.end - four) / 3);
+    // For one row of activations memory decides: it gives neighbours more slowly than one row after the other, and rows far from each
+    // other faster (measured with AVX-512).
+    let (threes, apart) = match m {
+        1 if isa.level() < Level::Avx512 => (0, 0),
+        1 => (threes, threes),
+        _ => (threes, 1),
     };
-    for row in (four..threes).step_by(3) {
+    for i in 0..threes {
+        let row = four + if apart == 1 { 3 * i } else { i };
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
+            let rows = [0, 1, 2].map(|r| row + r * apart);
             match m - first {
-                1 => put(row, first, whole::<3, 1>(isa, w, row, x), &write),
-                2 => put(row, first, whole::<3, 2>(isa, w, row, x), &write),
-                3 => put(row, first, whole::<3, 3>(isa, w, row, x), &write),
-                _ => put(row, first, whole::<3, TOGETHER>(isa, w, row, x), &write),
+                1 => put::<3, 1>(rows, first, isa, w, x, &write),
+                2 => put::<3, 2>(rows, first, isa, w, x, &write),
+                3 => put::<3, 3>(rows, first, isa, w, x, &write),
+                _ => put::<3, TOGETHER>(rows, first, isa, w, x, &write),
             }
         }
     }
-    for row in threes..rows.end {
+    for row in rows.end - (left - 3 * threes)..rows.end {
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
             match m - first {
-                1 => put(row, first, whole::<1, 1>(isa, w, row, x), &write),
-                2 => put(row, first, whole::<1, 2>(isa, w, row, x), &write),
-                3 => put(row, first, whole::<1, 3>(isa, w, row, x), &write),
-                _ => put(row, first, whole::<1, TOGETHER>(isa, w, row, x), &write),
+                1 => put::<1, 1>([row], first, isa, w, x, &write),
+                2 => put::<1, 2>([row], first, isa, w, x, &write),
+                3 => put::<1, 3>([row], first, isa, w, x, &write),
+                _ => put::<1, TOGETHER>([row], first, isa, w, x, &write),
             }
         }
     }
 }
 
+/// Writes the products of `R` whole rows with all `N` of activations, which are the ones from `first` on.
 #[inline]
 fn put<const R: usize, const N: usize>(
-    row: usize,
+    rows: [usize; R],
     first: usize,
-    sums: [[f32; N]; R],
+    isa: Isa,
+    w: &Weights,
+    x: &[f32],
     write: impl Fn(usize, usize, &[f32]),
 ) {
-    for (r, sums) in sums.into_iter().enumerate() {
+    for (row, sums) in rows.into_iter().zip(whole::<R, N>(isa, w, rows, x)) {
         for (n, sum) in sums.into_iter().enumerate() {
-            write(row + r, first + n, &[sum]);
+            write(row, first + n, &[sum]);
         }
     }
 }
 
-/// Whole rows from `first` on with all `N` of activations.
+/// `R` whole rows with all `N` of activations.
 #[inline]
 fn whole<const R: usize, const N: usize>(
     isa: Isa,
     w: &Weights,
-    first: usize,
+    rows: [usize; R],
     x: &[f32],
 ) -> [[f32; N]; R] {
     let (width, storage) = (w.width, w.storage);
     let bytes = storage.entry_bytes();
-    let w: [&[u8]; R] = std::array::from_fn(|r| w.row(first + r));
+    let w: [&[u8]; R] = rows.map(|row| w.row(row));
     let mut sums = [[0f32; N]; R];
     for from in (0..width).step_by(SPAN) {
         let count = SPAN.min(width - from);

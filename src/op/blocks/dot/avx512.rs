@@ -22,74 +22,100 @@ const CHUNK: usize = 64;
 /// The processor has what [`super::Isa`] says of it, `w` is whole blocks, and the rows of `x` are as wide as `w`.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub unsafe fn dot<const N: usize>(kind: BlockType, w: &[u8], x: [Row; N]) -> [f32; N] {
+pub unsafe fn dot<const R: usize, const N: usize>(
+    kind: BlockType,
+    w: [&[u8]; R],
+    x: [Row; N],
+) -> [[f32; N]; R] {
     match kind {
-        BlockType::Q8_0 => row::<Q8_0, N>(w, x),
-        BlockType::Q6K => row::<Q6_K, N>(w, x),
-        BlockType::Q4K => row::<Q4_K, N>(w, x),
-        BlockType::Q4_0 => row::<Q4_0, N>(w, x),
+        BlockType::Q8_0 => rows::<Q8_0, R, N>(w, x),
+        BlockType::Q6K => rows::<Q6_K, R, N>(w, x),
+        BlockType::Q4K => rows::<Q4_K, R, N>(w, x),
+        BlockType::Q4_0 => rows::<Q4_0, R, N>(w, x),
     }
 }
 
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
+fn rows<const KIND: u8, const R: usize, const N: usize>(
+    w: [&[u8]; R],
+    x: [Row; N],
+) -> [[f32; N]; R] {
     let bytes = const { 2 * eight_bytes(KIND) };
-    let spans = w.len().div_ceil(bytes);
+    let width = w[0].len();
+    let spans = width.div_ceil(bytes);
     let long = |x: &Row| x.codes.len() >= SPAN * spans && x.scales.len() >= GROUPS * spans;
     assert!(x.iter().all(|x| long(x) && x.sums.len() == x.scales.len()));
     assert!(x.iter().all(|x| x.negated.len() == x.codes.len() / 4));
-    let mut totals = [0.; N];
+    assert!(w.iter().all(|w| w.len() == width));
+    let mut totals = [[0.; N]; R];
     let mut room = [0; 544];
-    for (i, w) in w.chunks(bytes).enumerate() {
-        ask_behind(w);
-        let w = match w.len() < bytes {
-            true => filled(w, &mut room),
-            false => w,
-        };
-        let mut halves = [[_mm512_setzero_si512(); N]; 2];
-        for (half, fours_of) in halves.iter_mut().enumerate() {
-            let mut chunks = [_mm512_setzero_si512(); 4];
-            let mut of_chunks = chunks;
-            for j in 0..4 {
-                chunks[j] = codes::<KIND>(w, 4 * half + j);
-                if KIND == Q6_K {
-                    of_chunks[j] = q6_k_scales(w, 4 * half + j);
-                }
-            }
-            for n in 0..N {
-                let mut sums = [_mm512_setzero_si512(); 4];
-                for j in 0..4 {
-                    let at = SPAN * i + CHUNK * (4 * half + j);
-                    // SAFETY: as long as asserted.
-                    sums[j] = unsafe { products::<KIND>(chunks[j], &x[n], at) };
-                    if KIND == Q6_K {
-                        sums[j] = _mm512_mullo_epi32(sums[j], of_chunks[j]);
-                    }
-                }
-                fours_of[n] = fours(sums);
-            }
-        }
-        let (low, high) = w.split_at(bytes / 2);
-        let (scales, mins) = avx2::scales::<KIND>(low);
-        let (next_scales, next_mins) = avx2::scales::<KIND>(high);
-        let (scales, mins) = (join(scales, next_scales), join(mins, next_mins));
-        for n in 0..N {
-            // SAFETY: as long as asserted.
-            let (own, sums) = unsafe {
-                (
-                    _mm512_loadu_ps(x[n].scales.as_ptr().add(GROUPS * i)),
-                    _mm512_loadu_ps(x[n].sums.as_ptr().add(GROUPS * i)),
-                )
+    for i in 0..spans {
+        let part = bytes * i..width.min(bytes * (i + 1));
+        for r in 0..R {
+            let w = &w[r][part.clone()];
+            ask_behind(w);
+            let w = match w.len() < bytes {
+                true => filled(w, &mut room),
+                false => w,
             };
-            let found = _mm512_cvtepi32_ps(groups([halves[0][n], halves[1][n]]));
-            let mut found = _mm512_mul_ps(found, _mm512_mul_ps(scales, own));
-            if unsigned(KIND) {
-                found = _mm512_fnmadd_ps(mins, sums, found);
+            let found = span::<KIND, N>(w, &x, i);
+            for n in 0..N {
+                totals[r][n] += found[n];
             }
-            totals[n] += total(found);
         }
+    }
+    totals
+}
+
+/// The products of a whole span with the activations' span `i`, which is there.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+fn span<const KIND: u8, const N: usize>(w: &[u8], x: &[Row; N], i: usize) -> [f32; N] {
+    let mut halves = [[_mm512_setzero_si512(); N]; 2];
+    for (half, fours_of) in halves.iter_mut().enumerate() {
+        let mut chunks = [_mm512_setzero_si512(); 4];
+        let mut of_chunks = chunks;
+        for j in 0..4 {
+            chunks[j] = codes::<KIND>(w, 4 * half + j);
+            if KIND == Q6_K {
+                of_chunks[j] = q6_k_scales(w, 4 * half + j);
+            }
+        }
+        for n in 0..N {
+            let mut sums = [_mm512_setzero_si512(); 4];
+            for j in 0..4 {
+                let at = SPAN * i + CHUNK * (4 * half + j);
+                // SAFETY: [`rows`] has asserted their number.
+                sums[j] = unsafe { products::<KIND>(chunks[j], &x[n], at) };
+                if KIND == Q6_K {
+                    sums[j] = _mm512_mullo_epi32(sums[j], of_chunks[j]);
+                }
+            }
+            fours_of[n] = fours(sums);
+        }
+    }
+    let (low, high) = w.split_at(const { eight_bytes(KIND) });
+    let (scales, mins) = avx2::scales::<KIND>(low);
+    let (next_scales, next_mins) = avx2::scales::<KIND>(high);
+    let (scales, mins) = (join(scales, next_scales), join(mins, next_mins));
+    let mut totals = [0.; N];
+    for n in 0..N {
+        // SAFETY: as above.
+        let (own, sums) = unsafe {
+            (
+                _mm512_loadu_ps(x[n].scales.as_ptr().add(GROUPS * i)),
+                _mm512_loadu_ps(x[n].sums.as_ptr().add(GROUPS * i)),
+            )
+        };
+        let found = _mm512_cvtepi32_ps(groups([halves[0][n], halves[1][n]]));
+        let mut found = _mm512_mul_ps(found, _mm512_mul_ps(scales, own));
+        if unsigned(KIND) {
+            found = _mm512_fnmadd_ps(mins, sums, found);
+        }
+        totals[n] = total(found);
     }
     totals
 }
