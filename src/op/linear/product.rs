@@ -197,61 +197,64 @@ fn few(
     rows: Range<usize>,
     write: impl Fn(usize, usize, &[f32]),
 ) {
-    let four = match m {
-        1 if w.bytes.len() < CACHED => rows.start + rows.len() / 4 * 4,
-        _ => rows.start,
-    };
-    for row in (rows.start..four).step_by(4) {
-        put::<4, 1>([0, 1, 2, 3].map(|r| row + r), 0, isa, w, x, &write);
-    }
-    let (left, threes) = (rows.end - four, (rows.end - four) / 3);
-    // For one row of activations memory decides: it gives neighbours more slowly than one row after the other, and rows far from each
-    // other faster (measured with AVX-512).
-    let (threes, apart) = match m {
-        1 if isa.level() < Level::Avx512 => (0, 0),
-        1 => (threes, threes),
-        _ => (threes, 1),
-    };
-    for i in 0..threes {
-        let row = four + if apart == 1 { 3 * i } else { i };
-        for first in (0..m).step_by(TOGETHER) {
-            let x = &x[first * w.width..];
-            let rows = [0, 1, 2].map(|r| row + r * apart);
-            match m - first {
-                1 => put::<3, 1>(rows, first, isa, w, x, &write),
-                2 => put::<3, 2>(rows, first, isa, w, x, &write),
-                3 => put::<3, 3>(rows, first, isa, w, x, &write),
-                _ => put::<3, TOGETHER>(rows, first, isa, w, x, &write),
+    let mut row = rows.start;
+    if m == 1 && w.bytes.len() < CACHED {
+        while rows.end - row >= 4 {
+            near::<4, 1>(row, 0, isa, w, x, &write);
+            row += 4;
+        }
+    } else if m == 1 && isa.level() >= Level::Avx512 {
+        // Memory gives neighbours more slowly than one row after the other, and rows far from each other faster.
+        let each = rows.len() / 3;
+        while row < rows.start + each {
+            let places = [0, 1, 2].map(|place| row + place * each);
+            for (row, sum) in places.into_iter().zip(whole::<3, 1>(isa, w, places, x)) {
+                write(row, 0, &sum);
             }
+            row += 1;
+        }
+        row += 2 * each;
+    } else if m > 1 {
+        while rows.end - row >= 3 {
+            for first in (0..m).step_by(TOGETHER) {
+                let x = &x[first * w.width..];
+                match m - first {
+                    1 => near::<3, 1>(row, first, isa, w, x, &write),
+                    2 => near::<3, 2>(row, first, isa, w, x, &write),
+                    3 => near::<3, 3>(row, first, isa, w, x, &write),
+                    _ => near::<3, TOGETHER>(row, first, isa, w, x, &write),
+                }
+            }
+            row += 3;
         }
     }
-    for row in rows.end - (left - 3 * threes)..rows.end {
+    for row in row..rows.end {
         for first in (0..m).step_by(TOGETHER) {
             let x = &x[first * w.width..];
             match m - first {
-                1 => put::<1, 1>([row], first, isa, w, x, &write),
-                2 => put::<1, 2>([row], first, isa, w, x, &write),
-                3 => put::<1, 3>([row], first, isa, w, x, &write),
-                _ => put::<1, TOGETHER>([row], first, isa, w, x, &write),
+                1 => near::<1, 1>(row, first, isa, w, x, &write),
+                2 => near::<1, 2>(row, first, isa, w, x, &write),
+                3 => near::<1, 3>(row, first, isa, w, x, &write),
+                _ => near::<1, TOGETHER>(row, first, isa, w, x, &write),
             }
         }
     }
 }
 
-/// Writes the products of `R` whole rows with all `N` of activations, which are the ones from `first` on.
+/// Writes the products of `R` rows from `row` on with all `N` of activations, which are the ones from `first` on.
 #[inline]
-fn put<const R: usize, const N: usize>(
-    rows: [usize; R],
+fn near<const R: usize, const N: usize>(
+    row: usize,
     first: usize,
     isa: Isa,
     w: &Weights,
     x: &[f32],
     write: impl Fn(usize, usize, &[f32]),
 ) {
-    for (row, sums) in rows.into_iter().zip(whole::<R, N>(isa, w, rows, x)) {
-        for (n, sum) in sums.into_iter().enumerate() {
-            write(row, first + n, &[sum]);
-        }
+    let sums = whole::<R, N>(isa, w, std::array::from_fn(|r| row + r), x);
+    for n in 0..N {
+        let of_row: [f32; R] = std::array::from_fn(|r| sums[r][n]);
+        write(row, first + n, &of_row);
     }
 }
 

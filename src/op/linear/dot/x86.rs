@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{PADDED, SPAN, Storage};
+use super::{PADDED, Storage};
 
 macro_rules! tiles {
     ($features:literal) => {
@@ -18,74 +18,81 @@ macro_rules! tiles {
         ) -> [[f32; N]; R] {
             // SAFETY: the caller's promise is the function's.
             unsafe {
-                if count % PADDED > 0 {
-                    return padded(storage, w, x, count);
-                }
                 match storage {
-                    Storage::F32 => sum::<4, R, N>(w, x, count, |at| load(at.cast())),
-                    Storage::F16 => sum::<2, R, N>(w, x, count, |at| load_f16(at)),
-                    _ => sum::<2, R, N>(w, x, count, |at| load_bf16(at)),
+                    Storage::F32 => whole::<4, R, N>(w, x, count, |at| load(at.cast())),
+                    Storage::F16 => whole::<2, R, N>(w, x, count, |at| load_f16(at)),
+                    _ => whole::<2, R, N>(w, x, count, |at| load_bf16(at)),
                 }
             }
         }
 
-        /// Rows that are filled up with zeros first.
+        /// The sum of what is a multiple of [`PADDED`], and of what is left, filled up with zeros.
         ///
         /// # Safety
-        /// As [`tile`].
+        /// As [`tile`]; `widen` reads `LANES` weights of `BYTES` bytes.
         #[allow(unsafe_code)]
-        #[cold]
+        #[inline]
         #[target_feature(enable = $features)]
-        unsafe fn padded<const R: usize, const N: usize>(
-            storage: Storage,
+        unsafe fn whole<const BYTES: usize, const R: usize, const N: usize>(
             w: [*const u8; R],
             x: [*const f32; N],
             count: usize,
+            widen: impl Fn(*const u8) -> Vector,
         ) -> [[f32; N]; R] {
-            let bytes = count * storage.entry_bytes();
-            let (mut w_wide, mut x_wide) = ([[0f32; SPAN]; R], [[0f32; SPAN]; N]);
-            // SAFETY: the caller's promise, and SPAN entries in every row of the filled ones.
+            let left = count % PADDED;
+            let count = count - left;
+            // SAFETY: the caller's promise; what is filled up has PADDED entries a row.
             unsafe {
+                if left == 0 {
+                    return sum::<BYTES, R, N>([(w, x, count)], widen);
+                }
+                let (mut w_left, mut x_left) = ([[0u8; 4 * PADDED]; R], [[0f32; PADDED]; N]);
                 for r in 0..R {
-                    let w = std::slice::from_raw_parts(w[r], bytes);
-                    storage.widen(w, &mut w_wide[r][..count]);
+                    let w = std::slice::from_raw_parts(w[r].add(BYTES * count), BYTES * left);
+                    w_left[r][..BYTES * left].copy_from_slice(w);
                 }
                 for n in 0..N {
-                    let x = std::slice::from_raw_parts(x[n], count);
-                    x_wide[n][..count].copy_from_slice(x);
+                    let x = std::slice::from_raw_parts(x[n].add(count), left);
+                    x_left[n][..left].copy_from_slice(x);
                 }
-                let w = w_wide.each_ref().map(|w| w.as_ptr().cast());
-                let x = x_wide.each_ref().map(|x| x.as_ptr());
-                let count = count.next_multiple_of(PADDED);
-                sum::<4, R, N>(w, x, count, |at| load(at.cast()))
+                let w_left = w_left.each_ref().map(|w| w.as_ptr());
+                let x_left = x_left.each_ref().map(|x| x.as_ptr());
+                sum::<BYTES, R, N>([(w, x, count), (w_left, x_left, PADDED)], widen)
             }
         }
 
-        /// Two vectors of sums that take turns: for one row at once, so that an addition need not wait for the one before; for many one
-        /// after the other, with half the registers.
+        /// Of parts of rows, one behind the other. Two vectors of sums take turns: for few rows at once, so that an addition need not
+        /// wait for the one before; for many one after the other, with half the registers.
         ///
         /// # Safety
-        /// As [`tile`], `count` a multiple of [`PADDED`]; `widen` reads `LANES` weights of `BYTES` bytes.
+        /// As [`tile`] for every part, whose count is a multiple of [`PADDED`]; `widen` reads `LANES` weights of `BYTES` bytes.
         #[allow(unsafe_code)]
         #[inline]
         #[target_feature(enable = $features)]
         unsafe fn sum<const BYTES: usize, const R: usize, const N: usize>(
-            w: [*const u8; R],
-            x: [*const f32; N],
-            count: usize,
+            parts: impl Copy + IntoIterator<Item = ([*const u8; R], [*const f32; N], usize)>,
             widen: impl Fn(*const u8) -> Vector,
         ) -> [[f32; N]; R] {
             let (mut first, mut second) = ([[zero(); N]; R], [[zero(); N]; R]);
             // SAFETY: the caller's promise; there is an even number of vectors.
             unsafe {
                 if R * N <= 4 {
-                    for at in (0..count).step_by(2 * LANES) {
-                        add_products::<BYTES, R, N>(w, x, at, &widen, &mut first);
-                        add_products::<BYTES, R, N>(w, x, at + LANES, &widen, &mut second);
+                    for (w, x, count) in parts {
+                        for at in (0..count).step_by(2 * LANES) {
+                            add_products::<BYTES, R, N>(w, x, at, &widen, &mut first);
+                            add_products::<BYTES, R, N>(w, x, at + LANES, &widen, &mut second);
+                        }
+                    }
+                    for r in 0..R {
+                        for n in 0..N {
+                            second[r][n] = add(first[r][n], second[r][n]);
+                        }
                     }
                 } else {
-                    for at in (0..count).step_by(2 * LANES) {
-                        add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
+                    for (w, x, count) in parts {
+                        for at in (0..count).step_by(2 * LANES) {
+                            add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
+                        }
                     }
                     // Volatile, so that they do not stay in registers, of which the other sums need all.
                     for r in 0..R {
@@ -94,19 +101,34 @@ macro_rules! tiles {
                         }
                     }
                     second = [[zero(); N]; R];
-                    for at in (LANES..count).step_by(2 * LANES) {
-                        add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
+                    for (w, x, count) in parts {
+                        for at in (LANES..count).step_by(2 * LANES) {
+                            add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
+                        }
+                    }
+                    for r in 0..R {
+                        for n in 0..N {
+                            let first = std::ptr::read_volatile(&first[r][n]);
+                            second[r][n] = add(first, second[r][n]);
+                        }
                     }
                 }
             }
             let mut found = [[0.; N]; R];
-            for r in 0..R {
-                for n in 0..N {
-                    // SAFETY: it is a place of ours.
-                    let first = unsafe { std::ptr::read_volatile(&first[r][n]) };
-                    second[r][n] = add(first, second[r][n]);
+            if N == 1 {
+                // Rows together: as many steps for four as for one.
+                let mut sums = [zero(); R];
+                for r in 0..R {
+                    sums[r] = second[r][0];
                 }
-                found[r] = totals(second[r]);
+                let totals = totals(sums);
+                for r in 0..R {
+                    found[r][0] = totals[r];
+                }
+            } else {
+                for r in 0..R {
+                    found[r] = totals(second[r]);
+                }
             }
             found
         }
@@ -264,7 +286,7 @@ macro_rules! tiles {
                 std::array::from_fn(|r| panel[r * span..][..span].as_ptr().cast());
             let x: [*const f32; N] = std::array::from_fn(|n| x[n * span..][..span].as_ptr());
             // SAFETY: `span` entries stand in every row, as just cut.
-            let found = unsafe { sum::<4, R, N>(w, x, span, |at| load(at.cast())) };
+            let found = unsafe { sum::<4, R, N>([(w, x, span)], |at| load(at.cast())) };
             for n in 0..N {
                 for r in 0..R {
                     sums[n * rows + r] += found[r][n];
