@@ -12,7 +12,9 @@ threads=$(nproc)
 ours() { "$zebroid" bench "$@" --repeat 1 --json 2> /dev/null | sed -n 's/.*"tokens_per_s": \([0-9.]*\).*/\1/p'; }
 theirs() { "${PYTHON:-python3}" "$repo/recipes/peer/llama_cpp_speed.py" "$peer" "$threads" "$@" 2> /dev/null; }
 told() {
-  echo "$(basename "$model") $1: zebroid $(printf %.1f "$2"), llama.cpp${PEER:+ on $(basename "$PEER")} $(printf %.1f "$3") tokens/s, ratio $(awk "BEGIN { printf \"%.2f\", $2 / $3 }")"
+  local ratio
+  ratio=$(awk "BEGIN { printf \"%.2f\", $2 / $3 }")
+  echo "$(basename "$model") $1: zebroid $(printf %.1f "$2"), llama.cpp${PEER:+ on $(basename "$PEER")} $(printf %.1f "$3") tokens/s, ratio $ratio"
 }
 for ((turn = 0; turn < turns; turn++)); do
   for depth in ${DEPTHS:-0 2048}; do
