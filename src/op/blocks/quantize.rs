@@ -48,10 +48,18 @@ fn put(out: &mut [u8], x: f32) -> f32 {
     half(out)
 }
 
+/// A whole number that a vector of numbers holds as well.
 #[inline(always)]
-fn code(x: f32, inverse: f32, low: i32, high: i32) -> i32 {
-    ((x * inverse).round_ties_even() as i32).clamp(low, high)
+fn code(x: f32, inverse: f32, low: i32, high: i32) -> f32 {
+    let q = (x * inverse).round_ties_even();
+    match q.is_nan() {
+        true => 0.,
+        false => q.max(low as f32).min(high as f32),
+    }
 }
+
+/// Candidates that are tried side by side, a lane each: sums over weights need no addition across lanes then.
+const LANES: usize = 16;
 
 #[inline(always)]
 fn inverse(scale: f32) -> f32 {
@@ -60,6 +68,17 @@ fn inverse(scale: f32) -> f32 {
         false => 1. / scale,
     }
 }
+
+/// Where codes begin to be tried: the end of them that the largest weight is put near, in tenths of a code.
+const STARTS: [[f32; LANES]; 2] = {
+    let mut starts = [[0.; LANES]; 2];
+    let mut i = 0;
+    while i < 2 * LANES {
+        starts[i / LANES][i % LANES] = 0.1 * (i as f32 - LANES as f32);
+        i += 1;
+    }
+    starts
+};
 
 /// The `d` of least `Σ w (x − d q)²`, `q` in `low..=high`: the largest weight is put near the end of the codes in
 /// several places, and each time `d` is fitted to the codes that come of it.
@@ -72,44 +91,64 @@ fn symmetric(x: &[f32], w: &[f32], low: i32, high: i32) -> f32 {
         return 0.;
     }
     let (mut best, mut gain) = (0., f64::NEG_INFINITY);
-    let mut consider = |mut inverse: f32| {
+    for starts in STARTS {
+        let mut inverses = [0f32; LANES];
+        for i in 0..LANES {
+            // Codes reach one further below than above.
+            inverses[i] = (low as f32 + starts[i]) / largest;
+        }
         for _ in 0..3 {
-            let (mut product, mut energy) = (0f64, 0f64);
+            let (mut product, mut energy) = ([0f32; LANES], [0f32; LANES]);
             for (x, w) in x.iter().zip(w) {
-                let q = code(*x, inverse, low, high) as f32;
-                product += f64::from(w * x * q);
-                energy += f64::from(w * q * q);
+                for i in 0..LANES {
+                    let q = code(*x, inverses[i], low, high);
+                    product[i] += w * x * q;
+                    energy[i] += w * q * q;
+                }
             }
-            if energy == 0. {
-                return;
-            }
-            if product * product / energy > gain {
-                (best, gain) = ((product / energy) as f32, product * product / energy);
-            }
-            inverse = (energy / product) as f32;
-            if !inverse.is_finite() {
-                return;
+            for i in 0..LANES {
+                // Of no codes but 0 there is no number, which is no gain.
+                let reached = f64::from(product[i]) * f64::from(product[i]) / f64::from(energy[i]);
+                if reached > gain {
+                    (best, gain) = (product[i] / energy[i], reached);
+                }
+                inverses[i] = energy[i] / product[i];
             }
         }
-    };
-    for step in -12..=12 {
-        // Codes reach one further below than above.
-        consider((low as f32 + 0.1 * step as f32) / largest);
     }
     best
 }
 
-/// `Σ w (x − (s q − m))²`, each `q` of 0 to 15 as near as it can be.
+/// `Σ w (x − s q)²` of every `s`, each `q` in `low..=high` as near as it can be.
 #[inline(always)]
-fn affine_error(x: &[f32], w: &[f32], s: f32, m: f32) -> f32 {
-    let inverse = inverse(s);
-    let pairs = x.iter().zip(w);
-    pairs
-        .map(|(x, w)| {
-            let rest = x - (s * code(x + m, inverse, 0, 15) as f32 - m);
-            w * rest * rest
-        })
-        .sum()
+fn symmetric_errors(x: &[f32], w: &[f32], s: &[f32; LANES], low: i32, high: i32) -> [f32; LANES] {
+    let (mut inverses, mut errors) = ([0f32; LANES], [0f32; LANES]);
+    for i in 0..LANES {
+        inverses[i] = inverse(s[i]);
+    }
+    for (x, w) in x.iter().zip(w) {
+        for i in 0..LANES {
+            let rest = x - s[i] * code(*x, inverses[i], low, high);
+            errors[i] += w * rest * rest;
+        }
+    }
+    errors
+}
+
+/// `Σ w (x − (s q − m))²` of every `s` and `m`, each `q` of 0 to 15 as near as it can be.
+#[inline(always)]
+fn affine_errors(x: &[f32], w: &[f32], s: &[f32; LANES], m: &[f32; LANES]) -> [f32; LANES] {
+    let (mut inverses, mut errors) = ([0f32; LANES], [0f32; LANES]);
+    for i in 0..LANES {
+        inverses[i] = inverse(s[i]);
+    }
+    for (x, w) in x.iter().zip(w) {
+        for i in 0..LANES {
+            let rest = x - (s[i] * code(x + m[i], inverses[i], 0, 15) - m[i]);
+            errors[i] += w * rest * rest;
+        }
+    }
+    errors
 }
 
 /// The scale and minimum, neither below 0, of least weighted error with codes of 0 to 15.
@@ -121,42 +160,63 @@ fn affine(x: &[f32], w: &[f32]) -> (f32, f32) {
         return (0., -low);
     }
     let total: f32 = w.iter().sum();
+    let x1: f32 = x.iter().zip(w).map(|(x, w)| w * x).sum();
     let mut best = ((high - low) / 15., -low);
-    let mut least = affine_error(x, w, best.0, best.1);
-    for step in 0..=24 {
-        let mut inverse = (15. - 1.2 + 0.1 * step as f32) / (high - low);
-        let mut min = -low;
+    let mut least = affine_errors(x, w, &[best.0; LANES], &[best.1; LANES])[0];
+    for starts in STARTS {
+        let (mut s, mut m) = ([0f32; LANES], [-low; LANES]);
+        for i in 0..LANES {
+            s[i] = (high - low) / (15. + starts[i]);
+        }
         for _ in 0..3 {
             // Least squares of x over q and a constant.
-            let (mut q1, mut q2, mut x1, mut xq) = (0f32, 0f32, 0f32, 0f32);
+            let mut inverses = [0f32; LANES];
+            for i in 0..LANES {
+                inverses[i] = inverse(s[i]);
+            }
+            let [mut q1, mut q2, mut xq] = [[0f32; LANES]; 3];
             for (x, w) in x.iter().zip(w) {
-                let q = code(x + min, inverse, 0, 15) as f32;
-                q1 += w * q;
-                q2 += w * q * q;
-                x1 += w * x;
-                xq += w * x * q;
+                for i in 0..LANES {
+                    let q = code(x + m[i], inverses[i], 0, 15);
+                    q1[i] += w * q;
+                    q2[i] += w * q * q;
+                    xq[i] += w * x * q;
+                }
             }
-            let determinant = total * q2 - q1 * q1;
-            if determinant <= 0. {
-                break;
+            for i in 0..LANES {
+                let determinant = total * q2[i] - q1[i] * q1[i];
+                let scale = (total * xq[i] - q1[i] * x1) / determinant;
+                let min = -(q2[i] * x1 - q1[i] * xq[i]) / determinant;
+                (s[i], m[i]) = match min < 0. {
+                    true => (xq[i] / q2[i], 0.),
+                    false => (scale, min),
+                };
+                // What cannot be fitted has no codes, and an error that is not the least.
+                if !(determinant > 0. && s[i] > 0. && s[i].is_finite() && m[i].is_finite()) {
+                    (s[i], m[i]) = (0., -low);
+                }
             }
-            let mut s = (total * xq - q1 * x1) / determinant;
-            let mut m = -(q2 * x1 - q1 * xq) / determinant;
-            if m < 0. {
-                m = 0.;
-                s = xq / q2;
+            let errors = affine_errors(x, w, &s, &m);
+            for i in 0..LANES {
+                if s[i] > 0. && errors[i] < least {
+                    (best, least) = ((s[i], m[i]), errors[i]);
+                }
             }
-            if !(s > 0. && s.is_finite() && m.is_finite()) {
-                break;
-            }
-            let error = affine_error(x, w, s, m);
-            if error < least {
-                (best, least) = ((s, m), error);
-            }
-            (inverse, min) = (1. / s, m);
         }
     }
     best
+}
+
+/// The first of the `count` smallest.
+#[inline(always)]
+fn least(errors: &[f32; LANES], count: usize) -> usize {
+    let mut found = 0;
+    for i in 1..count {
+        if errors[i] < errors[found] {
+            found = i;
+        }
+    }
+    found
 }
 
 #[inline(always)]
@@ -172,7 +232,7 @@ fn q8_0(x: &[f32], w: &[f32], out: &mut [u8]) {
 fn q4_0(x: &[f32], w: &[f32], out: &mut [u8]) {
     let d = put(out, symmetric(x, w, -8, 7));
     let inverse = inverse(d);
-    let code = |x: f32| (code(x, inverse, -8, 7) + 8) as u8;
+    let code = |x: f32| (code(x, inverse, -8, 7) + 8.) as u8;
     for (i, q) in out[2..].iter_mut().enumerate() {
         *q = code(x[i]) | code(x[i + 16]) << 4;
     }
@@ -181,7 +241,11 @@ fn q4_0(x: &[f32], w: &[f32], out: &mut [u8]) {
 #[inline(always)]
 fn q4_k(x: &[f32], w: &[f32], out: &mut [u8]) {
     let parts: Vec<_> = x.chunks_exact(32).zip(w.chunks_exact(32)).collect();
-    let ideal: Vec<(f32, f32)> = parts.iter().map(|(x, w)| affine(x, w)).collect();
+    // A loop: within `map` it would not be compiled for these vectors.
+    let mut ideal = [(0., 0.); 8];
+    for (ideal, (x, w)) in ideal.iter_mut().zip(&parts) {
+        *ideal = affine(x, w);
+    }
     let largest = |of: fn(&(f32, f32)) -> f32| ideal.iter().map(of).fold(0f32, f32::max);
     let d = put(out, largest(|i| i.0) / 63.);
     let min = put(&mut out[2..], largest(|i| i.1) / 63.);
@@ -189,13 +253,21 @@ fn q4_k(x: &[f32], w: &[f32], out: &mut [u8]) {
     out[4..16].fill(0);
     for (j, ((x, w), (s, m))) in parts.iter().zip(&ideal).enumerate() {
         let near = |value: f32, unit: f32| {
-            let at = code(value, inverse(unit), 0, 63);
+            let at = code(value, inverse(unit), 0, 63) as i32;
             (at - 1).max(0)..=(at + 1).min(63)
         };
-        let pairs = near(*s, d).flat_map(|s| near(*m, min).map(move |m| (s, m)));
-        let error = |(s, m): &(i32, i32)| affine_error(x, w, d * *s as f32, min * *m as f32);
-        let best = pairs.min_by(|a, b| error(a).total_cmp(&error(b)));
-        let (s, m) = best.expect("a range of at least one");
+        let (mut pairs, mut count) = ([(0, 0); LANES], 0);
+        for s in near(*s, d) {
+            for m in near(*m, min) {
+                pairs[count] = (s, m);
+                count += 1;
+            }
+        }
+        let (mut scales, mut mins) = ([0f32; LANES], [0f32; LANES]);
+        for i in 0..LANES {
+            (scales[i], mins[i]) = (d * pairs[i].0 as f32, min * pairs[i].1 as f32);
+        }
+        let (s, m) = pairs[least(&affine_errors(x, w, &scales, &mins), count)];
         integers[j] = (s as u8, m as u8);
         match j < 4 {
             true => {
@@ -223,10 +295,10 @@ fn q4_k(x: &[f32], w: &[f32], out: &mut [u8]) {
 #[inline(always)]
 fn q6_k(x: &[f32], w: &[f32], out: &mut [u8]) {
     let parts: Vec<_> = x.chunks_exact(16).zip(w.chunks_exact(16)).collect();
-    let ideal: Vec<f32> = parts
-        .iter()
-        .map(|(x, w)| symmetric(x, w, -32, 31))
-        .collect();
+    let mut ideal = [0.; 16];
+    for (ideal, (x, w)) in ideal.iter_mut().zip(&parts) {
+        *ideal = symmetric(x, w, -32, 31);
+    }
     let largest = ideal
         .iter()
         .fold(0f32, |m, s| if s.abs() > m.abs() { *s } else { m });
@@ -234,25 +306,18 @@ fn q6_k(x: &[f32], w: &[f32], out: &mut [u8]) {
     let d = put(&mut out[208..], largest / -128.);
     let mut codes = [0u8; 256];
     for (j, ((x, w), s)) in parts.iter().zip(&ideal).enumerate() {
-        let error = |s: &i32| -> f32 {
-            let s = d * *s as f32;
-            let inverse = inverse(s);
-            let pairs = x.iter().zip(w.iter());
-            pairs
-                .map(|(x, w)| {
-                    let rest = x - s * code(*x, inverse, -32, 31) as f32;
-                    w * rest * rest
-                })
-                .sum()
-        };
-        let at = code(*s, inverse(d), -128, 127);
-        let near = (at - 1).max(-128)..=(at + 1).min(127);
-        let best = near.min_by(|a, b| error(a).total_cmp(&error(b)));
-        let s = best.expect("a range of at least one");
+        let at = code(*s, inverse(d), -128, 127) as i32;
+        let (first, last) = ((at - 1).max(-128), (at + 1).min(127));
+        let mut scales = [0f32; LANES];
+        for i in 0..LANES {
+            scales[i] = d * (first + i as i32) as f32;
+        }
+        let errors = symmetric_errors(x, w, &scales, -32, 31);
+        let s = first + least(&errors, (last - first + 1) as usize) as i32;
         out[192 + j] = s as i8 as u8;
         let inverse = inverse(d * s as f32);
         for (x, q) in x.iter().zip(&mut codes[16 * j..]) {
-            *q = (code(*x, inverse, -32, 31) + 32) as u8;
+            *q = (code(*x, inverse, -32, 31) + 32.) as u8;
         }
     }
     for half in 0..2 {
