@@ -69,12 +69,12 @@ fn inverse(scale: f32) -> f32 {
     }
 }
 
-/// Where codes begin to be tried: the end of them that the largest weight is put near, in tenths of a code.
+/// Where the largest weight is put beside the end of the codes, by tenths of a code to either side; the last lanes repeat the last.
 const STARTS: [[f32; LANES]; 2] = {
-    let mut starts = [[0.; LANES]; 2];
+    let mut starts = [[1.2; LANES]; 2];
     let mut i = 0;
-    while i < 2 * LANES {
-        starts[i / LANES][i % LANES] = 0.1 * (i as f32 - LANES as f32);
+    while i < 25 {
+        starts[i / LANES][i % LANES] = 0.1 * (i as f32 - 12.);
         i += 1;
     }
     starts
