@@ -124,13 +124,14 @@ pub fn recipe(bytes: &[u8]) -> Result<()> {
 }
 
 /// What a text file may be called. The first byte of an input chooses, the rest is in the file.
-pub const NAMES: [&str; 6] = [
+pub const NAMES: [&str; 7] = [
     "x.jsonl",
     "x.json",
     "x.txt",
     "x.jsonl.gz",
     "x.jsonl.zst",
     "x.parquet",
+    "x.arrow",
 ];
 
 /// Texts, and pairs for DPO.

@@ -161,7 +161,8 @@ fn texts_in_every_form() -> Vec<Vec<u8>> {
     let zstd = ruzstd::encoding::compress_to_vec(lines.as_bytes(), level);
     let parquet =
         std::fs::read("tests/golden/harness/hub/anaphor_number_agreement/train/0000.parquet");
-    let all: [(&str, Vec<u8>); 7] = [
+    let columns = |name: &str| std::fs::read(format!("tests/golden/records/{name}")).unwrap();
+    let all: [(&str, Vec<u8>); 16] = [
         ("x.jsonl", lines.into()),
         ("x.jsonl", pairs.into()),
         ("x.json", list.into()),
@@ -169,6 +170,15 @@ fn texts_in_every_form() -> Vec<Vec<u8>> {
         ("x.jsonl.gz", gz.finish().unwrap()),
         ("x.jsonl.zst", zstd),
         ("x.parquet", parquet.unwrap()),
+        ("x.parquet", columns("gzip.parquet")),
+        ("x.parquet", columns("zstd.parquet")),
+        ("x.parquet", columns("lz4.parquet")),
+        ("x.arrow", columns("stream.arrow")),
+        ("x.arrow", columns("file.arrow")),
+        ("x.arrow", columns("deltas.arrow")),
+        ("x.arrow", columns("views.arrow")),
+        ("x.arrow", columns("lz4.feather")),
+        ("x.arrow", columns("zstd.feather")),
     ];
     let all = all.map(|(name, bytes)| {
         let first = NAMES.iter().position(|known| *known == name).unwrap() as u8;

@@ -39,7 +39,7 @@ pub struct Args {
     /// First documents of every task (of every subject, where a task has several).
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
-    /// Folder of the datasets: JSON lines or parquet with Hugging Face's field names, e.g. arc_easy_test.jsonl
+    /// Folder of the datasets: JSON lines, parquet or .arrow with Hugging Face's field names, e.g. arc_easy_test.jsonl
     /// [default: downloaded from Hugging Face; zebroid --help says into which cache].
     #[arg(long)]
     data_dir: Option<PathBuf>,

@@ -61,8 +61,8 @@ struct IldArgs {
     /// Align this hybrid, instead of training a bank.
     #[arg(long)]
     student: Option<Model>,
-    /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
-    /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
+    /// Texts: JSON lines, a JSON list, parquet or .arrow with text, prompt and completion, messages or conversations (written by the checkpoint's
+    /// chat template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
     /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
     /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub and hf://datasets/org/name[/CONFIG/SPLIT] a split
     /// [train], manifest:FILE is what an earlier run learned from (its data.json).
@@ -115,8 +115,8 @@ struct KdArgs {
     /// Hybrid to start from: checkpoint folder or Hugging Face id.
     #[arg(long)]
     student: Model,
-    /// Texts: JSON lines, a JSON list or parquet with text, prompt and completion, messages or conversations (written by the checkpoint's chat
-    /// template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
+    /// Texts: JSON lines, a JSON list, parquet or .arrow with text, prompt and completion, messages or conversations (written by the checkpoint's
+    /// chat template), or .txt (one text); .gz and .zst are unpacked. May be given again: texts are mixed by #weight=W behind their names, or
     /// all of them are read; #tokens=N is a text's beginning, #K/N every N-th line from the K-th. stories:SEED:COUNT is written by the
     /// program, hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub and hf://datasets/org/name[/CONFIG/SPLIT] a split
     /// [train], manifest:FILE is what an earlier run learned from (its data.json).
@@ -137,7 +137,7 @@ struct DpoArgs {
     /// Checkpoint folder or Hugging Face id to start from.
     #[arg(long)]
     student: Model,
-    /// Pairs: JSON lines, a JSON list or parquet of prompt, chosen and rejected, strings or messages; .gz and .zst are unpacked.
+    /// Pairs: JSON lines, a JSON list, parquet or .arrow of prompt, chosen and rejected, strings or messages; .gz and .zst are unpacked.
     /// hf://datasets/org/name[@revision]/FILE is a file of the Hugging Face hub.
     #[arg(long)]
     data: DataFile,

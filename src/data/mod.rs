@@ -1,8 +1,10 @@
 //! From files to batches: tokens, documents, packing.
 
+mod arrow;
 mod batch;
 pub mod chat;
 mod corpus;
+mod guard;
 mod manifest;
 mod mixture;
 mod ngrams;

@@ -1,4 +1,4 @@
-//! Records of a data file: JSON lines, a JSON list, parquet or plain text, as they are or packed by gzip or zstd. One is read after the
+//! Records of a data file: JSON lines, a JSON list, parquet, Arrow or plain text, as they are or packed by gzip or zstd. One is read after the
 //! other; a file is never in memory whole unless it is a list, or one text.
 
 use std::cell::Cell;
@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use parquet::basic::Compression;
 use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
@@ -14,6 +15,8 @@ use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::arrow::Rows;
+use super::guard::guarded;
 use crate::{Error, Result};
 
 /// The records of a file, in their order.
@@ -36,12 +39,13 @@ enum Source {
     Lines(Box<dyn BufRead>),
     List(std::vec::IntoIter<Value>),
     Parquet(RowIter<'static>),
+    Arrow(Rows),
     Nothing,
 }
 
 impl Records {
-    /// By the file's name: `.parquet`, `.txt` (one record with the whole as `text`), `.json` (a list, or lines), else JSON lines; `.gz`
-    /// and `.zst` behind any of these but parquet. `wanted` says in messages what a record should be.
+    /// By the file's name: `.parquet`, `.arrow` and `.feather`, `.txt` (one record with the whole as `text`), `.json` (a list, or lines), else
+    /// JSON lines; `.gz` and `.zst` behind any of these but parquet. `wanted` says in messages what a record should be.
     ///
     /// # Errors
     /// A file that cannot be read, is empty, or is not what its name says.
@@ -71,17 +75,12 @@ impl Records {
         if name.ends_with(".parquet") {
             let reader = SerializedFileReader::new(file).map_err(|e| bad(&e))?;
             let metadata = reader.metadata();
-            let mut columns = metadata
+            let columns = metadata
                 .row_groups()
                 .iter()
                 .flat_map(|group| group.columns());
-            // The reader panics at such a column.
-            let negative = |column: &ColumnChunkMetaData| {
-                let start = column.dictionary_page_offset();
-                start.unwrap_or(column.data_page_offset()) < 0 || column.compressed_size() < 0
-            };
-            if columns.any(negative) {
-                return Err(bad(&"a column has a negative place or size"));
+            for column in columns {
+                check_column(column).map_err(|message| bad(&message))?;
             }
             let count = metadata.file_metadata().num_rows();
             let rows = RowIter::from_file_into(Box::new(reader));
@@ -91,9 +90,6 @@ impl Records {
             file,
             read: read.clone(),
         };
-        if name.ends_with(".arrow") || name.ends_with(".feather") {
-            return Err(bad(&"arrow files are not read: save the data as parquet"));
-        }
         let packed: Box<dyn Read> = match name.rsplit_once('.') {
             Some((stem, "gz")) => {
                 name = stem.to_owned();
@@ -110,6 +106,11 @@ impl Records {
         let begin = begin.map_err(|e| bad(&format!("{failed}: {e}")))?;
         if begin.is_empty() {
             return Err(records(Source::Nothing, bytes).empty());
+        }
+        if name.ends_with(".arrow") || name.ends_with(".feather") {
+            let rows = Rows::open(Box::new(reader));
+            let rows = rows.map_err(|e| bad(&format!("{failed}: {e}")))?;
+            return Ok(records(Source::Arrow(rows), bytes));
         }
         if name.ends_with(".txt") {
             let mut text = String::new();
@@ -128,7 +129,9 @@ impl Records {
 
     /// Whether a file's name says that it holds records.
     pub fn is_named(path: &Path) -> bool {
-        const ENDINGS: [&str; 7] = ["jsonl", "ndjson", "json", "parquet", "gz", "zst", "zstd"];
+        const ENDINGS: [&str; 9] = [
+            "jsonl", "ndjson", "json", "parquet", "arrow", "feather", "gz", "zst", "zstd",
+        ];
         let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase());
         ending.is_some_and(|ending| ENDINGS.contains(&ending.as_str()))
     }
@@ -155,7 +158,7 @@ impl Records {
     /// How much of the file has been read, from 0 to 1.
     pub fn share(&self) -> f64 {
         let (done, all) = match &self.source {
-            Source::Lines(_) => (self.read.get() as usize, self.size as usize),
+            Source::Lines(_) | Source::Arrow(_) => (self.read.get() as usize, self.size as usize),
             Source::List(rest) => (self.number, self.number + rest.len()),
             Source::Parquet(_) => (self.number, self.size as usize),
             Source::Nothing => (1, 1),
@@ -204,12 +207,16 @@ impl Records {
             Source::Lines(_) => return self.line(),
             Source::List(all) => all.next(),
             Source::Parquet(rows) => {
-                let row = rows.next().transpose();
-                let row = row.map_err(|e| {
-                    let said = format!("{e}; if it is packed by other than snappy, write it anew");
-                    Error::file(&self.path, said)
-                })?;
+                // It trusts the lengths in a page.
+                let row = guarded(|| rows.next().transpose());
+                let row = row.ok_or_else(|| Error::file(&self.path, "a page is broken"))?;
+                let row = row.map_err(|e| Error::file(&self.path, e.to_string()))?;
                 row.map(|row| row.to_json_value())
+            }
+            Source::Arrow(rows) => {
+                let failed = self.failed;
+                let row = rows.next();
+                row.map_err(|e| Error::file(&self.path, format!("{failed}: {e}")))?
             }
             Source::Nothing => None,
         };
@@ -232,6 +239,23 @@ impl Iterator for Records {
         }
         next
     }
+}
+
+/// That parquet's reader has the codec, and does not panic.
+fn check_column(column: &ColumnChunkMetaData) -> std::result::Result<(), String> {
+    let start = column.dictionary_page_offset();
+    if start.unwrap_or(column.data_page_offset()) < 0 || column.compressed_size() < 0 {
+        return Err("a column has a negative place or size".into());
+    }
+    let codec = match column.compression() {
+        Compression::BROTLI(_) => "brotli",
+        Compression::LZO => "LZO",
+        _ => return Ok(()),
+    };
+    let name = column.column_path().string();
+    Err(format!(
+        "column {name} is packed by {codec}, which is not read: write it anew by zstd"
+    ))
 }
 
 /// A file, and how many bytes of it were read.
@@ -353,7 +377,6 @@ mod tests {
             ("cut.jsonl.gz", &gz[..gz.len() / 2], "cannot be unpacked"),
             ("no.jsonl.zst", b"nothing of the kind", "no.jsonl.zst"),
             ("no.parquet", b"PAR0", "no.parquet"),
-            ("no.arrow", b"ARROW1", "parquet"),
             ("cut.json", b"[{", "cut.json"),
             ("none.json", b"[]", "the file is empty"),
             ("none.txt", b"", "the file is empty"),
@@ -361,6 +384,130 @@ mod tests {
             let file = write(name, bytes);
             let message = read_records::<Value>(&file, "an object").unwrap_err();
             assert!(message.to_string().contains(said), "{name}: {message}");
+        }
+    }
+
+    /// What pyarrow wrote (`make.py`).
+    const WRITTEN: &str = "tests/golden/records";
+
+    fn written(name: &str) -> PathBuf {
+        Path::new(WRITTEN).join(name)
+    }
+
+    fn rows(file: &Path) -> Vec<Value> {
+        read_records(file, "an object").unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    #[test]
+    fn columns_give_the_records_of_the_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let made = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            path
+        };
+        let stream = std::fs::read(written("stream.arrow")).unwrap();
+        let file = std::fs::read(written("file.arrow")).unwrap();
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(&file).unwrap();
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        // As Arrow's Rust writer begins a file.
+        let aligned = [&b"ARROW1"[..], &[0; 58], &stream].concat();
+        // A stream may end without a mark.
+        let open = &stream[..stream.len() - 8];
+        let all = rows(&written("rows.jsonl"));
+        for file in [
+            written("stream.arrow"),
+            written("file.arrow"),
+            written("large.arrow"),
+            written("views.arrow"),
+            written("lz4.feather"),
+            written("zstd.feather"),
+            made("file.arrow.gz", &gz.finish().unwrap()),
+            made(
+                "stream.arrow.zst",
+                &ruzstd::encoding::compress_to_vec(&stream[..], level),
+            ),
+            made("aligned.arrow", &aligned),
+            made("open.arrow", open),
+        ] {
+            assert_eq!(rows(&file), all, "{}", file.display());
+        }
+        let with = |names: &[&str]| -> Vec<Value> {
+            let some = |row: &Value| {
+                names
+                    .iter()
+                    .map(|n| (n.to_string(), row[n].clone()))
+                    .collect()
+            };
+            all.iter().map(some).collect()
+        };
+        assert_eq!(rows(&written("deltas.arrow")), with(&["source"]));
+        for codec in ["snappy", "gzip", "zstd", "lz4"] {
+            let file = written(&format!("{codec}.parquet"));
+            assert_eq!(rows(&file), with(&["text", "messages"]), "{codec}");
+        }
+    }
+
+    #[test]
+    fn columns_that_cannot_be_read_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let stream = std::fs::read(written("stream.arrow")).unwrap();
+        let file = std::fs::read(written("file.arrow")).unwrap();
+        let packed = std::fs::read(written("zstd.feather")).unwrap();
+        // Where the first batch begins, and the number at `at` behind it.
+        let marks = |bytes: &[u8]| -> Vec<usize> {
+            let found = bytes.windows(4).enumerate();
+            let found = found.filter(|(at, word)| at % 8 == 0 && *word == [0xff; 4]);
+            found.map(|(at, _)| at).collect()
+        };
+        let with = |bytes: &[u8], at: usize, number: &[u8]| {
+            let mut bytes = bytes.to_vec();
+            bytes[at..at + number.len()].copy_from_slice(number);
+            bytes
+        };
+        let batch = marks(&stream)[1];
+        let end = *marks(&file).last().unwrap();
+        let huge = 0x7fff_ffff_u32.to_le_bytes();
+        for (name, bytes, said) in [
+            ("no.arrow", b"ARROW1".to_vec(), "cut"),
+            ("old.feather", b"FEA1    ".to_vec(), "neither with ARROW1"),
+            (
+                "text.arrow",
+                b"{\"text\": 1}\n".to_vec(),
+                "neither with ARROW1",
+            ),
+            ("none.arrow", Vec::new(), "the file is empty"),
+            ("empty.arrow", stream[..batch].to_vec(), "the file is empty"),
+            ("head.arrow", stream[..batch + 20].to_vec(), "cut"),
+            ("body.arrow", stream[..stream.len() - 20].to_vec(), "cut"),
+            // A file without its footer has lost something; a stream may end.
+            ("footer.arrow", file[..end].to_vec(), "cut"),
+            ("huge.arrow", with(&stream, batch + 4, &huge), "cut"),
+            (
+                "negative.arrow",
+                with(&stream, batch + 4, &[0xff; 4]),
+                "negative",
+            ),
+            ("mark.arrow", with(&stream, batch, &[0; 4]), "mark"),
+            ("tables.arrow", with(&stream, batch + 8, &huge), "is none"),
+            ("packed.arrow.gz", packed, "unpacked"),
+        ] {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            let message = read_records::<Value>(&path, "an object").unwrap_err();
+            let message = message.to_string();
+            assert!(
+                message.contains(said) && message.contains(name),
+                "{message}"
+            );
+        }
+        for (name, said) in [
+            ("day.arrow", "column meta.day is of type Date"),
+            ("brotli.parquet", "column text is packed by brotli"),
+        ] {
+            let message = Records::open(&written(name), "an object").err().unwrap();
+            assert!(message.to_string().contains(said), "{message}");
         }
     }
 }

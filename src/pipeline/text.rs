@@ -101,7 +101,9 @@ impl Text {
         };
         let packed = |path: &Path| {
             let ending = path.extension().and_then(|e| e.to_str());
-            ending.is_some_and(|ending| ["gz", "zst", "parquet"].contains(&ending))
+            ending.is_some_and(|ending| {
+                ["gz", "zst", "parquet", "arrow", "feather"].contains(&ending)
+            })
         };
         // What is in a packed file, or which share of a mixture an epoch takes, is not known before it is read.
         if self.source().is_some_and(packed) || self.weight.is_some() {

@@ -7,12 +7,10 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use super::chat::ChatTemplate;
+use super::guard::guarded;
 use crate::gguf::{self, Gguf};
 use crate::hash::Hash;
 use crate::{Error, Result};
-use guard::guarded;
-
-mod guard;
 
 /// A text of words, numbers, spaces and other scripts.
 const TRIED: &str = "Ab 12  c\n<s>é世";

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// Where datasets come from.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// JSON lines or parquet, file names beginning with [`Task::files`].
+    /// JSON lines, parquet or Arrow, file names beginning with [`Task::files`].
     Folder(PathBuf),
     /// By [`Task::dataset`] and [`Task::config`].
     Hub(Hub),
@@ -34,7 +34,7 @@ pub struct Dataset {
 }
 
 const SPLITS: [&str; 4] = ["train", "validation", "test", "dev"];
-const ENDINGS: [&str; 2] = [".jsonl", ".parquet"];
+const ENDINGS: [&str; 4] = [".jsonl", ".parquet", ".arrow", ".feather"];
 
 impl Dataset {
     /// `split` of the task's dataset. In a folder: the file whose name begins with the task's and holds the
