@@ -309,8 +309,8 @@ fn q6_k(x: &[f32], w: &[f32], out: &mut [u8]) {
         let at = code(*s, inverse(d), -128, 127) as i32;
         let (first, last) = ((at - 1).max(-128), (at + 1).min(127));
         let mut scales = [0f32; LANES];
-        for i in 0..LANES {
-            scales[i] = d * (first + i as i32) as f32;
+        for (s, scale) in (first..).zip(&mut scales) {
+            *scale = d * s as f32;
         }
         let errors = symmetric_errors(x, w, &scales, -32, 31);
         let s = first + least(&errors, (last - first + 1) as usize) as i32;

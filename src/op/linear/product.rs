@@ -206,14 +206,13 @@ fn few(
     } else if m == 1 && isa.level() >= Level::Avx512 {
         // Memory gives neighbours more slowly than one row after the other, and rows far from each other faster.
         let each = rows.len() / 3;
-        while row < rows.start + each {
-            let places = [0, 1, 2].map(|place| row + place * each);
+        for i in row..row + each {
+            let places = [0, 1, 2].map(|place| i + place * each);
             for (row, sum) in places.into_iter().zip(whole::<3, 1>(isa, w, places, x)) {
                 write(row, 0, &sum);
             }
-            row += 1;
         }
-        row += 2 * each;
+        row += 3 * each;
     } else if m > 1 {
         while rows.end - row >= 3 {
             for first in (0..m).step_by(TOGETHER) {
@@ -253,8 +252,7 @@ fn near<const R: usize, const N: usize>(
 ) {
     let sums = whole::<R, N>(isa, w, std::array::from_fn(|r| row + r), x);
     for n in 0..N {
-        let of_row: [f32; R] = std::array::from_fn(|r| sums[r][n]);
-        write(row, first + n, &of_row);
+        write(row, first + n, &sums.map(|sums| sums[n]));
     }
 }
 
