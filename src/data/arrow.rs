@@ -16,6 +16,8 @@ use arrow_schema::{ArrowError, DataType, SchemaRef};
 use flatbuffers::VerifierOptions;
 use serde_json::Value;
 
+use super::guard::guarded;
+
 /// A table, a batch of rows in memory at a time.
 pub(super) struct Rows {
     from: Box<dyn Read>,
@@ -110,7 +112,7 @@ impl Rows {
                 let (schema, known) = (self.schema.clone(), &self.dictionaries);
                 let body = body.into();
                 let read = arrow_ipc::reader::read_record_batch;
-                self.batch = read(&body, batch, schema, known, None, &version).map_err(other)?;
+                self.batch = decoded(|| read(&body, batch, schema, known, None, &version))?;
                 self.row = 0;
                 return Ok(true);
             }
@@ -120,7 +122,7 @@ impl Rows {
                 check(&words, &body)?;
                 let (body, known) = (body.into(), &mut self.dictionaries);
                 let read = arrow_ipc::reader::read_dictionary;
-                read(&body, dictionary, &self.schema, known, &version).map_err(other)?;
+                decoded(|| read(&body, dictionary, &self.schema, known, &version))?;
                 continue;
             }
             let kind = message.header_type();
@@ -138,6 +140,12 @@ fn invalid(message: impl Into<String>) -> Error {
 
 fn other(error: ArrowError) -> Error {
     invalid(error.to_string())
+}
+
+/// What the crate makes of a batch; it panics at some that [`check`] cannot tell, as offsets that are no whole number of them.
+fn decoded<T>(work: impl FnOnce() -> std::result::Result<T, ArrowError>) -> Result<T> {
+    let made = guarded(work).ok_or_else(|| invalid("a batch of rows is broken"))?;
+    made.map_err(other)
 }
 
 fn cut() -> Error {

@@ -1,4 +1,4 @@
-//! Panics of the crates `tokenizers` and `parquet` at files that they do not expect, as errors.
+//! Panics of the crates `tokenizers`, `parquet` and `arrow-ipc` at files that they do not expect, as errors.
 
 use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
