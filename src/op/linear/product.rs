@@ -200,7 +200,7 @@ fn few(
     let mut row = rows.start;
     if m == 1 && w.bytes.len() < CACHED {
         while rows.end - row >= 4 {
-            near::<4, 1>(row, 0, isa, w, x, &write);
+            put::<4, 1>(row, 0, isa, w, x, &write);
             row += 4;
         }
     } else if m == 1 && isa.level() >= Level::Avx512 {
@@ -215,34 +215,39 @@ fn few(
         row += 3 * each;
     } else if m > 1 {
         while rows.end - row >= 3 {
-            for first in (0..m).step_by(TOGETHER) {
-                let x = &x[first * w.width..];
-                match m - first {
-                    1 => near::<3, 1>(row, first, isa, w, x, &write),
-                    2 => near::<3, 2>(row, first, isa, w, x, &write),
-                    3 => near::<3, 3>(row, first, isa, w, x, &write),
-                    _ => near::<3, TOGETHER>(row, first, isa, w, x, &write),
-                }
-            }
+            near::<3>(row, m, isa, w, x, &write);
             row += 3;
         }
     }
     for row in row..rows.end {
-        for first in (0..m).step_by(TOGETHER) {
-            let x = &x[first * w.width..];
-            match m - first {
-                1 => near::<1, 1>(row, first, isa, w, x, &write),
-                2 => near::<1, 2>(row, first, isa, w, x, &write),
-                3 => near::<1, 3>(row, first, isa, w, x, &write),
-                _ => near::<1, TOGETHER>(row, first, isa, w, x, &write),
-            }
+        near::<1>(row, m, isa, w, x, &write);
+    }
+}
+
+/// Writes the products of `R` rows from `row` on with all `m` of activations.
+#[inline]
+fn near<const R: usize>(
+    row: usize,
+    m: usize,
+    isa: Isa,
+    w: &Weights,
+    x: &[f32],
+    write: impl Fn(usize, usize, &[f32]),
+) {
+    for first in (0..m).step_by(TOGETHER) {
+        let x = &x[first * w.width..];
+        match m - first {
+            1 => put::<R, 1>(row, first, isa, w, x, &write),
+            2 => put::<R, 2>(row, first, isa, w, x, &write),
+            3 => put::<R, 3>(row, first, isa, w, x, &write),
+            _ => put::<R, TOGETHER>(row, first, isa, w, x, &write),
         }
     }
 }
 
-/// Writes the products of `R` rows from `row` on with all `N` of activations, which are the ones from `first` on.
+/// Writes the products of `R` rows from `row` on with `N` of activations, which are the ones from `first` on.
 #[inline]
-fn near<const R: usize, const N: usize>(
+fn put<const R: usize, const N: usize>(
     row: usize,
     first: usize,
     isa: Isa,
