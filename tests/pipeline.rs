@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::program::{command, succeeds, zebroid};
+use crate::program::{command, fails, succeeds, zebroid};
 
 const TEACHER: &str = "assets/teacher";
 
@@ -302,6 +302,50 @@ fn an_interrupted_training_goes_on() {
     let weights =
         |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();
     assert_eq!(weights(&straight), weights(&broken));
+}
+
+/// A model that was pretrained, and a hybrid, are trained on from where they are, and stay what they are.
+#[test]
+fn a_model_is_pretrained_further() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+    succeeds(&["stories", &at("stories"), "--count", "60"]);
+    let data = at("stories/exercises.jsonl");
+    let train = |out: &str, line: String| -> f64 {
+        let out = at(out);
+        let shape = "--seq-len 64 --batch-size 4 --steps 12";
+        let line = format!("pretrain {out} --data {data} {line} {shape}");
+        succeeds(&line.split_whitespace().collect::<Vec<_>>());
+        let metrics = std::fs::read_to_string(Path::new(&out).join("metrics.jsonl")).unwrap();
+        let first: serde_json::Value =
+            serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+        first["loss"].as_f64().unwrap()
+    };
+    let sizes =
+        "--num-layers 2 --hidden-size 32 --intermediate-size 64 --num-heads 2 --num-kv-heads 1";
+    let fresh = train("fresh", format!("--tokenizer {} {sizes}", at("stories")));
+    let further = train("further", format!("--from {}", at("fresh")));
+    assert!(further < fresh - 0.3, "{fresh} {further}");
+    let config = |folder: &str| std::fs::read_to_string(at(folder) + "/config.json").unwrap();
+    assert_eq!(config("fresh"), config("further"));
+    let compose = format!(
+        "compose {} {} --mla 1 --kv-rank 16 --rope-dim 8 --init published",
+        at("fresh"),
+        at("hybrid")
+    );
+    succeeds(&compose.split_whitespace().collect::<Vec<_>>());
+    train("hybrid-further", format!("--from {}", at("hybrid")));
+    assert_eq!(config("hybrid"), config("hybrid-further"));
+    let both = format!(
+        "pretrain {} --data {data} --from {} --num-layers 3",
+        at("no"),
+        at("fresh")
+    );
+    let said = fails(2, &both.split_whitespace().collect::<Vec<_>>());
+    assert!(
+        said.contains("--from") && said.contains("--num-layers"),
+        "{said}"
+    );
 }
 
 /// Small texts, and a recipe that reads them.

@@ -11,7 +11,6 @@ use parquet::basic::Compression;
 use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
-use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -97,7 +96,7 @@ impl Records {
             }
             Some((stem, "zst" | "zstd")) => {
                 name = stem.to_owned();
-                Box::new(Zstd::Between(BufReader::new(file)))
+                Box::new(zstd::Decoder::new(file).map_err(|e| bad(&e))?)
             }
             _ => Box::new(file),
         };
@@ -129,11 +128,12 @@ impl Records {
 
     /// Whether a file's name says that it holds records.
     pub fn is_named(path: &Path) -> bool {
-        const ENDINGS: [&str; 9] = [
-            "jsonl", "ndjson", "json", "parquet", "arrow", "feather", "gz", "zst", "zstd",
-        ];
-        let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase());
-        ending.is_some_and(|ending| ENDINGS.contains(&ending.as_str()))
+        ends(path, &["jsonl", "ndjson", "json"]) || Self::is_packed(path)
+    }
+
+    /// Whether a file's name says that it holds more text than it has bytes.
+    pub fn is_packed(path: &Path) -> bool {
+        ends(path, &["parquet", "arrow", "feather", "gz", "zst", "zstd"])
     }
 
     fn empty(&self) -> Error {
@@ -241,6 +241,11 @@ impl Iterator for Records {
     }
 }
 
+fn ends(path: &Path, endings: &[&str]) -> bool {
+    let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase());
+    ending.is_some_and(|ending| endings.contains(&ending.as_str()))
+}
+
 /// That parquet's reader has the codec, and does not panic.
 fn check_column(column: &ColumnChunkMetaData) -> std::result::Result<(), String> {
     let start = column.dictionary_page_offset();
@@ -271,53 +276,6 @@ impl Read for Counted {
         Ok(read)
     }
 }
-
-/// A file packed by zstd: any number of frames, one after the other.
-enum Zstd {
-    Between(BufReader<Counted>),
-    Inside(Box<StreamingDecoder<BufReader<Counted>, FrameDecoder>>),
-    Ended,
-}
-
-impl Read for Zstd {
-    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
-        loop {
-            match std::mem::replace(self, Self::Ended) {
-                Self::Ended => return Ok(0),
-                Self::Between(mut file) => {
-                    if file.fill_buf()?.is_empty() {
-                        return Ok(0);
-                    }
-                    let mut header = [0; 8];
-                    let magic = file.fill_buf()?.get(..4).and_then(|b| b.try_into().ok());
-                    let magic = magic.map_or(0, u32::from_le_bytes);
-                    if magic & !15 == SKIPPABLE {
-                        // Something else's, of the length that follows.
-                        file.read_exact(&mut header)?;
-                        let length = u32::from_le_bytes(header[4..].try_into().expect("four"));
-                        std::io::copy(&mut (&mut file).take(length.into()), &mut std::io::sink())?;
-                        *self = Self::Between(file);
-                        continue;
-                    }
-                    let decoder = StreamingDecoder::new(file).map_err(std::io::Error::other)?;
-                    *self = Self::Inside(Box::new(decoder));
-                }
-                Self::Inside(mut decoder) => {
-                    let read = decoder.read(to)?;
-                    if read == 0 && !to.is_empty() {
-                        *self = Self::Between(decoder.into_inner());
-                        continue;
-                    }
-                    *self = Self::Inside(decoder);
-                    return Ok(read);
-                }
-            }
-        }
-    }
-}
-
-/// First word of a frame that zstd passes over, but for its last four bits.
-const SKIPPABLE: u32 = 0x184D_2A50;
 
 /// All records of a file.
 ///
@@ -352,9 +310,14 @@ mod tests {
         let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gz.write_all(lines.as_bytes()).unwrap();
         let gz = gz.finish().unwrap();
-        let level = ruzstd::encoding::CompressionLevel::Fastest;
-        let frame = |text: &str| ruzstd::encoding::compress_to_vec(text.as_bytes(), level);
-        let skipped = [&SKIPPABLE.to_le_bytes()[..], &3u32.to_le_bytes(), b"xyz"].concat();
+        let frame = |text: &str| zstd::encode_all(text.as_bytes(), 1).unwrap();
+        // A frame of something else's, which is passed over.
+        let skipped = [
+            &0x184D_2A53_u32.to_le_bytes()[..],
+            &3u32.to_le_bytes(),
+            b"xyz",
+        ]
+        .concat();
         let (first, second) = lines.split_at(13);
         let frames = [skipped, frame(first), frame(second)].concat();
         let files = [
@@ -410,7 +373,6 @@ mod tests {
         let file = std::fs::read(written("file.arrow")).unwrap();
         let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gz.write_all(&file).unwrap();
-        let level = ruzstd::encoding::CompressionLevel::Fastest;
         // As Arrow's Rust writer begins a file.
         let aligned = [&b"ARROW1"[..], &[0; 58], &stream].concat();
         // A stream may end without a mark.
@@ -426,7 +388,7 @@ mod tests {
             made("file.arrow.gz", &gz.finish().unwrap()),
             made(
                 "stream.arrow.zst",
-                &ruzstd::encoding::compress_to_vec(&stream[..], level),
+                &zstd::encode_all(&stream[..], 1).unwrap(),
             ),
             made("aligned.arrow", &aligned),
             made("open.arrow", open),

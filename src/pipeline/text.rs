@@ -99,14 +99,8 @@ impl Text {
             // What it names is not looked at.
             Source::Hub(_) | Source::Manifest(_) => return None,
         };
-        let packed = |path: &Path| {
-            let ending = path.extension().and_then(|e| e.to_str());
-            ending.is_some_and(|ending| {
-                ["gz", "zst", "parquet", "arrow", "feather"].contains(&ending)
-            })
-        };
         // What is in a packed file, or which share of a mixture an epoch takes, is not known before it is read.
-        if self.source().is_some_and(packed) || self.weight.is_some() {
+        if self.source().is_some_and(Records::is_packed) || self.weight.is_some() {
             return None;
         }
         let most = self.tokens.map_or(u64::MAX, |tokens| 4 * tokens as u64);

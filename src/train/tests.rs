@@ -11,7 +11,7 @@ use super::optimizer::{GaloreConfig, Roles};
 use super::stage::dpo::{Dpo, DpoConfig};
 use super::stage::ild::{Ild, IldConfig, IldInputs};
 use super::stage::kd::{Kd, KdConfig, Labels, Schedule, Trained};
-use super::stage::pretrain::Pretrain;
+use super::stage::pretrain::{Pretrain, fresh};
 use super::teacher::Teacher;
 use super::*;
 use crate::checkpoint::{Checkpoint, read_tensors};
@@ -122,14 +122,7 @@ pub(super) fn config(steps: u64) -> TrainSettings {
 }
 
 pub(super) fn parts() -> Parts {
-    let stage = Pretrain::new(&teacher_config(), 5, &Place::cpu()).unwrap();
-    let tensors: BTreeMap<_, _> = stage
-        .student
-        .params
-        .tensors()
-        .map(|(n, t)| (n.to_owned(), t.detach()))
-        .collect();
-    Parts::new(teacher_config(), &tensors)
+    fresh(&teacher_config(), 5).unwrap()
 }
 
 fn teacher() -> Lm {
@@ -174,10 +167,7 @@ pub(super) fn stage_in<'a>(setting: &'a Setting, name: &str, place: &Place) -> S
         Stage::Kd(Box::new(kd.unwrap()), text)
     };
     match name {
-        "pretrain" => {
-            let pretrain = Pretrain::new(&teacher_config(), 5, place);
-            Stage::Pretrain(pretrain.unwrap(), text)
-        }
+        "pretrain" => Stage::Pretrain(Pretrain::new(&parts(), place).unwrap(), text),
         "ild" => {
             let (bank, config) = (bank().into(), IldConfig::default());
             let teacher = parts().lm(place).unwrap();

@@ -25,7 +25,7 @@ use zebroid::train::optimizer::GaloreConfig;
 use zebroid::train::stage::dpo::{Dpo, DpoConfig, DpoLoss};
 use zebroid::train::stage::ild::{IldConfig, IldInputs, IldLoss};
 use zebroid::train::stage::kd::{KdConfig, Labels, Schedule, Trained};
-use zebroid::train::stage::pretrain::Pretrain;
+use zebroid::train::stage::pretrain::{Pretrain, fresh};
 use zebroid::train::{
     LrScheduler, OptimizerName, RunOptions, Sources, Stage, TrainSettings, train,
 };
@@ -407,7 +407,8 @@ impl Bench {
 
     fn pretrain(&self) -> Figures {
         let mut figures = Figures::new();
-        let stage = Pretrain::new(self.base.config(), 1, &Place::cpu()).unwrap();
+        let parts = fresh(self.base.config(), 1).unwrap();
+        let stage = Pretrain::new(&parts, &Place::cpu()).unwrap();
         self.trained(
             &mut figures,
             "fresh",

@@ -7,18 +7,18 @@ use serde::Serialize;
 
 use super::Story;
 
-const NAMES: [&str; 16] = [
+pub(super) const NAMES: [&str; 16] = [
     "Lily", "Mia", "Anna", "Lucy", "Sue", "Emma", "Amy", "Kate", "Tom", "Ben", "Sam", "Tim", "Max",
     "Jack", "Leo", "Bob",
 ];
-const COLOURS: [&str; 10] = [
+pub(super) const COLOURS: [&str; 10] = [
     "red", "blue", "green", "yellow", "pink", "brown", "white", "black", "purple", "golden",
 ];
-const TOYS: [&str; 16] = [
+pub(super) const TOYS: [&str; 16] = [
     "ball", "kite", "doll", "boat", "drum", "hat", "book", "cup", "car", "bell", "scarf", "train",
     "lamp", "ring", "bag", "coat",
 ];
-const PLACES: [&str; 10] = [
+pub(super) const PLACES: [&str; 10] = [
     "park", "river", "forest", "lake", "school", "beach", "market", "farm", "bridge", "hill",
 ];
 
@@ -30,7 +30,7 @@ const OPENINGS: [&str; 4] = [
     "It was a sunny day at the {p}, and {n} saw {m}.",
     "{n} and {m} were good friends who lived near the {p}.",
 ];
-const FACTS: [&str; 5] = [
+pub(super) const FACTS: [&str; 5] = [
     "{n} had a {c} {t}.",
     "{n} found a {c} {t}.",
     "{n} got a {c} {t} from a friend.",

@@ -5,6 +5,7 @@
 //! Associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927) in the clothes of TinyStories
 //! (Eldan & Li 2023, arXiv 2305.07759).
 
+mod exercises;
 mod generator;
 mod vocabulary;
 
@@ -17,6 +18,7 @@ use super::{Preference, Tokenizer};
 use crate::atomic::write_atomic_with;
 use crate::{Error, Result};
 
+pub use exercises::Exercises;
 pub use generator::{Kind, StoryGenerator};
 pub use vocabulary::{tokenizer, write_tokenizer};
 
@@ -104,6 +106,18 @@ pub fn write_jsonl(path: &Path, seed: u64, count: usize) -> Result<()> {
 /// A file that cannot be written.
 pub fn write_preferences(path: &Path, seed: u64, count: usize) -> Result<()> {
     write(path, preference_lines(seed, count))
+}
+
+/// Writes exercises in the stories' words ([`Exercises`]) as JSON lines with `text`.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn write_exercises(path: &Path, seed: u64, count: usize) -> Result<()> {
+    let lines = Exercises::new(seed).take(count);
+    write(
+        path,
+        lines.map(|text| serde_json::json!({ "text": text }).to_string() + "\n"),
+    )
 }
 
 fn write(path: &Path, mut lines: impl Iterator<Item = String>) -> Result<()> {

@@ -1,4 +1,4 @@
-//! A Llama from scratch: next-token cross-entropy inside each document.
+//! Next-token cross-entropy inside each document: a model from scratch, or one that is trained on.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,12 +21,10 @@ pub struct Pretrain {
 }
 
 impl Pretrain {
-    /// A model of the config's sizes with fresh weights.
-    pub fn new(config: &ModelConfig, seed: u64, place: &Place) -> Result<Self> {
-        config.validate()?;
-        let parts = Parts::new(config.clone(), &init(config, seed)?);
+    /// All weights are trained.
+    pub fn new(parts: &Parts, place: &Place) -> Result<Self> {
         Ok(Self {
-            student: Student::new(&parts, |_| true, place)?,
+            student: Student::new(parts, |_| true, place)?,
         })
     }
 
@@ -54,13 +52,21 @@ impl Pretrain {
     }
 
     pub(super) fn write(&self, out: &Path, tokenizer: &Path, record: &Provenance) -> Result<()> {
-        self.student.write_as(Format::Llama, out, tokenizer, record)
+        let format = match self.student.lm.config.converted().is_empty() {
+            true => Format::Llama,
+            false => Format::Zebroid,
+        };
+        self.student.write_as(format, out, tokenizer, record)
     }
 }
 
-/// Normal weights of deviation 0.02, the projections back into the residual stream divided by
-/// `√(2 L)` (GPT-2), norms 1.
-fn init(config: &ModelConfig, seed: u64) -> Result<BTreeMap<String, Tensor>> {
+/// A model of the config's sizes with fresh weights: normal of deviation 0.02, the projections back into the residual
+/// stream divided by `√(2 L)` (GPT-2), norms 1.
+///
+/// # Errors
+/// Sizes that make no model.
+pub fn fresh(config: &ModelConfig, seed: u64) -> Result<Parts> {
+    config.validate()?;
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let depth = (2.0 * config.layers.len() as f64).sqrt();
     let mut tensors = BTreeMap::new();
@@ -78,7 +84,7 @@ fn init(config: &ModelConfig, seed: u64) -> Result<BTreeMap<String, Tensor>> {
         };
         tensors.insert(name, tensor);
     }
-    Ok(tensors)
+    Ok(Parts::new(config.clone(), &tensors))
 }
 
 /// A standard normal draw (Box & Muller).
