@@ -1,10 +1,11 @@
 //! Threads that share one piece of work at a time. A token is decoded in a hundred pieces of some tens of microseconds: a queue that
 //! wakes its threads for each costs as much as a piece. Here a thread that has nothing to do looks for the next piece a little
-//! while before it sleeps, and whoever hands out work takes part in it.
+//! while before it sleeps, and whoever hands out work takes part in it. Every thread has a share of the tasks, the same in every
+//! piece of as many, so that it finds in its cache what the last token left there; who is done with its own takes from others.
 
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::thread::Thread;
 
@@ -16,14 +17,25 @@ type Work<'a> = &'a (dyn Fn(usize) + Sync);
 
 /// The piece that is worked on.
 struct Board {
-    /// Its number (the high half) and how many of its tasks nobody has taken yet (the low half).
-    open: AtomicU64,
+    /// Its number.
+    piece: AtomicU32,
     /// Points to the [`Work`], which the one who handed it out keeps alive until all its tasks are done.
     work: AtomicPtr<Work<'static>>,
-    tasks: AtomicUsize,
+    /// One a thread, the first that of the one who handed it out.
+    shares: Vec<Share>,
     /// Tasks that are not done.
     left: AtomicUsize,
     panicked: AtomicBool,
+}
+
+/// Some tasks in a row. Two lines of the cache, as processors fetch them.
+#[repr(align(128))]
+#[derive(Default)]
+struct Share {
+    /// The number of the piece (the high half) and how many of the tasks nobody has taken yet (the low half).
+    open: AtomicU64,
+    /// The task behind the last.
+    end: AtomicUsize,
 }
 
 struct Worker {
@@ -48,9 +60,9 @@ pub fn team() -> &'static Team {
 impl Team {
     fn new(threads: usize) -> Self {
         let board = Arc::new(Board {
-            open: AtomicU64::new(0),
+            piece: AtomicU32::new(0),
             work: AtomicPtr::new(std::ptr::null_mut()),
-            tasks: AtomicUsize::new(0),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             left: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
         });
@@ -59,7 +71,7 @@ impl Team {
             let (board, own) = (board.clone(), asleep.clone());
             let thread = std::thread::Builder::new().name(format!("team-{i}"));
             // Where the system gives no thread, the others do the work.
-            let handle = thread.spawn(move || board.serve(&own)).ok()?;
+            let handle = thread.spawn(move || board.serve(i, &own)).ok()?;
             let thread = handle.thread().clone();
             Some(Worker { thread, asleep })
         };
@@ -99,19 +111,23 @@ impl Team {
         // SAFETY: only the lifetimes change; nobody calls it after the last task is done, which this function waits for.
         let mut work = unsafe { std::mem::transmute::<Work, Work<'static>>(work) };
         board.work.store(&mut work, Ordering::Relaxed);
-        board.tasks.store(tasks, Ordering::Relaxed);
         board.left.store(tasks, Ordering::Relaxed);
-        let number = (board.open.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        let piece = board.piece.load(Ordering::Relaxed).wrapping_add(1);
+        let threads = board.shares.len();
+        for (i, share) in board.shares.iter().enumerate() {
+            let [start, end] = [i, i + 1].map(|i| i * tasks / threads);
+            share.end.store(end, Ordering::Relaxed);
+            let open = u64::from(piece) << 32 | (end - start) as u64;
+            share.open.store(open, Ordering::Release);
+        }
         // SeqCst: a worker that is about to sleep sees this, or is seen asleep.
-        board
-            .open
-            .store(number << 32 | tasks as u64, Ordering::SeqCst);
+        board.piece.store(piece, Ordering::SeqCst);
         for worker in &self.workers {
             if worker.asleep.load(Ordering::SeqCst) {
                 worker.thread.unpark();
             }
         }
-        while board.take_part() {}
+        board.take_part(0);
         let mut looks = 0;
         while board.left.load(Ordering::Acquire) > 0 {
             looks += 1;
@@ -156,23 +172,31 @@ pub fn fill<T: Send>(
 }
 
 impl Board {
-    /// Does one task of the open piece; false when none is left to take.
+    /// Does tasks of the open piece until none is left to take, those of the thread's own share first.
+    fn take_part(&self, thread: usize) {
+        let (before, own) = self.shares.split_at(thread);
+        own.iter()
+            .chain(before)
+            .for_each(|share| while self.take(share) {});
+    }
+
+    /// Does one task of a share; false when none is left to take.
     #[allow(unsafe_code)]
-    fn take_part(&self) -> bool {
-        let open = self.open.load(Ordering::Acquire);
+    fn take(&self, share: &Share) -> bool {
+        let open = share.open.load(Ordering::Acquire);
         let untaken = open & u64::from(u32::MAX);
         if untaken == 0 {
             return false;
         }
         let work = self.work.load(Ordering::Relaxed);
         let taken =
-            (self.open).compare_exchange(open, open - 1, Ordering::AcqRel, Ordering::Relaxed);
+            (share.open).compare_exchange(open, open - 1, Ordering::AcqRel, Ordering::Relaxed);
         if taken.is_err() {
             return true;
         }
-        let task = self.tasks.load(Ordering::Relaxed) - untaken as usize;
+        let task = share.end.load(Ordering::Relaxed) - untaken as usize;
         // SAFETY: the piece was open when the task was taken, and it is not done before this task is: `work` was written
-        // before the piece was opened, and stays.
+        // before the share was opened, and stays.
         let done = catch_unwind(AssertUnwindSafe(|| unsafe { (*work)(task) }));
         if done.is_err() {
             self.panicked.store(true, Ordering::Relaxed);
@@ -182,11 +206,13 @@ impl Board {
     }
 
     /// The life of a worker.
-    fn serve(&self, asleep: &AtomicBool) {
-        let mut looks = 0;
+    fn serve(&self, thread: usize, asleep: &AtomicBool) {
+        let (mut seen, mut looks) = (0, 0);
         loop {
-            if self.take_part() {
-                looks = 0;
+            let piece = self.piece.load(Ordering::Acquire);
+            if piece != seen {
+                self.take_part(thread);
+                (seen, looks) = (piece, 0);
                 continue;
             }
             looks += 1;
@@ -195,7 +221,7 @@ impl Board {
                 continue;
             }
             asleep.store(true, Ordering::SeqCst);
-            if self.open.load(Ordering::SeqCst) & u64::from(u32::MAX) == 0 {
+            if self.piece.load(Ordering::SeqCst) == seen {
                 std::thread::park();
             }
             asleep.store(false, Ordering::SeqCst);

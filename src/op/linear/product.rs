@@ -6,7 +6,7 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use super::dot::amx;
-use super::dot::{PADDED, SPAN, lines, pass, tile};
+use super::dot::{PADDED, SPAN, column, lines, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations};
@@ -25,6 +25,8 @@ const GROUP: usize = 8;
 const ALONE: usize = 1 << 14;
 /// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
 const CACHED: usize = 1 << 20;
+/// Sums of rows of such a matrix that are written at once.
+const COLUMN: usize = 64;
 /// Tasks a thread, so that one that lost its processor holds nobody up.
 const TASKS: usize = 6;
 
@@ -128,7 +130,9 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     // Rows of the matrices as if they stood one above the other.
     let most = match threads {
         1 => rows,
-        _ => (rows.div_ceil(TASKS * threads)).next_multiple_of(16),
+        _ => (rows.div_ceil(TASKS * threads))
+            .max(ALONE.div_ceil(width * m))
+            .next_multiple_of(16),
     };
     let tasks: Vec<(usize, Range<usize>)> = (weights.iter().enumerate())
         .flat_map(|(i, w)| {
@@ -199,9 +203,16 @@ fn few(
 ) {
     let mut row = rows.start;
     if m == 1 && w.bytes.len() < CACHED {
-        while rows.end - row >= 4 {
-            put::<4, 1>(row, 0, isa, w, x, &write);
-            row += 4;
+        let mut sums = [0f32; COLUMN];
+        while row < rows.end {
+            let sums = &mut sums[..COLUMN.min(rows.end - row)];
+            let bytes = &w.bytes[row * w.row_bytes..];
+            let done = column(isa, w.storage, bytes, x, sums);
+            if done == 0 {
+                break;
+            }
+            write(row, 0, &sums[..done]);
+            row += done;
         }
     } else if m == 1 && isa.level() >= Level::Avx512 {
         // Memory gives neighbours more slowly than one row after the other, and rows far from each other faster.

@@ -93,6 +93,16 @@ fn parts(x: f32) -> (u32, u32) {
     (high, nearest(x - f32::from_bits(high << 16)))
 }
 
+#[derive(Default)]
+struct Work {
+    /// `[rows / ROWS, tiles, ROWS, columns]`
+    sums: Vec<f32>,
+    /// Rows of weights with zeros behind them.
+    filled: Vec<u8>,
+    /// Of a tile's tokens, row by row.
+    found: Vec<[f32; BLOCK]>,
+}
+
 /// Rows `rows` of `w [N, width]` in bf16 with all of `x`; `write` gets a row of `w`, one of `x`, and the products of that and
 /// the rows of `w` behind it with the latter.
 ///
@@ -110,24 +120,24 @@ pub unsafe fn rows(
     write: impl Fn(usize, usize, &[f32]),
 ) {
     thread_local! {
-        /// Sums `[rows / ROWS, tiles, ROWS, columns]`, and rows of weights that are filled up with zeros.
-        static WORK: RefCell<(Vec<f32>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+        static WORK: RefCell<Work> = RefCell::default();
     }
-    assert!(rows.end * 2 * width <= w.len() && x.steps == width.div_ceil(STEP));
+    let row_bytes = 2 * width;
+    assert!(rows.end * row_bytes <= w.len() && x.steps == width.div_ceil(STEP));
     let (tiles, sum) = (x.tiles(), ROWS * x.columns);
-    WORK.with_borrow_mut(|(sums, filled)| {
+    WORK.with_borrow_mut(|work| {
+        let Work {
+            sums,
+            filled,
+            found,
+        } = work;
+        found.resize(TOKENS, [0.; BLOCK]);
         // SAFETY: the caller's promise.
         unsafe { configure(tiles_of(x.columns)) };
         for first in rows.clone().step_by(BLOCK) {
             let count = BLOCK.min(rows.end - first);
             let strips = count.div_ceil(ROWS);
-            let whole = count.is_multiple_of(ROWS) && width.is_multiple_of(STEP);
-            let weights = match whole {
-                true => &w[first * 2 * width..][..count * 2 * width],
-                false => fill_up(&w[first * 2 * width..][..count * 2 * width], width, filled),
-            };
-            let row_bytes = 2 * width.next_multiple_of(STEP);
-            assert!(weights.len() == strips * ROWS * row_bytes);
+            let strip_of = Strips::of(&w[first * row_bytes..], width, count, filled);
             let sums = lines(sums, strips * tiles * sum);
             for chunk in (0..x.steps).step_by(CHUNK / STEP) {
                 let chunk_end = x.steps.min(chunk + CHUNK / STEP);
@@ -139,10 +149,11 @@ pub unsafe fn rows(
                             for tile in (group..group_end).step_by(2) {
                                 let (r, n) = ((strips - strip).min(2), (group_end - tile).min(2));
                                 let next = |i: usize, of: usize| i.min(of - 1);
-                                let a = |i: usize| {
-                                    let at = (strip + next(i, r)) * ROWS * row_bytes;
-                                    weights[at + from * 2 * STEP..].as_ptr()
+                                let strip_at = |i: usize| {
+                                    let (strip, row_bytes) = strip_of.at(strip + next(i, r));
+                                    (strip[from * 2 * STEP..].as_ptr(), row_bytes)
                                 };
+                                let a = [strip_at(0), strip_at(1)];
                                 let b = |i: usize| x.from(tile + next(i, n), from);
                                 let c = |i: usize, j: usize| {
                                     (strip + next(i, r)) * tiles + tile + next(j, n)
@@ -152,11 +163,10 @@ pub unsafe fn rows(
                                 // SAFETY: `steps` steps of every row stand behind each pointer, and a tile of sums at each place.
                                 unsafe {
                                     let c = at.map(|at| sums.as_mut_ptr().add(at));
-                                    let (a, b) = ([a(0), a(1)], [b(0), b(1)]);
                                     let of = Block {
-                                        a,
-                                        row_bytes,
-                                        b,
+                                        a: a.map(|(a, _)| a),
+                                        row_bytes: a.map(|(_, row_bytes)| row_bytes),
+                                        b: [b(0), b(1)],
                                         columns: x.columns,
                                         steps,
                                         c,
@@ -174,7 +184,6 @@ pub unsafe fn rows(
                 }
             }
             for tile in 0..tiles {
-                let mut found = [[0.; BLOCK]; TOKENS];
                 for strip in 0..strips {
                     let sums = &sums[(strip * tiles + tile) * sum..][..sum];
                     for (r, sums) in sums.chunks_exact(x.columns).enumerate() {
@@ -183,7 +192,7 @@ pub unsafe fn rows(
                         }
                     }
                 }
-                for (token, found) in (tile * TOKENS..x.rows).zip(&found) {
+                for (token, found) in (tile * TOKENS..x.rows).zip(&*found) {
                     write(first, token, &found[..count]);
                 }
             }
@@ -193,20 +202,53 @@ pub unsafe fn rows(
     });
 }
 
-/// Rows filled up to whole steps and tiles.
-#[cold]
-fn fill_up<'a>(w: &[u8], width: usize, filled: &'a mut Vec<u8>) -> &'a [u8] {
-    let row_bytes = 2 * width.next_multiple_of(STEP);
-    let count = w.len() / (2 * width);
-    filled.clear();
-    filled.resize(count.next_multiple_of(ROWS) * row_bytes, 0);
-    for (w, filled) in w
-        .chunks_exact(2 * width)
-        .zip(filled.chunks_exact_mut(row_bytes))
-    {
-        filled[..w.len()].copy_from_slice(w);
+/// Rows by tiles: of a strip whose last step ends inside of the matrix where they stand (what is behind a row meets zeros), of the others
+/// filled up to whole steps and tiles.
+struct Strips<'a> {
+    w: &'a [u8],
+    row_bytes: usize,
+    /// Strips that are read where they stand.
+    here: usize,
+    filled: &'a [u8],
+    filled_row_bytes: usize,
+}
+
+impl<'a> Strips<'a> {
+    /// The first `count` rows of `w [.., width]`.
+    fn of(w: &'a [u8], width: usize, count: usize, filled: &'a mut Vec<u8>) -> Self {
+        let (row_bytes, filled_row_bytes) = (2 * width, 2 * width.next_multiple_of(STEP));
+        let behind = filled_row_bytes - row_bytes;
+        let rows = count.min((w.len() - behind.min(w.len())) / row_bytes);
+        let here = rows / ROWS;
+        let rest = &w[here * ROWS * row_bytes..count * row_bytes];
+        filled.clear();
+        filled.resize(
+            (count - here * ROWS).next_multiple_of(ROWS) * filled_row_bytes,
+            0,
+        );
+        let rows = filled.chunks_exact_mut(filled_row_bytes);
+        for (w, filled) in rest.chunks_exact(row_bytes).zip(rows) {
+            filled[..row_bytes].copy_from_slice(w);
+        }
+        Self {
+            w,
+            row_bytes,
+            here,
+            filled,
+            filled_row_bytes,
+        }
     }
-    filled
+
+    /// A strip, and the bytes from one of its rows to the next.
+    fn at(&self, strip: usize) -> (&[u8], usize) {
+        match strip < self.here {
+            true => (&self.w[strip * ROWS * self.row_bytes..], self.row_bytes),
+            false => {
+                let at = (strip - self.here) * ROWS * self.filled_row_bytes;
+                (&self.filled[at..], self.filled_row_bytes)
+            }
+        }
+    }
 }
 
 /// Four tiles of sums, two of weights, two of activations.
@@ -218,7 +260,7 @@ fn tiles_of(columns: usize) -> [(usize, usize); 8] {
 /// Up to two tiles of weights with up to two of activations.
 struct Block {
     a: [*const u8; 2],
-    row_bytes: usize,
+    row_bytes: [usize; 2],
     b: [*const u32; 2],
     columns: usize,
     steps: usize,
@@ -244,7 +286,7 @@ macro_rules! block {
                     ),
                 })*
                 asm!(
-                    "2:",
+                    "2: /* one tile of weights leaves {la1} alone */",
                     $step,
                     "add {a0}, 64",
                     "add {a1}, 64",
@@ -252,7 +294,7 @@ macro_rules! block {
                     "add {b1}, {step}",
                     "dec {n}",
                     "jnz 2b",
-                    a0 = inout(reg) self.a[0] => _, a1 = inout(reg) self.a[1] => _, la = in(reg) self.row_bytes,
+                    a0 = inout(reg) self.a[0] => _, a1 = inout(reg) self.a[1] => _, la0 = in(reg) self.row_bytes[0], la1 = in(reg) self.row_bytes[1],
                     b0 = inout(reg) self.b[0] => _, b1 = inout(reg) self.b[1] => _, lb = in(reg) 4 * self.columns,
                     step = in(reg) ROWS * 4 * self.columns, n = inout(reg) self.steps => _,
                     options(nostack, readonly)
@@ -270,14 +312,14 @@ impl Block {
     block!(
         one_one,
         [0 "tmm0"],
-        "tileloadd tmm4, [{a0} + {la}]
+        "tileloadd tmm4, [{a0} + {la0}]
          tileloadd tmm6, [{b0} + {lb}]
          tdpbf16ps tmm0, tmm4, tmm6"
     );
     block!(
         one_two,
         [0 "tmm0", 1 "tmm1"],
-        "tileloadd tmm4, [{a0} + {la}]
+        "tileloadd tmm4, [{a0} + {la0}]
          tileloadd tmm6, [{b0} + {lb}]
          tdpbf16ps tmm0, tmm4, tmm6
          tileloadd tmm7, [{b1} + {lb}]
@@ -286,21 +328,21 @@ impl Block {
     block!(
         two_one,
         [0 "tmm0", 2 "tmm2"],
-        "tileloadd tmm4, [{a0} + {la}]
+        "tileloadd tmm4, [{a0} + {la0}]
          tileloadd tmm6, [{b0} + {lb}]
          tdpbf16ps tmm0, tmm4, tmm6
-         tileloadd tmm5, [{a1} + {la}]
+         tileloadd tmm5, [{a1} + {la1}]
          tdpbf16ps tmm2, tmm5, tmm6"
     );
     block!(
         two_two,
         [0 "tmm0", 1 "tmm1", 2 "tmm2", 3 "tmm3"],
-        "tileloadd tmm4, [{a0} + {la}]
+        "tileloadd tmm4, [{a0} + {la0}]
          tileloadd tmm6, [{b0} + {lb}]
          tdpbf16ps tmm0, tmm4, tmm6
          tileloadd tmm7, [{b1} + {lb}]
          tdpbf16ps tmm1, tmm4, tmm7
-         tileloadd tmm5, [{a1} + {la}]
+         tileloadd tmm5, [{a1} + {la1}]
          tdpbf16ps tmm2, tmm5, tmm6
          tdpbf16ps tmm3, tmm5, tmm7"
     );

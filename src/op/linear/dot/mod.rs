@@ -81,6 +81,30 @@ pub fn tile<const R: usize, const N: usize>(
     }
 }
 
+/// The first entries of `y [N] = W [N, K] x`, all of them where the processor has vectors; how many.
+///
+/// # Panics
+/// When there are fewer weights.
+pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) -> usize {
+    assert!(w.len() >= y.len() * x.len() * storage.entry_bytes());
+    match isa.level() {
+        _ if storage == Storage::F8E4M3 => return 0,
+        Level::Portable => return 0,
+        // SAFETY: an `Isa` is of this processor; there are as many weights, as just asserted.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx2 => unsafe { x86::avx2::column(storage, w.as_ptr(), x, y) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Level::Avx512 | Level::Amx => unsafe {
+            x86::avx512::column(storage, w.as_ptr(), x, y);
+        },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("not on this architecture"),
+    }
+    y.len()
+}
+
 /// `sums [M, rows] += x [M, span] panelᵀ`, `panel [rows, span]` in f32; `span` is at most [`SPAN`] and a multiple of [`PADDED`].
 ///
 /// # Panics

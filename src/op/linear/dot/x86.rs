@@ -2,7 +2,17 @@
 
 use std::arch::x86_64::*;
 
-use super::{PADDED, Storage};
+use super::{PADDED, SPAN, Storage};
+
+/// How weights are stored.
+const F32: u8 = 0;
+const F16: u8 = 1;
+const BF16: u8 = 2;
+
+/// Of a weight.
+const fn bytes(kind: u8) -> usize {
+    if kind == F32 { 4 } else { 2 }
+}
 
 macro_rules! tiles {
     ($features:literal) => {
@@ -19,143 +29,203 @@ macro_rules! tiles {
             // SAFETY: the caller's promise is the function's.
             unsafe {
                 match storage {
-                    Storage::F32 => whole::<4, R, N>(w, x, count, |at| load(at.cast())),
-                    Storage::F16 => whole::<2, R, N>(w, x, count, |at| load_f16(at)),
-                    _ => whole::<2, R, N>(w, x, count, |at| load_bf16(at)),
+                    Storage::F32 => sum::<F32, R, N>(w, x, count),
+                    Storage::F16 => sum::<F16, R, N>(w, x, count),
+                    _ => sum::<BF16, R, N>(w, x, count),
                 }
             }
         }
 
-        /// The sum of what is a multiple of [`PADDED`], and of what is left, filled up with zeros.
+        /// [`super::column`].
         ///
         /// # Safety
-        /// As [`tile`]; `widen` reads `LANES` weights of `BYTES` bytes.
+        /// As [`tile`] for `y.len()` rows of `x.len()` weights, one behind the other.
+        #[allow(unsafe_code)]
+        #[target_feature(enable = $features)]
+        pub unsafe fn column(storage: Storage, w: *const u8, x: &[f32], y: &mut [f32]) {
+            // SAFETY: the caller's promise is the function's.
+            unsafe {
+                match storage {
+                    Storage::F32 => rows::<F32>(w, x, y),
+                    Storage::F16 => rows::<F16>(w, x, y),
+                    _ => rows::<BF16>(w, x, y),
+                }
+            }
+        }
+
+        /// # Safety
+        /// As [`column`].
         #[allow(unsafe_code)]
         #[inline]
         #[target_feature(enable = $features)]
-        unsafe fn whole<const BYTES: usize, const R: usize, const N: usize>(
+        unsafe fn rows<const KIND: u8>(w: *const u8, x: &[f32], y: &mut [f32]) {
+            let mut row = 0;
+            // SAFETY: the caller's promise, for each of the rows.
+            unsafe {
+                while y.len() - row >= BOTH {
+                    let w = w.add(row * bytes(KIND) * x.len());
+                    y[row..][..BOTH].copy_from_slice(&together::<KIND, BOTH>(w, x));
+                    row += BOTH;
+                }
+                while row < y.len() {
+                    let w = w.add(row * bytes(KIND) * x.len());
+                    y[row] = together::<KIND, 1>(w, x)[0];
+                    row += 1;
+                }
+            }
+        }
+
+        /// # Safety
+        /// As [`rows`], for `R` rows.
+        #[allow(unsafe_code)]
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn together<const KIND: u8, const R: usize>(w: *const u8, x: &[f32]) -> [f32; R] {
+            let mut sums = [0f32; R];
+            for from in (0..x.len()).step_by(SPAN) {
+                let mut places = [w; R];
+                // SAFETY: the caller's promise.
+                let found = unsafe {
+                    for r in 0..R {
+                        places[r] = w.add((r * x.len() + from) * bytes(KIND));
+                    }
+                    let (x, count) = (x.as_ptr().add(from), SPAN.min(x.len() - from));
+                    sum::<KIND, R, 1>(places, [x], count)
+                };
+                for r in 0..R {
+                    sums[r] += found[r][0];
+                }
+            }
+            sums
+        }
+
+        /// Two vectors of sums take turns, and what is behind the last multiple of [`PADDED`] is filled up with zeros: for few rows at once,
+        /// so that an addition need not wait for the one before; for many one after the other, with half the registers.
+        ///
+        /// # Safety
+        /// As [`tile`].
+        #[allow(unsafe_code)]
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn sum<const KIND: u8, const R: usize, const N: usize>(
             w: [*const u8; R],
             x: [*const f32; N],
             count: usize,
-            widen: impl Fn(*const u8) -> Vector,
         ) -> [[f32; N]; R] {
             let left = count % PADDED;
             let count = count - left;
-            // SAFETY: the caller's promise; what is filled up has PADDED entries a row.
-            unsafe {
-                if left == 0 {
-                    return sum::<BYTES, R, N>([(w, x, count)], widen);
+            // SAFETY: the caller's promise; there is an even number of vectors up to `count`, and `left` entries behind it.
+            let add_some = |at, sums: &mut _| unsafe {
+                add_products::<KIND, R, N>(w, x, at, LANES, sums);
+            };
+            let add_left = |from: usize, sums: &mut _| unsafe {
+                for at in (from..left).step_by(2 * LANES) {
+                    let n = LANES.min(left - at);
+                    add_products::<KIND, R, N>(w, x, count + at, n, sums);
                 }
-                let (mut w_left, mut x_left) = ([[0u8; 4 * PADDED]; R], [[0f32; PADDED]; N]);
+            };
+            let (mut even, mut odd) = ([[zero(); N]; R], [[zero(); N]; R]);
+            if R * N <= BOTH {
+                for at in (0..count).step_by(2 * LANES) {
+                    add_some(at, &mut even);
+                    add_some(at + LANES, &mut odd);
+                }
+                add_left(0, &mut even);
+                add_left(LANES, &mut odd);
                 for r in 0..R {
-                    let w = std::slice::from_raw_parts(w[r].add(BYTES * count), BYTES * left);
-                    w_left[r][..BYTES * left].copy_from_slice(w);
+                    for n in 0..N {
+                        odd[r][n] = add(even[r][n], odd[r][n]);
+                    }
                 }
-                for n in 0..N {
-                    let x = std::slice::from_raw_parts(x[n].add(count), left);
-                    x_left[n][..left].copy_from_slice(x);
+            } else {
+                for at in (0..count).step_by(2 * LANES) {
+                    add_some(at, &mut odd);
                 }
-                let w_left = w_left.each_ref().map(|w| w.as_ptr());
-                let x_left = x_left.each_ref().map(|x| x.as_ptr());
-                sum::<BYTES, R, N>([(w, x, count), (w_left, x_left, PADDED)], widen)
-            }
-        }
-
-        /// Of parts of rows, one behind the other. Two vectors of sums take turns: for few rows at once, so that an addition need not
-        /// wait for the one before; for many one after the other, with half the registers.
-        ///
-        /// # Safety
-        /// As [`tile`] for every part, whose count is a multiple of [`PADDED`]; `widen` reads `LANES` weights of `BYTES` bytes.
-        #[allow(unsafe_code)]
-        #[inline]
-        #[target_feature(enable = $features)]
-        unsafe fn sum<const BYTES: usize, const R: usize, const N: usize>(
-            parts: impl Copy + IntoIterator<Item = ([*const u8; R], [*const f32; N], usize)>,
-            widen: impl Fn(*const u8) -> Vector,
-        ) -> [[f32; N]; R] {
-            let (mut first, mut second) = ([[zero(); N]; R], [[zero(); N]; R]);
-            // SAFETY: the caller's promise; there is an even number of vectors.
-            unsafe {
-                if R * N <= 4 {
-                    for (w, x, count) in parts {
-                        for at in (0..count).step_by(2 * LANES) {
-                            add_products::<BYTES, R, N>(w, x, at, &widen, &mut first);
-                            add_products::<BYTES, R, N>(w, x, at + LANES, &widen, &mut second);
-                        }
+                add_left(0, &mut odd);
+                // Volatile, so that they do not stay in registers, of which the other sums need all.
+                for r in 0..R {
+                    for n in 0..N {
+                        // SAFETY: a reference's place.
+                        unsafe { std::ptr::write_volatile(&mut even[r][n], odd[r][n]) };
                     }
-                    for r in 0..R {
-                        for n in 0..N {
-                            second[r][n] = add(first[r][n], second[r][n]);
-                        }
-                    }
-                } else {
-                    for (w, x, count) in parts {
-                        for at in (0..count).step_by(2 * LANES) {
-                            add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
-                        }
-                    }
-                    // Volatile, so that they do not stay in registers, of which the other sums need all.
-                    for r in 0..R {
-                        for n in 0..N {
-                            std::ptr::write_volatile(&mut first[r][n], second[r][n]);
-                        }
-                    }
-                    second = [[zero(); N]; R];
-                    for (w, x, count) in parts {
-                        for at in (LANES..count).step_by(2 * LANES) {
-                            add_products::<BYTES, R, N>(w, x, at, &widen, &mut second);
-                        }
-                    }
-                    for r in 0..R {
-                        for n in 0..N {
-                            let first = std::ptr::read_volatile(&first[r][n]);
-                            second[r][n] = add(first, second[r][n]);
-                        }
+                }
+                odd = [[zero(); N]; R];
+                for at in (LANES..count).step_by(2 * LANES) {
+                    add_some(at, &mut odd);
+                }
+                add_left(LANES, &mut odd);
+                for r in 0..R {
+                    for n in 0..N {
+                        // SAFETY: a reference's place.
+                        let even = unsafe { std::ptr::read_volatile(&even[r][n]) };
+                        odd[r][n] = add(even, odd[r][n]);
                     }
                 }
             }
             let mut found = [[0.; N]; R];
             if N == 1 {
                 // Rows together: as many steps for four as for one.
-                let mut sums = [zero(); R];
-                for r in 0..R {
-                    sums[r] = second[r][0];
-                }
-                let totals = totals(sums);
+                let totals = totals(column_of(odd));
                 for r in 0..R {
                     found[r][0] = totals[r];
                 }
             } else {
                 for r in 0..R {
-                    found[r] = totals(second[r]);
+                    found[r] = totals(odd[r]);
                 }
             }
             found
         }
 
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn column_of<const R: usize, const N: usize>(sums: [[Vector; N]; R]) -> [Vector; R] {
+            let mut column = [zero(); R];
+            for r in 0..R {
+                column[r] = sums[r][0];
+            }
+            column
+        }
+
         /// # Safety
-        /// As [`sum`]; LANES weights and entries of each row stand from `at` on.
+        /// As [`sum`]; `n` weights and entries of each row stand from `at` on, at most `LANES`.
         #[allow(unsafe_code)]
         #[inline]
         #[target_feature(enable = $features)]
-        unsafe fn add_products<const BYTES: usize, const R: usize, const N: usize>(
+        unsafe fn add_products<const KIND: u8, const R: usize, const N: usize>(
             w: [*const u8; R],
             x: [*const f32; N],
             at: usize,
-            widen: &impl Fn(*const u8) -> Vector,
+            n: usize,
             sums: &mut [[Vector; N]; R],
         ) {
             // SAFETY: the caller's promise.
             unsafe {
                 let mut wide = [zero(); R];
                 for r in 0..R {
-                    wide[r] = widen(w[r].add(at * BYTES));
+                    wide[r] = weights::<KIND>(w[r].add(at * bytes(KIND)), n);
                 }
-                for n in 0..N {
-                    let x = load(x[n].add(at));
+                for i in 0..N {
+                    let x = load(x[i].add(at), n);
                     for r in 0..R {
-                        sums[r][n] = fmadd(wide[r], x, sums[r][n]);
+                        sums[r][i] = fmadd(wide[r], x, sums[r][i]);
                     }
+                }
+            }
+        }
+
+        /// # Safety
+        /// `n` weights stand at `at`, at most `LANES`.
+        #[allow(unsafe_code)]
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn weights<const KIND: u8>(at: *const u8, n: usize) -> Vector {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match KIND {
+                    F32 => load(at.cast(), n),
+                    F16 => load_f16(at, n),
+                    _ => load_bf16(at, n),
                 }
             }
         }
@@ -166,12 +236,21 @@ macro_rules! tiles {
             let positions = out.len() / (queries.len() / dim);
             let fours = queries.chunks(4 * dim).zip(out.chunks_mut(4 * positions));
             for (queries, out) in fours {
+                if queries.len() == dim {
+                    let whole = positions / BOTH * BOTH;
+                    for p in (0..whole).step_by(BOTH) {
+                        let (keys, out) = (&keys[p * stride..], &mut out[p..]);
+                        score::<BOTH, 1>(queries, dim, keys, stride, out, positions);
+                    }
+                    for p in whole..positions {
+                        let (keys, out) = (&keys[p * stride..], &mut out[p..]);
+                        score::<1, 1>(queries, dim, keys, stride, out, positions);
+                    }
+                    continue;
+                }
                 for p in (0..positions).step_by(3) {
                     let (keys, out) = (&keys[p * stride..], &mut out[p..]);
                     match (queries.len() / dim, positions - p) {
-                        (1, 1) => score::<1, 1>(queries, dim, keys, stride, out, positions),
-                        (1, 2) => score::<2, 1>(queries, dim, keys, stride, out, positions),
-                        (1, _) => score::<3, 1>(queries, dim, keys, stride, out, positions),
                         (2, 1) => score::<1, 2>(queries, dim, keys, stride, out, positions),
                         (2, 2) => score::<2, 2>(queries, dim, keys, stride, out, positions),
                         (2, _) => score::<3, 2>(queries, dim, keys, stride, out, positions),
@@ -204,15 +283,19 @@ macro_rules! tiles {
                 let mut key = [zero(); R];
                 for r in 0..R {
                     // SAFETY: whole vectors, as the slice was cut.
-                    key[r] = unsafe { load(keys.as_ptr().add(r * stride + at)) };
+                    key[r] = unsafe { load(keys.as_ptr().add(r * stride + at), LANES) };
                 }
                 for n in 0..N {
                     // SAFETY: as above.
-                    let query = unsafe { load(queries.as_ptr().add(n * dim + at)) };
+                    let query = unsafe { load(queries.as_ptr().add(n * dim + at), LANES) };
                     for r in 0..R {
                         sums[r][n] = fmadd(key[r], query, sums[r][n]);
                     }
                 }
+            }
+            if N == 1 {
+                out[..R].copy_from_slice(&totals(column_of(sums)));
+                return;
             }
             for r in 0..R {
                 let found = totals(sums[r]);
@@ -232,7 +315,7 @@ macro_rules! tiles {
                 unsafe {
                     store(
                         out.as_mut_ptr().add(at),
-                        load_f16(bytes.as_ptr().add(2 * at)),
+                        load_f16(bytes.as_ptr().add(2 * at), LANES),
                     )
                 };
             }
@@ -286,7 +369,7 @@ macro_rules! tiles {
                 std::array::from_fn(|r| panel[r * span..][..span].as_ptr().cast());
             let x: [*const f32; N] = std::array::from_fn(|n| x[n * span..][..span].as_ptr());
             // SAFETY: `span` entries stand in every row, as just cut.
-            let found = unsafe { sum::<4, R, N>([(w, x, span)], |at| load(at.cast())) };
+            let found = unsafe { sum::<F32, R, N>(w, x, span) };
             for n in 0..N {
                 for r in 0..R {
                     sums[n * rows + r] += found[r][n];
@@ -300,6 +383,8 @@ pub mod avx2 {
     use super::*;
 
     const LANES: usize = 8;
+    /// Products of rows for which there are registers for two vectors of sums.
+    const BOTH: usize = 4;
     type Vector = __m256;
 
     tiles!("avx2,fma,f16c");
@@ -356,39 +441,65 @@ pub mod avx2 {
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load(at: *const f32) -> Vector {
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_loadu_ps(at) }
-    }
-
-    /// # Safety
-    /// Eight entries stand at `at`.
-    #[allow(unsafe_code)]
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn store(at: *mut f32, a: Vector) {
         // SAFETY: the caller's promise.
         unsafe { _mm256_storeu_ps(at, a) }
     }
 
+    /// The first `n` lanes from `at` on, zeros in the others.
+    ///
     /// # Safety
-    /// Eight entries stand at `at`.
+    /// `n` entries stand there, at most eight.
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_f16(at: *const u8) -> Vector {
+    unsafe fn load(at: *const f32, n: usize) -> Vector {
+        let mut filled = [0f32; LANES];
         // SAFETY: the caller's promise.
-        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(at.cast()) })
+        unsafe {
+            if n == LANES {
+                return _mm256_loadu_ps(at);
+            }
+            std::ptr::copy_nonoverlapping(at, filled.as_mut_ptr(), n);
+            _mm256_loadu_ps(filled.as_ptr())
+        }
     }
 
     /// # Safety
-    /// Eight entries stand at `at`.
+    /// As [`load`], in 16 bits.
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_bf16(at: *const u8) -> Vector {
+    unsafe fn load_bits(at: *const u8, n: usize) -> __m128i {
+        let mut filled = [0u16; LANES];
         // SAFETY: the caller's promise.
-        let bits = _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(at.cast()) });
+        unsafe {
+            if n == LANES {
+                return _mm_loadu_si128(at.cast());
+            }
+            std::ptr::copy_nonoverlapping(at, filled.as_mut_ptr().cast(), 2 * n);
+            _mm_loadu_si128(filled.as_ptr().cast())
+        }
+    }
+
+    /// # Safety
+    /// As [`load`].
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_f16(at: *const u8, n: usize) -> Vector {
+        // SAFETY: the caller's promise.
+        _mm256_cvtph_ps(unsafe { load_bits(at, n) })
+    }
+
+    /// # Safety
+    /// As [`load`].
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_bf16(at: *const u8, n: usize) -> Vector {
+        // SAFETY: the caller's promise.
+        let bits = _mm256_cvtepu16_epi32(unsafe { load_bits(at, n) });
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
     }
 }
@@ -397,7 +508,21 @@ pub mod avx512 {
     use super::*;
 
     const LANES: usize = 16;
+    /// Products of rows for which there are registers for two vectors of sums.
+    const BOTH: usize = 8;
     type Vector = __m512;
+    /// Where in a vector of 16 bits an entry of 32 has its upper half from.
+    // SAFETY: any bits are a vector.
+    #[allow(unsafe_code)]
+    const HALVES: __m512i = {
+        let mut halves = [0u16; 2 * LANES];
+        let mut i = 0;
+        while i < halves.len() {
+            halves[i] = i as u16 / 2;
+            i += 1;
+        }
+        unsafe { std::mem::transmute(halves) }
+    };
 
     tiles!("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
 
@@ -419,24 +544,53 @@ pub mod avx512 {
         _mm512_add_ps(a, b)
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn totals<const N: usize>(sums: [Vector; N]) -> [f32; N] {
-        let mut found = [0.; N];
-        for n in 0..N {
-            found[n] = _mm512_reduce_add_ps(sums[n]);
-        }
-        found
-    }
-
-    /// # Safety
-    /// Sixteen entries stand at `at`.
+    /// The sums of the lanes, by halves; of eight vectors together.
     #[allow(unsafe_code)]
     #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn load(at: *const f32) -> Vector {
-        // SAFETY: the caller's promise.
-        unsafe { _mm512_loadu_ps(at) }
+    #[target_feature(enable = "avx512f,avx512dq,avx2")]
+    fn totals<const N: usize>(sums: [Vector; N]) -> [f32; N] {
+        let mut found = [0.; N];
+        if N < 4 {
+            for n in 0..N {
+                found[n] = _mm512_reduce_add_ps(sums[n]);
+            }
+            return found;
+        }
+        for first in (0..N).step_by(8) {
+            let count = 8.min(N - first);
+            let mut eight = [zero(); 8];
+            eight[..count].copy_from_slice(&sums[first..first + count]);
+            let [a, b, c, d, e, f, g, h] = eight;
+            let halves = |a, b| {
+                add(
+                    _mm512_shuffle_f32x4::<0x44>(a, b),
+                    _mm512_shuffle_f32x4::<0xee>(a, b),
+                )
+            };
+            let quarters = |a, b| {
+                add(
+                    _mm512_shuffle_f32x4::<0x88>(a, b),
+                    _mm512_shuffle_f32x4::<0xdd>(a, b),
+                )
+            };
+            let (abcd, efgh) = (
+                quarters(halves(a, b), halves(c, d)),
+                quarters(halves(e, f), halves(g, h)),
+            );
+            let (abcd, efgh) = (_mm512_castps_pd(abcd), _mm512_castps_pd(efgh));
+            let eighths = add(
+                _mm512_castpd_ps(_mm512_unpacklo_pd(abcd, efgh)),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(abcd, efgh)),
+            );
+            let all = add(eighths, _mm512_permute_ps::<0xb1>(eighths));
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+            let all = _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all));
+            let mut totals = [0f32; 8];
+            // SAFETY: eight numbers.
+            unsafe { _mm256_storeu_ps(totals.as_mut_ptr(), all) };
+            found[first..first + count].copy_from_slice(&totals[..count]);
+        }
+        found
     }
 
     /// # Safety
@@ -449,24 +603,59 @@ pub mod avx512 {
         unsafe { _mm512_storeu_ps(at, a) }
     }
 
+    /// The first `n` lanes from `at` on, zeros in the others.
+    ///
     /// # Safety
-    /// Sixteen entries stand at `at`.
+    /// `n` entries stand there, at most sixteen.
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn load_f16(at: *const u8) -> Vector {
-        // SAFETY: the caller's promise.
-        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast()) })
+    unsafe fn load(at: *const f32, n: usize) -> Vector {
+        // SAFETY: the caller's promise; what a mask leaves out is not read.
+        unsafe {
+            match n {
+                LANES => _mm512_loadu_ps(at),
+                _ => _mm512_maskz_loadu_ps((1 << n) - 1, at),
+            }
+        }
     }
 
     /// # Safety
-    /// Sixteen entries stand at `at`.
+    /// As [`load`], in 16 bits.
     #[allow(unsafe_code)]
     #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn load_bf16(at: *const u8) -> Vector {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load_bits(at: *const u8, n: usize) -> __m256i {
+        // SAFETY: the caller's promise; what a mask leaves out is not read.
+        unsafe {
+            match n {
+                LANES => _mm256_loadu_si256(at.cast()),
+                _ => _mm256_maskz_loadu_epi16((1 << n) - 1, at.cast()),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`load`].
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load_f16(at: *const u8, n: usize) -> Vector {
         // SAFETY: the caller's promise.
-        let bits = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(at.cast()) });
-        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        _mm512_cvtph_ps(unsafe { load_bits(at, n) })
+    }
+
+    /// In one step what shifting widened integers does in two, which take longer than weights from a cache.
+    ///
+    /// # Safety
+    /// As [`load`].
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load_bf16(at: *const u8, n: usize) -> Vector {
+        // SAFETY: the caller's promise.
+        let bits = _mm512_castsi256_si512(unsafe { load_bits(at, n) });
+        let upper = 0xaaaa_aaaa;
+        _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(upper, HALVES, bits))
     }
 }
