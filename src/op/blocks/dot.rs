@@ -25,9 +25,13 @@ const SPAN: usize = 512;
 /// Activation rows that share one reading of a row of blocks.
 const TOGETHER: usize = 4;
 
-/// Rows of blocks, far from each other, that are read side by side for a single row of activations: from several places memory gives
-/// more at a time.
-const PLACES: usize = 3;
+/// Rows far from each other, some of which are read side by side for a single row of activations: memory gives neighbours more slowly than
+/// one row after the other, and several places more at a time. And the rows that are left.
+pub fn apart(rows: Range<usize>) -> (impl Iterator<Item = [usize; 3]>, Range<usize>) {
+    let each = rows.len() / 3;
+    let together = (rows.start..rows.start + each).map(move |i| [i, i + each, i + 2 * each]);
+    (together, rows.start + 3 * each..rows.end)
+}
 
 /// Rows `rows` of `W`, blocks of `[N, K]` weights, with all of `x [M, K]`; `write` gets a row of `W`, one of `x`, and the products of
 /// that and the rows of `W` behind it with the latter.
@@ -61,20 +65,20 @@ pub fn rows(
         };
     }
     let w = |row: usize| &w[row * row_bytes..][..row_bytes];
-    let each = match x.rows() {
-        1 if isa.level() >= Level::Avx512 => rows.len() / PLACES,
-        _ => 0,
-    };
-    for i in rows.start..rows.start + each {
-        let places = [0, 1, 2].map(|place| i + place * each);
-        let sums: [_; PLACES] = dot(isa, kind, places.map(w), [x.row(0)]);
-        for (row, sum) in places.into_iter().zip(sums) {
-            write(row, 0, &sum);
+    let mut rows = rows;
+    if x.rows() == 1 && isa.level() >= Level::Avx512 {
+        let (together, left) = apart(rows);
+        for places in together {
+            let sums = dot(isa, kind, places.map(w), [x.row(0)]);
+            for (row, sum) in places.into_iter().zip(sums) {
+                write(row, 0, &sum);
+            }
         }
+        rows = left;
     }
     for first in (0..x.rows()).step_by(TOGETHER) {
         let x_of = |i: usize| x.row(first + i);
-        for row in rows.start + PLACES * each..rows.end {
+        for row in rows.clone() {
             let w = [w(row)];
             let put = |sums: &[f32]| {
                 for (i, sum) in sums.iter().enumerate() {

@@ -215,15 +215,13 @@ fn few(
             row += done;
         }
     } else if m == 1 && isa.level() >= Level::Avx512 {
-        // Memory gives neighbours more slowly than one row after the other, and rows far from each other faster.
-        let each = rows.len() / 3;
-        for i in row..row + each {
-            let places = [0, 1, 2].map(|place| i + place * each);
+        let (together, left) = blocks::apart(rows.clone());
+        for places in together {
             for (row, sum) in places.into_iter().zip(whole::<3, 1>(isa, w, places, x)) {
                 write(row, 0, &sum);
             }
         }
-        row += 3 * each;
+        row = left.start;
     } else if m > 1 {
         while rows.end - row >= 3 {
             near::<3>(row, m, isa, w, x, &write);
