@@ -1,7 +1,7 @@
 //! Threads that share one piece of work at a time. A token is decoded in a hundred pieces of some tens of microseconds: a queue that
 //! wakes its threads for each costs as much as a piece. Here a thread that has nothing to do looks for the next piece a little
 //! while before it sleeps, and whoever hands out work takes part in it. Every thread has a share of the tasks, the same in every
-//! piece of as many, so that it finds in its cache what the last token left there; who is done with its own takes from others.
+//! piece of as many (if there are enough), so that it finds in its cache what the last token left there; who is done with its own takes from others.
 
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,10 +23,13 @@ struct Board {
     work: AtomicPtr<Work<'static>>,
     /// One a thread, the first that of the one who handed it out.
     shares: Vec<Share>,
-    /// Tasks that are not done.
-    left: AtomicUsize,
+    left: Left,
     panicked: AtomicBool,
 }
+
+/// Tasks that are not done: away from what idle threads look at.
+#[repr(align(128))]
+struct Left(AtomicUsize);
 
 /// Some tasks in a row. Two lines of the cache, as processors fetch them.
 #[repr(align(128))]
@@ -63,7 +66,7 @@ impl Team {
             piece: AtomicU32::new(0),
             work: AtomicPtr::new(std::ptr::null_mut()),
             shares: (0..threads).map(|_| Share::default()).collect(),
-            left: AtomicUsize::new(0),
+            left: Left(AtomicUsize::new(0)),
             panicked: AtomicBool::new(false),
         });
         let start = |i: usize| {
@@ -111,25 +114,28 @@ impl Team {
         // SAFETY: only the lifetimes change; nobody calls it after the last task is done, which this function waits for.
         let mut work = unsafe { std::mem::transmute::<Work, Work<'static>>(work) };
         board.work.store(&mut work, Ordering::Relaxed);
-        board.left.store(tasks, Ordering::Relaxed);
+        board.left.0.store(tasks, Ordering::Relaxed);
         let piece = board.piece.load(Ordering::Relaxed).wrapping_add(1);
         let threads = board.shares.len();
+        // The first share has the first task: whoever hands out work is awake.
+        let start_of = |i: usize| (i * tasks).div_ceil(threads);
         for (i, share) in board.shares.iter().enumerate() {
-            let [start, end] = [i, i + 1].map(|i| i * tasks / threads);
+            let [start, end] = [i, i + 1].map(start_of);
             share.end.store(end, Ordering::Relaxed);
             let open = u64::from(piece) << 32 | (end - start) as u64;
             share.open.store(open, Ordering::Release);
         }
         // SeqCst: a worker that is about to sleep sees this, or is seen asleep.
         board.piece.store(piece, Ordering::SeqCst);
-        for worker in &self.workers {
-            if worker.asleep.load(Ordering::SeqCst) {
+        for (worker, i) in self.workers.iter().zip(1..) {
+            let has_share = start_of(i) < start_of(i + 1);
+            if has_share && worker.asleep.load(Ordering::SeqCst) {
                 worker.thread.unpark();
             }
         }
         board.take_part(0);
         let mut looks = 0;
-        while board.left.load(Ordering::Acquire) > 0 {
+        while board.left.0.load(Ordering::Acquire) > 0 {
             looks += 1;
             match looks < LOOKS {
                 true => std::hint::spin_loop(),
@@ -188,20 +194,22 @@ impl Board {
         if untaken == 0 {
             return false;
         }
-        let work = self.work.load(Ordering::Relaxed);
         let taken =
             (share.open).compare_exchange(open, open - 1, Ordering::AcqRel, Ordering::Relaxed);
         if taken.is_err() {
             return true;
         }
+        let work = self.work.load(Ordering::Relaxed);
         let task = share.end.load(Ordering::Relaxed) - untaken as usize;
         // SAFETY: the piece was open when the task was taken, and it is not done before this task is: `work` was written
         // before the share was opened, and stays.
         let done = catch_unwind(AssertUnwindSafe(|| unsafe { (*work)(task) }));
-        if done.is_err() {
+        if let Err(payload) = done {
+            // What drops it may panic too, while others still work.
+            std::mem::forget(payload);
             self.panicked.store(true, Ordering::Relaxed);
         }
-        self.left.fetch_sub(1, Ordering::Release);
+        self.left.0.fetch_sub(1, Ordering::Release);
         true
     }
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::activations::{GROUP, Row};
 use super::plain::{half, scale_min};
 use super::{Activations, BlockType};
+use crate::op::cpu::apart;
 use crate::op::isa::{Isa, Level};
 
 #[cfg(target_arch = "x86_64")]
@@ -24,14 +25,6 @@ const SPAN: usize = 512;
 
 /// Activation rows that share one reading of a row of blocks.
 const TOGETHER: usize = 4;
-
-/// Rows far from each other, some of which are read side by side for a single row of activations: memory gives neighbours more slowly than
-/// one row after the other, and several places more at a time. And the rows that are left.
-pub fn apart(rows: Range<usize>) -> (impl Iterator<Item = [usize; 3]>, Range<usize>) {
-    let each = rows.len() / 3;
-    let together = (rows.start..rows.start + each).map(move |i| [i, i + each, i + 2 * each]);
-    (together, rows.start + 3 * each..rows.end)
-}
 
 /// Rows `rows` of `W`, blocks of `[N, K]` weights, with all of `x [M, K]`; `write` gets a row of `W`, one of `x`, and the products of
 /// that and the rows of `W` behind it with the latter.

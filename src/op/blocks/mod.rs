@@ -12,7 +12,7 @@ mod quantize;
 mod tests;
 
 pub use activations::Activations;
-pub use dot::{apart, rows};
+pub use dot::rows;
 pub use plain::dequantize;
 pub use quantize::quantize;
 

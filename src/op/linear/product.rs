@@ -10,6 +10,7 @@ use super::dot::{PADDED, SPAN, column, lines, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations};
+use crate::op::cpu::apart;
 use crate::op::isa::{Isa, Level};
 use crate::op::team::{Scatter, team};
 
@@ -129,7 +130,7 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
         .unzip();
     // Rows of the matrices as if they stood one above the other.
     let most = match threads {
-        1 => rows,
+        1 => rows.max(1),
         _ => (rows.div_ceil(TASKS * threads))
             .max(ALONE.div_ceil(width * m))
             .next_multiple_of(16),
@@ -206,16 +207,18 @@ fn few(
         let mut sums = [0f32; COLUMN];
         while row < rows.end {
             let sums = &mut sums[..COLUMN.min(rows.end - row)];
-            let bytes = &w.bytes[row * w.row_bytes..];
-            let done = column(isa, w.storage, bytes, x, sums);
-            if done == 0 {
+            if !column(isa, w.storage, &w.bytes[row * w.row_bytes..], x, sums) {
                 break;
             }
-            write(row, 0, &sums[..done]);
-            row += done;
+            write(row, 0, sums);
+            row += sums.len();
+        }
+        while rows.end - row >= 4 {
+            put::<4, 1>(row, 0, isa, w, x, &write);
+            row += 4;
         }
     } else if m == 1 && isa.level() >= Level::Avx512 {
-        let (together, left) = blocks::apart(rows.clone());
+        let (together, left) = apart(rows.clone());
         for places in together {
             for (row, sum) in places.into_iter().zip(whole::<3, 1>(isa, w, places, x)) {
                 write(row, 0, &sum);

@@ -202,8 +202,8 @@ pub unsafe fn rows(
     });
 }
 
-/// Rows by tiles: of a strip whose last step ends inside of the matrix where they stand (what is behind a row meets zeros), of the others
-/// filled up to whole steps and tiles.
+/// Rows by tiles: of a strip whose last step ends inside of the matrix where they stand (what is behind a row meets zeros, so that it must
+/// be finite), of the others filled up to whole steps and tiles.
 struct Strips<'a> {
     w: &'a [u8],
     row_bytes: usize,

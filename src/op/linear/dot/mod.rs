@@ -81,15 +81,15 @@ pub fn tile<const R: usize, const N: usize>(
     }
 }
 
-/// The first entries of `y [N] = W [N, K] x`, all of them where the processor has vectors; how many.
+/// `y [N] = W [N, K] x` where the processor has vectors for such weights, else false.
 ///
 /// # Panics
 /// When there are fewer weights.
-pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) -> usize {
+pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) -> bool {
     assert!(w.len() >= y.len() * x.len() * storage.entry_bytes());
     match isa.level() {
-        _ if storage == Storage::F8E4M3 => return 0,
-        Level::Portable => return 0,
+        _ if storage == Storage::F8E4M3 => return false,
+        Level::Portable => return false,
         // SAFETY: an `Isa` is of this processor; there are as many weights, as just asserted.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
@@ -102,7 +102,7 @@ pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) ->
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
     }
-    y.len()
+    true
 }
 
 /// `sums [M, rows] += x [M, span] panelᵀ`, `panel [rows, span]` in f32; `span` is at most [`SPAN`] and a multiple of [`PADDED`].

@@ -138,18 +138,18 @@ macro_rules! tiles {
                     }
                 }
             } else {
+                let mut sums = [[zero(); N]; R];
                 for at in (0..count).step_by(2 * LANES) {
-                    add_some(at, &mut odd);
+                    add_some(at, &mut sums);
                 }
-                add_left(0, &mut odd);
+                add_left(0, &mut sums);
                 // Volatile, so that they do not stay in registers, of which the other sums need all.
                 for r in 0..R {
                     for n in 0..N {
                         // SAFETY: a reference's place.
-                        unsafe { std::ptr::write_volatile(&mut even[r][n], odd[r][n]) };
+                        unsafe { std::ptr::write_volatile(&mut even[r][n], sums[r][n]) };
                     }
                 }
-                odd = [[zero(); N]; R];
                 for at in (LANES..count).step_by(2 * LANES) {
                     add_some(at, &mut odd);
                 }
@@ -164,7 +164,7 @@ macro_rules! tiles {
             }
             let mut found = [[0.; N]; R];
             if N == 1 {
-                // Rows together: as many steps for four as for one.
+                // Rows together: as many steps for some as for one.
                 let totals = totals(column_of(odd));
                 for r in 0..R {
                     found[r][0] = totals[r];
@@ -460,7 +460,8 @@ pub mod avx2 {
             if n == LANES {
                 return _mm256_loadu_ps(at);
             }
-            std::ptr::copy_nonoverlapping(at, filled.as_mut_ptr(), n);
+            // Bytes: weights stand anywhere.
+            std::ptr::copy_nonoverlapping(at.cast::<u8>(), filled.as_mut_ptr().cast(), 4 * n);
             _mm256_loadu_ps(filled.as_ptr())
         }
     }
@@ -550,12 +551,6 @@ pub mod avx512 {
     #[target_feature(enable = "avx512f,avx512dq,avx2")]
     fn totals<const N: usize>(sums: [Vector; N]) -> [f32; N] {
         let mut found = [0.; N];
-        if N < 4 {
-            for n in 0..N {
-                found[n] = _mm512_reduce_add_ps(sums[n]);
-            }
-            return found;
-        }
         for first in (0..N).step_by(8) {
             let count = 8.min(N - first);
             let mut eight = [zero(); 8];
