@@ -16,6 +16,9 @@ const RECALLS: [&str; 5] = [
     "{n} went home with the {c} {t}.",
 ];
 
+/// A fact without the words around it, where a colour follows its name at once.
+const PLAIN: [&str; 1] = ["{n} {c} {t}."];
+
 /// Words of a list or of a people's list, about as many as a story's.
 const WORDS: usize = 90;
 /// Sentences of a telling.
@@ -63,13 +66,16 @@ fn people_again(random: &mut ChaCha8Rng) -> String {
     joined(said.into_iter())
 }
 
-/// What each of some characters has, and then sentences of any of them.
+/// What each of some characters has, and then sentences of any of them; either, in half of the tellings, without the words around it. So
+/// whose a colour is, and whose is asked for, are learned beside each other before they are together.
 fn telling(random: &mut ChaCha8Rng) -> String {
     let people = people(random, 2..=8);
     let asked = (people.len()..SENTENCES).map(|_| *people.choose(random).expect("there are some"));
     let asked: Vec<_> = asked.collect();
-    let facts = people.iter().map(|of| (&FACTS, of));
-    let recalls = asked.iter().map(|of| (&RECALLS, of));
+    let mut plain_or = |whole| if random.random() { &PLAIN[..] } else { whole };
+    let (facts, recalls) = (plain_or(&FACTS), plain_or(&RECALLS));
+    let facts = people.iter().map(|of| (facts, of));
+    let recalls = asked.iter().map(|of| (recalls, of));
     let mut sentences = Vec::with_capacity(SENTENCES);
     for (templates, [name, colour, toy]) in facts.chain(recalls) {
         let template = templates.choose(random).expect("no list is empty");

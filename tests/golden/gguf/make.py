@@ -16,6 +16,15 @@ import llama_cpp
 import numpy
 from safetensors.numpy import save_file
 
+
+def as_they_stand(defaults=llama_cpp.llama_cpp.llama_model_default_params):
+    """Weights are not packed anew: tiles of AMX crash with some versions and compilers."""
+    params = defaults()
+    params.use_extra_bufts = False
+    return params
+
+
+llama_cpp.llama_cpp.llama_model_default_params = as_they_stand
 root = pathlib.Path(__file__).parents[3]
 zebroid = os.environ.get("ZEBROID", root / "target/release/zebroid")
 here = pathlib.Path(__file__).parent
