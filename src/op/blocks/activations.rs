@@ -1,5 +1,6 @@
 //! Activations rounded to 8 bits, as products with blocks take them.
 
+use super::BlockType;
 use crate::op::isa::{Isa, Level, vectorised};
 use crate::op::team::fill;
 
@@ -29,14 +30,73 @@ pub struct Activations {
     scales: Vec<f32>,
     /// One a group: `scale · Σ q`, what a weight's constant part is multiplied by.
     sums: Vec<f32>,
-    /// One for every four codes: `−Σ q`, what an offset of unsigned codes is multiplied by.
+    /// One for every four codes: `−Σ q`, what an offset of unsigned codes is multiplied by, where there are fewer than [`MANY`] rows.
     negated: Vec<i32>,
     /// The same of a whole group.
     negated_groups: Vec<i32>,
-    /// The codes in 16 bits where there are [`MANY`] rows, of every four in the order 0, 2, 1, 3.
+    /// The codes in 16 bits where they are asked for and there are [`MANY`] rows, of every four in the order 0, 2, 1, 3.
     wide: Vec<i16>,
     /// The codes once more where tiles multiply them: `[rows / TILE, groups, TILE, GROUP]`.
     tiles: Vec<i8>,
+    /// The rows once more, `[stride / PADDED, rows]`.
+    spans: Vec<Span>,
+}
+
+/// What [`MANY`] rows are kept as besides.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Forms {
+    words: bool,
+    tiles: bool,
+    spans: bool,
+}
+
+impl Forms {
+    pub const ALL: Self = Self {
+        words: true,
+        tiles: true,
+        spans: true,
+    };
+
+    /// What products with `kind` by `isa` read.
+    pub fn of(isa: Isa, kind: BlockType) -> Self {
+        let (level, six) = (isa.level(), kind == BlockType::Q6K);
+        let tiles = level == Level::Amx && !six;
+        Self {
+            words: six || level < Level::Avx512 && kind == BlockType::Q8_0,
+            tiles,
+            spans: level >= Level::Avx512 && !tiles,
+        }
+    }
+
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            words: self.words || other.words,
+            tiles: self.tiles || other.tiles,
+            spans: self.spans || other.spans,
+        }
+    }
+}
+
+/// [`PADDED`] entries of a row side by side, for paths that read many rows of them.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Span {
+    pub codes: [i8; PADDED],
+    pub scales: [f32; PADDED / GROUP],
+    pub sums: [f32; PADDED / GROUP],
+    pub negated: [i32; PADDED / GROUP],
+}
+
+impl Default for Span {
+    fn default() -> Self {
+        let groups = [0.; PADDED / GROUP];
+        Self {
+            codes: [0; PADDED],
+            scales: groups,
+            sums: groups,
+            negated: [0; PADDED / GROUP],
+        }
+    }
 }
 
 /// A row that is being filled.
@@ -66,16 +126,20 @@ pub(super) struct Row<'a> {
 
 impl<'a> Row<'a> {
     /// From `entry` on, the first of a group.
-    #[inline]
+    #[inline(always)]
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub fn from(self, entry: usize) -> Self {
+        #[inline(always)]
+        fn part<T>(list: &[T], from: usize) -> &[T] {
+            list.get(from..).unwrap_or(&[])
+        }
         Self {
-            codes: &self.codes[entry..],
-            scales: &self.scales[entry / GROUP..],
-            sums: &self.sums[entry / GROUP..],
-            negated: &self.negated[entry / 4..],
-            negated_groups: &self.negated_groups[entry / GROUP..],
-            wide: self.wide.get(entry..).unwrap_or(&[]),
+            codes: part(self.codes, entry),
+            scales: part(self.scales, entry / GROUP),
+            sums: part(self.sums, entry / GROUP),
+            negated: part(self.negated, entry / 4),
+            negated_groups: part(self.negated_groups, entry / GROUP),
+            wide: part(self.wide, entry),
         }
     }
 }
@@ -85,7 +149,7 @@ impl Activations {
     /// When `x` is not whole rows, or `width` not whole groups.
     pub fn new(x: &[f32], width: usize) -> Self {
         let mut found = Self::default();
-        found.set(x, width);
+        found.set(x, width, Forms::ALL);
         found
     }
 
@@ -93,9 +157,9 @@ impl Activations {
     ///
     /// # Panics
     /// As [`Activations::new`].
-    pub fn set(&mut self, x: &[f32], width: usize) {
-        fn clear<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
-            list.clear();
+    pub fn set(&mut self, x: &[f32], width: usize, forms: Forms) {
+        /// What stands there is written anew, or filled up with zeros below.
+        fn room<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
             list.resize(len, T::default());
         }
         assert!(width > 0 && x.len().is_multiple_of(width) && width.is_multiple_of(GROUP));
@@ -103,37 +167,35 @@ impl Activations {
         self.rows = x.len() / width;
         let (stride, groups) = (self.stride(), self.groups());
         let rows = self.rows.next_multiple_of(TILE);
-        clear(&mut self.codes, rows * stride);
-        clear(&mut self.scales, rows * groups);
-        clear(&mut self.sums, rows * groups);
-        clear(&mut self.negated, rows * stride / 4);
-        clear(&mut self.negated_groups, rows * groups);
-        clear(
-            &mut self.wide,
-            if self.rows >= MANY { rows * stride } else { 0 },
-        );
+        let many = self.rows >= MANY;
+        let given = |there: bool| if there { rows * stride } else { 0 };
+        room(&mut self.codes, rows * stride);
+        room(&mut self.scales, rows * groups);
+        room(&mut self.sums, rows * groups);
+        room(&mut self.negated, given(!many) / 4);
+        room(&mut self.negated_groups, rows * groups);
+        room(&mut self.wide, given(many && forms.words));
+        let mut negated = self.negated.chunks_exact_mut(stride / 4);
         let mut wide = self.wide.chunks_exact_mut(stride);
         let mut places: Vec<Coded> = (self.codes.chunks_exact_mut(stride))
             .zip(self.scales.chunks_exact_mut(groups))
             .zip(self.sums.chunks_exact_mut(groups))
-            .zip(self.negated.chunks_exact_mut(stride / 4))
             .zip(self.negated_groups.chunks_exact_mut(groups))
-            .take(self.rows)
-            .map(
-                |((((codes, scales), sums), negated), negated_groups)| Coded {
-                    codes,
-                    scales,
-                    sums,
-                    negated,
-                    negated_groups,
-                    wide: wide.next().unwrap_or_default(),
-                },
-            )
+            .map(|(((codes, scales), sums), negated_groups)| Coded {
+                codes,
+                scales,
+                sums,
+                negated: negated.next().unwrap_or_default(),
+                negated_groups,
+                wide: wide.next().unwrap_or_default(),
+            })
             .collect();
-        let task = |row: usize, coded: &mut [Coded]| coded[0].set(&x[row * width..][..width]);
+        let task = |row: usize, coded: &mut [Coded]| {
+            let x = x.get(row * width..).unwrap_or_default();
+            coded[0].set(&x[..width.min(x.len())]);
+        };
         fill(x.len() >= ALONE, &mut places, 1, task);
-        let in_tiles = self.rows >= MANY && Isa::widest().level() == Level::Amx;
-        clear(&mut self.tiles, if in_tiles { rows * stride } else { 0 });
+        room(&mut self.tiles, given(many && forms.tiles));
         let tiles = self.tiles.chunks_exact_mut(TILE * stride);
         for (codes, tile) in self.codes.chunks_exact(TILE * stride).zip(tiles) {
             let places = tile.as_chunks_mut::<GROUP>().0;
@@ -141,6 +203,31 @@ impl Activations {
                 places[at % groups * TILE + at / groups] = *code;
             }
         }
+        let spans = match many && forms.spans {
+            true => self.rows * stride / PADDED,
+            false => 0,
+        };
+        room(&mut self.spans, spans);
+        let mut spans = std::mem::take(&mut self.spans);
+        fill(x.len() >= ALONE, &mut spans, TILE, |task, spans| {
+            for (i, span) in spans.iter_mut().enumerate() {
+                let i = task * TILE + i;
+                let row = self.row(i % self.rows).from(i / self.rows * PADDED);
+                let groups = PADDED / GROUP;
+                span.codes.copy_from_slice(&row.codes[..PADDED]);
+                span.scales.copy_from_slice(&row.scales[..groups]);
+                span.sums.copy_from_slice(&row.sums[..groups]);
+                span.negated.copy_from_slice(&row.negated_groups[..groups]);
+            }
+        });
+        self.spans = spans;
+    }
+
+    /// `count` rows from `row` on, their [`PADDED`] entries from `from` on, where there are [`MANY`] rows and [`Forms`] had them.
+    #[inline]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub(super) fn spans(&self, row: usize, count: usize, from: usize) -> &[Span] {
+        &self.spans[from / PADDED * self.rows + row..][..count]
     }
 
     pub fn rows(&self) -> usize {
@@ -170,19 +257,21 @@ impl Activations {
         &self.sums
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
+        // Without a panic, so that what a caller does not read is not cut at all.
+        #[inline(always)]
+        fn part<T>(list: &[T], row: usize, width: usize) -> &[T] {
+            list.get(row * width..(row + 1) * width).unwrap_or(&[])
+        }
         let (stride, groups) = (self.stride(), self.groups());
         Row {
-            codes: &self.codes[row * stride..][..stride],
-            scales: &self.scales[row * groups..][..groups],
-            sums: &self.sums[row * groups..][..groups],
-            negated: &self.negated[row * stride / 4..][..stride / 4],
-            negated_groups: &self.negated_groups[row * groups..][..groups],
-            wide: self
-                .wide
-                .get(row * stride..)
-                .map_or(&[], |rest| &rest[..stride.min(rest.len())]),
+            codes: part(&self.codes, row, stride),
+            scales: part(&self.scales, row, groups),
+            sums: part(&self.sums, row, groups),
+            negated: part(&self.negated, row, stride / 4),
+            negated_groups: part(&self.negated_groups, row, groups),
+            wide: part(&self.wide, row, stride),
         }
     }
 
@@ -199,6 +288,16 @@ impl Activations {
 
 impl Coded<'_> {
     fn set(&mut self, x: &[f32]) {
+        self.codes[x.len()..].fill(0);
+        self.scales[x.len() / GROUP..].fill(0.);
+        self.sums[x.len() / GROUP..].fill(0.);
+        self.negated_groups[x.len() / GROUP..].fill(0);
+        if !self.negated.is_empty() {
+            self.negated[x.len() / 4..].fill(0);
+        }
+        if !self.wide.is_empty() {
+            self.wide[x.len()..].fill(0);
+        }
         vectorised!(for (g, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
             // By lanes: a chain of all would wait for every step.
             let mut lanes = [0f32; 8];
@@ -223,11 +322,15 @@ impl Coded<'_> {
             for i in 0..GROUP {
                 codes[i] = q[i] as i8;
             }
-            let negated = &mut self.negated[g * GROUP / 4..][..GROUP / 4];
             let mut sum = 0;
-            for i in 0..GROUP / 4 {
-                negated[i] = -(q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3]);
-                sum -= negated[i];
+            for q in q {
+                sum += q;
+            }
+            if !self.negated.is_empty() {
+                let negated = &mut self.negated[g * GROUP / 4..][..GROUP / 4];
+                for i in 0..GROUP / 4 {
+                    negated[i] = -(q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3]);
+                }
             }
             if !self.wide.is_empty() {
                 let wide = &mut self.wide[g * GROUP..][..GROUP];

@@ -11,7 +11,7 @@ mod quantize;
 #[cfg(test)]
 mod tests;
 
-pub use activations::Activations;
+pub use activations::{Activations, Forms};
 pub use dot::rows;
 pub use plain::dequantize;
 pub use quantize::quantize;

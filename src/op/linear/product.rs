@@ -9,7 +9,7 @@ use super::dot::amx;
 use super::dot::{PADDED, SPAN, column, lines, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
-use crate::op::blocks::{self, Activations};
+use crate::op::blocks::{self, Activations, Forms};
 use crate::op::cpu::apart;
 use crate::op::isa::{Isa, Level};
 use crate::op::team::{Scatter, team};
@@ -102,7 +102,12 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     }
     let blocks = |part: &Part| matches!(part.w.storage(), Storage::Blocks(_));
     if parts.iter().any(blocks) {
-        scratch.codes.set(x, width);
+        let forms = parts.iter().map(|part| match part.w.storage() {
+            Storage::Blocks(kind) => Forms::of(isa, kind),
+            _ => Forms::default(),
+        });
+        let forms = forms.fold(Forms::default(), Forms::and);
+        scratch.codes.set(x, width, forms);
     }
     let in_tiles = |part: &Part| tiled(isa, part.w.storage());
     #[cfg(target_arch = "x86_64")]

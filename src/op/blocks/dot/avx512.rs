@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::super::BlockType;
-use super::super::activations::{GROUP, Row};
+use super::super::activations::{Activations, GROUP, Row, Span};
 use super::SPAN;
 use super::avx2::{self, Q4_0, Q4_K, Q6_K, Q8_0, eight_bytes, filled, unsigned};
 use super::panel::{Both, GROUPS, Panel, STEPS, TOGETHER};
@@ -17,6 +17,8 @@ const AHEAD: usize = 2048;
 
 /// Weights of a vector of codes.
 const CHUNK: usize = 64;
+/// Groups of half a span.
+const HALF: usize = GROUPS / 2;
 
 /// # Safety
 /// The processor has what [`super::Isa`] says of it, `w` is whole blocks, and the rows of `x` are as wide as `w`.
@@ -254,129 +256,137 @@ fn total(a: __m512) -> f32 {
     avx2::total(_mm256_add_ps(low, high))
 }
 
-/// What [`Panel`] does with AVX2: `sums [M, ROWS] +=` all rows of weights with those of `x` that there are sums for, at most
-/// [`TOGETHER`], `span` entries each.
+/// What [`Panel`] does with AVX2: `sums [M, ROWS] +=` all rows of weights with those of `x` from row `first` on that there are sums for, at
+/// most [`TOGETHER`], a span of each from entry `from` on.
 ///
 /// # Panics
 /// When there are more.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub fn tile<'a, const KIND: u8>(
+pub fn tile<const KIND: u8>(
     panel: &mut Panel,
-    x: impl Fn(usize) -> Row<'a>,
-    span: usize,
+    x: &Activations,
+    first: usize,
+    from: usize,
     sums: &mut [Both],
 ) {
-    let x = |n: usize| x(n.min(sums.len() - 1));
-    let [a, b, c, d, e, f, g, h] = [x(0), x(1), x(2), x(3), x(4), x(5), x(6), x(7)];
     match sums.len() {
-        1 => tile_of::<KIND, 1>(panel, &[a], span, sums),
-        2 => tile_of::<KIND, 2>(panel, &[a, b], span, sums),
-        3 => tile_of::<KIND, 3>(panel, &[a, b, c], span, sums),
-        4 => tile_of::<KIND, 4>(panel, &[a, b, c, d], span, sums),
-        5 => tile_of::<KIND, 5>(panel, &[a, b, c, d, e], span, sums),
-        6 => tile_of::<KIND, 6>(panel, &[a, b, c, d, e, f], span, sums),
-        7 => tile_of::<KIND, 7>(panel, &[a, b, c, d, e, f, g], span, sums),
-        _ => tile_of::<KIND, TOGETHER>(panel, &[a, b, c, d, e, f, g, h], span, sums),
+        1 => tile_of::<KIND, 1>(panel, x, first, from, sums),
+        2 => tile_of::<KIND, 2>(panel, x, first, from, sums),
+        3 => tile_of::<KIND, 3>(panel, x, first, from, sums),
+        4 => tile_of::<KIND, 4>(panel, x, first, from, sums),
+        5 => tile_of::<KIND, 5>(panel, x, first, from, sums),
+        6 => tile_of::<KIND, 6>(panel, x, first, from, sums),
+        7 => tile_of::<KIND, 7>(panel, x, first, from, sums),
+        _ => tile_of::<KIND, TOGETHER>(panel, x, first, from, sums),
     }
 }
 
+#[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn tile_of<const KIND: u8, const N: usize>(
     panel: &mut Panel,
-    x: &[Row; N],
-    span: usize,
+    x: &Activations,
+    first: usize,
+    from: usize,
     sums: &mut [Both],
 ) {
     assert!(sums.len() == N);
-    // A number that the compiler does not know: it would unroll all steps, and run out of registers.
-    let steps = std::hint::black_box(STEPS);
-    for g in 0..GROUPS {
-        if g >= span.div_ceil(GROUP) {
-            panel.lanes[g] = [Both([_mm256_setzero_ps(); 2]); TOGETHER];
-            continue;
-        }
-        let found = match KIND {
-            Q6_K => words(panel, x, g, 2 * steps),
-            _ => bytes::<KIND, N>(panel, x, g, steps),
+    let spans: &[Span; N] = x.spans(first, N, from).first_chunk().expect("as many");
+    // Of both halves of a span: words are twice as long as bytes.
+    let width = if KIND == Q6_K { 2 } else { 1 };
+    let mut rows = [std::ptr::null::<i8>(); N];
+    for n in 0..N {
+        rows[n] = match KIND {
+            Q6_K => x.row(first + n).wide[from..][..SPAN].as_ptr().cast(),
+            _ => spans[n].codes.as_ptr(),
         };
-        let (scales, mins) = (wide(&panel.scales[g]), wide(&panel.mins[g]));
-        for n in 0..N {
-            let scale = _mm512_mul_ps(scales, _mm512_set1_ps(x[n].scales[g]));
-            let mut found = _mm512_mul_ps(_mm512_cvtepi32_ps(found[n]), scale);
-            if unsigned(KIND) {
-                found = _mm512_fnmadd_ps(mins, _mm512_set1_ps(x[n].sums[g]), found);
+    }
+    // A number that the compiler does not know: it would unroll all steps, and run out of registers.
+    let steps = std::hint::black_box(width * STEPS);
+    for g in 0..HALF {
+        // Lanes are added up by halves: first a group and the eighth after it.
+        let mut found = [[_mm512_setzero_si512(); N]; 2];
+        if KIND == Q8_0 {
+            for n in 0..N {
+                for i in 0..2 {
+                    found[i][n] = _mm512_set1_epi32(128 * spans[n].negated[g + HALF * i]);
+                }
             }
-            panel.lanes[g][n] = narrow(found);
+        }
+        let codes = panel.codes[2 * width * STEPS * g..][..2 * width * STEPS * (HALF + 1)].as_ptr();
+        let (low_row, high_row) = (width * GROUP * g, width * GROUP * (g + HALF));
+        for s in 0..steps {
+            // SAFETY: the panel holds them, as the slice was cut.
+            let [low, high] = unsafe {
+                [
+                    wide_at(codes, 2 * s),
+                    wide_at(codes, 2 * (width * HALF * STEPS + s)),
+                ]
+            };
+            for n in 0..N {
+                // SAFETY: four bytes of the groups each, of rows that are a span long.
+                let [a, b] =
+                    unsafe { [low_row, high_row].map(|group| four_at(rows[n], group + 4 * s)) };
+                let [a, b] = [_mm512_set1_epi32(a), _mm512_set1_epi32(b)];
+                if KIND == Q6_K {
+                    found[0][n] = _mm512_dpwssd_epi32(found[0][n], low, a);
+                    found[1][n] = _mm512_dpwssd_epi32(found[1][n], high, b);
+                } else {
+                    found[0][n] = _mm512_dpbusd_epi32(found[0][n], low, a);
+                    found[1][n] = _mm512_dpbusd_epi32(found[1][n], high, b);
+                }
+            }
+        }
+        for (i, found) in found.iter().enumerate() {
+            let g = g + HALF * i;
+            let (scales, mins) = (wide(&panel.scales[g]), wide(&panel.mins[g]));
+            for n in 0..N {
+                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(spans[n].scales[g]));
+                let mut found = _mm512_mul_ps(_mm512_cvtepi32_ps(found[n]), scale);
+                if unsigned(KIND) {
+                    found = _mm512_fnmadd_ps(mins, _mm512_set1_ps(spans[n].sums[g]), found);
+                }
+                let lane = &mut panel.lanes[g % HALF][n];
+                *lane = narrow(match i {
+                    0 => found,
+                    _ => _mm512_add_ps(wide(lane), found),
+                });
+            }
         }
     }
     for (n, sum) in sums.iter_mut().enumerate() {
-        // By halves, as lanes are added up.
-        let mut lanes = [_mm512_setzero_ps(); GROUPS];
-        for (g, lane) in lanes.iter_mut().enumerate() {
-            *lane = wide(&panel.lanes[g][n]);
+        let mut four = [_mm512_setzero_ps(); 4];
+        for i in 0..4 {
+            four[i] = _mm512_add_ps(wide(&panel.lanes[i][n]), wide(&panel.lanes[i + 4][n]));
         }
-        for half in [8, 4, 2, 1] {
-            for g in 0..half {
-                lanes[g] = _mm512_add_ps(lanes[g], lanes[g + half]);
-            }
-        }
-        *sum = narrow(_mm512_add_ps(wide(sum), lanes[0]));
+        let even = _mm512_add_ps(four[0], four[2]);
+        let odd = _mm512_add_ps(four[1], four[3]);
+        *sum = narrow(_mm512_add_ps(wide(sum), _mm512_add_ps(even, odd)));
     }
 }
 
-/// A group of bytes.
+/// Two vectors from the `i`th on.
+///
+/// # Safety
+/// They are there.
 #[allow(unsafe_code)]
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
-fn bytes<const KIND: u8, const N: usize>(
-    panel: &Panel,
-    x: &[Row; N],
-    g: usize,
-    steps: usize,
-) -> [__m512i; N] {
-    let codes = &panel.codes[2 * STEPS * g..][..2 * STEPS];
-    let mut rows = [std::ptr::null::<i8>(); N];
-    let mut sums = [_mm512_setzero_si512(); N];
-    for n in 0..N {
-        rows[n] = x[n].codes[GROUP * g..][..GROUP].as_ptr();
-        if KIND == Q8_0 {
-            sums[n] = _mm512_set1_epi32(128 * x[n].negated_groups[g]);
-        }
-    }
-    for s in 0..steps {
-        // SAFETY: the panel holds them, as the slice was cut.
-        let w = unsafe { _mm512_loadu_si512(codes.as_ptr().add(2 * s).cast()) };
-        for n in 0..N {
-            // SAFETY: four of the group's codes, as the slice was cut.
-            let q = unsafe { rows[n].add(4 * s).cast::<i32>().read_unaligned() };
-            sums[n] = _mm512_dpbusd_epi32(sums[n], w, _mm512_set1_epi32(q));
-        }
-    }
-    sums
+#[target_feature(enable = "avx512f")]
+unsafe fn wide_at(codes: *const __m256i, i: usize) -> __m512i {
+    // SAFETY: as above.
+    unsafe { _mm512_loadu_si512(codes.add(i).cast()) }
 }
 
-/// A group of signed words.
+/// Four bytes from the `i`th on.
+///
+/// # Safety
+/// They are there.
 #[allow(unsafe_code)]
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
-fn words<const N: usize>(panel: &Panel, x: &[Row; N], g: usize, steps: usize) -> [__m512i; N] {
-    let codes = &panel.codes[4 * STEPS * g..][..4 * STEPS];
-    let mut rows = [std::ptr::null::<i16>(); N];
-    for n in 0..N {
-        rows[n] = x[n].wide[GROUP * g..][..GROUP].as_ptr();
-    }
-    let mut sums = [_mm512_setzero_si512(); N];
-    for s in 0..steps {
-        // SAFETY: the panel holds them, as the slice was cut.
-        let w = unsafe { _mm512_loadu_si512(codes.as_ptr().add(2 * s).cast()) };
-        for n in 0..N {
-            // SAFETY: two of the group's codes, as the slice was cut.
-            let q = unsafe { rows[n].add(2 * s).cast::<i32>().read_unaligned() };
-            sums[n] = _mm512_dpwssd_epi32(sums[n], w, _mm512_set1_epi32(q));
-        }
-    }
-    sums
+#[inline(always)]
+unsafe fn four_at(codes: *const i8, i: usize) -> i32 {
+    // SAFETY: as above.
+    unsafe { codes.add(i).cast::<i32>().read_unaligned() }
 }
 
 #[inline]

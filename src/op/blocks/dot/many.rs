@@ -11,10 +11,15 @@ use super::panel::{AVX2, Both, Panel, ROWS, TOGETHER, tiled};
 use super::{SPAN, amx, avx512};
 use crate::op::amx::{configure, release};
 
-/// Rows of activations whose spans stay in the second cache while [`PANELS`] panels pass, and so do their sums.
-const BLOCK: usize = 128;
-/// The same with tiles, whose weights' unpacking takes as long as the products of many rows.
-const TILED_BLOCK: usize = 512;
+/// Rows of activations whose spans stay in the second cache while [`PANELS`] panels pass, and so do their sums: the more the faster the products
+/// are, for every block has the weights unpacked once more.
+const fn block(kind: u8, by: u8) -> usize {
+    match by {
+        _ if tiled(kind, by) => 512,
+        AVX2 => 128,
+        _ => 256,
+    }
+}
 /// Panels whose rows of activations' products are written side by side.
 const PANELS: usize = 16;
 
@@ -66,7 +71,7 @@ fn panels<const KIND: u8, const BY: u8>(
     SUMS.with_borrow_mut(|sums| {
         for first in rows.clone().step_by(PANELS * ROWS) {
             let count = (PANELS * ROWS).min(rows.end - first);
-            let block = if tiled(KIND, BY) { TILED_BLOCK } else { BLOCK };
+            let block = const { block(KIND, BY) };
             for top in (0..x.rows()).step_by(block) {
                 let m = block.min(x.rows() - top);
                 sums.clear();
@@ -105,25 +110,20 @@ fn panels<const KIND: u8, const BY: u8>(
                                 }
                             };
                             for (i, sums) in sums.chunks_mut(together).enumerate() {
-                                let x_of = |n: usize| x.row(top + together * i + n).from(from);
+                                let row = top + together * i;
                                 if BY != AVX2 {
                                     // SAFETY: the processor has them; codes of rows stand one behind the other, filled up to whole tiles.
                                     unsafe {
                                         match tiled(KIND, BY) {
-                                            true => amx::tile::<KIND>(
-                                                &panel,
-                                                x,
-                                                top + together * i,
-                                                from,
-                                                sums,
-                                            ),
+                                            true => amx::tile::<KIND>(&panel, x, row, from, sums),
                                             false => {
-                                                avx512::tile::<KIND>(&mut panel, x_of, span, sums)
+                                                avx512::tile::<KIND>(&mut panel, x, row, from, sums)
                                             }
                                         }
                                     }
                                     continue;
                                 }
+                                let x_of = |n: usize| x.row(row + n).from(from);
                                 match sums.len() {
                                     1 => panel.tile::<KIND, _>([x_of(0)], span, sums),
                                     2 => panel.tile::<KIND, _>([x_of(0), x_of(1)], span, sums),

@@ -36,8 +36,8 @@ pub(super) struct Panel {
     pub codes: [__m256i; GROUPS * 2 * STEPS * 2],
     pub scales: [Both; GROUPS],
     pub mins: [Both; GROUPS],
-    /// Sums on their way: of every group (with AVX2 of every eighth) and row of activations.
-    pub lanes: [[Both; TOGETHER]; GROUPS],
+    /// Sums on their way: of every eighth group and row of activations.
+    pub lanes: [[Both; TOGETHER]; GROUPS / 2],
 }
 
 /// Whether codes are multiplied as bytes.
@@ -58,7 +58,7 @@ impl Panel {
             codes: [_mm256_setzero_si256(); GROUPS * 2 * STEPS * 2],
             scales: [zero; GROUPS],
             mins: [zero; GROUPS],
-            lanes: [[zero; TOGETHER]; GROUPS],
+            lanes: [[zero; TOGETHER]; GROUPS / 2],
         }
     }
 
@@ -66,8 +66,8 @@ impl Panel {
     #[target_feature(enable = "avx2,fma,f16c")]
     pub fn unpack<const KIND: u8, const BY: u8>(&mut self, rows: [&[u8]; ROWS]) {
         let (bytes, zero) = (const { eight_bytes(KIND) }, _mm256_setzero_si256());
-        if tiled(KIND, BY) {
-            // Tiles compute with all groups of a span.
+        if BY != AVX2 {
+            // All groups of a span are computed with.
             self.scales = [Both([_mm256_setzero_ps(); 2]); GROUPS];
             self.mins = self.scales;
         }
