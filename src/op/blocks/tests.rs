@@ -109,7 +109,7 @@ fn products_equal_the_plain_ones_on_every_path() {
             };
             let weights = random(outs * width, 5);
             let (bytes, back) = coded(kind, &weights, None);
-            for rows in [1, 2, 4, 7] {
+            for rows in [1, 2, 4, 7, 11] {
                 let x = Activations::new(&random(rows * width, 6), width);
                 let plain = x.dequantized();
                 for isa in Isa::found() {

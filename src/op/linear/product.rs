@@ -230,6 +230,17 @@ fn few(
             }
         }
         row = left.start;
+    } else if m > TOGETHER && isa.level() >= Level::Avx512 {
+        let half = rows.len() / 2;
+        for first in rows.start..rows.start + half {
+            let places = [first, first + half];
+            for (row, sums) in places.into_iter().zip(whole::<2, FEW>(isa, w, places, x)) {
+                for (n, sum) in sums[..m].iter().enumerate() {
+                    write(row, n, &[*sum]);
+                }
+            }
+        }
+        row += 2 * half;
     } else if m > 1 {
         while rows.end - row >= 3 {
             near::<3>(row, m, isa, w, x, &write);
@@ -278,7 +289,7 @@ fn put<const R: usize, const N: usize>(
     }
 }
 
-/// `R` whole rows with all `N` of activations.
+/// `R` whole rows with `N` of activations, the last again where there are fewer.
 #[inline]
 fn whole<const R: usize, const N: usize>(
     isa: Isa,
@@ -287,13 +298,13 @@ fn whole<const R: usize, const N: usize>(
     x: &[f32],
 ) -> [[f32; N]; R] {
     let (width, storage) = (w.width, w.storage);
-    let bytes = storage.entry_bytes();
+    let (bytes, last) = (storage.entry_bytes(), x.len() / width - 1);
     let w: [&[u8]; R] = rows.map(|row| w.row(row));
     let mut sums = [[0f32; N]; R];
     for from in (0..width).step_by(SPAN) {
         let count = SPAN.min(width - from);
         let w = w.map(|w| &w[from * bytes..]);
-        let x = std::array::from_fn(|n| &x[n * width + from..]);
+        let x = std::array::from_fn(|n| &x[n.min(last) * width + from..]);
         let found: [[f32; N]; R] = tile(isa, storage, w, x, count);
         for (sums, found) in sums.iter_mut().zip(found) {
             for (sum, found) in sums.iter_mut().zip(found) {

@@ -309,9 +309,8 @@ fn tile_of<const KIND: u8, const N: usize>(
         let mut found = [[_mm512_setzero_si512(); N]; 2];
         if KIND == Q8_0 {
             for n in 0..N {
-                for i in 0..2 {
-                    found[i][n] = _mm512_set1_epi32(128 * spans[n].negated[g + HALF * i]);
-                }
+                found[0][n] = _mm512_set1_epi32(128 * spans[n].negated[g]);
+                found[1][n] = _mm512_set1_epi32(128 * spans[n].negated[g + HALF]);
             }
         }
         let codes = panel.codes[2 * width * STEPS * g..][..2 * width * STEPS * (HALF + 1)].as_ptr();
@@ -357,8 +356,8 @@ fn tile_of<const KIND: u8, const N: usize>(
     }
     for (n, sum) in sums.iter_mut().enumerate() {
         let mut four = [_mm512_setzero_ps(); 4];
-        for i in 0..4 {
-            four[i] = _mm512_add_ps(wide(&panel.lanes[i][n]), wide(&panel.lanes[i + 4][n]));
+        for (i, four) in four.iter_mut().enumerate() {
+            *four = _mm512_add_ps(wide(&panel.lanes[i][n]), wide(&panel.lanes[i + 4][n]));
         }
         let even = _mm512_add_ps(four[0], four[2]);
         let odd = _mm512_add_ps(four[1], four[3]);

@@ -99,9 +99,6 @@ macro_rules! tiles {
             sums
         }
 
-        /// Two vectors of sums take turns, and what is behind the last multiple of [`PADDED`] is filled up with zeros: for few rows at once,
-        /// so that an addition need not wait for the one before; for many one after the other, with half the registers.
-        ///
         /// # Safety
         /// As [`tile`].
         #[allow(unsafe_code)]
@@ -112,6 +109,36 @@ macro_rules! tiles {
             x: [*const f32; N],
             count: usize,
         ) -> [[f32; N]; R] {
+            // SAFETY: the caller's promise is the function's.
+            let sums = unsafe { vectors::<KIND, R, N>(w, x, count) };
+            let mut found = [[0.; N]; R];
+            if N == 1 {
+                // Rows together: as many steps for some as for one.
+                let totals = totals(column_of(sums));
+                for r in 0..R {
+                    found[r][0] = totals[r];
+                }
+            } else {
+                for r in 0..R {
+                    found[r] = totals(sums[r]);
+                }
+            }
+            found
+        }
+
+        /// Two vectors of sums take turns, and what is behind the last multiple of [`PADDED`] is filled up with zeros: for few rows at once,
+        /// so that an addition need not wait for the one before; for many one after the other, with half the registers.
+        ///
+        /// # Safety
+        /// As [`tile`].
+        #[allow(unsafe_code)]
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn vectors<const KIND: u8, const R: usize, const N: usize>(
+            w: [*const u8; R],
+            x: [*const f32; N],
+            count: usize,
+        ) -> [[Vector; N]; R] {
             let left = count % PADDED;
             let count = count - left;
             // SAFETY: the caller's promise; there is an even number of vectors up to `count`, and `left` entries behind it.
@@ -162,19 +189,7 @@ macro_rules! tiles {
                     }
                 }
             }
-            let mut found = [[0.; N]; R];
-            if N == 1 {
-                // Rows together: as many steps for some as for one.
-                let totals = totals(column_of(odd));
-                for r in 0..R {
-                    found[r][0] = totals[r];
-                }
-            } else {
-                for r in 0..R {
-                    found[r] = totals(odd[r]);
-                }
-            }
-            found
+            odd
         }
 
         #[inline]
@@ -325,12 +340,13 @@ macro_rules! tiles {
         /// [`super::pass`].
         #[target_feature(enable = $features)]
         pub fn pass(panel: &[f32], x: &[f32], span: usize, sums: &mut [f32], rows: usize) {
-            for r in (0..rows).step_by(3) {
+            for r in (0..rows).step_by(ROWS) {
                 let (panel, sums) = (&panel[r * span..], &mut sums[r..]);
-                match rows - r {
+                match ROWS.min(rows - r) {
                     1 => strip::<1>(panel, x, span, sums, rows),
                     2 => strip::<2>(panel, x, span, sums, rows),
-                    _ => strip::<3>(panel, x, span, sums, rows),
+                    3 => strip::<3>(panel, x, span, sums, rows),
+                    _ => strip::<ROWS>(panel, x, span, sums, rows),
                 }
             }
         }
@@ -369,12 +385,8 @@ macro_rules! tiles {
                 std::array::from_fn(|r| panel[r * span..][..span].as_ptr().cast());
             let x: [*const f32; N] = std::array::from_fn(|n| x[n * span..][..span].as_ptr());
             // SAFETY: `span` entries stand in every row, as just cut.
-            let found = unsafe { sum::<F32, R, N>(w, x, span) };
-            for n in 0..N {
-                for r in 0..R {
-                    sums[n * rows + r] += found[r][n];
-                }
-            }
+            let found = unsafe { vectors::<F32, R, N>(w, x, span) };
+            add_totals(found, sums, rows);
         }
     };
 }
@@ -385,6 +397,8 @@ pub mod avx2 {
     const LANES: usize = 8;
     /// Products of rows for which there are registers for two vectors of sums.
     const BOTH: usize = 4;
+    /// Rows of a panel that share a reading of activations.
+    const ROWS: usize = 3;
     type Vector = __m256;
 
     tiles!("avx2,fma,f16c");
@@ -434,6 +448,22 @@ pub mod avx2 {
             found[first..first + count].copy_from_slice(&totals[..count]);
         }
         found
+    }
+
+    /// `sums [N, rows] +=` the totals of `found`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn add_totals<const R: usize, const N: usize>(
+        found: [[Vector; N]; R],
+        sums: &mut [f32],
+        rows: usize,
+    ) {
+        for r in 0..R {
+            let totals = totals(found[r]);
+            for n in 0..N {
+                sums[n * rows + r] += totals[n];
+            }
+        }
     }
 
     /// # Safety
@@ -511,6 +541,8 @@ pub mod avx512 {
     const LANES: usize = 16;
     /// Products of rows for which there are registers for two vectors of sums.
     const BOTH: usize = 8;
+    /// Rows of a panel that share a reading of activations.
+    const ROWS: usize = 4;
     type Vector = __m512;
     /// Where in a vector of 16 bits an entry of 32 has its upper half from.
     // SAFETY: any bits are a vector.
@@ -556,27 +588,11 @@ pub mod avx512 {
             let mut eight = [zero(); 8];
             eight[..count].copy_from_slice(&sums[first..first + count]);
             let [a, b, c, d, e, f, g, h] = eight;
-            let halves = |a, b| {
-                add(
-                    _mm512_shuffle_f32x4::<0x44>(a, b),
-                    _mm512_shuffle_f32x4::<0xee>(a, b),
-                )
-            };
-            let quarters = |a, b| {
-                add(
-                    _mm512_shuffle_f32x4::<0x88>(a, b),
-                    _mm512_shuffle_f32x4::<0xdd>(a, b),
-                )
-            };
             let (abcd, efgh) = (
                 quarters(halves(a, b), halves(c, d)),
                 quarters(halves(e, f), halves(g, h)),
             );
-            let (abcd, efgh) = (_mm512_castps_pd(abcd), _mm512_castps_pd(efgh));
-            let eighths = add(
-                _mm512_castpd_ps(_mm512_unpacklo_pd(abcd, efgh)),
-                _mm512_castpd_ps(_mm512_unpackhi_pd(abcd, efgh)),
-            );
+            let eighths = eighths(abcd, efgh);
             let all = add(eighths, _mm512_permute_ps::<0xb1>(eighths));
             let order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
             let all = _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all));
@@ -586,6 +602,69 @@ pub mod avx512 {
             found[first..first + count].copy_from_slice(&totals[..count]);
         }
         found
+    }
+
+    /// `sums [N, rows] +=` the totals of `found`, by halves: sixteen vectors together, at most four of each row.
+    #[allow(unsafe_code)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq,avx2")]
+    fn add_totals<const R: usize, const N: usize>(
+        found: [[Vector; N]; R],
+        sums: &mut [f32],
+        rows: usize,
+    ) {
+        let mut pairs = [zero(); 4];
+        for r in 0..R {
+            let mut four = [zero(); 4];
+            four[..N].copy_from_slice(&found[r]);
+            let [a, b, c, d] = four;
+            pairs[r] = quarters(halves(a, b), halves(c, d));
+        }
+        let [a, b, c, d] = pairs;
+        let (low, high) = (eighths(a, b), eighths(c, d));
+        let all = add(
+            _mm512_shuffle_ps::<0x88>(low, high),
+            _mm512_shuffle_ps::<0xdd>(low, high),
+        );
+        let mut totals = [0f32; LANES];
+        // SAFETY: sixteen numbers.
+        unsafe { store(totals.as_mut_ptr(), all) };
+        for (n, totals) in totals.as_chunks::<4>().0.iter().take(N).enumerate() {
+            for (sum, total) in sums[n * rows..][..R].iter_mut().zip(totals) {
+                *sum += total;
+            }
+        }
+    }
+
+    /// Of two vectors, the sums of both halves.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn halves(a: Vector, b: Vector) -> Vector {
+        add(
+            _mm512_shuffle_f32x4::<0x44>(a, b),
+            _mm512_shuffle_f32x4::<0xee>(a, b),
+        )
+    }
+
+    /// Of two of [`halves`], the sums of those's halves.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn quarters(a: Vector, b: Vector) -> Vector {
+        add(
+            _mm512_shuffle_f32x4::<0x88>(a, b),
+            _mm512_shuffle_f32x4::<0xdd>(a, b),
+        )
+    }
+
+    /// Of two of [`quarters`], the sums of those's halves.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn eighths(a: Vector, b: Vector) -> Vector {
+        let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+        add(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+        )
     }
 
     /// # Safety
