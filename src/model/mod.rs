@@ -12,6 +12,7 @@ use crate::mixer::Mixer;
 use crate::op::Documents;
 use crate::op::linear::{Matrix, linear, wide};
 use crate::op::rms_norm::rms_norm;
+use crate::op::runtime::pooled;
 use crate::op::swiglu::swiglu;
 use crate::weights::Weights;
 
@@ -57,12 +58,14 @@ pub struct LayerOutput {
 
 /// The residual stream `x [B, T, D]` after `layers`.
 pub fn through<'l>(
-    layers: impl IntoIterator<Item = &'l Layer>,
+    layers: impl IntoIterator<Item = &'l Layer> + Send,
     x: Tensor,
     documents: Option<&Documents>,
 ) -> Result<Tensor> {
-    let mut layers = layers.into_iter();
-    layers.try_fold(x, |x, layer| Ok(layer.forward(&x, documents)?.hidden))
+    pooled(|| {
+        let mut layers = layers.into_iter();
+        layers.try_fold(x, |x, layer| Ok(layer.forward(&x, documents)?.hidden))
+    })
 }
 
 #[derive(Debug)]

@@ -42,20 +42,53 @@ const WORTH_THREADS: usize = 1 << 19;
 /// `out = a · b` (or `out += a · b`), `out` row after row. `parallel`: the caller is not itself one of
 /// many parallel tasks.
 pub fn matmul(out: &mut [f32], a: View, b: View, accumulate: bool, parallel: bool) {
-    let ([m, k], [inner, n]) = (a.dims, b.dims);
     assert!(
-        inner == k && out.len() == m * n && a.fits() && b.fits(),
+        out.len() == a.dims[0] * b.dims[1],
         "matmul: {:?} times {:?} into {}",
         a.dims,
         b.dims,
         out.len()
+    );
+    // SAFETY: `out` holds as many entries as the product, as just asserted; it is borrowed mutably and so overlaps neither.
+    #[allow(unsafe_code)]
+    unsafe {
+        multiply(out.as_mut_ptr(), a, b, accumulate, parallel);
+    }
+}
+
+/// `a · b`, row after row: of all threads, and without zeros that would be written first.
+pub fn product(a: View, b: View) -> Vec<f32> {
+    let len = a.dims[0] * b.dims[1];
+    let mut out = Vec::with_capacity(len);
+    // SAFETY: there is room for the product, all of whose entries are written and none read before.
+    #[allow(unsafe_code)]
+    unsafe {
+        multiply(out.as_mut_ptr(), a, b, false, true);
+        out.set_len(len);
+    }
+    out
+}
+
+/// What [`matmul`] does; without `accumulate` nothing at `out` is read and all of it written.
+///
+/// # Safety
+/// There is room for the product's entries at `out`, apart from both views, and with `accumulate` they have been written.
+#[allow(unsafe_code)]
+unsafe fn multiply(out: *mut f32, a: View, b: View, accumulate: bool, parallel: bool) {
+    let ([m, k], [inner, n]) = (a.dims, b.dims);
+    assert!(
+        inner == k && a.fits() && b.fits(),
+        "matmul: {:?} times {:?}",
+        a.dims,
+        b.dims
     );
     if m == 0 || n == 0 {
         return;
     }
     if k == 0 {
         if !accumulate {
-            out.fill(0.);
+            // SAFETY: the caller's promise; bytes of nothing are zeros.
+            unsafe { out.write_bytes(0, m * n) };
         }
         return;
     }
@@ -63,15 +96,13 @@ pub fn matmul(out: &mut [f32], a: View, b: View, accumulate: bool, parallel: boo
         true => Parallelism::Rayon(rayon::current_num_threads()),
         false => Parallelism::None,
     };
-    // SAFETY: both views lie inside their slices and `out` holds m·n entries, as just asserted; `out` is
-    // borrowed mutably and so overlaps neither.
-    #[allow(unsafe_code)]
+    // SAFETY: both views lie inside their slices, as just asserted; of `out` the caller's promise.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.as_mut_ptr(),
+            out,
             1,
             n as isize,
             accumulate,
@@ -97,7 +128,14 @@ mod tests {
 
     #[test]
     fn equals_the_definition_for_all_strides() {
-        for (m, n, k) in [(1, 1, 1), (3, 5, 2), (7, 16, 33), (64, 1, 9), (1, 40, 17)] {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (2, 3, 0),
+            (3, 5, 2),
+            (7, 16, 33),
+            (64, 1, 9),
+            (1, 40, 17),
+        ] {
             let a: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.37).sin()).collect();
             let b: Vec<f32> = (0..k * n).map(|i| (i as f32 * 0.73).cos()).collect();
             let b_turned: Vec<f32> = (0..n * k).map(|i| b[i % k * n + i / k]).collect();
@@ -108,13 +146,14 @@ mod tests {
             ] {
                 let mut out = vec![1.; m * n];
                 matmul(&mut out, a, b, true, false);
-                for (at, got) in out.iter().enumerate() {
+                let alone = product(a, b);
+                for (at, (got, alone)) in out.iter().zip(&alone).enumerate() {
                     let (i, j) = (at / n, at % n);
                     let entry =
                         |l: usize| a.data[i * k + l] * b.data[l * b.strides[0] + j * b.strides[1]];
                     let want = 1. + (0..k).map(entry).sum::<f32>();
                     assert!(
-                        (got - want).abs() < 1e-4,
+                        (got - want).abs() < 1e-4 && (alone + 1. - want).abs() < 1e-4,
                         "{m}x{n}x{k} at {i},{j}: {got} for {want}"
                     );
                 }

@@ -16,19 +16,29 @@ const KEEP_FREED_MS: i64 = 10_000;
 /// pool takes turns with rayon's on the same cores; at its default (25,000) it starves the kernels.
 const CANDLE_SPINS: (&str, &str) = ("CANDLE_BARRIER_POOL_SPIN_LIMIT", "100");
 
-/// Sets what the user has not set (`CANDLE_BARRIER_POOL_SPIN_LIMIT`, `MIMALLOC_PURGE_DELAY`).
+/// Bytes of the stack of threads: what a main thread has, for a backward pass walks its graph in calls of itself, and runs in rayon's pool.
+const STACK: (&str, &str) = ("RUST_MIN_STACK", "8388608");
+
+/// Sets what the user has not set (`CANDLE_BARRIER_POOL_SPIN_LIMIT`, `RUST_MIN_STACK`, `MIMALLOC_PURGE_DELAY`).
 ///
 /// # Safety
 /// To be called first in `main`, before any tensor and any thread: it writes to the environment, which no
 /// other thread may read meanwhile.
 #[allow(unsafe_code)]
 pub unsafe fn prepare() {
-    let (name, ours) = CANDLE_SPINS;
-    if let Some(value) = unless_set(std::env::var_os(name), ours) {
-        // SAFETY: the caller's promise.
-        unsafe { std::env::set_var(name, value) };
+    for (name, ours) in [CANDLE_SPINS, STACK] {
+        if let Some(value) = unless_set(std::env::var_os(name), ours) {
+            // SAFETY: the caller's promise.
+            unsafe { std::env::set_var(name, value) };
+        }
     }
     keep_freed_pages();
+}
+
+/// `work` on a thread of rayon's pool: what it does with the others there need not be handed over first, and its own share is done where it
+/// is. It must not wait for a thread that waits for the pool.
+pub fn pooled<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
 }
 
 fn unless_set(own: Option<OsString>, ours: &str) -> Option<&str> {

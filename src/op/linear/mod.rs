@@ -17,7 +17,7 @@ mod tests;
 mod trained;
 
 use crate::op::cpu::{host, slice};
-use crate::op::matmul::{View, matmul};
+use crate::op::matmul::{View, product};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 
@@ -70,14 +70,7 @@ pub fn back(dy: &Tensor, w: &Matrix) -> Result<Tensor> {
             let w = w.contiguous()?;
             let ((dy, dy_at), (w, w_at)) = (dy.storage_and_layout(), w.storage_and_layout());
             let (dy, w) = (slice(host(&dy)?, dy_at)?, slice(host(&w)?, w_at)?);
-            let mut dx = vec![0.; m * k];
-            matmul(
-                &mut dx,
-                View::rows(dy, m, n),
-                View::rows(w, n, k),
-                false,
-                true,
-            );
+            let dx = product(View::rows(dy, m, n), View::rows(w, n, k));
             Tensor::from_vec(dx, (m, k), &Device::Cpu)
         }
         Matrix::Dense(w) => plain::back(&dy, w),
@@ -126,14 +119,8 @@ impl CustomOp2 for Linear {
         let (outs, ins) = w_layout.shape().dims2()?;
         let (x, w) = (slice(x, x_layout)?, slice(w, w_layout)?);
         let m = x_layout.shape().elem_count() / ins;
-        let mut y = vec![0.; m * outs];
-        matmul(
-            &mut y,
-            View::rows(x, m, ins),
-            View::rows(w, outs, ins).transposed(),
-            false,
-            true,
-        );
+        let w = View::rows(w, outs, ins).transposed();
+        let y = product(View::rows(x, m, ins), w);
         let mut dims = x_layout.dims().to_vec();
         *dims.last_mut().expect("checked to end with the inputs") = outs;
         Ok((CpuStorage::F32(y), dims.into()))
@@ -156,18 +143,16 @@ impl CustomOp2 for Linear {
         let dy = View::rows(slice(host(&dy_storage)?, dy_layout)?, m, outs);
         let dx = match x.track_op() {
             true => {
-                let mut dx = vec![0.; m * ins];
                 let w = View::rows(slice(host(&w_storage)?, w_layout)?, outs, ins);
-                matmul(&mut dx, dy, w, false, true);
+                let dx = product(dy, w);
                 Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)
             }
             false => None,
         };
         let dw = match w.track_op() {
             true => {
-                let mut dw = vec![0.; outs * ins];
                 let x = View::rows(slice(host(&x_storage)?, x_layout)?, m, ins);
-                matmul(&mut dw, dy.transposed(), x, false, true);
+                let dw = product(dy.transposed(), x);
                 Some(Tensor::from_vec(dw, w.shape(), &Device::Cpu)?)
             }
             false => None,

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::float8;
 use super::storage::Storage;
-use crate::op::matmul::{View, matmul};
+use crate::op::matmul::{View, matmul, product};
 
 /// Rows that one thread widens at a time.
 const PANEL: usize = 64;
@@ -51,9 +51,8 @@ impl Rows<'_> {
         let x = View::rows(x, m, self.width);
         for (first, wide) in self.chunks() {
             let count = wide.len() / self.width;
-            let mut part = vec![0.; m * count];
             let w = View::rows(&wide, count, self.width).transposed();
-            matmul(&mut part, x, w, false, true);
+            let part = product(x, w);
             for (y, part) in y.chunks_mut(self.rows).zip(part.chunks(count)) {
                 y[first..first + count].copy_from_slice(part);
             }

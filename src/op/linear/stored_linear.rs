@@ -8,7 +8,7 @@ use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::cpu::{host, slice};
 use crate::op::isa::Isa;
-use crate::op::matmul::{View, matmul};
+use crate::op::matmul::{View, product};
 
 /// Rows of activations up to which weights are multiplied as they are read, as tiles do any number; more of them share weights that
 /// are widened a chunk at a time.
@@ -26,19 +26,21 @@ impl Stored {
     /// `x [M, K]` → `y [M, N]`.
     fn product(&self, x: &[f32]) -> Vec<f32> {
         let m = x.len() / self.width();
-        let mut y = vec![0.; m * self.rows()];
         let few = m <= FEW || tiled(Isa::here(), self.storage());
-        match self.entries() {
+        if let Some(w) = self.entries()
             // Rows of a small matrix are too short to be worth a product each.
-            Some(w) if !few || self.bytes().len() < SMALL => {
-                let w = View::rows(w, self.rows(), self.width()).transposed();
-                matmul(&mut y, View::rows(x, m, self.width()), w, false, true);
-            }
-            _ if few => {
+            && (!few || self.bytes().len() < SMALL)
+        {
+            let w = View::rows(w, self.rows(), self.width()).transposed();
+            return product(View::rows(x, m, self.width()), w);
+        }
+        let mut y = vec![0.; m * self.rows()];
+        match few {
+            true => {
                 let part = Part { w: self, y: &mut y };
                 products(x, &mut [part], &mut Scratch::default());
             }
-            _ => Rows::from(self).product(x, &mut y),
+            false => Rows::from(self).product(x, &mut y),
         }
         y
     }
@@ -49,10 +51,8 @@ impl Stored {
             return Rows::from(self).back(dy);
         };
         let m = dy.len() / self.rows();
-        let mut dx = vec![0.; m * self.width()];
         let w = View::rows(w, self.rows(), self.width());
-        matmul(&mut dx, View::rows(dy, m, self.rows()), w, false, true);
-        dx
+        product(View::rows(dy, m, self.rows()), w)
     }
 }
 

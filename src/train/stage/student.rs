@@ -102,7 +102,7 @@ impl Student {
         &mut self,
         ids: &Tensor,
         documents: &Documents,
-        stand_in: impl Fn(usize) -> Option<&'s Layer>,
+        stand_in: impl Fn(usize) -> Option<&'s Layer> + Sync,
         loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
     ) -> Result<Learned> {
         let pass = self.forward(ids, documents, &stand_in)?;
@@ -114,7 +114,7 @@ impl Student {
         &mut self,
         ids: &Tensor,
         documents: &Documents,
-        stand_in: impl Fn(usize) -> Option<&'s Layer>,
+        stand_in: impl Fn(usize) -> Option<&'s Layer> + Sync,
     ) -> Result<Pass> {
         let laps = Laps::new();
         let count = self.lm.layers.len();
@@ -197,7 +197,7 @@ impl Student {
         &mut self,
         pass: Pass,
         documents: &Documents,
-        stand_in: impl Fn(usize) -> Option<&'s Layer>,
+        stand_in: impl Fn(usize) -> Option<&'s Layer> + Sync,
         loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
     ) -> Result<Learned> {
         let Pass {
@@ -342,7 +342,7 @@ const HEAD: &str = "lm_head.weight";
 
 fn through_own<'s>(
     lm: &Lm,
-    stand_in: impl Fn(usize) -> Option<&'s Layer>,
+    stand_in: impl Fn(usize) -> Option<&'s Layer> + Sync,
     layers: Range<usize>,
     x: &Tensor,
     documents: &Documents,
