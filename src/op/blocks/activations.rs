@@ -227,7 +227,7 @@ impl Activations {
     #[inline]
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) fn spans(&self, row: usize, count: usize, from: usize) -> &[Span] {
-        &self.spans[from / PADDED * self.rows + row..][..count]
+        &self.spans[from / PADDED * self.rows..][..self.rows][row..][..count]
     }
 
     pub fn rows(&self) -> usize {
