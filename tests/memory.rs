@@ -119,7 +119,7 @@ fn changes_do_what_they_say() {
         recipe.to_str().unwrap(),
         "--json",
         "--memory",
-        "175MiB",
+        "192MiB",
     ];
     let found = json(&succeeds(&plan));
     assert_eq!(found["fits"], false);
