@@ -1,7 +1,7 @@
 //! What the kernels ask of the process.
 
 use std::ffi::OsString;
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 
 use super::cgroup;
 
@@ -42,16 +42,15 @@ pub fn pooled<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() {
         return work();
     }
-    let (work, found) = (Mutex::new(Some(work)), OnceLock::new());
-    rayon::broadcast(|thread| {
-        if thread.index() == 0 {
-            let work = work.lock().ok().and_then(|mut work| work.take());
-            let _ = found.set(Mutex::new(work.map(|work| work())));
-        }
+    let work = Mutex::new(Some(work));
+    let found = rayon::broadcast(|thread| {
+        let work = match thread.index() {
+            0 => work.lock().ok()?.take()?,
+            _ => return None,
+        };
+        Some(work())
     });
-    let found = found
-        .into_inner()
-        .and_then(|found| found.into_inner().ok()?);
+    let found = found.into_iter().flatten().next();
     found.expect("the first thread of the pool did it")
 }
 

@@ -8,7 +8,7 @@ use crate::op::team::fill;
 pub(super) const GROUP: usize = 32;
 /// Rows are filled up with zeros to whole numbers of this, which the vector paths read at once.
 pub(super) const PADDED: usize = 512;
-/// Rows of a tile, which they are filled up to whole numbers of with rows of zeros.
+/// Rows of a tile, which many are filled up to whole numbers of with rows of zeros.
 pub(super) const TILE: usize = 16;
 /// Rows from which on weights are unpacked in panels for all of them.
 pub(super) const MANY: usize = 4;
@@ -20,7 +20,7 @@ const ALONE: usize = 1 << 14;
 const ROUND: f32 = 12_582_912.;
 
 /// Rows of a matrix `[M, K]` as `scale · q`, `q` in −127 to 127, a scale for every 32 entries of a row. Rows are filled up with zeros to
-/// a whole number of [`PADDED`], their number to one of [`TILE`].
+/// a whole number of [`PADDED`], their number, where there are [`MANY`], to one of [`TILE`].
 #[derive(Default)]
 pub struct Activations {
     pub width: usize,
@@ -126,20 +126,16 @@ pub(super) struct Row<'a> {
 
 impl<'a> Row<'a> {
     /// From `entry` on, the first of a group.
-    #[inline(always)]
+    #[inline]
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub fn from(self, entry: usize) -> Self {
-        #[inline(always)]
-        fn part<T>(list: &[T], from: usize) -> &[T] {
-            list.get(from..).unwrap_or(&[])
-        }
         Self {
-            codes: part(self.codes, entry),
-            scales: part(self.scales, entry / GROUP),
-            sums: part(self.sums, entry / GROUP),
-            negated: part(self.negated, entry / 4),
-            negated_groups: part(self.negated_groups, entry / GROUP),
-            wide: part(self.wide, entry),
+            codes: &self.codes[entry..],
+            scales: &self.scales[entry / GROUP..],
+            sums: &self.sums[entry / GROUP..],
+            negated: self.negated.get(entry / 4..).unwrap_or(&[]),
+            negated_groups: &self.negated_groups[entry / GROUP..],
+            wide: self.wide.get(entry..).unwrap_or(&[]),
         }
     }
 }
@@ -166,8 +162,11 @@ impl Activations {
         self.width = width;
         self.rows = x.len() / width;
         let (stride, groups) = (self.stride(), self.groups());
-        let rows = self.rows.next_multiple_of(TILE);
         let many = self.rows >= MANY;
+        let rows = match many {
+            true => self.rows.next_multiple_of(TILE),
+            false => self.rows,
+        };
         let given = |there: bool| if there { rows * stride } else { 0 };
         room(&mut self.codes, rows * stride);
         room(&mut self.scales, rows * groups);
@@ -257,21 +256,20 @@ impl Activations {
         &self.sums
     }
 
-    #[inline(always)]
+    #[inline]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
-        // Without a panic, so that what a caller does not read is not cut at all.
-        #[inline(always)]
-        fn part<T>(list: &[T], row: usize, width: usize) -> &[T] {
+        let (stride, groups) = (self.stride(), self.groups());
+        /// Of a form that may not be there.
+        fn given<T>(list: &[T], row: usize, width: usize) -> &[T] {
             list.get(row * width..(row + 1) * width).unwrap_or(&[])
         }
-        let (stride, groups) = (self.stride(), self.groups());
         Row {
-            codes: part(&self.codes, row, stride),
-            scales: part(&self.scales, row, groups),
-            sums: part(&self.sums, row, groups),
-            negated: part(&self.negated, row, stride / 4),
-            negated_groups: part(&self.negated_groups, row, groups),
-            wide: part(&self.wide, row, stride),
+            codes: &self.codes[row * stride..][..stride],
+            scales: &self.scales[row * groups..][..groups],
+            sums: &self.sums[row * groups..][..groups],
+            negated: given(&self.negated, row, stride / 4),
+            negated_groups: &self.negated_groups[row * groups..][..groups],
+            wide: given(&self.wide, row, stride),
         }
     }
 

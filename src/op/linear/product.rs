@@ -231,6 +231,7 @@ fn few(
         }
         row = left.start;
     } else if m > TOGETHER && isa.level() >= Level::Avx512 {
+        // Two rows of weights half a task apart, read once for all rows of activations.
         let half = rows.len() / 2;
         for first in rows.start..rows.start + half {
             let places = [first, first + half];

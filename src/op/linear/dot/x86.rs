@@ -588,11 +588,7 @@ pub mod avx512 {
             let mut eight = [zero(); 8];
             eight[..count].copy_from_slice(&sums[first..first + count]);
             let [a, b, c, d, e, f, g, h] = eight;
-            let (abcd, efgh) = (
-                quarters(halves(a, b), halves(c, d)),
-                quarters(halves(e, f), halves(g, h)),
-            );
-            let eighths = eighths(abcd, efgh);
+            let eighths = eighths(quarters([a, b, c, d]), quarters([e, f, g, h]));
             let all = add(eighths, _mm512_permute_ps::<0xb1>(eighths));
             let order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
             let all = _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all));
@@ -617,8 +613,7 @@ pub mod avx512 {
         for r in 0..R {
             let mut four = [zero(); 4];
             four[..N].copy_from_slice(&found[r]);
-            let [a, b, c, d] = four;
-            pairs[r] = quarters(halves(a, b), halves(c, d));
+            pairs[r] = quarters(four);
         }
         let [a, b, c, d] = pairs;
         let (low, high) = (eighths(a, b), eighths(c, d));
@@ -636,23 +631,21 @@ pub mod avx512 {
         }
     }
 
-    /// Of two vectors, the sums of both halves.
+    /// Of four vectors, the sums of their quarters: by halves, those of a vector side by side.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn halves(a: Vector, b: Vector) -> Vector {
-        add(
-            _mm512_shuffle_f32x4::<0x44>(a, b),
-            _mm512_shuffle_f32x4::<0xee>(a, b),
-        )
+    fn quarters([a, b, c, d]: [Vector; 4]) -> Vector {
+        let ab = folded::<0x44, 0xee>(a, b);
+        folded::<0x88, 0xdd>(ab, folded::<0x44, 0xee>(c, d))
     }
 
-    /// Of two of [`halves`], the sums of those's halves.
+    /// The quarters of two vectors that `LOW` takes, and those of `HIGH` added to them.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn quarters(a: Vector, b: Vector) -> Vector {
+    fn folded<const LOW: i32, const HIGH: i32>(a: Vector, b: Vector) -> Vector {
         add(
-            _mm512_shuffle_f32x4::<0x88>(a, b),
-            _mm512_shuffle_f32x4::<0xdd>(a, b),
+            _mm512_shuffle_f32x4::<LOW>(a, b),
+            _mm512_shuffle_f32x4::<HIGH>(a, b),
         )
     }
 
