@@ -33,7 +33,8 @@
 //!
 //! | file | for |
 //! |---|---|
-//! | `op/matmul.rs` | the product of matrices, by pointers into checked slices |
+//! | `op/matmul/mod.rs` | the product of matrices, by pointers into checked slices |
+//! | `op/matmul/tiles.rs` | vector loads from checked slices, tiles, rows of one buffer that threads write apart |
 //! | `op/ssd/cpu.rs` | columns of one buffer that threads write apart |
 //! | `op/ssd/backward.rs`, `op/ssd/resume.rs` | the same, for gradients and for decoding |
 //! | `op/isa.rs` | the choice of instructions that the processor has |

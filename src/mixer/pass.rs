@@ -1,5 +1,7 @@
 //! What training windows of text through a layer takes, counted from sizes: before anything runs, and to decide what is kept.
 
+use std::ops::Range;
+
 use serde::Serialize;
 
 /// Windows that go through a model together.
@@ -16,6 +18,14 @@ impl Windows {
         self.rows.saturating_mul(self.len)
     }
 
+    /// Groups of rows that are worth going through layers beside each other, each on a thread of its own: the same whatever threads there are,
+    /// so that sums over them are.
+    pub fn groups(self) -> impl Iterator<Item = Range<usize>> {
+        let least = if self.tokens() < 2 * FEW { 1 } else { 2 };
+        let count = (self.tokens() / MANY).max(least).min(self.rows).max(1);
+        (0..count).map(move |i| i * self.rows / count..(i + 1) * self.rows / count)
+    }
+
     /// Pairs of a token and one that it sees, itself among them, where it sees at most `reach`; borders of documents are not known
     /// beforehand.
     pub fn pairs(self, reach: usize) -> f64 {
@@ -23,6 +33,11 @@ impl Windows {
         self.rows as f64 * (reach * len - reach * (reach - 1.0) / 2.0)
     }
 }
+
+/// Tokens of a group, at the least.
+const FEW: usize = 512;
+/// Tokens of a group where there are more than two.
+const MANY: usize = 2048;
 
 /// Of a mixer beyond its input, its output and the products with its weights; of a layer as a whole.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

@@ -8,11 +8,11 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
-use crate::mixer::Mixer;
+use crate::mixer::{Mixer, Windows};
 use crate::op::Documents;
 use crate::op::linear::{Matrix, linear, wide};
 use crate::op::rms_norm::rms_norm;
-use crate::op::runtime::pooled;
+use crate::op::runtime::{each, pooled};
 use crate::op::swiglu::swiglu;
 use crate::weights::Weights;
 
@@ -56,15 +56,70 @@ pub struct LayerOutput {
     pub mixed: Tensor,
 }
 
+/// Rows of a batch that go through layers beside others.
+#[derive(Debug)]
+pub struct Group {
+    pub rows: Range<usize>,
+    pub documents: Option<Documents>,
+}
+
+impl Group {
+    /// All rows of a batch.
+    pub fn whole(rows: usize, documents: Option<&Documents>) -> Self {
+        Self {
+            rows: 0..rows,
+            documents: documents.cloned(),
+        }
+    }
+
+    /// [`Windows::groups`] of a batch `x [B, T, ..]`; a GPU's threads need none.
+    pub fn of(x: &Tensor, documents: Option<&Documents>) -> Result<Vec<Self>> {
+        let (rows, len) = (x.dim(0)?, x.dim(1)?);
+        if !x.device().is_cpu() {
+            return Ok(vec![Self::whole(rows, documents)]);
+        }
+        let groups = Windows { rows, len }.groups().map(|rows| Self {
+            documents: documents.map(|documents| documents.rows(rows.clone())),
+            rows,
+        });
+        Ok(groups.collect())
+    }
+
+    /// Its rows of `x [B, ..]`.
+    pub fn rows_of(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.narrow(0, self.rows.start, self.rows.len())?)
+    }
+
+    /// The residual stream `x [B, T, D]` of its rows after `layers`.
+    pub fn through<'l>(
+        &self,
+        layers: impl IntoIterator<Item = &'l Layer>,
+        x: Tensor,
+    ) -> Result<Tensor> {
+        let documents = self.documents.as_ref();
+        let mut layers = layers.into_iter();
+        layers.try_fold(x, |x, layer| Ok(layer.forward(&x, documents)?.hidden))
+    }
+}
+
 /// The residual stream `x [B, T, D]` after `layers`.
 pub fn through<'l>(
-    layers: impl IntoIterator<Item = &'l Layer> + Send,
+    layers: impl IntoIterator<Item = &'l Layer> + Clone + Send + Sync,
     x: Tensor,
     documents: Option<&Documents>,
 ) -> Result<Tensor> {
     pooled(|| {
-        let mut layers = layers.into_iter();
-        layers.try_fold(x, |x, layer| Ok(layer.forward(&x, documents)?.hidden))
+        let groups = Group::of(&x, documents)?;
+        if let [all] = groups.as_slice() {
+            return all.through(layers, x);
+        }
+        let outputs = each(&groups, |group| {
+            group.through(layers.clone(), group.rows_of(&x)?)
+        });
+        Ok(Tensor::cat(
+            &outputs.into_iter().collect::<Result<Vec<_>>>()?,
+            0,
+        )?)
     })
 }
 

@@ -1,5 +1,6 @@
 //! Document boundaries in packed sequences.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 /// For every position of a packed batch `[B, T]`, the position in its row where its document begins.
@@ -42,6 +43,14 @@ impl Documents {
 
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
+    }
+
+    /// Some of the rows.
+    pub fn rows(&self, range: Range<usize>) -> Self {
+        Self {
+            starts: self.starts[range.start * self.len..range.end * self.len].into(),
+            len: self.len,
+        }
     }
 
     /// The starts of row `b`, `[T]`.

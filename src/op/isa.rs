@@ -49,7 +49,9 @@ impl Level {
                     && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => Self::Avx512.is_here() && tiles(),
+            Self::Amx => {
+                Self::Avx512.is_here() && is_x86_feature_detected!("avx512bf16") && tiles()
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }

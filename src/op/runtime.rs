@@ -13,21 +13,21 @@ const PURGE_DELAY: i32 = 15;
 /// them anew each time, a fifth of a step.
 const KEEP_FREED_MS: i64 = 10_000;
 
-/// Turns a waiting candle thread spins before it sleeps; candle reads them from the environment alone. Its
-/// pool takes turns with rayon's on the same cores; at its default (25,000) it starves the kernels.
-const CANDLE_SPINS: (&str, &str) = ("CANDLE_BARRIER_POOL_SPIN_LIMIT", "100");
+/// Threads of candle's own operations, which it reads from the environment alone: the one that asks. What there is to share is shared before
+/// they are asked ([`each`]), and threads of its own would wait for the same cores.
+const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
 
 /// Bytes of the stack of threads: what a main thread has, for a backward pass walks its graph in calls of itself, and runs in rayon's pool.
 const STACK: (&str, &str) = ("RUST_MIN_STACK", "8388608");
 
-/// Sets what the user has not set (`CANDLE_BARRIER_POOL_SPIN_LIMIT`, `RUST_MIN_STACK`, `MIMALLOC_PURGE_DELAY`).
+/// Sets what the user has not set (`CANDLE_NUM_THREADS`, `RUST_MIN_STACK`, `MIMALLOC_PURGE_DELAY`).
 ///
 /// # Safety
 /// To be called first in `main`, before any tensor and any thread: it writes to the environment, which no
 /// other thread may read meanwhile.
 #[allow(unsafe_code)]
 pub unsafe fn prepare() {
-    for (name, ours) in [CANDLE_SPINS, STACK] {
+    for (name, ours) in [CANDLE_THREADS, STACK] {
         if let Some(value) = unless_set(std::env::var_os(name), ours) {
             // SAFETY: the caller's promise.
             unsafe { std::env::set_var(name, value) };
@@ -52,6 +52,21 @@ pub fn pooled<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     });
     let found = found.into_iter().flatten().next();
     found.expect("the first thread of the pool did it")
+}
+
+/// `work` on every one of `items`, beside each other on the threads of rayon's pool; what it makes of them, in their order. An item's thread is
+/// the same every time, for each keeps what was freed on it.
+pub fn each<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    if let [item] = items {
+        return vec![work(item)];
+    }
+    let of_threads = rayon::broadcast(|thread| {
+        let own = (thread.index()..items.len()).step_by(thread.num_threads());
+        own.map(|i| (i, work(&items[i]))).collect::<Vec<_>>()
+    });
+    let mut found: Vec<(usize, R)> = of_threads.into_iter().flatten().collect();
+    found.sort_unstable_by_key(|(i, _)| *i);
+    found.into_iter().map(|(_, made)| made).collect()
 }
 
 fn unless_set(own: Option<OsString>, ours: &str) -> Option<&str> {

@@ -139,6 +139,9 @@ fn size(params: &BTreeMap<String, Param>) -> Result<f64> {
     Ok(sizes.get(sizes.len() / 2).copied().unwrap_or(1.0))
 }
 
+/// Entries whose gradients parts of a batch may have each for itself.
+const FEW: usize = 1 << 24;
+
 impl ParamGroup {
     /// Takes the weights that `trained` picks, as `place` says, and returns, with the group, all weights as a model there should
     /// see them; what is not trained stays as it is kept.
@@ -171,6 +174,14 @@ impl ParamGroup {
         }
         let size = size(&params)?;
         Ok((Self { params, size }, seen.into()))
+    }
+
+    /// Whether parts of a batch may go back beside each other, each with gradients of its own: they are no burden, and what is rounded sums
+    /// its gradient up in the order in which it comes.
+    pub(super) fn may_part(&self) -> bool {
+        let values = || self.params.values().map(|param| &param.value);
+        let entries: usize = values().map(|value| value.tensor().elem_count()).sum();
+        entries <= FEW && values().all(|value| matches!(value, Value::Full(_)))
     }
 
     pub fn is_trained(&self, name: &str) -> bool {

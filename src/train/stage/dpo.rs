@@ -210,7 +210,7 @@ impl Dpo {
                 weight: 1.0,
             }])
         };
-        (self.student).back(pass, &batch.documents, |_| None, by_token)?;
+        (self.student).back(pass, |_| None, by_token)?;
         let rewards = rewards.reshape(((), 2))?.to_vec2::<f32>()?;
         let mean = |of: &dyn Fn(&Vec<f32>) -> f32| {
             shares.rows * f64::from(rewards.iter().map(of).sum::<f32>()) / rewards.len() as f64

@@ -4,16 +4,17 @@
 use std::ops::Range;
 use std::path::Path;
 
+use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use super::{Laps, rows, scalar};
 use crate::Result;
 use crate::checkpoint::{self, Format, Provenance};
 use crate::mixer::Windows;
-use crate::model::{LOGITS, Layer, Lm, Parts, pieces, through};
+use crate::model::{Group, LOGITS, Layer, Lm, Parts, pieces};
 use crate::op::Documents;
 use crate::op::linear::{WeightGradient, back};
-use crate::op::runtime::free_memory;
+use crate::op::runtime::{each, free_memory};
 use crate::train::at_once::AtOnce;
 use crate::train::cost::Learner;
 use crate::train::optimizer::Roles;
@@ -68,8 +69,14 @@ pub struct Pass {
 /// Layers on the way back.
 struct Segment {
     layers: Range<usize>,
+    strands: Vec<Strand>,
+}
+
+/// Rows of a batch on their way through layers, beside others.
+struct Strand {
+    rows: Group,
     input: Tensor,
-    /// What they made of the input, with its graph; none: made again.
+    /// What layers made of the input, with its graph; none: made again.
     output: Option<Tensor>,
 }
 
@@ -106,7 +113,7 @@ impl Student {
         loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
     ) -> Result<Learned> {
         let pass = self.forward(ids, documents, &stand_in)?;
-        self.back(pass, documents, stand_in, loss)
+        self.back(pass, stand_in, loss)
     }
 
     /// `ids [B, T]` up to the final norm.
@@ -125,27 +132,47 @@ impl Student {
         let (lm, plain) = (&self.lm, &self.plain);
         let embedded = self.params.is_trained(EMBEDDING);
         let mut x = plain.embed(ids)?;
-        let mut segments = Vec::new();
+        let mut segments: Vec<Segment> = Vec::new();
         for first in (0..count).step_by(together) {
             let layers = first..first + together;
-            let input = match segments.is_empty() && !embedded {
-                // Nothing before it learns.
-                true => x.clone(),
-                false => Var::from_tensor(&x)?.into_inner(),
+            // Nothing before the first learns.
+            let learned = embedded || !segments.is_empty();
+            let groups = match apart || !self.params.may_part() {
+                true => vec![Group::whole(rows, Some(documents))],
+                false => Group::of(&x, Some(documents))?,
             };
-            let of = |lm, x| through_own(lm, &stand_in, layers.clone(), x, documents);
-            let output = match checkpointing {
-                true => None,
-                false => Some(of(lm, &input)?),
+            let strands = each(&groups, |group| {
+                let rows = group.rows_of(&x)?;
+                let input = match learned {
+                    true => Var::from_tensor(&rows)?.into_inner(),
+                    false => rows,
+                };
+                let own = |lm| of(lm, &stand_in, layers.clone());
+                let output = match checkpointing {
+                    true => None,
+                    false => Some(group.through(own(lm), input.clone())?),
+                };
+                let given = match &output {
+                    Some(output) => output.detach(),
+                    None => group.through(own(plain), input.detach())?,
+                };
+                Ok((input, output, given))
+            });
+            let strands = strands.into_iter().collect::<Result<Vec<_>>>()?;
+            let given: Vec<&Tensor> = strands.iter().map(|(_, _, given)| given).collect();
+            x = match given.as_slice() {
+                [given] => (*given).clone(),
+                all => Tensor::cat(all, 0)?,
             };
-            x = match &output {
-                Some(output) => output.detach(),
-                None => of(plain, &x)?,
-            };
-            segments.push(Segment {
-                layers,
+            let strands = groups.into_iter().zip(strands);
+            let strands = strands.map(|(rows, (input, output, _))| Strand {
+                rows,
                 input,
                 output,
+            });
+            segments.push(Segment {
+                layers,
+                strands: strands.collect(),
             });
         }
         let last = Var::from_tensor(&x)?.into_inner();
@@ -196,7 +223,6 @@ impl Student {
     pub fn back<'s>(
         &mut self,
         pass: Pass,
-        documents: &Documents,
         stand_in: impl Fn(usize) -> Option<&'s Layer> + Sync,
         loss: impl Fn(Range<usize>, &Tensor) -> Result<Vec<Summand>>,
     ) -> Result<Learned> {
@@ -213,31 +239,40 @@ impl Student {
             .phases
             .push(("student forward and loss", laps.lap()));
         let (lm, params, at_once) = (&self.lm, &mut self.params, &mut self.at_once);
-        let mut down = |output: &Tensor, dout: &Tensor, input: &Tensor| -> Result<Option<Tensor>> {
-            // Its gradient by the output is `dout`.
-            let grads = (output * dout)?.sum_all()?.backward()?;
-            params.add(&grads)?;
-            // Off the CPU candle's gradients have graphs of their own.
-            let dinput = grads.get(input).map(Tensor::detach);
-            drop(grads);
+        // What each gives its input, if it learns.
+        let mut add = |walked: Vec<Walked>| -> Result<Option<Tensor>> {
+            let mut dinputs = Vec::new();
+            for walked in walked {
+                let (grads, dinput) = walked?;
+                params.add(&grads)?;
+                dinputs.extend(dinput);
+            }
             if let Some(step) = at_once.as_mut() {
                 step.apply(0, params)?;
             }
-            Ok(dinput)
+            Ok(match dinputs.len() {
+                0 | 1 => dinputs.pop(),
+                _ => Some(Tensor::cat(&dinputs, 0)?),
+            })
         };
-        let mut dx = down(&normed, &dnormed.reshape(normed.shape())?, &last)?;
-        drop((normed, last));
-        while let (Some(dout), Some(segment)) = (&dx, segments.pop()) {
-            let Segment {
-                layers,
-                input,
-                output,
-            } = segment;
-            let output = match output {
-                Some(output) => output,
-                None => through_own(lm, &stand_in, layers, &input, documents)?,
-            };
-            dx = down(&output, dout, &input)?;
+        let dnormed = dnormed.reshape(normed.shape())?;
+        let mut dx = add(vec![walk(normed, &dnormed, &last)])?;
+        drop(last);
+        while let (Some(dout), Some(Segment { layers, strands })) = (&dx, segments.pop()) {
+            let walked = each(&strands, |strand| {
+                let Strand {
+                    rows,
+                    input,
+                    output,
+                } = strand;
+                let output = match output {
+                    Some(output) => output.clone(),
+                    None => rows.through(of(lm, &stand_in, layers.clone()), input.clone())?,
+                };
+                walk(output, &rows.rows_of(dout)?, input)
+            });
+            drop(strands);
+            dx = add(walked)?;
         }
         if let (true, Some(dx)) = (params.is_trained(EMBEDDING), dx) {
             let mut gradient = match embedding {
@@ -340,13 +375,24 @@ impl Student {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-fn through_own<'s>(
-    lm: &Lm,
-    stand_in: impl Fn(usize) -> Option<&'s Layer> + Sync,
+/// Gradients, that of the input apart.
+type Walked = Result<(GradStore, Option<Tensor>)>;
+
+/// The way back from `output`, whose gradient is `dout`, to `input`.
+fn walk(output: Tensor, dout: &Tensor, input: &Tensor) -> Walked {
+    let scalar = (&output * dout)?.sum_all()?;
+    drop(output);
+    let mut grads = scalar.backward()?;
+    // Off the CPU candle's gradients have graphs of their own.
+    let dinput = grads.remove(input).map(|dinput| dinput.detach());
+    Ok((grads, dinput))
+}
+
+/// Layers `layers` of `lm`, or what stands in for them.
+fn of<'l, 's: 'l>(
+    lm: &'l Lm,
+    stand_in: &impl Fn(usize) -> Option<&'s Layer>,
     layers: Range<usize>,
-    x: &Tensor,
-    documents: &Documents,
-) -> Result<Tensor> {
-    let own = layers.map(|i| stand_in(i).unwrap_or(&lm.layers[i]));
-    through(own, x.clone(), Some(documents))
+) -> impl Iterator<Item = &'l Layer> {
+    layers.map(|i| stand_in(i).unwrap_or(&lm.layers[i]))
 }

