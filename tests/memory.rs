@@ -113,28 +113,24 @@ fn changes_do_what_they_say() {
         format!("teacher = \"embedded\"\n{RECIPE}{stage}\n"),
     )
     .unwrap();
-    let plan = [
-        "plan",
-        "--train",
-        recipe.to_str().unwrap(),
-        "--json",
-        "--memory",
-        "192MiB",
-    ];
-    let found = json(&succeeds(&plan));
-    assert_eq!(found["fits"], false);
-    let changes = found["changes"].as_array().unwrap();
-    let last = changes.last().unwrap();
-    assert_eq!(last["fits"], true, "{changes:?}");
-    let settings = last["settings"].as_array().unwrap();
-    let sets: Vec<&str> = (settings.iter())
-        .flat_map(|setting| ["--set", setting.as_str().unwrap()])
-        .collect();
-    let changed = json(&succeeds(&[&plan[..], &sets].concat()));
-    assert_eq!(changed["fits"], true);
-    assert_eq!(changed["forecast"]["peak"], last["peak"]);
-    let tokens = |of: &serde_json::Value| of["forecast"]["stages"][1]["tokens"].clone();
-    assert_eq!(tokens(&changed), tokens(&found), "{settings:?}");
+    for memory in ["160MiB", "192MiB", "220MiB", "240MiB"] {
+        let recipe = recipe.to_str().unwrap();
+        let plan = ["plan", "--train", recipe, "--json", "--memory", memory];
+        let found = json(&succeeds(&plan));
+        assert_eq!(found["fits"], false, "{memory}");
+        let changes = found["changes"].as_array().unwrap();
+        let last = changes.last().unwrap();
+        assert_eq!(last["fits"], true, "{memory}: {changes:?}");
+        let settings = last["settings"].as_array().unwrap();
+        let sets: Vec<&str> = (settings.iter())
+            .flat_map(|setting| ["--set", setting.as_str().unwrap()])
+            .collect();
+        let changed = json(&succeeds(&[&plan[..], &sets].concat()));
+        assert_eq!(changed["fits"], true, "{memory}");
+        assert_eq!(changed["forecast"]["peak"], last["peak"], "{memory}");
+        let tokens = |of: &serde_json::Value| of["forecast"]["stages"][1]["tokens"].clone();
+        assert_eq!(tokens(&changed), tokens(&found), "{settings:?}");
+    }
 }
 
 /// From configs alone: neither the teachers of this recipe nor its texts are here.

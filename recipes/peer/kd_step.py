@@ -1,13 +1,15 @@
-"""Time one knowledge-distillation step in plain eager PyTorch: the peer of zebroid's own benchmark.
+"""Time one knowledge-distillation step in plain PyTorch: the peer of zebroid's own benchmark.
 
     python kd_step.py TEACHER [--mla 2] [--kv-rank 16] [--q-rank N] [--rope-dim 8] [--seq-len 256]
-                      [--batch-size 16] [--steps 8] [--warmup 2] [--threads 2] [--device cpu]
+                      [--batch-size 16] [--steps 8] [--warmup 2] [--threads 2] [--device cpu] [--stage kd] [--compile]
 
 TEACHER is a Hugging Face Llama folder (`config.json`, `model.safetensors`) with tied embeddings.
 The student has the teacher's sizes, MLA mixers in the layers that `--mla` lists (comma separated)
 and Mamba2 mixers in the others. Only speed is measured, so its weights and all token ids are random.
 Everything is float32. A step is the teacher's forward without gradients, the student's forward and
-per-token forward KL, backward, gradient clipping at norm 1 and AdamW.
+per-token forward KL, backward, gradient clipping at norm 1 and AdamW. With `--stage ild` every layer of the student reads the
+teacher's input of that layer and learns its output and its mixer's (relative errors), is walked back and clipped by itself.
+`--compile`: models by `torch.compile`.
 
 Prints one JSON object; times are medians over the measured steps. Needs only torch and safetensors.
 """
@@ -179,9 +181,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(hidden, config.rms_norm_eps)
 
     def forward(self, x):
-        x = x + self.self_attn(self.input_layernorm(x))
+        return self.outputs(x)[0]
+
+    def outputs(self, x):
+        """What the layer gives, and what its mixer gives."""
+        mixed = self.self_attn(self.input_layernorm(x))
+        x = x + mixed
         h = self.post_attention_layernorm(x)
-        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
+        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)), mixed
 
 
 class LanguageModel(nn.Module):
@@ -219,6 +226,43 @@ def new_student(config, args):
         if layer in args.mla else Mamba2(config) for layer in range(config.num_hidden_layers)])
 
 
+def timed_ild_step(teacher, student, lessons, optimizer, ids, clock):
+    """The same of a step of ILD; `lessons`: a function of every layer, from the teacher's layer's input and outputs to the loss."""
+    marks = [clock()]
+    with torch.no_grad():
+        x, taught = teacher.embed_tokens(ids), []
+        for layer in teacher.layers:
+            given = layer.outputs(x)
+            taught.append((x, *given))
+            x = given[0]
+        taught[-1] = (taught[-1][0], teacher.norm(x), taught[-1][2])
+    marks.append(clock())
+    backward = 0.0
+    for layer, lesson, of_layer in zip(student.layers, lessons, taught):
+        loss = lesson(*of_layer)
+        begun = clock()
+        loss.backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0, error_if_nonfinite=True)
+        backward += clock() - begun
+    marks.append(clock() - backward)
+    marks.append(clock())
+    optimizer.step()
+    optimizer.zero_grad()
+    marks.append(clock())
+    return [end - start for start, end in zip(marks, marks[1:])]
+
+
+def lesson(layer, norm):
+    """The loss of a layer; `norm`: what follows the last one."""
+    def relative(x, target):
+        return (x - target).square().sum() / target.square().sum()
+
+    def loss(x, hidden, mixed):
+        out, own = layer.outputs(x)
+        return relative(out if norm is None else norm(out), hidden) + relative(own, mixed)
+    return loss
+
+
 def timed_step(teacher, student, optimizer, ids, clock):
     """Takes one step and returns its seconds per phase, in the order of PHASES."""
     marks = [clock()]
@@ -238,7 +282,7 @@ def timed_step(teacher, student, optimizer, ids, clock):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time one KD step of a hybrid student in eager PyTorch.")
+    parser = argparse.ArgumentParser(description="Time one KD or ILD step of a hybrid student in PyTorch.")
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--mla", type=lambda text: [int(i) for i in text.split(",")], default=[2])
     parser.add_argument("--q-rank", type=int, help="default: 3/4 of the teacher's query rank")
@@ -246,6 +290,8 @@ def main():
                             "steps": 8, "warmup": 2, "threads": 2}.items():
         parser.add_argument(f"--{option}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stage", choices=["kd", "ild"], default="kd")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile instead of eagerly")
     args = parser.parse_args()
     if args.seq_len % CHUNK:
         parser.error(f"--seq-len must be a multiple of {CHUNK}")
@@ -255,6 +301,14 @@ def main():
     config, teacher = load_teacher(args.teacher, args.seq_len)
     teacher, student = teacher.to(args.device), new_student(config, args).to(args.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    last = config.num_hidden_layers - 1
+    lessons = [lesson(layer, teacher.norm if i == last else None) for i, layer in enumerate(student.layers)]
+    if args.compile:
+        lessons = [torch.compile(lesson) for lesson in lessons]
+        for layer in teacher.layers:
+            layer.outputs = torch.compile(layer.outputs)
+        if args.stage == "kd":
+            teacher, student = torch.compile(teacher), torch.compile(student)
 
     def clock():
         if args.device != "cpu":
@@ -264,7 +318,8 @@ def main():
     steps = []
     for _ in range(args.warmup + args.steps):
         ids = torch.randint(config.vocab_size, (args.batch_size, args.seq_len), device=args.device)
-        steps.append(timed_step(teacher, student, optimizer, ids, clock))
+        steps.append(timed_step(teacher, student, optimizer, ids, clock) if args.stage == "kd" else
+                     timed_ild_step(teacher, student, lessons, optimizer, ids, clock))
     del steps[:args.warmup]
     tokens = args.batch_size * args.seq_len
     print(json.dumps({

@@ -116,10 +116,8 @@ pub fn through<'l>(
         let outputs = each(&groups, |group| {
             group.through(layers.clone(), group.rows_of(&x)?)
         });
-        Ok(Tensor::cat(
-            &outputs.into_iter().collect::<Result<Vec<_>>>()?,
-            0,
-        )?)
+        let outputs = outputs.into_iter().collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&outputs, 0)?)
     })
 }
 
@@ -183,6 +181,26 @@ impl Layer {
         let mixed = mixed.to_dtype(x.dtype())?;
         let hidden = self.finish(x, &mixed)?;
         Ok(LayerOutput { hidden, mixed })
+    }
+
+    /// The same of a batch whose [`Group`]s go beside each other.
+    pub fn forward_all(&self, x: &Tensor, documents: Option<&Documents>) -> Result<LayerOutput> {
+        let groups = Group::of(x, documents)?;
+        if let [_] = groups.as_slice() {
+            return self.forward(x, documents);
+        }
+        let outputs = each(&groups, |group| {
+            self.forward(&group.rows_of(x)?, group.documents.as_ref())
+        });
+        let outputs = outputs.into_iter().collect::<Result<Vec<_>>>()?;
+        let whole = |of: fn(&LayerOutput) -> &Tensor| {
+            let all: Vec<&Tensor> = outputs.iter().map(of).collect();
+            Tensor::cat(&all, 0)
+        };
+        Ok(LayerOutput {
+            hidden: whole(|part| &part.hidden)?,
+            mixed: whole(|part| &part.mixed)?,
+        })
     }
 }
 

@@ -57,8 +57,8 @@ pub fn pooled<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 /// `work` on every one of `items`, beside each other on the threads of rayon's pool; what it makes of them, in their order. An item's thread is
 /// the same every time, for each keeps what was freed on it.
 pub fn each<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    if let [item] = items {
-        return vec![work(item)];
+    if items.len() < 2 {
+        return items.iter().map(work).collect();
     }
     let of_threads = rayon::broadcast(|thread| {
         let own = (thread.index()..items.len()).step_by(thread.num_threads());
@@ -122,6 +122,9 @@ pub const OWN: Base = Base {
     own: 90 << 20,
     file: 18 << 20,
 };
+
+/// What a thread that computes beside others keeps for itself of what it has freed: measured on two cores (docs/log.md).
+pub const OF_A_THREAD: usize = 40 << 20;
 
 /// Bytes that mimalloc hands out in one piece (`MI_ARENA_SLICE_SIZE` times the bits of a chunk): smaller blocks do not cross its border.
 const CHUNK: usize = 32 << 20;

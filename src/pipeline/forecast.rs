@@ -83,7 +83,7 @@ pub fn forecast(recipe: &Recipe, device: &Device, memory: f64) -> Result<Forecas
         student: 0,
         text: mixture(&recipe.data.train),
         pairs: recipe.data.preferences.as_ref().and_then(text),
-        free: memory as usize,
+        free: (memory as usize).saturating_sub(OWN.own + OPENED),
         mapped: device.is_cpu(),
     };
     let (mut needs, mut statistics) = (Vec::new(), 0);

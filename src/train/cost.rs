@@ -5,9 +5,10 @@ use candle_core::DType;
 use serde::Serialize;
 
 use super::optimizer::{OptimizerConfig, Roles};
+use super::params::may_part;
 use crate::mixer::Windows;
 use crate::model::{LOGITS, ModelConfig, layer_of};
-use crate::op::runtime::{between, shares_chunk};
+use crate::op::runtime::{OF_A_THREAD, between, shares_chunk};
 use crate::weights::Precision;
 
 const F32: usize = size_of::<f32>();
@@ -228,6 +229,19 @@ impl<'a> Learner<'a> {
             .sum()
     }
 
+    /// What groups of windows beside each other ([`Windows::groups`]) take besides, of a pass in one piece that trains `entries` in f32:
+    /// gradients of their own, and what threads keep.
+    fn beside(&self, windows: Windows, entries: usize) -> Memory {
+        let groups = match may_part(entries) {
+            true => windows.groups().count(),
+            false => 1,
+        };
+        let threads = groups.min(rayon::current_num_threads());
+        Memory::default()
+            .with("gradients", (groups - 1) * entries * F32)
+            .with("threads", (threads - 1) * OF_A_THREAD)
+    }
+
     /// Bytes of the moments.
     pub fn moments(&self, optimizer: OptimizerConfig) -> usize {
         self.weights(optimizer, Precision::F32).moments
@@ -355,7 +369,11 @@ impl StepSizes<'_> {
         }
         let made = self.optimizer.made() * trained.largest.iter().max().unwrap_or(&0) / 2;
         phases.push(phase(all, 0, made + trained.widened, 0));
-        Memory::peak(phases)
+        let beside = match self.anew || self.at_once || self.weights != Precision::F32 {
+            true => Memory::default(),
+            false => self.learner.beside(self.windows, trained.all),
+        };
+        Memory::peak(phases).and(&beside)
     }
 
     /// Multiplications and additions of a token, teacher included.
@@ -455,6 +473,7 @@ impl IldSizes<'_> {
             0
         };
         let (mut kept, mut back, mut gradients) = (0, 0, 0);
+        let mut beside = Memory::default();
         for learner in self.learners() {
             let trained = learner.weights(self.optimizer, self.weights);
             let chunks = trained.layers.chunks(self.at_once.max(1));
@@ -468,6 +487,10 @@ impl IldSizes<'_> {
             held = held
                 .with_share(WEIGHTS, of(trained.bytes), trained.small)
                 .with_share("moments", of(trained.moments), trained.small);
+            if let (Precision::F32, Some(most)) = (self.weights, trained.layers.iter().max()) {
+                let of_layer = learner.beside(self.windows, *most);
+                beside = Memory::peak([beside, of_layer]);
+            }
             match self.applied {
                 true => gradients = trained.layers.iter().copied().fold(gradients, usize::max),
                 false => held = held.with_share("gradients", most * F32, trained.small),
@@ -482,7 +505,8 @@ impl IldSizes<'_> {
         }
         let times = if self.joint { 2 } else { 1 };
         let share = shared_activations(self.teacher, n);
-        held.with("gradients", gradients * F32)
+        held.and(&beside)
+            .with("gradients", gradients * F32)
             .with_share("activations", (lesson + own + times * kept) * F32, share)
             .with_share("on the way back", back * F32, share)
     }

@@ -139,8 +139,10 @@ fn size(params: &BTreeMap<String, Param>) -> Result<f64> {
     Ok(sizes.get(sizes.len() / 2).copied().unwrap_or(1.0))
 }
 
-/// Entries whose gradients parts of a batch may have each for itself.
-const FEW: usize = 1 << 24;
+/// Whether so many entries may have gradients for each of several parts of a batch.
+pub(super) fn may_part(entries: usize) -> bool {
+    entries <= 1 << 24
+}
 
 impl ParamGroup {
     /// Takes the weights that `trained` picks, as `place` says, and returns, with the group, all weights as a model there should
@@ -180,8 +182,8 @@ impl ParamGroup {
     /// its gradient up in the order in which it comes.
     pub(super) fn may_part(&self) -> bool {
         let values = || self.params.values().map(|param| &param.value);
-        let entries: usize = values().map(|value| value.tensor().elem_count()).sum();
-        entries <= FEW && values().all(|value| matches!(value, Value::Full(_)))
+        let entries = values().map(|value| value.tensor().elem_count()).sum();
+        may_part(entries) && values().all(|value| matches!(value, Value::Full(_)))
     }
 
     pub fn is_trained(&self, name: &str) -> bool {

@@ -17,15 +17,16 @@ use crate::data::{Corpus, Packing};
 use crate::mixer::Windows;
 use crate::op::runtime::{OWN, free_memory, peak_memory};
 use crate::pipeline::need::Source;
-use crate::train::cost::{Learner, Memory, StepSizes};
+use crate::train::cost::{IldSizes, Learner, Memory, StepSizes};
 use crate::train::optimizer::GaloreConfig;
+use crate::train::stage::ild::{Ild, IldConfig};
 use crate::train::stage::kd::{Kd, KdConfig, Trained};
 use crate::train::teacher::Teacher;
 use crate::train::{ClipBy, OptimizerName, Stage, TrainSettings, check_batch, take_step};
 use crate::watch::Watch;
 use crate::weights::Precision;
 
-/// KD steps on random tokens.
+/// Steps of KD, or of ILD, on random tokens.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  \
     zebroid bench train ./teacher --mla 2 --kv-rank 16 --rope-dim 8 --batch-size 16 --seq-len 256 --threads 2")]
@@ -46,7 +47,10 @@ pub struct Args {
     /// Steps before the counted ones.
     #[arg(long, default_value_t = 2)]
     warmup: usize,
-    /// What is trained.
+    /// What a step is of: ild is that of one hybrid, all layers at once.
+    #[arg(long, value_enum, default_value_t)]
+    stage: Steps,
+    /// What is trained by KD.
     #[arg(long, value_enum, default_value_t)]
     trained: Trained,
     /// How trained matrices are kept.
@@ -71,6 +75,13 @@ pub struct Args {
     /// One JSON object instead of the table.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+enum Steps {
+    #[default]
+    Kd,
+    Ild,
 }
 
 #[derive(Serialize)]
@@ -112,42 +123,64 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let watch = Progress::default();
     let init = Init::Published { seed: 0 };
     let composed = compose(&teacher, &student, &init, &watch)?;
-    let config = KdConfig {
-        trained: args.trained,
-        ..KdConfig::default()
-    };
-    let lm = Box::new(teacher.lm(&place)?);
-    let hash = String::new();
-    let mut kd = Kd::new(Teacher::Model { lm, hash }, &composed, &[], config, &place)?;
-    kd.student.checkpointing = args.gradient_checkpointing;
-    drop((teacher, composed));
-    let learner = Learner {
-        config: &student,
-        trained: &config.trains(&student),
-    };
+    let (lm, hash) = (teacher.lm(&place)?, String::new());
+    let all = args.warmup + args.steps;
+    let text = random_text(all * rows * len, student.vocab_size);
     let windows = Windows { rows, len };
-    let anew = args
-        .gradient_checkpointing
-        .unwrap_or_else(|| free_memory().is_some_and(|free| learner.is_short(windows, free)));
-    let sizes = StepSizes {
-        learner,
-        teacher: Some(&taught),
-        windows,
-        accumulation: 1,
-        weights: training.weights,
-        compute: place.compute,
-        optimizer: training.optimizer,
-        anew,
-        at_once: training.applies_at_once(),
+    let (mut stage, sizes) = match args.stage {
+        Steps::Kd => {
+            let config = KdConfig {
+                trained: args.trained,
+                ..KdConfig::default()
+            };
+            let teacher = Teacher::Model {
+                lm: Box::new(lm),
+                hash,
+            };
+            let mut kd = Kd::new(teacher, &composed, &[], config, &place)?;
+            kd.student.checkpointing = args.gradient_checkpointing;
+            let learner = Learner {
+                config: &student,
+                trained: &config.trains(&student),
+            };
+            let short = || free_memory().is_some_and(|free| learner.is_short(windows, free));
+            let sizes = StepSizes {
+                learner,
+                teacher: Some(&taught),
+                windows,
+                accumulation: 1,
+                weights: training.weights,
+                compute: place.compute,
+                optimizer: training.optimizer,
+                anew: args.gradient_checkpointing.unwrap_or_else(short),
+                at_once: training.applies_at_once(),
+            };
+            (Stage::Kd(Box::new(kd), &text), sizes.memory())
+        }
+        Steps::Ild => {
+            let candidates = vec![(None, composed.clone())];
+            let ild = Ild::new(lm, hash, candidates, IldConfig::default(), None, &place)?;
+            let sizes = IldSizes {
+                teacher: &taught,
+                candidates: std::slice::from_ref(&student),
+                windows,
+                accumulation: 1,
+                weights: training.weights,
+                compute: place.compute,
+                optimizer: training.optimizer,
+                joint: false,
+                at_once: student.layers.len(),
+                applied: training.applies_at_once(),
+            };
+            (Stage::Ild(ild, &text), sizes.memory())
+        }
     };
+    drop((teacher, composed));
     let predicted = Memory::default()
         .with("program", OWN.own)
         .with_file("program's file", OWN.file)
         .with_file("teacher", files)
-        .and(&sizes.memory());
-    let all = args.warmup + args.steps;
-    let text = random_text(all * rows * len, student.vocab_size);
-    let mut stage = Stage::Kd(Box::new(kd), &text);
+        .and(&sizes);
     watch.start("bench", all);
     let mut seconds = Vec::new();
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
@@ -200,7 +233,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     rows.push(vec!["predicted".into(), bytes(report.predicted_bytes)]);
     rows.push(vec!["parameters".into(), thousands(report.parameters)]);
     rows.push(vec!["threads".into(), report.threads.to_string()]);
-    print(table(&["KD step", "median"], &rows))?;
+    let title = match args.stage {
+        Steps::Kd => "KD step",
+        Steps::Ild => "ILD step",
+    };
+    print(table(&[title, "median"], &rows))?;
     Ok(())
 }
 

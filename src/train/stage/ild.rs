@@ -5,17 +5,19 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::{Shares, Terms, ids, rows, scalar, share};
 use crate::checkpoint::{Bank, Format, Provenance, save};
 use crate::data::Batch;
 use crate::mixer::LayerKind;
-use crate::model::{Layer, LayerOutput, Lm, ModelConfig, Parts};
+use crate::model::{Group, Layer, LayerOutput, Lm, ModelConfig, Parts};
 use crate::op::adamw::sum_of_squares;
 use crate::op::linear::Matrix;
 use crate::op::loss::{mean_l2, relative_mse};
+use crate::op::runtime::each;
 use crate::train::at_once::AtOnce;
 use crate::train::optimizer::Roles;
 use crate::train::params::ParamGroup;
@@ -216,7 +218,6 @@ impl Ild {
 
     /// Layers do not touch each other, so each is walked back at once and its graph let go.
     pub(super) fn backward(&mut self, batch: &Batch, shares: &Shares) -> Result<Terms> {
-        let documents = Some(&batch.documents);
         let joint = self.config.inputs == IldInputs::Joint;
         let mut energies = shares.energies.iter();
         let mut part = |loss: Tensor| -> Result<Tensor> {
@@ -233,17 +234,28 @@ impl Ild {
             let goal = Goal::new(teacher, loss, &lesson.hidden, index);
             for (c, candidate) in candidates.iter_mut().enumerate() {
                 let Trained { layer, params, .. } = &mut candidate.trained[slot];
-                let taught = layer.forward(&lesson.input, documents)?;
-                let (hidden, mixer) = goal.terms(&taught, &lesson.mixed)?;
+                let groups = match params.may_part() {
+                    true => Group::of(&lesson.input, Some(&batch.documents))?,
+                    false => vec![Group::whole(batch.rows, Some(&batch.documents))],
+                };
+                let mut passes = vec![Passed::new(layer, &lesson.input, &groups)?];
+                let (hidden, mixer) = goal.terms(&passes[0].given, &lesson.mixed)?;
                 let mut loss = (part(hidden)? + part(mixer)?)?;
                 if joint {
                     let x = own[c].take().unwrap_or_else(|| lesson.input.clone());
-                    let alone = layer.forward(&x, documents)?;
-                    let (hidden, mixer) = goal.terms(&alone, &lesson.missing(layer, &x)?)?;
+                    let alone = Passed::new(layer, &x, &groups)?;
+                    let (hidden, mixer) = goal.terms(&alone.given, &lesson.missing(layer, &x)?)?;
                     loss = ((loss + part(hidden)?)? + part(mixer)?)?.affine(0.5, 0.0)?;
-                    own[c] = Some(alone.hidden.detach());
+                    own[c] = Some(alone.given.hidden.detach());
+                    passes.push(alone);
                 }
-                params.add(&loss.backward()?)?;
+                let grads = loss.backward()?;
+                params.add(&grads)?;
+                for passed in passes {
+                    for grads in passed.back(&grads) {
+                        params.add(&grads?)?;
+                    }
+                }
                 if let Some(step) = at_once.as_mut() {
                     step.apply(c * layers + slot, params)?;
                 }
@@ -387,6 +399,50 @@ impl Ild {
     }
 }
 
+/// A batch that went through a layer, in groups beside each other.
+struct Passed<'g> {
+    /// Of the whole batch; of several groups without their graphs.
+    given: LayerOutput,
+    /// Of several groups, with their graphs.
+    parts: Vec<(&'g Group, LayerOutput)>,
+}
+
+impl<'g> Passed<'g> {
+    fn new(layer: &Layer, x: &Tensor, groups: &'g [Group]) -> Result<Self> {
+        let pass = |group: &Group| layer.forward(&group.rows_of(x)?, group.documents.as_ref());
+        if let [all] = groups {
+            let (given, parts) = (pass(all)?, Vec::new());
+            return Ok(Self { given, parts });
+        }
+        let parts = each(groups, pass).into_iter().collect::<Result<Vec<_>>>()?;
+        let whole = |of: fn(&LayerOutput) -> &Tensor| -> Result<Tensor> {
+            let all: Vec<Tensor> = parts.iter().map(|part| of(part).detach()).collect();
+            Ok(Var::from_tensor(&Tensor::cat(&all, 0)?)?.into_inner())
+        };
+        let given = LayerOutput {
+            hidden: whole(|part| &part.hidden)?,
+            mixed: whole(|part| &part.mixed)?,
+        };
+        let parts = groups.iter().zip(parts).collect();
+        Ok(Self { given, parts })
+    }
+
+    /// The groups' gradients, of a loss whose `grads` by the whole are known.
+    fn back(self, grads: &GradStore) -> Vec<Result<GradStore>> {
+        let by = |of: &Tensor| grads.get(of).map(Tensor::detach);
+        let wholes = [by(&self.given.hidden), by(&self.given.mixed)];
+        each(&self.parts, |(group, part)| {
+            let mut sum = Tensor::zeros((), part.hidden.dtype(), part.hidden.device())?;
+            for (own, whole) in [&part.hidden, &part.mixed].into_iter().zip(&wholes) {
+                if let Some(whole) = whole {
+                    sum = (sum + (own * group.rows_of(whole)?)?.sum_all()?)?;
+                }
+            }
+            Ok(sum.backward()?)
+        })
+    }
+}
+
 /// `teacher` on its way to the last of `layers`, whose places in the list `at` is told: no other activations are there at once.
 fn teach(
     teacher: &Lm,
@@ -399,7 +455,7 @@ fn teach(
     let end = layers.last().map_or(0, |last| last + 1);
     let mut slots = layers.iter().enumerate().peekable();
     for (index, layer) in teacher.layers[..end].iter().enumerate() {
-        let LayerOutput { hidden, mixed } = layer.forward(&x, documents)?;
+        let LayerOutput { hidden, mixed } = layer.forward_all(&x, documents)?;
         let input = std::mem::replace(&mut x, hidden);
         if let Some((slot, _)) = slots.next_if(|(_, layer)| **layer == index) {
             let hidden = match index + 1 == teacher.layers.len() {
