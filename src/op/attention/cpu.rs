@@ -105,14 +105,14 @@ impl Problem<'_> {
     }
 
     /// Scores of the block's queries (already scaled) over `keys`, `−∞` where a key is not seen.
-    fn scores(&self, queries: &[f32], block: Block, parallel: bool) -> Vec<f32> {
+    fn scores(&self, queries: &[f32], block: Block) -> Vec<f32> {
         let (from, to) = self.keys(block);
         let (width, rep) = (to - from, self.heads_per_group());
         let rows = block.count * rep;
         let mut scores = vec![0.; rows * width];
         let queries = View::rows(queries, rows, self.q_dims[3]);
         let keys = self.k.block(block.b, block.g, from, to);
-        matmul(&mut scores, queries, keys.transposed(), false, parallel);
+        matmul(&mut scores, queries, keys.transposed(), false);
         let past = self.past();
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
             let position = block.first + row / rep;
@@ -131,9 +131,6 @@ impl Problem<'_> {
         let (g, v_dim) = (self.k.dims[2], self.v.dims[3]);
         let (mut y, mut log_sums) = (vec![0.; b * t * h * v_dim], vec![0.; b * t * h]);
         let positions = self.positions();
-        let blocks = t.div_ceil(positions);
-        // Few tasks (decoding) leave threads to the products inside.
-        let alone = b * blocks == 1;
         let rows = y
             .par_chunks_mut((t * h * v_dim).max(1))
             .zip(log_sums.par_chunks_mut(t * h));
@@ -149,7 +146,7 @@ impl Problem<'_> {
                         first: i * positions,
                         count: log_sums.len() / h,
                     };
-                    self.forward_block(block, alone, y, log_sums);
+                    self.forward_block(block, y, log_sums);
                 }
             });
         });
@@ -157,11 +154,11 @@ impl Problem<'_> {
     }
 
     /// Fills the group's heads of `y [count, H, V]` and `log_sums [count, H]`.
-    fn forward_block(&self, block: Block, parallel: bool, y: &mut [f32], log_sums: &mut [f32]) {
+    fn forward_block(&self, block: Block, y: &mut [f32], log_sums: &mut [f32]) {
         let [_, _, h, dim] = self.q_dims;
         let (v_dim, rep) = (self.v.dims[3], self.heads_per_group());
         let queries = self.gather(self.q, dim, block, self.scale);
-        let mut scores = self.scores(&queries, block, parallel);
+        let mut scores = self.scores(&queries, block);
         let (from, to) = self.keys(block);
         let rows = block.count * rep;
         let mut sums = Vec::with_capacity(rows);
@@ -185,7 +182,6 @@ impl Problem<'_> {
             View::rows(&scores, rows, to - from),
             values,
             false,
-            parallel,
         );
         for (row, out) in out.chunks_exact(v_dim).enumerate() {
             let (sum, largest) = sums[row];
@@ -250,7 +246,7 @@ impl Problem<'_> {
             let douts = self.gather(dy, v_dim, block, 1.);
             let outs = self.gather(y, v_dim, block, 1.);
             let log_sums = self.gather(log_sums, 1, block, 1.);
-            let mut weights = self.scores(&queries, block, false);
+            let mut weights = self.scores(&queries, block);
             vectorised!(
                 for (weights, log_sum) in weights.chunks_exact_mut(width).zip(&log_sums) {
                     for w in weights {
@@ -265,11 +261,10 @@ impl Problem<'_> {
                 View::rows(&weights, rows, width).transposed(),
                 dout,
                 true,
-                false,
             );
             let mut dscores = vec![0.; rows * width];
             let values = self.v.block(b, g, from, to);
-            matmul(&mut dscores, dout, values.transposed(), false, false);
+            matmul(&mut dscores, dout, values.transposed(), false);
             vectorised!(for row in 0..rows {
                 let at = row * v_dim..(row + 1) * v_dim;
                 let along: f32 = douts[at.clone()]
@@ -284,13 +279,7 @@ impl Problem<'_> {
             });
             let dscores = View::rows(&dscores, rows, width);
             let mut dqueries = vec![0.; rows * dim];
-            matmul(
-                &mut dqueries,
-                dscores,
-                self.k.block(b, g, from, to),
-                false,
-                false,
-            );
+            matmul(&mut dqueries, dscores, self.k.block(b, g, from, to), false);
             dq.extend(dqueries.iter().map(|d| d * self.scale));
             let dk = &mut dk[from * dim..to * dim];
             matmul(
@@ -298,7 +287,6 @@ impl Problem<'_> {
                 dscores.transposed(),
                 View::rows(&queries, rows, dim),
                 true,
-                false,
             );
         }
         [dq, dk, dv]

@@ -29,6 +29,8 @@ const ROWS: usize = 4 * STRIP;
 const COLUMNS: usize = 512;
 /// Entries of them all: they stay in the second cache.
 const PACKED: usize = 1 << 18;
+/// Rows of the left matrix that are packed together where they meet several blocks of columns.
+const TOGETHER: usize = 2048;
 /// Entries of a line that are packed together, at the most.
 const DEPTH: usize = 1024;
 /// Steps that are multiplied with all rows of a task before the next.
@@ -73,68 +75,104 @@ pub(super) unsafe fn multiply(out: *mut f32, a: View, b: View, accumulate: bool,
     let out = Scatter::of(out);
     let columns = n.min(COLUMNS).next_multiple_of(STRIP);
     let depth = (PACKED / columns).min(DEPTH).next_multiple_of(STEP);
+    // Rows that meet several blocks of columns are packed once for all of them, others by who multiplies them.
+    let often = n > columns;
+    let together = if often { TOGETHER } else { m.max(1) };
     let even = m.div_ceil(2 * rayon::current_num_threads());
     let task_rows = even.next_multiple_of(STRIP).clamp(2 * STRIP, ROWS);
-    // The buffer is taken out: while this thread waits for others it may multiply for somebody else.
-    let mut right = RIGHT.take();
-    for first in (0..n).step_by(columns) {
-        let count = columns.min(n - first);
+    // Buffers are taken out: while this thread waits for others it may multiply for somebody else.
+    let (mut left, mut right) = (Vec::new(), RIGHT.take());
+    if often {
+        left = LEFT.take();
+    }
+    for top in (0..m).step_by(together) {
+        let height = together.min(m - top);
         for from in (0..k).step_by(depth) {
             let steps = depth.min(k - from).div_ceil(STEP);
-            let strips = count.div_ceil(STRIP);
-            grow(&mut right, strips * steps);
-            let right = &mut right[..strips * steps];
-            let packed = |(strip, packed): (usize, &mut [Step])| {
-                let b = Lines::of(b.transposed(), first + strip * STRIP, from);
-                // SAFETY: the caller's promise.
-                unsafe { pack::<true>(&b, packed) };
+            // SAFETY: the caller's promise.
+            let pack_left = |row: usize, packed: &mut [Step]| unsafe {
+                pack::<false>(&Lines::of(a, row, from), packed);
             };
-            match alone {
-                true => right.chunks_mut(steps).enumerate().for_each(packed),
-                false => right.par_chunks_mut(steps).enumerate().for_each(packed),
+            if often {
+                let left = room(&mut left, height.div_ceil(STRIP) * steps);
+                in_strips(alone, left, steps, |strip, packed| {
+                    pack_left(top + strip * STRIP, packed);
+                });
             }
-            let right = &*right;
-            let multiplied = |task: usize| {
-                let row = task * task_rows;
-                let rows = task_rows.min(m - row);
-                // SAFETY: tasks have rows of their own.
-                let out = unsafe { out.slice(row * n, rows * n) };
-                let mut left = LEFT.take();
-                grow(&mut left, rows.div_ceil(STRIP) * steps);
-                for (strip, packed) in left.chunks_exact_mut(steps).enumerate() {
-                    if strip * STRIP < rows {
-                        let a = Lines::of(a, row + strip * STRIP, from);
+            for first in (0..n).step_by(columns) {
+                let count = columns.min(n - first);
+                let right = room(&mut right, count.div_ceil(STRIP) * steps);
+                in_strips(alone, right, steps, |strip, packed| {
+                    let b = Lines::of(b.transposed(), first + strip * STRIP, from);
+                    // SAFETY: the caller's promise.
+                    unsafe { pack::<true>(&b, packed) };
+                });
+                let (left, right) = (&left, &*right);
+                let multiplied = |task: usize| {
+                    let row = task * task_rows;
+                    let rows = task_rows.min(height - row);
+                    let strips = rows.div_ceil(STRIP);
+                    let run = |left: &[Step]| {
+                        let block = Block {
+                            left,
+                            right,
+                            steps,
+                            begun: accumulate || from > 0,
+                            // SAFETY: tasks have rows of their own.
+                            out: unsafe { out.slice((top + row) * n, rows * n) },
+                            width: n,
+                            at: first,
+                            dims: [rows, count],
+                        };
                         // SAFETY: the caller's promise.
-                        unsafe { pack::<false>(&a, packed) };
+                        unsafe { block.run() };
+                    };
+                    if often {
+                        return run(&left[row / STRIP * steps..][..strips * steps]);
                     }
-                }
-                let block = Block {
-                    left: &left,
-                    right,
-                    steps,
-                    begun: accumulate || from > 0,
-                    out,
-                    width: n,
-                    at: first,
-                    dims: [rows, count],
+                    let mut own = LEFT.take();
+                    let left = room(&mut own, strips * steps);
+                    for (strip, packed) in left.chunks_mut(steps).enumerate() {
+                        pack_left(top + row + strip * STRIP, packed);
+                    }
+                    run(left);
+                    LEFT.set(own);
                 };
-                // SAFETY: the caller's promise.
-                unsafe { block.run() };
-                LEFT.set(left);
-            };
-            let tasks = 0..m.div_ceil(task_rows);
-            match alone {
-                true => tasks.into_iter().for_each(multiplied),
-                false => tasks.into_par_iter().for_each(multiplied),
+                let tasks = 0..height.div_ceil(task_rows);
+                match alone {
+                    true => tasks.into_iter().for_each(multiplied),
+                    false => tasks.into_par_iter().for_each(multiplied),
+                }
             }
         }
     }
     RIGHT.set(right);
+    if often {
+        LEFT.set(left);
+    }
 }
 
-fn grow(buffer: &mut Vec<Step>, len: usize) {
+/// The first `len` steps of a buffer.
+fn room(buffer: &mut Vec<Step>, len: usize) -> &mut [Step] {
     if buffer.len() < len {
         buffer.resize(len, [[Tile::ZERO; 2]; PARTS]);
+    }
+    &mut buffer[..len]
+}
+
+/// `work` on every strip, by this thread alone or by all.
+fn in_strips(
+    alone: bool,
+    packed: &mut [Step],
+    steps: usize,
+    work: impl Fn(usize, &mut [Step]) + Sync,
+) {
+    match alone {
+        true => (packed.chunks_mut(steps).enumerate()).for_each(|(i, strip)| work(i, strip)),
+        false => {
+            let strips = packed.par_chunks_mut(steps).enumerate();
+            strips.for_each(|(i, strip)| work(i, strip));
+        }
     }
 }
 
