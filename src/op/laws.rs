@@ -23,8 +23,8 @@ pub fn device() -> &'static Device {
     &DEVICE
 }
 
-/// How far products in f32 may be from the truth: by tiles they have 17 bits ([`crate::op::matmul`]).
-pub fn bound_of_products() -> f64 {
+/// How far products of what learns may be from the truth: by tiles they have 17 bits ([`crate::op::matmul::rough_product`]).
+pub fn bound_of_rough_products() -> f64 {
     match Isa::here().level() {
         Level::Amx => 1e-5,
         _ => 1e-6,
