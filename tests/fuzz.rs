@@ -161,7 +161,7 @@ fn texts_in_every_form() -> Vec<Vec<u8>> {
     let parquet =
         std::fs::read("tests/golden/harness/hub/anaphor_number_agreement/train/0000.parquet");
     let columns = |name: &str| std::fs::read(format!("tests/golden/records/{name}")).unwrap();
-    let all: [(&str, Vec<u8>); 16] = [
+    let all: [(&str, Vec<u8>); 17] = [
         ("x.jsonl", lines.into()),
         ("x.jsonl", pairs.into()),
         ("x.json", list.into()),
@@ -176,6 +176,7 @@ fn texts_in_every_form() -> Vec<Vec<u8>> {
         ("x.arrow", columns("file.arrow")),
         ("x.arrow", columns("deltas.arrow")),
         ("x.arrow", columns("views.arrow")),
+        ("x.arrow", columns("other.arrow")),
         ("x.arrow", columns("lz4.feather")),
         ("x.arrow", columns("zstd.feather")),
     ];

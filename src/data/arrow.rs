@@ -12,7 +12,7 @@ use arrow_array::types::{
 };
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_ipc::{CompressionType, Endianness, Field, Message, Type};
-use arrow_schema::{ArrowError, DataType, SchemaRef};
+use arrow_schema::{ArrowError, DataType, Fields, SchemaRef};
 use flatbuffers::VerifierOptions;
 use serde_json::Value;
 
@@ -39,7 +39,7 @@ const MARK: [u8; 4] = [0xff; 4];
 
 impl Rows {
     /// # Errors
-    /// What cannot be read, is no Arrow, or has columns of other types than JSON has.
+    /// What cannot be read, is no Arrow, or has columns of types that are not known.
     pub(super) fn open(mut from: Box<dyn Read>) -> Result<Self> {
         let mut begin = prefix(&mut from)?;
         let footer = begin == Some(MAGIC);
@@ -66,7 +66,9 @@ impl Rows {
         for field in schema.fields().into_iter().flatten() {
             check_type(field, field.name().unwrap_or_default())?;
         }
-        let schema = SchemaRef::new(arrow_ipc::convert::try_fb_to_schema(schema).map_err(other)?);
+        let schema = guarded(|| arrow_ipc::convert::try_fb_to_schema(schema));
+        let schema = schema.ok_or_else(|| invalid("its schema is broken"))?;
+        let schema = SchemaRef::new(schema.map_err(other)?);
         Ok(Self {
             from,
             batch: RecordBatch::new_empty(schema.clone()),
@@ -86,9 +88,7 @@ impl Rows {
                 return Ok(None);
             }
         }
-        let fields = self.schema.fields().iter().zip(self.batch.columns());
-        let record = fields.map(|(field, column)| (field.name().clone(), value(column, self.row)));
-        let record = Value::Object(record.collect());
+        let record = object(self.schema.fields(), self.batch.columns(), self.row);
         self.row += 1;
         Ok(Some(record))
     }
@@ -196,7 +196,8 @@ fn message(head: &[u8]) -> Result<Message<'_>> {
         .map_err(|e| invalid(format!("a message that is none: {e}")))
 }
 
-/// Types of which [`value`] knows the JSON. It is asked before the crate makes its own of them, which not all can be made.
+/// Types of which [`value`] knows the JSON, or for which it has none ([`OTHER`]). It is asked before the crate makes its own of them, which not all
+/// can be made.
 fn check_type(field: Field, name: &str) -> Result<()> {
     let kind = field.type_type();
     let is_text = [Type::Utf8, Type::LargeUtf8, Type::Utf8View].contains(&kind);
@@ -209,6 +210,9 @@ fn check_type(field: Field, name: &str) -> Result<()> {
         Type::LargeList,
         Type::Struct_,
     ];
+    if field.dictionary().is_none() && OTHER.contains(&kind) {
+        return Ok(());
+    }
     if !is_text && (field.dictionary().is_some() || !plain.contains(&kind)) {
         let of = match field.dictionary() {
             Some(_) => "a dictionary of ",
@@ -224,6 +228,22 @@ fn check_type(field: Field, name: &str) -> Result<()> {
     }
     Ok(())
 }
+
+/// Types of columns that are read over: a record is without them.
+const OTHER: [Type; 12] = [
+    Type::Date,
+    Type::Time,
+    Type::Timestamp,
+    Type::Duration,
+    Type::Interval,
+    Type::Decimal,
+    Type::Binary,
+    Type::LargeBinary,
+    Type::BinaryView,
+    Type::FixedSizeBinary,
+    Type::FixedSizeList,
+    Type::Map,
+];
 
 /// What the crate takes on trust, and would slice, reserve or count: buffers lie in the body, one beside the other; what they say they unpack to
 /// is no more than a codec can pack; there are no more rows than bits.
@@ -288,8 +308,40 @@ fn unpacked_length(buffer: &[u8], codec: CompressionType) -> Result<usize> {
     }
 }
 
-/// As JSON, as the crate `parquet` has it: a float that is none is null.
-fn value(column: &dyn Array, row: usize) -> Value {
+/// A row of columns, without those of types that JSON has nothing for.
+fn object(fields: &Fields, columns: &[ArrayRef], row: usize) -> Value {
+    let fields = fields.iter().zip(columns);
+    let named =
+        fields.filter_map(|(field, column)| Some((field.name().clone(), value(column, row)?)));
+    Value::Object(named.collect())
+}
+
+/// As JSON, as the crate `parquet` has it: a float that is none is null. None where JSON has nothing for the type.
+fn value(column: &dyn Array, row: usize) -> Option<Value> {
+    let known = !matches!(
+        column.data_type(),
+        DataType::Date32
+            | DataType::Date64
+            | DataType::Time32(_)
+            | DataType::Time64(_)
+            | DataType::Timestamp(_, _)
+            | DataType::Duration(_)
+            | DataType::Interval(_)
+            | DataType::Decimal32(_, _)
+            | DataType::Decimal64(_, _)
+            | DataType::Decimal128(_, _)
+            | DataType::Decimal256(_, _)
+            | DataType::Binary
+            | DataType::LargeBinary
+            | DataType::BinaryView
+            | DataType::FixedSizeBinary(_)
+            | DataType::FixedSizeList(_, _)
+            | DataType::Map(_, _)
+    );
+    known.then(|| known_value(column, row))
+}
+
+fn known_value(column: &dyn Array, row: usize) -> Value {
     if column.is_null(row) {
         return Value::Null;
     }
@@ -311,17 +363,12 @@ fn value(column: &dyn Array, row: usize) -> Value {
         DataType::Utf8View => column.as_string_view().value(row).into(),
         DataType::List(_) => list(&column.as_list::<i32>().value(row)),
         DataType::LargeList(_) => list(&column.as_list::<i64>().value(row)),
-        DataType::Struct(fields) => {
-            let columns = column.as_struct().columns();
-            let fields = fields.iter().zip(columns);
-            let all = fields.map(|(field, column)| (field.name().clone(), value(column, row)));
-            Value::Object(all.collect())
-        }
+        DataType::Struct(fields) => object(fields, column.as_struct().columns(), row),
         DataType::Dictionary(_, _) => {
             let dictionary = column.as_any_dictionary();
-            let key = value(dictionary.keys(), row).as_u64();
+            let key = known_value(dictionary.keys(), row).as_u64();
             let key = key.expect("the crate has checked the keys");
-            value(dictionary.values(), key as usize)
+            known_value(dictionary.values(), key as usize)
         }
         // The type Null; of others there is no column.
         _ => Value::Null,
@@ -336,5 +383,5 @@ where
 }
 
 fn list(values: &dyn Array) -> Value {
-    (0..values.len()).map(|i| value(values, i)).collect()
+    (0..values.len()).filter_map(|i| value(values, i)).collect()
 }

@@ -86,9 +86,25 @@ def main():
     few = plain.select(["text", "messages"])
     for codec in ["snappy", "gzip", "zstd", "lz4", "brotli"]:
         pyarrow.parquet.write_table(few, HERE / f"{codec}.parquet", compression=codec)
+    # Columns that JSON has nothing for are left out.
+    other = {
+        "day": pa.date32(), "date": pa.date64(), "time": pa.time64("us"), "created_at": pa.timestamp("us", "UTC"),
+        "took": pa.duration("s"), "every": pa.month_day_nano_interval(), "price": pa.decimal128(9, 2), "bytes": pa.binary(),
+        "large": pa.large_binary(), "view": pa.binary_view(), "hash": pa.binary(4), "vector": pa.list_(pa.float32(), 3),
+        "map": pa.map_(pa.string(), pa.int32()),
+    }
+    columns = {name: pa.nulls(6, kind) for name, kind in other.items()}
+    columns["day"] = pa.array(range(6), pa.int32()).cast(pa.date32())
+    columns["created_at"] = pa.array(range(6), pa.int64()).cast(other["created_at"])
+    columns["vector"] = pa.array([[1, 2, 3]] * 6, other["vector"])
+    columns["map"] = pa.array([[("a", 1)]] * 6, other["map"])
+    columns["bytes"] = pa.array([b"abc"] * 6)
+    nested = pa.StructArray.from_arrays([plain["text"].combine_chunks(), columns["day"]], ["text", "day"])
+    all_of_them = pa.table({"text": plain["text"], "meta": nested, **columns})
+    batches("other.arrow", pa.ipc.new_stream, all_of_them)
     # Of a type that is not read.
-    day = pa.schema([("text", pa.string()), ("meta", pa.struct([("day", pa.date32())]))])
-    batches("day.arrow", pa.ipc.new_stream, pa.Table.from_pylist([{"text": "a", "meta": {"day": 1}}], day))
+    number = pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), pa.array([7]))
+    batches("number.arrow", pa.ipc.new_stream, pa.table({"text": ["a"], "number": number}))
 
 
 if __name__ == "__main__":
