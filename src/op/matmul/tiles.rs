@@ -224,7 +224,7 @@ impl<'a> Lines<'a> {
 unsafe fn pack<const RIGHT: bool>(lines: &Lines, steps: &mut [Step]) {
     let along = lines.view.strides[1] == 1;
     for (step, packed) in steps.iter_mut().enumerate() {
-        for half in 0..2 {
+        for half in [0, 1] {
             let mut tiles = [[_mm512_setzero_si512(); LINES]; PARTS];
             for i in 0..LINES {
                 let (line, entry, next) = match along {
@@ -310,7 +310,7 @@ fn turned(mut x: [__m512i; 16]) -> [__m512i; 16] {
         x[4 * i + 3] = _mm512_unpackhi_epi64(y[1], y[3]);
     }
     for i in 0..4 {
-        for half in 0..2 {
+        for half in [0, 1] {
             let [a, b] = [x[8 * half + i], x[8 * half + 4 + i]];
             y[8 * half + i] = _mm512_shuffle_i32x4::<0x88>(a, b);
             y[8 * half + 4 + i] = _mm512_shuffle_i32x4::<0xdd>(a, b);
