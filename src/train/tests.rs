@@ -17,7 +17,7 @@ use super::*;
 use crate::checkpoint::{Checkpoint, read_tensors};
 use crate::convert::{Init, PlanOptions, compose, plan};
 use crate::data::{Batches, Corpus, Packing, Preferences, stories};
-use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig};
+use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig, Windows};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::numerics;
 use crate::op::linear::Matrix;
@@ -399,7 +399,8 @@ fn every_stage_learns() {
     }
 }
 
-/// Also where the parts of a step count unequally: relative errors, and masks that leave out what is not learned.
+/// Also where the parts of a step count unequally: relative errors, and masks that leave out what is not learned; and where the large batch goes
+/// in groups beside each other, which the parts are too small for.
 #[test]
 fn accumulation_equals_one_large_batch() {
     let setting = Setting::new();
@@ -408,14 +409,17 @@ fn accumulation_equals_one_large_batch() {
         batch.mask.iter().sum::<f32>()
     };
     assert_ne!(learned(0), learned(1), "parts of one size prove little");
-    for name in NAMES {
+    let groups = |rows| Windows { rows, len: 256 }.groups().count();
+    assert_eq!([groups(4), groups(2)], [2, 1]);
+    for (name, seq_len) in NAMES.iter().flat_map(|name| [(*name, 32), (*name, 256)]) {
         let once = |accumulation: usize, batch_size: usize| {
             let config = TrainSettings {
                 accumulation,
                 batch_size,
+                seq_len,
                 ..config(1)
             };
-            let out = setting.out(&format!("{name}-{accumulation}"));
+            let out = setting.out(&format!("{name}-{accumulation}-{seq_len}"));
             let mut stage = stage(&setting, name);
             let metrics = setting.run(&mut stage, &config, &out, 0).unwrap();
             let terms = metrics[0].terms.iter();
@@ -430,7 +434,7 @@ fn accumulation_equals_one_large_batch() {
             assert_eq!(term, other);
             assert!(
                 (a - b).abs() <= 2e-5 * a.abs(),
-                "{name} {term}: {a} and {b}"
+                "{name} {seq_len} {term}: {a} and {b}"
             );
         }
     }
