@@ -36,7 +36,7 @@ refined() { sed -n 's/.*"refined, Muon".*ild.train.lr = \([^,]*\), .* lr = \([^,
 kl() { python3 -c 'import json, sys; print(json.load(sys.stdin)["stages"][-1]["kl"]["kl"])'; }
 
 # The best rate: LABEL KEY FLAGS..; prints it, and every trial on standard error.
-grid=(6.25e-5 1.25e-4 2.5e-4 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 3.2e-2)
+grid=(6.25e-5 1.25e-4 2.5e-4 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 3.2e-2 6.4e-2 0.128)
 search() {
   local label=$1 key=$2 low=4 high=6 best i half
   shift 2
@@ -49,7 +49,7 @@ search() {
     done
     best=$(for i in "${!found[@]}"; do echo "${found[$i]} $i"; done | sort -g | sed -n '1s/.* //p')
     if [ "$best" = "$low" ] && [ "$low" -gt 0 ]; then low=$((low - 1));
-    elif [ "$best" = "$high" ] && [ "$high" -lt 9 ]; then high=$((high + 1));
+    elif [ "$best" = "$high" ] && [ "$high" -lt 11 ]; then high=$((high + 1));
     else break; fi
   done
   for ((i = low; i <= high; i++)); do echo "$name $label ${grid[i]} ${found[$i]}" >&2; done

@@ -77,9 +77,10 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// Whether weights are multiplied by tiles, which take bf16 alone.
-pub(super) fn tiled(isa: Isa, storage: Storage) -> bool {
-    isa.level() == Level::Amx && storage == Storage::Bf16
+/// Whether so many bytes of weights are multiplied by tiles, which take bf16 alone. One row of activations goes faster with a small matrix by
+/// vectors, and what one does all must.
+pub(super) fn tiled(isa: Isa, storage: Storage, bytes: usize) -> bool {
+    isa.level() == Level::Amx && storage == Storage::Bf16 && bytes >= CACHED
 }
 
 /// `y = x Wᵀ` of every part, `x [M, K]`.
@@ -109,7 +110,7 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
         let forms = forms.fold(Forms::default(), Forms::and);
         scratch.codes.set(x, width, forms);
     }
-    let in_tiles = |part: &Part| tiled(isa, part.w.storage());
+    let in_tiles = |part: &Part| tiled(isa, part.w.storage(), part.w.bytes().len());
     #[cfg(target_arch = "x86_64")]
     if parts.iter().any(in_tiles) {
         scratch.tiles.set(x, width);
@@ -169,7 +170,7 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
             // SAFETY: an `Isa` is of this processor.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            storage if tiled(isa, storage) => unsafe {
+            storage if tiled(isa, storage, weights[i].bytes.len()) => unsafe {
                 amx::rows(weights[i].bytes, weights[i].width, tiles, rows, write)
             },
             _ if m <= FEW => few(isa, &weights[i], x, m, rows, write),

@@ -26,7 +26,7 @@ impl Stored {
     /// `x [M, K]` → `y [M, N]`.
     fn product(&self, x: &[f32]) -> Vec<f32> {
         let m = x.len() / self.width();
-        let few = m <= FEW || tiled(Isa::here(), self.storage());
+        let few = m <= FEW || tiled(Isa::here(), self.storage(), self.bytes().len());
         if let Some(w) = self.entries()
             // Rows of a small matrix are too short to be worth a product each.
             && (!few || self.bytes().len() < SMALL)

@@ -212,7 +212,8 @@ fn stored_matrices_give_what_their_entries_give() {
 /// Every path that this processor has, against what the entries give; a row alone gives the same bits as among others, few or many.
 #[test]
 fn paths_agree_and_rows_are_alone() {
-    for (rows, width) in [(37, 83), (130, 1056), (3, 512)] {
+    // The last two are large enough for tiles.
+    for (rows, width) in [(37, 83), (130, 1056), (3, 512), (515, 1056), (640, 835)] {
         for (w, wide) in stored(rows, width) {
             let wide = wide.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let x = random(&[&[23, width]], 6)[0].to_dtype(DType::F32).unwrap();
