@@ -10,9 +10,10 @@ use rayon::prelude::*;
 
 use crate::checkpoint::{as_kept, storage_of};
 use crate::data::Corpus;
-use crate::model::{LOGITS, Parts, pieces};
+use crate::model::{Group, LOGITS, Parts, pieces};
 use crate::op::blocks::{self, BlockType};
 use crate::op::linear::{Matrix, Storage, Stored, quantize_float8};
+use crate::op::runtime::pooled;
 use crate::watch::Watch;
 use crate::weights::{Place, Weights};
 use crate::{Error, Result};
@@ -69,7 +70,11 @@ pub fn importance(
     while done < windows {
         let batch = corpus.ordered(done, CHUNK.min(windows - done), seq_len)?;
         let ids = Tensor::from_slice(&batch.input_ids, (batch.rows, batch.len), lm.device())?;
-        let hidden = lm.hidden(&ids, Some(&batch.documents))?;
+        // Not in groups beside each other: sums have an order.
+        let group = Group::whole(batch.rows, Some(&batch.documents));
+        let embedded = lm.embed(&ids)?;
+        let x = pooled(|| group.through(&lm.layers, embedded))?;
+        let hidden = lm.normed(&x)?.flatten(0, 1)?;
         for range in pieces(batch.targets.len(), lm.config.vocab_size, LOGITS) {
             lm.logits(&hidden, &range)?;
         }

@@ -210,10 +210,8 @@ fn check_type(field: Field, name: &str) -> Result<()> {
         Type::LargeList,
         Type::Struct_,
     ];
-    if field.dictionary().is_none() && OTHER.contains(&kind) {
-        return Ok(());
-    }
-    if !is_text && (field.dictionary().is_some() || !plain.contains(&kind)) {
+    let known = plain.contains(&kind) || OTHER.contains(&kind);
+    if !is_text && (field.dictionary().is_some() || !known) {
         let of = match field.dictionary() {
             Some(_) => "a dictionary of ",
             None => "",
@@ -311,37 +309,38 @@ fn unpacked_length(buffer: &[u8], codec: CompressionType) -> Result<usize> {
 /// A row of columns, without those of types that JSON has nothing for.
 fn object(fields: &Fields, columns: &[ArrayRef], row: usize) -> Value {
     let fields = fields.iter().zip(columns);
-    let named =
-        fields.filter_map(|(field, column)| Some((field.name().clone(), value(column, row)?)));
+    let known = fields.filter(|(field, _)| is_json(field.data_type()));
+    let named = known.map(|(field, column)| (field.name().clone(), value(column, row)));
     Value::Object(named.collect())
 }
 
-/// As JSON, as the crate `parquet` has it: a float that is none is null. None where JSON has nothing for the type.
-fn value(column: &dyn Array, row: usize) -> Option<Value> {
-    let known = !matches!(
-        column.data_type(),
+/// Whether JSON has something for it: not for those of [`OTHER`], nor for lists of them.
+fn is_json(kind: &DataType) -> bool {
+    match kind {
+        DataType::List(item) | DataType::LargeList(item) => is_json(item.data_type()),
         DataType::Date32
-            | DataType::Date64
-            | DataType::Time32(_)
-            | DataType::Time64(_)
-            | DataType::Timestamp(_, _)
-            | DataType::Duration(_)
-            | DataType::Interval(_)
-            | DataType::Decimal32(_, _)
-            | DataType::Decimal64(_, _)
-            | DataType::Decimal128(_, _)
-            | DataType::Decimal256(_, _)
-            | DataType::Binary
-            | DataType::LargeBinary
-            | DataType::BinaryView
-            | DataType::FixedSizeBinary(_)
-            | DataType::FixedSizeList(_, _)
-            | DataType::Map(_, _)
-    );
-    known.then(|| known_value(column, row))
+        | DataType::Date64
+        | DataType::Time32(_)
+        | DataType::Time64(_)
+        | DataType::Timestamp(_, _)
+        | DataType::Duration(_)
+        | DataType::Interval(_)
+        | DataType::Decimal32(_, _)
+        | DataType::Decimal64(_, _)
+        | DataType::Decimal128(_, _)
+        | DataType::Decimal256(_, _)
+        | DataType::Binary
+        | DataType::LargeBinary
+        | DataType::BinaryView
+        | DataType::FixedSizeBinary(_)
+        | DataType::FixedSizeList(_, _)
+        | DataType::Map(_, _) => false,
+        _ => true,
+    }
 }
 
-fn known_value(column: &dyn Array, row: usize) -> Value {
+/// As JSON, as the crate `parquet` has it: a float that is none is null.
+fn value(column: &dyn Array, row: usize) -> Value {
     if column.is_null(row) {
         return Value::Null;
     }
@@ -366,9 +365,9 @@ fn known_value(column: &dyn Array, row: usize) -> Value {
         DataType::Struct(fields) => object(fields, column.as_struct().columns(), row),
         DataType::Dictionary(_, _) => {
             let dictionary = column.as_any_dictionary();
-            let key = known_value(dictionary.keys(), row).as_u64();
+            let key = value(dictionary.keys(), row).as_u64();
             let key = key.expect("the crate has checked the keys");
-            known_value(dictionary.values(), key as usize)
+            value(dictionary.values(), key as usize)
         }
         // The type Null; of others there is no column.
         _ => Value::Null,
@@ -383,5 +382,5 @@ where
 }
 
 fn list(values: &dyn Array) -> Value {
-    (0..values.len()).filter_map(|i| value(values, i)).collect()
+    (0..values.len()).map(|i| value(values, i)).collect()
 }

@@ -34,7 +34,7 @@ impl Windows {
     }
 }
 
-/// Tokens of a group, at the least.
+/// Tokens of each of two groups, about, at the least.
 const FEW: usize = 512;
 /// Tokens of a group where there are more than two.
 const MANY: usize = 2048;

@@ -113,7 +113,7 @@ pub fn through<'l>(
         if let [all] = groups.as_slice() {
             return all.through(layers, x);
         }
-        let outputs = each(&groups, |group| {
+        let outputs = each(groups, |group| {
             group.through(layers.clone(), group.rows_of(&x)?)
         });
         let outputs = outputs.into_iter().collect::<Result<Vec<_>>>()?;
@@ -189,7 +189,7 @@ impl Layer {
         if let [_] = groups.as_slice() {
             return self.forward(x, documents);
         }
-        let outputs = each(&groups, |group| {
+        let outputs = each(groups, |group| {
             self.forward(&group.rows_of(x)?, group.documents.as_ref())
         });
         let outputs = outputs.into_iter().collect::<Result<Vec<_>>>()?;

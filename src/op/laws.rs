@@ -9,7 +9,6 @@ use rand_chacha::ChaCha8Rng;
 
 use super::Documents;
 use super::cuda::emulated::{Emulated, Entries};
-use super::isa::{Isa, Level};
 
 /// Where kernels are held against their plain versions: the CPU, or what `ZEBROID_TEST_DEVICE` names (`cuda`).
 pub fn device() -> &'static Device {
@@ -21,14 +20,6 @@ pub fn device() -> &'static Device {
             Ok(other) => panic!("ZEBROID_TEST_DEVICE={other}: cpu, or cuda with the feature cuda"),
         });
     &DEVICE
-}
-
-/// How far products of what learns may be from the truth: by tiles they have 17 bits ([`crate::op::matmul::rough_product`]).
-pub fn bound_of_rough_products() -> f64 {
-    match Isa::here().level() {
-        Level::Amx => 1e-5,
-        _ => 1e-6,
-    }
 }
 
 /// Seeded tensors in f64, entries in `(−1, 1)`.

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::sync::Mutex;
 
 use super::cgroup;
+use super::matmul::{as_rough, is_rough};
 
 /// Index of `mi_option_purge_delay` in mimalloc's `mi_option_e`.
 const PURGE_DELAY: i32 = 15;
@@ -42,13 +43,13 @@ pub fn pooled<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() {
         return work();
     }
-    let work = Mutex::new(Some(work));
+    let (rough, work) = (is_rough(), Mutex::new(Some(work)));
     let found = rayon::broadcast(|thread| {
         let work = match thread.index() {
             0 => work.lock().ok()?.take()?,
             _ => return None,
         };
-        Some(work())
+        Some(as_rough(rough, work))
     });
     let found = found.into_iter().flatten().next();
     found.expect("the first thread of the pool did it")
@@ -56,13 +57,22 @@ pub fn pooled<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 
 /// `work` on every one of `items`, beside each other on the threads of rayon's pool; what it makes of them, in their order. An item's thread is
 /// the same every time, for each keeps what was freed on it.
-pub fn each<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+pub fn each<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
     if items.len() < 2 {
-        return items.iter().map(work).collect();
+        return items.into_iter().map(work).collect();
     }
+    let rough = is_rough();
+    let items: Vec<_> = items
+        .into_iter()
+        .map(|item| Mutex::new(Some(item)))
+        .collect();
     let of_threads = rayon::broadcast(|thread| {
         let own = (thread.index()..items.len()).step_by(thread.num_threads());
-        own.map(|i| (i, work(&items[i]))).collect::<Vec<_>>()
+        let own = own.filter_map(|i| {
+            let item = items[i].lock().ok()?.take()?;
+            Some((i, as_rough(rough, || work(item))))
+        });
+        own.collect::<Vec<_>>()
     });
     let mut found: Vec<(usize, R)> = of_threads.into_iter().flatten().collect();
     found.sort_unstable_by_key(|(i, _)| *i);

@@ -229,17 +229,12 @@ impl<'a> Learner<'a> {
             .sum()
     }
 
-    /// What groups of windows beside each other ([`Windows::groups`]) take besides, of a pass in one piece that trains `entries` in f32:
-    /// gradients of their own, and what threads keep.
-    fn beside(&self, windows: Windows, entries: usize) -> Memory {
-        let groups = match may_part(entries) {
-            true => windows.groups().count(),
-            false => 1,
-        };
-        let threads = groups.min(rayon::current_num_threads());
-        Memory::default()
-            .with("gradients", (groups - 1) * entries * F32)
-            .with("threads", (threads - 1) * OF_A_THREAD)
+    /// Entries of gradients that groups of windows beside each other ([`Windows::groups`]) have besides, where `entries` learn in f32.
+    fn beside(windows: Windows, entries: usize) -> usize {
+        match may_part(entries) {
+            true => (windows.groups().count() - 1) * entries,
+            false => 0,
+        }
     }
 
     /// Bytes of the moments.
@@ -250,8 +245,15 @@ impl<'a> Learner<'a> {
     /// Whether the activations of a pass are too many to be kept where so many bytes are free before the first step: more than half of
     /// what gradients and moments (in full) will leave.
     pub fn is_short(&self, windows: Windows, free: usize) -> bool {
-        self.activations(windows) > free.saturating_sub(3 * F32 * self.entries()) / 2
+        let entries = 3 * self.entries() + Self::beside(windows, self.entries());
+        self.activations(windows) > free.saturating_sub(F32 * entries) / 2
     }
+}
+
+/// What threads keep for themselves that take groups of windows.
+fn of_threads(windows: Windows) -> usize {
+    let threads = windows.groups().count().min(rayon::current_num_threads());
+    (threads - 1) * OF_A_THREAD
 }
 
 /// Entries of f32 that as many of `compute` take.
@@ -369,11 +371,13 @@ impl StepSizes<'_> {
         }
         let made = self.optimizer.made() * trained.largest.iter().max().unwrap_or(&0) / 2;
         phases.push(phase(all, 0, made + trained.widened, 0));
-        let beside = match self.anew || self.at_once || self.weights != Precision::F32 {
-            true => Memory::default(),
-            false => self.learner.beside(self.windows, trained.all),
+        let beside = match self.at_once || self.weights != Precision::F32 {
+            true => 0,
+            false => Learner::beside(self.windows, trained.all),
         };
-        Memory::peak(phases).and(&beside)
+        Memory::peak(phases)
+            .with("gradients", beside * F32)
+            .with("threads", of_threads(self.windows))
     }
 
     /// Multiplications and additions of a token, teacher included.
@@ -473,7 +477,7 @@ impl IldSizes<'_> {
             0
         };
         let (mut kept, mut back, mut gradients) = (0, 0, 0);
-        let mut beside = Memory::default();
+        let mut beside = 0;
         for learner in self.learners() {
             let trained = learner.weights(self.optimizer, self.weights);
             let chunks = trained.layers.chunks(self.at_once.max(1));
@@ -488,8 +492,7 @@ impl IldSizes<'_> {
                 .with_share(WEIGHTS, of(trained.bytes), trained.small)
                 .with_share("moments", of(trained.moments), trained.small);
             if let (Precision::F32, Some(most)) = (self.weights, trained.layers.iter().max()) {
-                let of_layer = learner.beside(self.windows, *most);
-                beside = Memory::peak([beside, of_layer]);
+                beside = beside.max(Learner::beside(self.windows, *most));
             }
             match self.applied {
                 true => gradients = trained.layers.iter().copied().fold(gradients, usize::max),
@@ -505,8 +508,13 @@ impl IldSizes<'_> {
         }
         let times = if self.joint { 2 } else { 1 };
         let share = shared_activations(self.teacher, n);
-        held.and(&beside)
-            .with("gradients", gradients * F32)
+        // Groups give outputs of their own, which are joined and copied.
+        let lesson = match self.windows.groups().count() {
+            1 => lesson,
+            _ => lesson + 4 * n * d,
+        };
+        held.with("gradients", (gradients + beside) * F32)
+            .with("threads", of_threads(self.windows))
             .with_share("activations", (lesson + own + times * kept) * F32, share)
             .with_share("on the way back", back * F32, share)
     }

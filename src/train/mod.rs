@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{self, Input, Provenance};
 use crate::data::{Batch, Batches};
 use crate::model::Lm;
+use crate::op::matmul::roughly;
 use crate::op::runtime::pooled;
 use crate::weights::Precision;
 use crate::{Error, Result};
@@ -510,7 +511,7 @@ fn check_loss(loss: f64, most: f64) -> Result<()> {
 /// [`Error::Diverged`]: a loss above `most`, a loss or a gradient that is not finite. Nothing was updated then, so that what is kept is always
 /// whole; where gradients are applied as they appear, [`Stage::at_once`] has what was.
 pub fn take_step(stage: &mut Stage, batches: &[Batch], update: &Update, most: f64) -> Result<Step> {
-    pooled(|| step(stage, batches, update, most))
+    roughly(|| pooled(|| step(stage, batches, update, most)))
 }
 
 fn step(stage: &mut Stage, batches: &[Batch], update: &Update, most: f64) -> Result<Step> {

@@ -1120,7 +1120,13 @@ fn frozen_log_probabilities_are_computed_once() {
 fn pieces_give_the_gradients_of_the_whole() {
     let setting = Setting::new();
     let kinds = [LayerKind::MLA, LayerKind::Mamba2];
-    for tied in [true, false] {
+    // The second in groups beside each other.
+    let shapes = [(2, 32), (4, 256)];
+    for (tied, (rows, len)) in [true, false]
+        .iter()
+        .flat_map(|tied| shapes.map(|s| (*tied, s)))
+    {
+        let count = rows * len;
         for trained in [Trained::Everything, Trained::Mixers] {
             let mut parts = student(kinds);
             if !tied {
@@ -1138,11 +1144,11 @@ fn pieces_give_the_gradients_of_the_whole() {
                 let kd = Kd::new(taught(), &parts, &[], config, &Place::cpu());
                 kd.unwrap()
             };
-            let batch = setting.corpus.batch(3, 0, 2, 32).unwrap();
+            let batch = setting.corpus.batch(3, 0, rows, len).unwrap();
             let whole = kd();
             let ids = stage::ids(&batch, &Device::Cpu).unwrap();
             let documents = Some(&batch.documents);
-            let flat = |x: Tensor| x.reshape((64, ())).unwrap();
+            let flat = |x: Tensor| x.reshape((count, ())).unwrap();
             let taught = flat(teacher().forward(&ids, documents).unwrap());
             let logits = flat(whole.student.lm.forward(&ids, documents).unwrap());
             let loss = crate::op::loss::forward_kl(&taught, &logits, 1.0).unwrap();
@@ -1153,7 +1159,7 @@ fn pieces_give_the_gradients_of_the_whole() {
             let loss = f64::from(loss.to_scalar::<f32>().unwrap());
             let mut kept = None;
             for checkpointing in [false, true] {
-                for logits in [500 * 64, 500 * 7] {
+                for logits in [500 * count, 500 * (count / 9)] {
                     let mut kd = kd();
                     kd.student.checkpointing = Some(checkpointing);
                     kd.student.logits = logits;
@@ -1171,7 +1177,7 @@ fn pieces_give_the_gradients_of_the_whole() {
                             .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
                         assert!(off <= 1e-5 * most, "{name}: {off} of {most}");
                     }
-                    if logits == 500 * 64 {
+                    if logits == 500 * count {
                         // Made anew they are the same bits.
                         let bits = grads.iter().map(|(n, g)| {
                             (

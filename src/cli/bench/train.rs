@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use anyhow::ensure;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -50,7 +51,7 @@ pub struct Args {
     /// What a step is of: ild is that of one hybrid, all layers at once.
     #[arg(long, value_enum, default_value_t)]
     stage: Steps,
-    /// What is trained by KD.
+    /// What KD trains.
     #[arg(long, value_enum, default_value_t)]
     trained: Trained,
     /// How trained matrices are kept.
@@ -102,6 +103,11 @@ struct Report {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (rows, len) = (args.batch_size, args.seq_len);
     check_batch(rows, 1, len)?;
+    let of_kd = args.trained != Trained::default() || args.gradient_checkpointing.is_some();
+    ensure!(
+        args.stage == Steps::Kd || !of_kd,
+        "--trained and --gradient-checkpointing are for --stage kd"
+    );
     let settings = TrainSettings {
         lr: 1e-4,
         warmup: 0.0,

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::{KERNELS, wide};
 use crate::op::cpu::{host, slice};
-use crate::op::matmul::{View, add_rough_product};
+use crate::op::matmul::{View, add_product};
 /// The gradient of a matrix `[N, K]`, summed up.
 #[derive(Debug)]
 pub struct WeightGradient(Sum);
@@ -47,7 +47,7 @@ impl WeightGradient {
                 let (dy, x) = (slice(host(&dy)?, dy_at)?, slice(host(&x)?, x_at)?);
                 let dy = View::rows(dy, m, n).transposed();
                 let sum = &mut entries[first * *width..][..n * *width];
-                add_rough_product(sum, dy, View::rows(x, m, *width));
+                add_product(sum, dy, View::rows(x, m, *width));
             }
             #[cfg(feature = "cuda")]
             Sum::Cuda(sum) => {

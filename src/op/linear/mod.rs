@@ -17,7 +17,7 @@ mod tests;
 mod trained;
 
 use crate::op::cpu::{host, slice};
-use crate::op::matmul::{View, rough_product};
+use crate::op::matmul::{View, product};
 use crate::op::route::{Kernels, Route};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 
@@ -70,7 +70,7 @@ pub fn back(dy: &Tensor, w: &Matrix) -> Result<Tensor> {
             let w = w.contiguous()?;
             let ((dy, dy_at), (w, w_at)) = (dy.storage_and_layout(), w.storage_and_layout());
             let (dy, w) = (slice(host(&dy)?, dy_at)?, slice(host(&w)?, w_at)?);
-            let dx = rough_product(View::rows(dy, m, n), View::rows(w, n, k));
+            let dx = product(View::rows(dy, m, n), View::rows(w, n, k));
             Tensor::from_vec(dx, (m, k), &Device::Cpu)
         }
         Matrix::Dense(w) => plain::back(&dy, w),
@@ -120,7 +120,7 @@ impl CustomOp2 for Linear {
         let (x, w) = (slice(x, x_layout)?, slice(w, w_layout)?);
         let m = x_layout.shape().elem_count() / ins;
         let w = View::rows(w, outs, ins).transposed();
-        let y = rough_product(View::rows(x, m, ins), w);
+        let y = product(View::rows(x, m, ins), w);
         let mut dims = x_layout.dims().to_vec();
         *dims.last_mut().expect("checked to end with the inputs") = outs;
         Ok((CpuStorage::F32(y), dims.into()))
@@ -144,7 +144,7 @@ impl CustomOp2 for Linear {
         let dx = match x.track_op() {
             true => {
                 let w = View::rows(slice(host(&w_storage)?, w_layout)?, outs, ins);
-                let dx = rough_product(dy, w);
+                let dx = product(dy, w);
                 Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)
             }
             false => None,
@@ -152,7 +152,7 @@ impl CustomOp2 for Linear {
         let dw = match w.track_op() {
             true => {
                 let x = View::rows(slice(host(&x_storage)?, x_layout)?, m, ins);
-                let dw = rough_product(dy.transposed(), x);
+                let dw = product(dy.transposed(), x);
                 Some(Tensor::from_vec(dw, w.shape(), &Device::Cpu)?)
             }
             false => None,

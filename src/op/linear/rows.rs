@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::float8;
 use super::storage::Storage;
-use crate::op::matmul::{View, add_rough_product, product};
+use crate::op::matmul::{View, add_product, product};
 
 /// Rows that one thread widens at a time.
 const PANEL: usize = 64;
@@ -71,7 +71,7 @@ impl Rows<'_> {
                 strides: [self.rows, 1],
             };
             let w = View::rows(&wide, count, self.width);
-            add_rough_product(&mut dx, dy, w);
+            add_product(&mut dx, dy, w);
         }
         dx
     }

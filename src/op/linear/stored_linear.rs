@@ -8,7 +8,7 @@ use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::cpu::{host, slice};
 use crate::op::isa::Isa;
-use crate::op::matmul::{View, product, rough_product};
+use crate::op::matmul::{View, product};
 
 /// Rows of activations up to which weights are multiplied as they are read, as tiles do any number; more of them share weights that
 /// are widened a chunk at a time.
@@ -52,7 +52,7 @@ impl Stored {
         };
         let m = dy.len() / self.rows();
         let w = View::rows(w, self.rows(), self.width());
-        rough_product(View::rows(dy, m, self.rows()), w)
+        product(View::rows(dy, m, self.rows()), w)
     }
 }
 

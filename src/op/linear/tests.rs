@@ -58,8 +58,7 @@ fn gradients_of_pieces_are_summed_up() {
 /// In f32 as their entries do, in bf16 nearly so: value, gradient of x, and the matrix's own, of all rows or some, over two passes.
 #[test]
 fn trained_matrices_give_what_their_entries_give() {
-    let of_f32 = crate::op::laws::bound_of_rough_products();
-    for (compute, bound) in [(DType::F32, of_f32), (DType::BF16, 2e-2)] {
+    for (compute, bound) in [(DType::F32, 1e-6), (DType::BF16, 2e-2)] {
         for (m, n, k) in [(1, 3, 5), (40, 131, 100), (9, 1100, 7)] {
             let inputs = random(&[&[n, k], &[2, m, k]], 8);
             let wide = inputs[0].to_dtype(DType::BF16).unwrap();

@@ -3,6 +3,8 @@
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+use std::cell::Cell;
+
 use gemm::Parallelism;
 
 #[cfg(target_arch = "x86_64")]
@@ -45,28 +47,44 @@ impl<'a> View<'a> {
 /// Products below this many multiplications are not worth a second thread.
 const WORTH_THREADS: usize = 1 << 19;
 
-/// How exact a product is, and by whom.
-#[derive(Clone, Copy, PartialEq)]
-enum By {
-    /// In f32, by this thread.
-    One,
-    /// In f32, by all threads.
-    All,
-    /// By all threads, in tiles where there are any.
-    Tiles,
+thread_local! {
+    static ROUGH: Cell<bool> = const { Cell::new(false) };
 }
 
-/// `out = a · b` (or `out += a · b`), `out` row after row, by this thread: for one of many tasks.
+/// Whether products that this thread asks for may be rough ([`roughly`]).
+pub fn is_rough() -> bool {
+    ROUGH.get()
+}
+
+/// `work` of this thread, a training step, in whose products factors have 17 bits instead of 24 where the processor has tiles. What is computed
+/// outside of it is in f32 everywhere, so that a checkpoint means the same on every processor.
+pub fn roughly<R>(work: impl FnOnce() -> R) -> R {
+    as_rough(true, work)
+}
+
+/// `work` of this thread as another thread would do it that [`is_rough`] or not.
+pub fn as_rough<R>(rough: bool, work: impl FnOnce() -> R) -> R {
+    struct Back(bool);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            ROUGH.set(self.0);
+        }
+    }
+    let _back = Back(ROUGH.replace(rough));
+    work()
+}
+
+/// `out = a · b` (or `out += a · b`), `out` row after row, by this thread and in f32: for one of many tasks.
 pub fn matmul(out: &mut [f32], a: View, b: View, accumulate: bool) {
-    into(out, a, b, accumulate, By::One);
+    into(out, a, b, accumulate, false);
 }
 
-/// `out += a · b` for what learns, `out` row after row, by all threads; as exact as [`rough_product`].
-pub fn add_rough_product(out: &mut [f32], a: View, b: View) {
-    into(out, a, b, true, By::Tiles);
+/// `out += a · b`, `out` row after row, by all threads.
+pub fn add_product(out: &mut [f32], a: View, b: View) {
+    into(out, a, b, true, true);
 }
 
-fn into(out: &mut [f32], a: View, b: View, accumulate: bool, by: By) {
+fn into(out: &mut [f32], a: View, b: View, accumulate: bool, shared: bool) {
     assert!(
         out.len() == a.dims[0] * b.dims[1],
         "matmul: {:?} times {:?} into {}",
@@ -77,39 +95,29 @@ fn into(out: &mut [f32], a: View, b: View, accumulate: bool, by: By) {
     // SAFETY: `out` holds as many entries as the product, as just asserted; it is borrowed mutably and so overlaps neither.
     #[allow(unsafe_code)]
     unsafe {
-        multiply(out.as_mut_ptr(), a, b, accumulate, by);
+        multiply(out.as_mut_ptr(), a, b, accumulate, shared);
     }
 }
 
 /// `a · b`, row after row: of all threads, and without zeros that would be written first.
 pub fn product(a: View, b: View) -> Vec<f32> {
-    fresh(a, b, By::All)
-}
-
-/// The same for what learns: where the processor has tiles their factors have 17 bits instead of 24. What is only read is multiplied in f32,
-/// so that a checkpoint means the same everywhere.
-pub fn rough_product(a: View, b: View) -> Vec<f32> {
-    fresh(a, b, By::Tiles)
-}
-
-fn fresh(a: View, b: View, by: By) -> Vec<f32> {
     let len = a.dims[0] * b.dims[1];
     let mut out = Vec::with_capacity(len);
     // SAFETY: there is room for the product, all of whose entries are written and none read before.
     #[allow(unsafe_code)]
     unsafe {
-        multiply(out.as_mut_ptr(), a, b, false, by);
+        multiply(out.as_mut_ptr(), a, b, false, true);
         out.set_len(len);
     }
     out
 }
 
-/// What all of these do; without `accumulate` nothing at `out` is read and all of it written.
+/// What all of these do, `shared` by all threads; without `accumulate` nothing at `out` is read and all of it written.
 ///
 /// # Safety
 /// There is room for the product's entries at `out`, apart from both views, and with `accumulate` they have been written.
 #[allow(unsafe_code)]
-unsafe fn multiply(out: *mut f32, a: View, b: View, accumulate: bool, by: By) {
+unsafe fn multiply(out: *mut f32, a: View, b: View, accumulate: bool, shared: bool) {
     let ([m, k], [inner, n]) = (a.dims, b.dims);
     assert!(
         inner == k && a.fits() && b.fits(),
@@ -129,12 +137,12 @@ unsafe fn multiply(out: *mut f32, a: View, b: View, accumulate: bool, by: By) {
     }
     let worth_threads = m * n * k >= WORTH_THREADS;
     #[cfg(target_arch = "x86_64")]
-    if by == By::Tiles && Isa::here().level() == Level::Amx && tiles::take(a, b) {
+    if shared && is_rough() && Isa::here().level() == Level::Amx && tiles::take(a, b) {
         // SAFETY: an `Isa` is of this processor; the rest was just asserted, or is the caller's promise.
         unsafe { tiles::multiply(out, a, b, accumulate, !worth_threads) };
         return;
     }
-    let threads = match by != By::One && worth_threads {
+    let threads = match shared && worth_threads {
         true => Parallelism::Rayon(rayon::current_num_threads()),
         false => Parallelism::None,
     };
@@ -192,11 +200,11 @@ mod tests {
                 View::rows(&b, k, n),
                 View::rows(&b_turned, n, k).transposed(),
             ];
-            let first = rough_product(lefts[0], rights[0]);
+            let first = roughly(|| product(lefts[0], rights[0]));
             for (left, right) in lefts.iter().flat_map(|a| rights.map(|b| (*a, b))) {
-                let found = rough_product(left, right);
+                let found = roughly(|| product(left, right));
                 let mut twice = found.clone();
-                add_rough_product(&mut twice, left, right);
+                roughly(|| add_product(&mut twice, left, right));
                 for (at, (found, twice)) in found.iter().zip(twice).enumerate() {
                     let (i, j) = (at / n, at % n);
                     let factors =
@@ -221,7 +229,7 @@ mod tests {
             };
             #[cfg(target_arch = "x86_64")]
             if Isa::here().level() == Level::Amx {
-                assert_eq!(rough_product(last, rights[0]), first[(m - 1) * n..]);
+                assert_eq!(roughly(|| product(last, rights[0])), first[(m - 1) * n..]);
             }
         }
     }

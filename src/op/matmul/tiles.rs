@@ -2,7 +2,7 @@
 //!
 //! Tiles multiply bf16 only, so an entry is two numbers: what bf16 holds of it, and what is left, rounded; 17 bits together. A product is
 //! `hi hi + lo hi + hi lo`, summed up in f32 from the first entry to the last, whatever else is multiplied beside it: PyTorch's
-//! `set_float32_matmul_precision("high")`, for what learns.
+//! `set_float32_matmul_precision("high")`. An entry that is infinite, or near it, is no number in it.
 
 use std::arch::asm;
 use std::arch::x86_64::*;

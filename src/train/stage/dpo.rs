@@ -14,6 +14,7 @@ use crate::checkpoint::{Kept, Key, keep, kept};
 use crate::data::{Batch, Batches, Preferences};
 use crate::model::{LOGITS, Lm, Parts, pieces};
 use crate::numerics;
+use crate::op::matmul::roughly;
 use crate::watch::Watch;
 use crate::weights::Place;
 use crate::{Error, Result};
@@ -149,7 +150,8 @@ impl Dpo {
         let log_probs = match log_probs {
             Some(log_probs) => log_probs,
             None => {
-                let log_probs = frozen(student.snapshot(), pairs, watch)?;
+                // As a step computes them: before the first the model is what it was.
+                let log_probs = roughly(|| frozen(student.snapshot(), pairs, watch))?;
                 let tensors = [(LOG_PROBS.to_owned(), log_probs.clone())];
                 keep(stored, &key, pairs.len() as u64, &tensors.into())?;
                 log_probs

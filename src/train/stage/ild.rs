@@ -414,7 +414,8 @@ impl<'g> Passed<'g> {
             let (given, parts) = (pass(all)?, Vec::new());
             return Ok(Self { given, parts });
         }
-        let parts = each(groups, pass).into_iter().collect::<Result<Vec<_>>>()?;
+        let parts = each(groups.iter().collect(), pass).into_iter();
+        let parts = parts.collect::<Result<Vec<_>>>()?;
         let whole = |of: fn(&LayerOutput) -> &Tensor| -> Result<Tensor> {
             let all: Vec<Tensor> = parts.iter().map(|part| of(part).detach()).collect();
             Ok(Var::from_tensor(&Tensor::cat(&all, 0)?)?.into_inner())
@@ -431,7 +432,7 @@ impl<'g> Passed<'g> {
     fn back(self, grads: &GradStore) -> Vec<Result<GradStore>> {
         let by = |of: &Tensor| grads.get(of).map(Tensor::detach);
         let wholes = [by(&self.given.hidden), by(&self.given.mixed)];
-        each(&self.parts, |(group, part)| {
+        each(self.parts, |(group, part)| {
             let mut sum = Tensor::zeros((), part.hidden.dtype(), part.hidden.device())?;
             for (own, whole) in [&part.hidden, &part.mixed].into_iter().zip(&wholes) {
                 if let Some(whole) = whole {

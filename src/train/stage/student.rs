@@ -127,8 +127,8 @@ impl Student {
         let count = self.lm.layers.len();
         let (rows, len) = ids.dims2()?;
         let checkpointing = self.is_short(Windows { rows, len });
-        let apart = checkpointing || self.at_once.is_some();
-        let together = if apart { 1 } else { count };
+        let apart = self.at_once.is_some();
+        let together = if checkpointing || apart { 1 } else { count };
         let (lm, plain) = (&self.lm, &self.plain);
         let embedded = self.params.is_trained(EMBEDDING);
         let mut x = plain.embed(ids)?;
@@ -137,11 +137,12 @@ impl Student {
             let layers = first..first + together;
             // Nothing before the first learns.
             let learned = embedded || !segments.is_empty();
+            // Whatever memory is free, the same.
             let groups = match apart || !self.params.may_part() {
                 true => vec![Group::whole(rows, Some(documents))],
                 false => Group::of(&x, Some(documents))?,
             };
-            let strands = each(&groups, |group| {
+            let strands = each(groups, |group| {
                 let rows = group.rows_of(&x)?;
                 let input = match learned {
                     true => Var::from_tensor(&rows)?.into_inner(),
@@ -156,24 +157,23 @@ impl Student {
                     Some(output) => output.detach(),
                     None => group.through(own(plain), input.detach())?,
                 };
-                Ok((input, output, given))
+                let rows = group;
+                Ok((
+                    Strand {
+                        rows,
+                        input,
+                        output,
+                    },
+                    given,
+                ))
             });
             let strands = strands.into_iter().collect::<Result<Vec<_>>>()?;
-            let given: Vec<&Tensor> = strands.iter().map(|(_, _, given)| given).collect();
+            let (strands, given): (Vec<_>, Vec<_>) = strands.into_iter().unzip();
             x = match given.as_slice() {
-                [given] => (*given).clone(),
+                [given] => given.clone(),
                 all => Tensor::cat(all, 0)?,
             };
-            let strands = groups.into_iter().zip(strands);
-            let strands = strands.map(|(rows, (input, output, _))| Strand {
-                rows,
-                input,
-                output,
-            });
-            segments.push(Segment {
-                layers,
-                strands: strands.collect(),
-            });
+            segments.push(Segment { layers, strands });
         }
         let last = Var::from_tensor(&x)?.into_inner();
         Ok(Pass {
@@ -259,19 +259,18 @@ impl Student {
         let mut dx = add(vec![walk(normed, &dnormed, &last)])?;
         drop(last);
         while let (Some(dout), Some(Segment { layers, strands })) = (&dx, segments.pop()) {
-            let walked = each(&strands, |strand| {
+            let walked = each(strands, |strand| {
                 let Strand {
                     rows,
                     input,
                     output,
                 } = strand;
                 let output = match output {
-                    Some(output) => output.clone(),
+                    Some(output) => output,
                     None => rows.through(of(lm, &stand_in, layers.clone()), input.clone())?,
                 };
-                walk(output, &rows.rows_of(dout)?, input)
+                walk(output, &rows.rows_of(dout)?, &input)
             });
-            drop(strands);
             dx = add(walked)?;
         }
         if let (true, Some(dx)) = (params.is_trained(EMBEDDING), dx) {
@@ -380,9 +379,7 @@ type Walked = Result<(GradStore, Option<Tensor>)>;
 
 /// The way back from `output`, whose gradient is `dout`, to `input`.
 fn walk(output: Tensor, dout: &Tensor, input: &Tensor) -> Walked {
-    let scalar = (&output * dout)?.sum_all()?;
-    drop(output);
-    let mut grads = scalar.backward()?;
+    let mut grads = (output * dout)?.sum_all()?.backward()?;
     // Off the CPU candle's gradients have graphs of their own.
     let dinput = grads.remove(input).map(|dinput| dinput.detach());
     Ok((grads, dinput))

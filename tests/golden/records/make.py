@@ -91,7 +91,7 @@ def main():
         "day": pa.date32(), "date": pa.date64(), "time": pa.time64("us"), "created_at": pa.timestamp("us", "UTC"),
         "took": pa.duration("s"), "every": pa.month_day_nano_interval(), "price": pa.decimal128(9, 2), "bytes": pa.binary(),
         "large": pa.large_binary(), "view": pa.binary_view(), "hash": pa.binary(4), "vector": pa.list_(pa.float32(), 3),
-        "map": pa.map_(pa.string(), pa.int32()),
+        "map": pa.map_(pa.string(), pa.int32()), "days": pa.list_(pa.date32()),
     }
     columns = {name: pa.nulls(6, kind) for name, kind in other.items()}
     columns["day"] = pa.array(range(6), pa.int32()).cast(pa.date32())
