@@ -66,12 +66,16 @@ impl Rows {
         for field in schema.fields().into_iter().flatten() {
             check_type(field, field.name().unwrap_or_default())?;
         }
-        let schema = guarded(|| arrow_ipc::convert::try_fb_to_schema(schema));
-        let schema = schema.ok_or_else(|| invalid("its schema is broken"))?;
-        let schema = SchemaRef::new(schema.map_err(other)?);
+        // Both panic at types that are none, as a map without keys.
+        let made = guarded(|| {
+            let schema = SchemaRef::new(arrow_ipc::convert::try_fb_to_schema(schema)?);
+            Ok((RecordBatch::new_empty(schema.clone()), schema))
+        });
+        let made = made.ok_or_else(|| invalid("its schema is broken"))?;
+        let (batch, schema) = made.map_err(other)?;
         Ok(Self {
             from,
-            batch: RecordBatch::new_empty(schema.clone()),
+            batch,
             schema,
             dictionaries: HashMap::new(),
             row: 0,
