@@ -246,7 +246,8 @@ impl<'a> Learner<'a> {
     /// what gradients and moments (in full) will leave.
     pub fn is_short(&self, windows: Windows, free: usize) -> bool {
         let entries = 3 * self.entries() + Self::beside(windows, self.entries());
-        self.activations(windows) > free.saturating_sub(F32 * entries) / 2
+        let besides = F32 * entries + of_threads(windows);
+        self.activations(windows) > free.saturating_sub(besides) / 2
     }
 }
 
