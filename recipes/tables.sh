@@ -49,7 +49,7 @@ search() {
     done
     best=$(for i in "${!found[@]}"; do echo "${found[$i]} $i"; done | sort -g | sed -n '1s/.* //p')
     if [ "$best" = "$low" ] && [ "$low" -gt 0 ]; then low=$((low - 1));
-    elif [ "$best" = "$high" ] && [ "$high" -lt 11 ]; then high=$((high + 1));
+    elif [ "$best" = "$high" ] && [ "$high" -lt $((${#grid[@]} - 1)) ]; then high=$((high + 1));
     else break; fi
   done
   for ((i = low; i <= high; i++)); do echo "$name $label ${grid[i]} ${found[$i]}" >&2; done
