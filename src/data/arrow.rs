@@ -322,18 +322,8 @@ fn object(fields: &Fields, columns: &[ArrayRef], row: usize) -> Value {
 fn is_json(kind: &DataType) -> bool {
     match kind {
         DataType::List(item) | DataType::LargeList(item) => is_json(item.data_type()),
-        DataType::Date32
-        | DataType::Date64
-        | DataType::Time32(_)
-        | DataType::Time64(_)
-        | DataType::Timestamp(_, _)
-        | DataType::Duration(_)
-        | DataType::Interval(_)
-        | DataType::Decimal32(_, _)
-        | DataType::Decimal64(_, _)
-        | DataType::Decimal128(_, _)
-        | DataType::Decimal256(_, _)
-        | DataType::Binary
+        kind if kind.is_temporal() || kind.is_decimal() => false,
+        DataType::Binary
         | DataType::LargeBinary
         | DataType::BinaryView
         | DataType::FixedSizeBinary(_)

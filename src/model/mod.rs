@@ -56,6 +56,20 @@ pub struct LayerOutput {
     pub mixed: Tensor,
 }
 
+impl LayerOutput {
+    /// What the groups of a batch gave, in their order.
+    pub fn join(parts: &[Self]) -> Result<Self> {
+        let whole = |of: fn(&Self) -> &Tensor| {
+            let all: Vec<&Tensor> = parts.iter().map(of).collect();
+            Tensor::cat(&all, 0)
+        };
+        Ok(Self {
+            hidden: whole(|part| &part.hidden)?,
+            mixed: whole(|part| &part.mixed)?,
+        })
+    }
+}
+
 /// Rows of a batch that go through layers beside others.
 #[derive(Debug)]
 pub struct Group {
@@ -109,14 +123,9 @@ pub fn through<'l>(
     documents: Option<&Documents>,
 ) -> Result<Tensor> {
     pooled(|| {
-        let groups = Group::of(&x, documents)?;
-        if let [all] = groups.as_slice() {
-            return all.through(layers, x);
-        }
-        let outputs = each(groups, |group| {
+        let outputs = each(Group::of(&x, documents)?, |group| {
             group.through(layers.clone(), group.rows_of(&x)?)
-        });
-        let outputs = outputs.into_iter().collect::<Result<Vec<_>>>()?;
+        })?;
         Ok(Tensor::cat(&outputs, 0)?)
     })
 }
@@ -186,21 +195,12 @@ impl Layer {
     /// The same of a batch whose [`Group`]s go beside each other.
     pub fn forward_all(&self, x: &Tensor, documents: Option<&Documents>) -> Result<LayerOutput> {
         let groups = Group::of(x, documents)?;
-        if let [_] = groups.as_slice() {
-            return self.forward(x, documents);
-        }
-        let outputs = each(groups, |group| {
-            self.forward(&group.rows_of(x)?, group.documents.as_ref())
-        });
-        let outputs = outputs.into_iter().collect::<Result<Vec<_>>>()?;
-        let whole = |of: fn(&LayerOutput) -> &Tensor| {
-            let all: Vec<&Tensor> = outputs.iter().map(of).collect();
-            Tensor::cat(&all, 0)
-        };
-        Ok(LayerOutput {
-            hidden: whole(|part| &part.hidden)?,
-            mixed: whole(|part| &part.mixed)?,
-        })
+        LayerOutput::join(&each(groups, |group| self.forward_rows(x, &group))?)
+    }
+
+    /// The same of a group's rows of a batch `x`.
+    pub fn forward_rows(&self, x: &Tensor, group: &Group) -> Result<LayerOutput> {
+        self.forward(&group.rows_of(x)?, group.documents.as_ref())
     }
 }
 

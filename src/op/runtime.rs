@@ -57,7 +57,13 @@ pub fn pooled<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 
 /// `work` on every one of `items`, beside each other on the threads of rayon's pool; what it makes of them, in their order. An item's thread is
 /// the same every time, for each keeps what was freed on it.
-pub fn each<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+///
+/// # Errors
+/// The first item's whose work failed.
+pub fn each<T: Send, R: Send, E: Send>(
+    items: Vec<T>,
+    work: impl Fn(T) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
     if items.len() < 2 {
         return items.into_iter().map(work).collect();
     }
@@ -74,7 +80,7 @@ pub fn each<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Ve
         });
         own.collect::<Vec<_>>()
     });
-    let mut found: Vec<(usize, R)> = of_threads.into_iter().flatten().collect();
+    let mut found: Vec<_> = of_threads.into_iter().flatten().collect();
     found.sort_unstable_by_key(|(i, _)| *i);
     found.into_iter().map(|(_, made)| made).collect()
 }

@@ -252,8 +252,8 @@ impl Ild {
                 let grads = loss.backward()?;
                 params.add(&grads)?;
                 for passed in passes {
-                    for grads in passed.back(&grads) {
-                        params.add(&grads?)?;
+                    for grads in passed.back(&grads)? {
+                        params.add(&grads)?;
                     }
                 }
                 if let Some(step) = at_once.as_mut() {
@@ -409,27 +409,24 @@ struct Passed<'g> {
 
 impl<'g> Passed<'g> {
     fn new(layer: &Layer, x: &Tensor, groups: &'g [Group]) -> Result<Self> {
-        let pass = |group: &Group| layer.forward(&group.rows_of(x)?, group.documents.as_ref());
+        let pass = |group: &Group| layer.forward_rows(x, group);
         if let [all] = groups {
             let (given, parts) = (pass(all)?, Vec::new());
             return Ok(Self { given, parts });
         }
-        let parts = each(groups.iter().collect(), pass).into_iter();
-        let parts = parts.collect::<Result<Vec<_>>>()?;
-        let whole = |of: fn(&LayerOutput) -> &Tensor| -> Result<Tensor> {
-            let all: Vec<Tensor> = parts.iter().map(|part| of(part).detach()).collect();
-            Ok(Var::from_tensor(&Tensor::cat(&all, 0)?)?.into_inner())
-        };
+        let parts = each(groups.iter().collect(), pass)?;
+        let whole = LayerOutput::join(&parts)?;
+        let apart = |x: Tensor| -> Result<Tensor> { Ok(Var::from_tensor(&x)?.into_inner()) };
         let given = LayerOutput {
-            hidden: whole(|part| &part.hidden)?,
-            mixed: whole(|part| &part.mixed)?,
+            hidden: apart(whole.hidden)?,
+            mixed: apart(whole.mixed)?,
         };
         let parts = groups.iter().zip(parts).collect();
         Ok(Self { given, parts })
     }
 
     /// The groups' gradients, of a loss whose `grads` by the whole are known.
-    fn back(self, grads: &GradStore) -> Vec<Result<GradStore>> {
+    fn back(self, grads: &GradStore) -> Result<Vec<GradStore>> {
         let by = |of: &Tensor| grads.get(of).map(Tensor::detach);
         let wholes = [by(&self.given.hidden), by(&self.given.mixed)];
         each(self.parts, |(group, part)| {

@@ -142,7 +142,7 @@ impl Student {
                 true => vec![Group::whole(rows, Some(documents))],
                 false => Group::of(&x, Some(documents))?,
             };
-            let strands = each(groups, |group| {
+            let strands = each(groups, |group| -> Result<_> {
                 let rows = group.rows_of(&x)?;
                 let input = match learned {
                     true => Var::from_tensor(&rows)?.into_inner(),
@@ -166,13 +166,9 @@ impl Student {
                     },
                     given,
                 ))
-            });
-            let strands = strands.into_iter().collect::<Result<Vec<_>>>()?;
+            })?;
             let (strands, given): (Vec<_>, Vec<_>) = strands.into_iter().unzip();
-            x = match given.as_slice() {
-                [given] => given.clone(),
-                all => Tensor::cat(all, 0)?,
-            };
+            x = Tensor::cat(&given, 0)?;
             segments.push(Segment { layers, strands });
         }
         let last = Var::from_tensor(&x)?.into_inner();
@@ -243,20 +239,20 @@ impl Student {
         let mut add = |walked: Vec<Walked>| -> Result<Option<Tensor>> {
             let mut dinputs = Vec::new();
             for walked in walked {
-                let (grads, dinput) = walked?;
+                let (grads, dinput) = walked;
                 params.add(&grads)?;
                 dinputs.extend(dinput);
             }
             if let Some(step) = at_once.as_mut() {
                 step.apply(0, params)?;
             }
-            Ok(match dinputs.len() {
-                0 | 1 => dinputs.pop(),
-                _ => Some(Tensor::cat(&dinputs, 0)?),
+            Ok(match dinputs.is_empty() {
+                true => None,
+                false => Some(Tensor::cat(&dinputs, 0)?),
             })
         };
         let dnormed = dnormed.reshape(normed.shape())?;
-        let mut dx = add(vec![walk(normed, &dnormed, &last)])?;
+        let mut dx = add(vec![walk(normed, &dnormed, &last)?])?;
         drop(last);
         while let (Some(dout), Some(Segment { layers, strands })) = (&dx, segments.pop()) {
             let walked = each(strands, |strand| {
@@ -270,7 +266,7 @@ impl Student {
                     None => rows.through(of(lm, &stand_in, layers.clone()), input.clone())?,
                 };
                 walk(output, &rows.rows_of(dout)?, &input)
-            });
+            })?;
             dx = add(walked)?;
         }
         if let (true, Some(dx)) = (params.is_trained(EMBEDDING), dx) {
@@ -375,10 +371,10 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
 /// Gradients, that of the input apart.
-type Walked = Result<(GradStore, Option<Tensor>)>;
+type Walked = (GradStore, Option<Tensor>);
 
 /// The way back from `output`, whose gradient is `dout`, to `input`.
-fn walk(output: Tensor, dout: &Tensor, input: &Tensor) -> Walked {
+fn walk(output: Tensor, dout: &Tensor, input: &Tensor) -> Result<Walked> {
     let mut grads = (output * dout)?.sum_all()?.backward()?;
     // Off the CPU candle's gradients have graphs of their own.
     let dinput = grads.remove(input).map(|dinput| dinput.detach());
