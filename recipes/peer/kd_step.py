@@ -301,14 +301,20 @@ def main():
     config, teacher = load_teacher(args.teacher, args.seq_len)
     teacher, student = teacher.to(args.device), new_student(config, args).to(args.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    last = config.num_hidden_layers - 1
-    lessons = [lesson(layer, teacher.norm if i == last else None) for i, layer in enumerate(student.layers)]
-    if args.compile:
-        lessons = [torch.compile(lesson) for lesson in lessons]
+    compiled = torch.compile if args.compile else lambda model: model
+    if args.stage == "ild":
+        last = config.num_hidden_layers - 1
         for layer in teacher.layers:
-            layer.outputs = torch.compile(layer.outputs)
-        if args.stage == "kd":
-            teacher, student = torch.compile(teacher), torch.compile(student)
+            layer.outputs = compiled(layer.outputs)
+        lessons = [compiled(lesson(layer, teacher.norm if i == last else None)) for i, layer in enumerate(student.layers)]
+
+        def step(ids):
+            return timed_ild_step(teacher, student, lessons, optimizer, ids, clock)
+    else:
+        teacher, student = compiled(teacher), compiled(student)
+
+        def step(ids):
+            return timed_step(teacher, student, optimizer, ids, clock)
 
     def clock():
         if args.device != "cpu":
@@ -318,8 +324,7 @@ def main():
     steps = []
     for _ in range(args.warmup + args.steps):
         ids = torch.randint(config.vocab_size, (args.batch_size, args.seq_len), device=args.device)
-        steps.append(timed_step(teacher, student, optimizer, ids, clock) if args.stage == "kd" else
-                     timed_ild_step(teacher, student, lessons, optimizer, ids, clock))
+        steps.append(step(ids))
     del steps[:args.warmup]
     tokens = args.batch_size * args.seq_len
     print(json.dumps({
