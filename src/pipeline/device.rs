@@ -77,7 +77,8 @@ impl Device {
         }
     }
 
-    /// This machine: its free memory, a product of matrices of a thousand rows and a copy of 256 MB, the best of three each.
+    /// This machine: its free memory, a product of matrices of a thousand rows as a training step takes it and a copy of 256 MB, the best of
+    /// three each.
     fn measured() -> Self {
         const N: usize = 1024;
         let here = Self::here();

@@ -8,6 +8,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use super::clip::{Clip, Norms};
 use super::optimizer::{Optimizer, Role, Roles, SavedTensors, State, overwrite};
 use crate::hash::Hash;
+use crate::model::Group;
+use crate::op::Documents;
 use crate::op::adamw::sum_of_squares;
 use crate::op::linear::{Matrix, Trained, WeightGradient};
 use crate::weights::{Place, Precision, Weights};
@@ -178,12 +180,15 @@ impl ParamGroup {
         Ok((Self { params, size }, seen.into()))
     }
 
-    /// Whether parts of a batch may go back beside each other, each with gradients of its own: they are no burden, and what is rounded sums
-    /// its gradient up in the order in which it comes.
-    pub(super) fn may_part(&self) -> bool {
+    /// Groups of a batch `x [B, T, ..]` that may go back beside each other, each with gradients of its own: where these are no burden. What is
+    /// rounded sums its gradient up in the order in which it comes, so that its batch stays whole.
+    pub(super) fn groups(&self, x: &Tensor, documents: &Documents) -> Result<Vec<Group>> {
         let values = || self.params.values().map(|param| &param.value);
         let entries = values().map(|value| value.tensor().elem_count()).sum();
-        may_part(entries) && values().all(|value| matches!(value, Value::Full(_)))
+        match may_part(entries) && values().all(|value| matches!(value, Value::Full(_))) {
+            true => Group::of(x, Some(documents)),
+            false => Ok(vec![Group::whole(x.dim(0)?, Some(documents))]),
+        }
     }
 
     pub fn is_trained(&self, name: &str) -> bool {

@@ -234,10 +234,7 @@ impl Ild {
             let goal = Goal::new(teacher, loss, &lesson.hidden, index);
             for (c, candidate) in candidates.iter_mut().enumerate() {
                 let Trained { layer, params, .. } = &mut candidate.trained[slot];
-                let groups = match params.may_part() {
-                    true => Group::of(&lesson.input, Some(&batch.documents))?,
-                    false => vec![Group::whole(batch.rows, Some(&batch.documents))],
-                };
+                let groups = params.groups(&lesson.input, &batch.documents)?;
                 let mut passes = vec![Passed::new(layer, &lesson.input, &groups)?];
                 let (hidden, mixer) = goal.terms(&passes[0].given, &lesson.mixed)?;
                 let mut loss = (part(hidden)? + part(mixer)?)?;

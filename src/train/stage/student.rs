@@ -138,9 +138,9 @@ impl Student {
             // Nothing before the first learns.
             let learned = embedded || !segments.is_empty();
             // Whatever memory is free, the same.
-            let groups = match apart || !self.params.may_part() {
+            let groups = match apart {
                 true => vec![Group::whole(rows, Some(documents))],
-                false => Group::of(&x, Some(documents))?,
+                false => self.params.groups(&x, documents)?,
             };
             let strands = each(groups, |group| -> Result<_> {
                 let rows = group.rows_of(&x)?;
@@ -238,8 +238,7 @@ impl Student {
         // What each gives its input, if it learns.
         let mut add = |walked: Vec<Walked>| -> Result<Option<Tensor>> {
             let mut dinputs = Vec::new();
-            for walked in walked {
-                let (grads, dinput) = walked;
+            for (grads, dinput) in walked {
                 params.add(&grads)?;
                 dinputs.extend(dinput);
             }
