@@ -13,7 +13,7 @@ use crate::op::Documents;
 use crate::op::linear::{Matrix, linear, wide};
 use crate::op::rms_norm::rms_norm;
 use crate::op::runtime::{each, pooled};
-use crate::op::swiglu::swiglu;
+use crate::op::swiglu::swiglu_of;
 use crate::weights::Weights;
 
 mod config;
@@ -42,7 +42,7 @@ impl Mlp {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = swiglu(&linear(x, &self.gate_proj)?, &linear(x, &self.up_proj)?)?;
+        let inner = swiglu_of(x, &self.gate_proj, &self.up_proj)?;
         Ok(linear(&inner, &self.down_proj)?)
     }
 }

@@ -1,19 +1,22 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202).
 
+mod cpu;
 pub mod cuda;
 mod plain;
+mod projected;
 #[cfg(test)]
 mod tests;
 
-use crate::op::cpu::{exp, host, slice};
+use crate::op::cpu::{host, slice};
 #[cfg(feature = "cuda")]
 use crate::op::cuda::Cuda;
-use crate::op::isa::vectorised;
 use crate::op::route::{Kernels, Route};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
+
+pub use cpu::swiglu_row;
+pub use projected::swiglu_of;
 
 const KERNELS: Kernels = Kernels::f32("swiglu").cuda(&[DType::F32, DType::BF16]);
 
@@ -36,17 +39,6 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.contiguous()?.apply_op2(&up.contiguous()?, Swiglu)
 }
 
-/// Any entries: `gate` in, `silu(gate) · up` out.
-#[inline]
-pub fn swiglu_row(gate: &mut [f32], up: &[f32]) {
-    vectorised!(for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1. + exp(-*gate)) * up;
-    })
-}
-
-/// Entries a task.
-const BLOCK: usize = 1 << 14;
-
 struct Swiglu;
 
 impl CustomOp2 for Swiglu {
@@ -61,14 +53,7 @@ impl CustomOp2 for Swiglu {
         up: &CpuStorage,
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (gate, up) = (slice(gate, gate_layout)?, slice(up, up_layout)?);
-        let mut y = vec![0.; gate.len()];
-        y.par_chunks_mut(BLOCK)
-            .zip(gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)))
-            .for_each(|(y, (gate, up))| {
-                y.copy_from_slice(gate);
-                swiglu_row(y, up);
-            });
+        let y = cpu::forward(slice(gate, gate_layout)?, slice(up, up_layout)?);
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 
@@ -105,25 +90,9 @@ impl CustomOp2 for Swiglu {
         let (gate_storage, gate_layout) = gate.storage_and_layout();
         let (up_storage, up_layout) = up.storage_and_layout();
         let (dy_storage, dy_layout) = dy.storage_and_layout();
-        let g = slice(host(&gate_storage)?, gate_layout)?;
-        let u = slice(host(&up_storage)?, up_layout)?;
-        let dy = slice(host(&dy_storage)?, dy_layout)?;
-        let (mut dg, mut du) = (vec![0.; g.len()], vec![0.; g.len()]);
-        dg.par_chunks_mut(BLOCK)
-            .zip(du.par_chunks_mut(BLOCK))
-            .zip(
-                g.par_chunks(BLOCK)
-                    .zip(u.par_chunks(BLOCK))
-                    .zip(dy.par_chunks(BLOCK)),
-            )
-            .for_each(|((dg, du), ((g, u), dy))| {
-                vectorised!(for i in 0..g.len() {
-                    let sigmoid = 1. / (1. + exp(-g[i]));
-                    let silu = g[i] * sigmoid;
-                    du[i] = dy[i] * silu;
-                    dg[i] = dy[i] * u[i] * (sigmoid + silu * (1. - sigmoid));
-                })
-            });
+        let mut dg = slice(host(&gate_storage)?, gate_layout)?.to_vec();
+        let mut du = slice(host(&up_storage)?, up_layout)?.to_vec();
+        cpu::backward(&mut dg, &mut du, slice(host(&dy_storage)?, dy_layout)?);
         Ok((
             Some(Tensor::from_vec(dg, gate.shape(), &Device::Cpu)?),
             Some(Tensor::from_vec(du, up.shape(), &Device::Cpu)?),

@@ -1,4 +1,4 @@
-use super::{cuda, swiglu};
+use super::{cuda, swiglu, swiglu_of};
 use crate::op::laws::{check, check_cuda, random};
 
 #[test]
@@ -7,6 +7,17 @@ fn kernel_equals_the_plain_version() {
         let inputs = random(&[shape, shape], 1);
         check(&format!("{shape:?}"), &inputs, 1e-5, &|i| {
             swiglu(&(&i[0] * 9.)?, &i[1])
+        });
+    }
+}
+
+/// In f64 it is products and [`swiglu`].
+#[test]
+fn with_its_products_it_equals_the_plain_version() {
+    for (x, n, k) in [(&[3, 7][..], 5, 7), (&[2, 90, 64], 130, 64)] {
+        let inputs = random(&[x, &[n, k], &[n, k]], 3);
+        check(&format!("{x:?}"), &inputs, 1e-5, &|i| {
+            swiglu_of(&i[0], &i[1].clone().into(), &i[2].clone().into())
         });
     }
 }
