@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use candle_core::{Device, Tensor};
 
 use crate::checkpoint::{Checkpoint, Format, Provenance, read_tensors, save, write_atomic};
-use crate::data::{Preferences, Records, Tokenizer, texts};
+use crate::data::{Lengths, Preferences, Records, Tokenizer, texts};
 use crate::generate::{Engine, EngineOptions, Request, SamplingParams, Scheduler, Session};
 use crate::mixer::{AttentionConfig, Mamba2Config, MixerConfig, MlaConfig, RopeConfig};
 use crate::model::{FORMAT_VERSION, ModelConfig, Parts};
@@ -141,7 +141,11 @@ pub fn records(bytes: &[u8]) -> Result<()> {
     beside(Format::Zebroid, name, bytes, |folder| {
         let tokenizer = Tokenizer::open(folder)?;
         let path = folder.join(name);
-        let pairs = Preferences::load(&path, &tokenizer, 16, 32).map(drop);
+        let lengths = Lengths {
+            max_prompt: 16,
+            max_length: 32,
+        };
+        let pairs = Preferences::load(&path, &tokenizer, lengths).map(drop);
         let all = texts(&path, &tokenizer)
             .and_then(|mut all| all.try_for_each(|text| text?.tokens(&tokenizer).map(drop)));
         let raw = Records::open(&path, "an object")

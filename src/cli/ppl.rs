@@ -8,7 +8,7 @@ use super::positive;
 use super::show::{Progress, print, print_json, table, thousands};
 use crate::checkpoint::Checkpoint;
 use crate::data::{Records, Text, Tokenizer, texts};
-use crate::eval::ppl::{PplMode, ppl};
+use crate::eval::ppl::{PplConfig, PplMode, ppl};
 use crate::{Error, Result};
 
 /// Perplexity (a token, a word) and bits per byte of any text, every token scored once in sliding windows.
@@ -51,15 +51,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let window = args.window.unwrap_or(context.min(WINDOW));
     let stride = args.stride.unwrap_or(window / 2);
     let watch = Progress::default();
-    let report = ppl(
-        &lm,
-        &tokenizer,
-        &texts,
-        args.mode,
-        (window, stride),
-        args.batch_tokens,
-        &watch,
-    )?;
+    let config = PplConfig {
+        mode: args.mode,
+        window,
+        stride,
+        batch_tokens: args.batch_tokens,
+    };
+    let report = ppl(&lm, &tokenizer, texts, config, &watch)?;
     drop(watch);
     if args.json {
         print_json(&report)?;
@@ -80,14 +78,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 /// Tokens a window at most where nobody says: activations grow with it.
 const WINDOW: usize = 4096;
 
-/// The documents of a file; one that is no file of records is one document.
-fn documents(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Text>> {
+type Documents<'t> = Box<dyn Iterator<Item = Result<(Text, f64)>> + 't>;
+
+/// The documents of a file, with the share of it that has been read with each; one that is no file of records is one document.
+fn documents<'t>(path: &Path, tokenizer: &'t Tokenizer) -> Result<Documents<'t>> {
     if Records::is_named(path) {
-        return texts(path, tokenizer)?.collect();
+        return Ok(Box::new(texts(path, tokenizer)?.with_shares()));
     }
     let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
     match text.is_empty() {
         true => Err(Error::file(path, "the file is empty")),
-        false => Ok(vec![Text::whole(text)]),
+        false => Ok(Box::new(std::iter::once(Ok((Text::whole(text), 1.0))))),
     }
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use super::arg::data::DataArgs;
+use super::arg::data::{DataArgs, pairs};
 use super::arg::device::DeviceArg;
 use super::arg::hub::{DataFile, Model};
 use super::arg::init::InitArgs;
@@ -12,7 +12,7 @@ use super::show::dashboard::Dashboard;
 use super::show::{Progress, command_line, note, print_line};
 use crate::checkpoint::{self, Checkpoint, Input};
 use crate::convert::PlanOptions;
-use crate::data::{Batches, Corpus, Preferences, Tokenizer};
+use crate::data::{Batches, Corpus, Tokenizer};
 use crate::eval::kl;
 use crate::mixer::LayerKind;
 use crate::model::Lm;
@@ -446,8 +446,7 @@ fn dpo(args: &DpoArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&student)?;
     let tokenizer = Tokenizer::open(&student)?;
     tokenizer.check(checkpoint.config.vocab_size)?;
-    let (prompt, length) = (args.dpo.max_prompt, args.dpo.max_length);
-    let pairs = Preferences::load(&data, &tokenizer, prompt, length)?;
+    let pairs = pairs(&data, args.dpo.lengths(), &tokenizer, &watch)?;
     pairs.check(config.batch_size, config.seq_len)?;
     let stage = DpoStage {
         objective: args.dpo,

@@ -9,10 +9,12 @@ use serde_json::Value;
 use super::Tokenizer;
 use super::batch::{Batch, Batches};
 use super::order::{Shuffle, check_count};
-use super::records::Records;
 use super::text::{Reader, conversation};
+use super::tokenize::{Document, Form, Reading, tokens};
+use super::tokens::Tokens;
 use crate::hash::Hash;
 use crate::op::Documents;
+use crate::watch::Quiet;
 use crate::{Error, Result};
 
 /// One record of a preference file.
@@ -23,86 +25,78 @@ pub struct Preference {
     pub rejected: String,
 }
 
-/// An answer behind its prompt.
-#[derive(Debug, Clone)]
-struct Answer {
-    ids: Vec<u32>,
-    /// Tokens of the prompt.
-    prompt: usize,
+/// How much of a pair is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Lengths {
+    /// Tokens of a prompt, its last ones.
+    pub max_prompt: usize,
+    /// Of a prompt with its answer.
+    pub max_length: usize,
 }
+
+/// What records should be.
+pub(super) const WANTED: &str =
+    "a JSON object with \"prompt\", \"chosen\" and \"rejected\", strings or lists of messages";
 
 /// Tokenised pairs.
 #[derive(Debug)]
 pub struct Preferences {
-    /// `[chosen, rejected]`.
-    pairs: Vec<[Answer; 2]>,
+    /// Chosen, rejected, chosen, rejected, ..: of each the answer is learned, and not the prompt.
+    answers: Tokens,
     shuffle: Shuffle,
 }
 
 impl Preferences {
     /// Each answer ends with the tokenizer's first end token, if it has one and no template has written the end. Of a prompt the last
     /// `max_prompt` tokens are kept (TRL's `max_prompt_length`); a pair that is still longer than `max_length`
-    /// tokens loses more of its prompt's beginning, then the end of its answer.
+    /// tokens loses more of its prompt's beginning, then the end of its answer. Of `reading` the tokenizer counts, and where tokens of large
+    /// files are kept.
     ///
     /// # Errors
-    /// Names the line that cannot be used: other fields, an empty answer, twice the same answer. A length without room.
-    pub fn load(
-        path: &Path,
-        tokenizer: &Tokenizer,
-        max_prompt: usize,
-        max_length: usize,
-    ) -> Result<Self> {
-        const WANTED: &str = "a JSON object with \"prompt\", \"chosen\" and \"rejected\", strings or lists of messages";
-        if max_length < 2 {
+    /// Names the line that cannot be used: other fields, an empty answer, twice the same answer. A length without room;
+    /// [`Error::Interrupted`].
+    pub fn open(path: &Path, lengths: Lengths, reading: &Reading) -> Result<Self> {
+        if lengths.max_length < 2 {
             return Err(Error::invalid(format!(
-                "max_length {max_length} has no room for a prompt and an answer"
+                "max_length {} has no room for a prompt and an answer",
+                lengths.max_length
             )));
         }
-        let mut records = Records::open(path, WANTED)?;
-        let (reader, mut pairs) = (Reader::new(tokenizer), Vec::new());
-        while let Some(record) = records.next().transpose()? {
-            let pair = || -> Result<[Answer; 2]> {
-                let (line, templated) = match record["chosen"].is_array() {
-                    true => (templated(&record, &reader)?, true),
-                    false => {
-                        let line = serde_json::from_value(record.clone());
-                        let line =
-                            line.map_err(|e| Error::invalid(format!("not {WANTED}: {e}")))?;
-                        (line, false)
-                    }
-                };
-                if line.chosen.is_empty() || line.rejected.is_empty() {
-                    return Err(Error::invalid("an empty answer"));
-                }
-                if line.chosen == line.rejected {
-                    return Err(Error::invalid("the chosen answer is the rejected one"));
-                }
-                let lengths = (max_prompt, max_length);
-                let answer = |text| Answer::new(tokenizer, &line.prompt, text, templated, lengths);
-                Ok([answer(&line.chosen)?, answer(&line.rejected)?])
-            };
-            pairs.push({ pair }().map_err(|e| records.wrong(e.to_string()))?);
-        }
+        let reading = Reading {
+            form: Form::Pair(lengths),
+            cache: reading.cache,
+            ..Reading::plain(reading.tokenizer, reading.watch)
+        };
+        let (answers, _) = tokens(path, None, &reading)?;
         Ok(Self {
-            pairs,
+            answers,
             shuffle: Shuffle::default(),
         })
     }
 
+    /// Reads a file of pairs into memory.
+    ///
+    /// # Errors
+    /// As [`Preferences::open`].
+    pub fn load(path: &Path, tokenizer: &Tokenizer, lengths: Lengths) -> Result<Self> {
+        Self::open(path, lengths, &Reading::plain(tokenizer, &Quiet::default()))
+    }
+
     /// Pairs.
     pub fn len(&self) -> usize {
-        self.pairs.len()
+        self.answers.documents() / 2
     }
 
     pub fn is_empty(&self) -> bool {
-        self.pairs.is_empty()
+        self.len() == 0
     }
 
     /// Rows chosen, rejected, chosen, rejected, .. of the given pairs, filled up at their ends to one length
     /// with a token that nothing learns and, since all mixers are causal, nothing sees.
     pub fn rows(&self, pairs: &[usize]) -> Batch {
-        let answers: Vec<&Answer> = pairs.iter().flat_map(|i| &self.pairs[*i]).collect();
-        let len = answers.iter().map(|a| a.ids.len()).max().unwrap_or(1);
+        let answers = pairs.iter().flat_map(|pair| [2 * pair, 2 * pair + 1]);
+        let answers: Vec<Document> = answers.map(|at| self.answers.document(at)).collect();
+        let len = answers.iter().map(Vec::len).max().unwrap_or(1);
         let mut batch = Batch {
             input_ids: vec![0; answers.len() * len],
             targets: vec![0; answers.len() * len],
@@ -113,17 +107,39 @@ impl Preferences {
             len,
         };
         for (row, answer) in answers.iter().enumerate() {
-            for (at, id) in answer.ids.iter().enumerate() {
+            for (at, (id, learned)) in answer.iter().enumerate() {
                 batch.input_ids[row * len + at] = *id;
                 if at > 0 {
                     batch.targets[row * len + at - 1] = *id;
-                    let learned = at >= answer.prompt;
-                    batch.mask[row * len + at - 1] = f32::from(u8::from(learned));
+                    batch.mask[row * len + at - 1] = f32::from(u8::from(*learned));
                 }
             }
         }
         batch
     }
+}
+
+/// A record's prompt with the chosen and with the rejected answer.
+///
+/// # Errors
+/// Other fields, an empty answer, twice the same answer.
+pub(super) fn pair(record: &Value, reader: &Reader, lengths: Lengths) -> Result<[Document; 2]> {
+    let (line, templated) = match record["chosen"].is_array() {
+        true => (templated(record, reader)?, true),
+        false => {
+            let line = serde_json::from_value(record.clone());
+            let line = line.map_err(|e| Error::invalid(format!("not {WANTED}: {e}")))?;
+            (line, false)
+        }
+    };
+    if line.chosen.is_empty() || line.rejected.is_empty() {
+        return Err(Error::invalid("an empty answer"));
+    }
+    if line.chosen == line.rejected {
+        return Err(Error::invalid("the chosen answer is the rejected one"));
+    }
+    let answer = |text| answer(reader.tokenizer, &line.prompt, text, templated, lengths);
+    Ok([answer(&line.chosen)?, answer(&line.rejected)?])
 }
 
 /// Conversations as the template writes them: what both begin with, and how each ends.
@@ -164,62 +180,57 @@ fn templated(record: &Value, reader: &Reader) -> Result<Preference> {
     })
 }
 
-impl Answer {
-    fn new(
-        tokenizer: &Tokenizer,
-        prompt: &str,
-        answer: &str,
-        templated: bool,
-        (max_prompt, max_length): (usize, usize),
-    ) -> Result<Self> {
-        let text = format!("{prompt}{answer}");
-        let tokens = tokenizer.encode_with_offsets(&text, !templated)?;
-        // A token across the border holds the answer's beginning.
-        let mut from = tokens
-            .iter()
-            .take_while(|(_, at)| at.end <= prompt.len())
-            .count();
-        let mut ids: Vec<u32> = tokens.into_iter().map(|(id, _)| id).collect();
-        ids.extend(tokenizer.eos().first().filter(|_| !templated));
-        // One token stays before the answer, so that its first can be predicted.
-        let too_long = from.saturating_sub(max_prompt);
-        let cut = (ids.len().saturating_sub(max_length))
-            .max(too_long)
-            .min(from.saturating_sub(1));
-        ids.drain(..cut);
-        from -= cut;
-        ids.truncate(max_length.max(2));
-        Ok(Self {
-            ids,
-            prompt: from.max(1),
-        })
-    }
+/// A prompt and its answer, which is learned.
+fn answer(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    answer: &str,
+    templated: bool,
+    lengths: Lengths,
+) -> Result<Document> {
+    let text = format!("{prompt}{answer}");
+    let tokens = tokenizer.encode_with_offsets(&text, !templated)?;
+    // A token across the border holds the answer's beginning.
+    let from = tokens
+        .iter()
+        .take_while(|(_, at)| at.end <= prompt.len())
+        .count();
+    let mut ids: Vec<u32> = tokens.into_iter().map(|(id, _)| id).collect();
+    ids.extend(tokenizer.eos().first().filter(|_| !templated));
+    // One token stays before the answer, so that its first can be predicted.
+    let cut = (ids.len().saturating_sub(lengths.max_length))
+        .max(from.saturating_sub(lengths.max_prompt))
+        .min(from.saturating_sub(1));
+    let from = (from - cut).max(1);
+    let kept = ids.into_iter().skip(cut).take(lengths.max_length.max(2));
+    Ok(kept.enumerate().map(|(at, id)| (id, at >= from)).collect())
 }
 
 impl Batches for Preferences {
     fn check(&self, rows: usize, _len: usize) -> Result<()> {
-        match self.pairs.len() < rows.max(1) {
+        match self.len() < rows.max(1) {
             true => Err(Error::invalid(format!(
                 "the data has {} pairs, a batch needs {rows}: give more data, or lower --batch-size",
-                self.pairs.len()
+                self.len()
             ))),
-            false => check_count(self.pairs.len()),
+            false => check_count(self.len()),
         }
     }
 
     fn examples(&self, _len: usize) -> usize {
-        self.pairs.len()
+        self.len()
     }
 
     fn hash(&self) -> String {
         let mut hash = Hash::new();
-        for answer in self.pairs.iter().flatten() {
-            hash = hash.with(&answer.prompt.to_le_bytes());
-            hash = hash.with(&answer.ids.len().to_le_bytes());
+        for at in 0..self.answers.documents() {
+            let answer = self.answers.document(at);
+            let prompt = answer.iter().take_while(|(_, learned)| !learned).count();
+            hash = hash.with(&prompt.to_le_bytes());
+            hash = hash.with(&answer.len().to_le_bytes());
             hash = answer
-                .ids
                 .iter()
-                .fold(hash, |h, id| h.with(&id.to_le_bytes()));
+                .fold(hash, |h, (id, _)| h.with(&id.to_le_bytes()));
         }
         hash.to_string()
     }
@@ -227,7 +238,7 @@ impl Batches for Preferences {
     /// `rows` pairs, twice as many rows.
     fn batch(&self, seed: u64, index: u64, rows: usize, len: usize) -> Result<Batch> {
         self.check(rows, len)?;
-        let pairs = self.pairs.len();
+        let pairs = self.len();
         let all = |_| (0..pairs as u32).collect();
         let order = self.shuffle.batch((rows, len), pairs, seed, index, all);
         Ok(self.rows(&order))
@@ -238,6 +249,13 @@ impl Batches for Preferences {
 mod tests {
     use super::*;
     use crate::data::stories;
+
+    fn lengths(max_prompt: usize, max_length: usize) -> Lengths {
+        Lengths {
+            max_prompt,
+            max_length,
+        }
+    }
 
     fn load(lines: &str, max_length: usize) -> Result<(Preferences, Tokenizer)> {
         load_with(lines, (max_length, max_length))
@@ -252,7 +270,7 @@ mod tests {
         let tokenizer = Tokenizer::open(folder.path()).unwrap();
         let path = folder.path().join("pairs.jsonl");
         std::fs::write(&path, lines).unwrap();
-        let pairs = Preferences::load(&path, &tokenizer, prompt, length)?;
+        let pairs = Preferences::load(&path, &tokenizer, lengths(prompt, length))?;
         Ok((pairs, tokenizer))
     }
 
@@ -291,7 +309,7 @@ mod tests {
         let apart = format!(r#"{{"prompt":[{user}],"chosen":[{good}],"rejected":[{bad}]}}"#);
         let whole = format!(r#"{{"chosen":[{user},{good}],"rejected":[{user},{bad}]}}"#);
         std::fs::write(&path, [apart, whole].join("\n")).unwrap();
-        let pairs = Preferences::load(&path, &tokenizer, 100, 100).unwrap();
+        let pairs = Preferences::load(&path, &tokenizer, lengths(100, 100)).unwrap();
         for pair in 0..2 {
             let batch = pairs.rows(&[pair]);
             let words = ["ball. ", "kite. "].map(|text| tokenizer.encode_plain(text).unwrap());
@@ -305,7 +323,7 @@ mod tests {
         }
         let same = r#"{"chosen":[{"role":"user","content":"a"}],"rejected":[{"role":"user","content":"a"}]}"#;
         std::fs::write(&path, same).unwrap();
-        let said = Preferences::load(&path, &tokenizer, 100, 100).unwrap_err();
+        let said = Preferences::load(&path, &tokenizer, lengths(100, 100)).unwrap_err();
         assert!(said.to_string().contains("line 1"), "{said}");
     }
 
@@ -327,14 +345,48 @@ mod tests {
         let prompt = tokenizer
             .encode("Tom had a red ball. Tom loved the")
             .unwrap();
-        for (whole, short) in whole.pairs[0].iter().zip(&short.pairs[0]) {
-            assert_eq!(whole.prompt, prompt.len());
-            assert_eq!(short.prompt, 3);
-            assert_eq!(short.ids, whole.ids[prompt.len() - 3..]);
+        for at in [0, 1] {
+            let [whole, short] = [&whole, &short].map(|pairs| pairs.answers.document(at));
+            let led = |answer: &Document| answer.iter().take_while(|(_, learned)| !learned).count();
+            assert_eq!((led(&whole), led(&short)), (prompt.len(), 3));
+            assert_eq!(short, whole[prompt.len() - 3..]);
         }
         // A shorter prompt stays whole.
         let (same, _) = load_with(PAIR, (prompt.len(), 100)).unwrap();
         assert_eq!(same.hash(), whole.hash());
+    }
+
+    /// A large file's pairs stand in shards, which end between pairs; the second time they are found there.
+    #[test]
+    fn pairs_of_a_large_file_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        stories::write_tokenizer(folder.path()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let path = folder.path().join("pairs.jsonl");
+        let lines = stories::preferences_to_jsonl(2, 40);
+        let lines = lines.repeat((5 << 20) / lines.len());
+        std::fs::write(&path, &lines).unwrap();
+        let cache = folder.path().join("cache");
+        let quiet = Quiet::default();
+        let reading = Reading {
+            cache: Some(&cache),
+            // Of texts, not of pairs.
+            eos: super::super::Eos::Never,
+            ..Reading::plain(&tokenizer, &quiet)
+        };
+        let open = |lengths| Preferences::open(&path, lengths, &reading).unwrap();
+        let in_memory = Preferences::load(&path, &tokenizer, lengths(64, 64)).unwrap();
+        assert_eq!(in_memory.len(), lines.lines().count());
+        let last = in_memory.len() - 1;
+        for time in 0..2 {
+            let kept = open(lengths(64, 64));
+            assert_eq!(kept.hash(), in_memory.hash(), "{time}");
+            let rows = [&kept, &in_memory].map(|pairs| pairs.rows(&[0, 17, last]).input_ids);
+            assert_eq!(rows[0], rows[1]);
+            assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 1);
+        }
+        assert_ne!(open(lengths(8, 64)).hash(), in_memory.hash());
+        assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 2);
     }
 
     #[test]

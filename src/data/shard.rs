@@ -221,9 +221,14 @@ impl Draft {
         }
     }
 
-    /// Adds a record: its ids, and whether each is to be learned. `begins`: whether a document begins with it.
+    /// Adds a record of one document: its ids, and whether each is to be learned. `begins`: whether a document begins with it.
     pub fn push(&mut self, record: impl Iterator<Item = (u32, bool)>, begins: bool) {
         self.records += 1;
+        self.also(record, begins);
+    }
+
+    /// Adds to the last record what [`Draft::push`] began it with.
+    pub fn also(&mut self, record: impl Iterator<Item = (u32, bool)>, begins: bool) {
         if begins {
             self.starts.push(self.tokens() as u64);
         }

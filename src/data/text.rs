@@ -125,22 +125,40 @@ impl<'t> Reader<'t> {
 }
 
 /// The texts of a file, one after the other.
-///
+pub struct Texts<'t> {
+    records: Records,
+    reader: Reader<'t>,
+}
+
 /// # Errors
 /// Those of [`Records`]; names the record that means nothing.
-pub fn texts<'t>(
-    path: &Path,
-    tokenizer: &'t Tokenizer,
-) -> Result<impl Iterator<Item = Result<Text>> + use<'t>> {
-    let mut records = Records::open(path, WANTED)?;
-    let reader = Reader::new(tokenizer);
-    Ok(std::iter::from_fn(move || {
-        let record = records.next()?;
+pub fn texts<'t>(path: &Path, tokenizer: &'t Tokenizer) -> Result<Texts<'t>> {
+    Ok(Texts {
+        records: Records::open(path, WANTED)?,
+        reader: Reader::new(tokenizer),
+    })
+}
+
+impl Iterator for Texts<'_> {
+    type Item = Result<Text>;
+
+    fn next(&mut self) -> Option<Result<Text>> {
+        let record = self.records.next()?;
         Some(record.and_then(|record| {
-            let text = reader.text(&record);
-            text.map_err(|e| records.wrong(e.to_string()))
+            let text = self.reader.text(&record);
+            text.map_err(|e| self.records.wrong(e.to_string()))
         }))
-    }))
+    }
+}
+
+impl Texts<'_> {
+    /// Each with the share of the file that has been read with it.
+    pub fn with_shares(mut self) -> impl Iterator<Item = Result<(Text, f64)>> {
+        std::iter::from_fn(move || {
+            let text = self.next()?;
+            Some(text.map(|text| (text, self.records.share())))
+        })
+    }
 }
 
 /// ShareGPT's turn as a message.

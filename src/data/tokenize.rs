@@ -12,9 +12,10 @@ use serde_json::{Value, json};
 use super::Tokenizer;
 use super::chat::{CHATML, ChatTemplate};
 use super::ngrams::Ngrams;
+use super::preferences::{self, Lengths};
 use super::records::Records;
 use super::shard::{Draft, Dropped, Shard};
-use super::text::{Reader, Text, WANTED, conversation};
+use super::text::{self, Reader, Text, conversation};
 use super::tokens::Tokens;
 use crate::atomic::write_atomic;
 use crate::hash::Hash;
@@ -42,10 +43,31 @@ pub enum Eos {
     Never,
 }
 
+/// What a record is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// A document.
+    #[default]
+    Text,
+    /// Two documents, a prompt with the chosen answer and with the rejected one, of which the answers are learned.
+    Pair(Lengths),
+}
+
+impl Form {
+    fn wanted(self) -> &'static str {
+        match self {
+            Self::Text => text::WANTED,
+            Self::Pair(_) => preferences::WANTED,
+        }
+    }
+}
+
 /// How texts become tokens, and under whose eyes.
 #[derive(Clone, Copy)]
 pub struct Reading<'a> {
     pub tokenizer: &'a Tokenizer,
+    pub form: Form,
     pub packing: Packing,
     pub eos: Eos,
     /// Texts that share words with these are dropped.
@@ -60,6 +82,7 @@ impl<'a> Reading<'a> {
     pub fn plain(tokenizer: &'a Tokenizer, watch: &'a dyn Watch) -> Self {
         Self {
             tokenizer,
+            form: Form::Text,
             packing: Packing::Documents,
             eos: Eos::Auto,
             decontaminate: None,
@@ -222,10 +245,13 @@ fn kept(
     Ok(tokens)
 }
 
+/// Ids, and whether each is to be learned.
+pub(super) type Document = Vec<(u32, bool)>;
+
 /// What becomes of a record.
 enum Made {
-    /// Ids, and whether each is to be learned.
-    Document(Vec<(u32, bool)>),
+    Text(Document),
+    Pair([Document; 2]),
     Dropped(Dropped),
 }
 
@@ -238,12 +264,12 @@ fn tokenise(
     mut keep: impl FnMut(Draft) -> Result<()>,
     stop: impl Fn(f64) -> bool,
 ) -> Result<Option<f64>> {
-    let mut records = Records::open(path, WANTED)?;
+    let mut records = Records::open(path, reading.form.wanted())?;
     for _ in 0..done {
         records.next().transpose()?;
     }
     let (tokenizer, eos, ngrams) = (reading.tokenizer, reading.eos, reading.decontaminate);
-    let reader = Reader::new(tokenizer);
+    let (reader, form) = (Reader::new(tokenizer), reading.form);
     let mut draft = Draft::default();
     let mut first = had == 0;
     let mut left = limit.unwrap_or(usize::MAX).saturating_sub(had);
@@ -255,13 +281,16 @@ fn tokenise(
         let made = portion.into_par_iter().map(|(number, record)| {
             let record = record?;
             let make = || {
+                if let Form::Pair(lengths) = form {
+                    return preferences::pair(&record, &reader, lengths).map(Made::Pair);
+                }
                 let text = reader.text(&record)?;
                 match ngrams.and_then(|ngrams| ngrams.find(&text.text)) {
                     Some(words) => Ok(Made::Dropped(Dropped {
                         record: number,
                         words: words.to_owned(),
                     })),
-                    None => eos.tokens(&text, tokenizer).map(Made::Document),
+                    None => eos.tokens(&text, tokenizer).map(Made::Text),
                 }
             };
             make().map_err(|e: Error| Error::Line {
@@ -272,17 +301,19 @@ fn tokenise(
         });
         // In the file's order, so that the first mistake is the one that is said.
         for made in made.collect::<Vec<Result<Made>>>() {
-            let tokens = match made? {
-                Made::Document(tokens) => tokens,
-                Made::Dropped(record) => {
-                    draft.drop(record);
-                    continue;
+            match made? {
+                Made::Text(tokens) => {
+                    let begins = first || reading.packing == Packing::Documents;
+                    draft.push(tokens.iter().copied().take(left), begins);
+                    left -= left.min(tokens.len());
+                    first = false;
                 }
-            };
-            let begins = first || reading.packing == Packing::Documents;
-            draft.push(tokens.iter().copied().take(left), begins);
-            left -= left.min(tokens.len());
-            first = false;
+                Made::Pair([chosen, rejected]) => {
+                    draft.push(chosen.into_iter(), true);
+                    draft.also(rejected.into_iter(), true);
+                }
+                Made::Dropped(record) => draft.drop(record),
+            }
             if left == 0 {
                 break;
             }
@@ -335,7 +366,7 @@ fn key(path: &Path, (file, budget): (Hash, Option<usize>), reading: &Reading) ->
     // One that cannot be read is an error where it is asked for.
     let template = reading.tokenizer.chat_template().ok().flatten();
     let ends = (reading.eos, reading.tokenizer.eos());
-    let inputs = json!({
+    let mut inputs = json!({
         "file": file.to_string(),
         "form": form,
         "tokenizer": reading.tokenizer.hash().to_string(),
@@ -344,8 +375,11 @@ fn key(path: &Path, (file, budget): (Hash, Option<usize>), reading: &Reading) ->
         "eos": (reading.eos != Eos::Auto).then_some(ends),
         "decontaminate": reading.decontaminate.map(|ngrams| ngrams.hash().to_string()),
         "tokens": budget,
-        "sample": sample(reading.tokenizer)?.to_string(),
+        "sample": sample(reading)?.to_string(),
     });
+    if reading.form != Form::Text {
+        inputs["records"] = json!(reading.form);
+    }
     Ok(Hash::of(inputs.to_string().as_bytes()))
 }
 
@@ -377,7 +411,8 @@ pub fn file_hash(path: &Path, watch: &dyn Watch) -> Result<Hash> {
 }
 
 /// What becomes of a few records.
-fn sample(tokenizer: &Tokenizer) -> Result<Hash> {
+fn sample(reading: &Reading) -> Result<Hash> {
+    let tokenizer = reading.tokenizer;
     let reader = Reader::new(tokenizer);
     let chatml = ChatTemplate::new(CHATML, Vec::new())?;
     let said = |role: &str, content: &str| json!({ "role": role, "content": content });
@@ -390,12 +425,19 @@ fn sample(tokenizer: &Tokenizer) -> Result<Hash> {
         reader.text(&json!({ "prompt": "What is 2 + 2? ", "completion": "Four." }))?,
         conversation(&chatml, &messages, &Value::Null, 0)?,
     ];
-    texts.iter().try_fold(Hash::new(), |hash, text| {
-        let tokens = text.tokens(tokenizer)?.into_iter();
-        Ok(tokens.fold(hash, |hash, (id, learned)| {
-            hash.with(&id.to_le_bytes()).with(&[u8::from(learned)])
-        }))
-    })
+    let mut documents = Vec::new();
+    for text in &texts {
+        documents.push(text.tokens(tokenizer)?);
+    }
+    if let Form::Pair(lengths) = reading.form {
+        let pair =
+            json!({ "prompt": "What is 2 + 2?", "chosen": " Four.", "rejected": " Five, I say." });
+        documents.extend(preferences::pair(&pair, &reader, lengths)?);
+    }
+    let tokens = documents.into_iter().flatten();
+    Ok(tokens.fold(Hash::new(), |hash, (id, learned)| {
+        hash.with(&id.to_le_bytes()).with(&[u8::from(learned)])
+    }))
 }
 
 #[cfg(test)]

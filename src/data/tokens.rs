@@ -12,6 +12,8 @@ pub(super) struct Tokens {
     /// The first token of each shard.
     firsts: Vec<usize>,
     len: usize,
+    /// Documents before each shard, and all of them.
+    documents: Vec<usize>,
     hash: OnceLock<Hash>,
 }
 
@@ -27,20 +29,45 @@ impl Tokens {
     /// `hash`: as [`Tokens::hash`] found it before.
     pub fn new(shards: Vec<Shard>, hash: Option<Hash>) -> Self {
         let (mut firsts, mut len) = (Vec::with_capacity(shards.len()), 0);
+        let mut documents = vec![0];
         for shard in &shards {
             firsts.push(len);
             len += shard.header.tokens;
+            documents.push(documents[documents.len() - 1] + shard.starts().len());
         }
         Self {
             shards,
             firsts,
             len,
+            documents,
             hash: hash.map_or_else(OnceLock::new, OnceLock::from),
         }
     }
 
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Documents, where each begins in the shard that holds it.
+    pub fn documents(&self) -> usize {
+        self.documents.last().copied().unwrap_or(0)
+    }
+
+    /// A document's tokens, and whether each is to be learned.
+    ///
+    /// # Panics
+    /// Where there is no such document.
+    pub fn document(&self, number: usize) -> Vec<(u32, bool)> {
+        let shard = self.documents.partition_point(|before| *before <= number) - 1;
+        let (here, number) = (&self.shards[shard], number - self.documents[shard]);
+        let start = |number: usize| here.starts().get(number).map(|start| *start as usize);
+        let from = start(number).expect("one of its documents");
+        let range = from..start(number + 1).unwrap_or(here.header.tokens);
+        let mut ids = Vec::with_capacity(range.len());
+        here.each(range.clone(), |id| ids.push(id));
+        let found = ids.into_iter().zip(here.learned(range)).collect();
+        here.release();
+        found
     }
 
     pub fn shards(&self) -> usize {
@@ -181,6 +208,11 @@ mod tests {
         for every in [1, 3, 17] {
             let cut = cut(every);
             assert_eq!(cut.hash(), whole.hash());
+            assert_eq!(cut.documents(), 40);
+            for n in [0, 2, 3, 16, 17, 39] {
+                let want: Vec<_> = document(n).collect();
+                assert_eq!(cut.document(n as usize), want, "{every} {n}");
+            }
             for len in [1, 8, 50] {
                 assert_eq!(windows(&cut, len), windows(&whole, len), "{every} {len}");
             }

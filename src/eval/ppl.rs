@@ -34,76 +34,147 @@ pub struct PplReport {
     pub words: usize,
 }
 
+/// How a text is read.
+#[derive(Debug, Clone, Copy)]
+pub struct PplConfig {
+    pub mode: PplMode,
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens from a window's beginning to the next one's.
+    pub stride: usize,
+    /// Tokens read at once.
+    pub batch_tokens: usize,
+}
+
 /// A window: its tokens, and the first of them that is scored.
 struct Window {
     ids: Vec<u32>,
     from: usize,
 }
 
+/// Cuts one stream after the other into windows, as far as their tokens are known.
+struct Cutter {
+    window: usize,
+    stride: usize,
+    /// From where the next window begins.
+    ids: Vec<u32>,
+    /// The first of them that no window has scored.
+    from: usize,
+}
+
+impl Cutter {
+    /// A stream goes on.
+    fn add(&mut self, ids: Vec<u32>, windows: &mut Vec<Window>) {
+        self.ids.extend(ids);
+        let mut start = 0;
+        while self.ids.len() - start >= self.window {
+            windows.push(Window {
+                ids: self.ids[start..start + self.window].to_vec(),
+                from: self.from,
+            });
+            self.from = self.window - self.stride;
+            start += self.stride;
+        }
+        self.ids.drain(..start);
+    }
+
+    /// A stream ends.
+    fn end(&mut self, windows: &mut Vec<Window>) {
+        let ids = std::mem::take(&mut self.ids);
+        if self.from < ids.len() {
+            windows.push(Window {
+                ids,
+                from: self.from,
+            });
+        }
+        self.from = 1;
+    }
+}
+
+/// Tokens whose windows are in memory together.
+const PORTION: usize = 1 << 20;
+
 /// Windows of `window` tokens every `stride`: a token is scored in the first window that holds it, behind
 /// at least `window − stride` others once the text is that long. A text's first token has nothing before
-/// it: it is scored only behind the begin token that the tokenizer adds.
+/// it: it is scored only behind the begin token that the tokenizer adds. `texts`: each with the share of all that has been
+/// read with it; they are in memory a portion at a time.
 ///
 /// # Errors
-/// A window of fewer than two tokens, a stride that leaves tokens out, no token to score, or
+/// A window of fewer than two tokens, a stride that leaves tokens out, no token to score, a text's own, or
 /// [`Error::Interrupted`].
 pub fn ppl(
     lm: &Lm,
     tokenizer: &Tokenizer,
-    texts: &[Text],
-    mode: PplMode,
-    (window, stride): (usize, usize),
-    batch_tokens: usize,
+    texts: impl IntoIterator<Item = Result<(Text, f64)>>,
+    config: PplConfig,
     watch: &dyn Watch,
 ) -> Result<PplReport> {
+    let PplConfig { window, stride, .. } = config;
     if window < 2 || stride == 0 || stride >= window {
         return Err(Error::invalid(format!(
             "windows of {window} tokens every {stride}: a window needs two tokens, and a stride below it"
         )));
     }
-    let ids = texts.iter().map(|text| {
-        let tokens = text.tokens(tokenizer)?;
-        Ok(tokens.into_iter().map(|(id, _)| id).collect::<Vec<u32>>())
-    });
-    let ids = ids.collect::<Result<Vec<_>>>()?;
-    let streams = match mode {
-        PplMode::Documents => ids,
-        PplMode::Stream => vec![ids.concat()],
+    let mut cutter = Cutter {
+        window,
+        stride,
+        ids: Vec::new(),
+        from: 1,
     };
-    let mut windows = Vec::new();
-    for ids in &streams {
-        let (mut start, mut scored) = (0, 1);
-        while scored < ids.len() {
-            let end = (start + window).min(ids.len());
-            windows.push(Window {
-                ids: ids[start..end].to_vec(),
-                from: scored - start,
-            });
-            scored = end;
-            start += stride;
+    let (mut sum, mut tokens, mut bytes, mut words) = (0.0, 0, 0, 0);
+    let (mut texts, mut windows) = (texts.into_iter(), Vec::new());
+    let (mut done, mut all) = (0, None);
+    loop {
+        let (mut held, mut read) = (0, 1.0);
+        while held < PORTION
+            && let Some(text) = texts.next()
+        {
+            let (text, share) = text?;
+            bytes += text.text.len();
+            words += text.text.split_whitespace().count();
+            let ids = text.tokens(tokenizer)?;
+            held += ids.len();
+            cutter.add(ids.into_iter().map(|(id, _)| id).collect(), &mut windows);
+            if config.mode == PplMode::Documents {
+                cutter.end(&mut windows);
+            }
+            read = share;
         }
-    }
-    // Windows of like length are read together.
-    windows.sort_by_key(|w| std::cmp::Reverse(w.ids.len()));
-    let (mut sum, mut tokens, mut at) = (0.0, 0, 0);
-    watch.start("ppl", windows.len());
-    while at < windows.len() {
-        let len = windows[at].ids.len();
-        let rows = (batch_tokens / len).max(1).min(windows.len() - at);
-        let (found, count) = score(lm, &windows[at..at + rows], len)?;
-        sum += found;
-        tokens += count;
-        at += rows;
-        watch.reached(at, windows.len(), "windows")?;
+        let last = held < PORTION;
+        if last {
+            cutter.end(&mut windows);
+            read = 1.0;
+        }
+        // What is not read yet has about as many as what is.
+        let all = *all.get_or_insert_with(|| {
+            let all = (windows.len() as f64 / read).ceil() as usize;
+            watch.start("ppl", all);
+            all
+        });
+        // Windows of like length are read together.
+        windows.sort_by_key(|w| std::cmp::Reverse(w.ids.len()));
+        let mut left = &windows[..];
+        while let Some(longest) = left.first() {
+            let len = longest.ids.len();
+            let rows = (config.batch_tokens / len).max(1).min(left.len());
+            let (found, count) = score(lm, &left[..rows], len)?;
+            sum += found;
+            tokens += count;
+            done += rows;
+            left = &left[rows..];
+            let all = if last { done + left.len() } else { all };
+            watch.reached(done, all, "windows")?;
+        }
+        windows.clear();
+        if last {
+            break;
+        }
     }
     if tokens == 0 {
         return Err(Error::invalid(
             "the text has no token with another before it",
         ));
     }
-    let bytes: usize = texts.iter().map(|t| t.text.len()).sum();
-    let words = texts.iter().map(|t| t.text.split_whitespace().count());
-    let words: usize = words.sum();
     Ok(PplReport {
         perplexity: (sum / tokens as f64).exp(),
         bits_per_byte: sum / bytes as f64 / std::f64::consts::LN_2,
@@ -151,6 +222,40 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::watch::Quiet;
 
+    /// However a stream comes.
+    #[test]
+    fn windows_begin_every_stride() {
+        for len in [1, 2, 7, 8, 9, 12, 13, 40] {
+            let whole: Vec<u32> = (0..len).collect();
+            let (window, stride) = (8usize, 4usize);
+            let (mut start, mut scored, mut want) = (0, 1, Vec::new());
+            while scored < whole.len() {
+                let end = (start + window).min(whole.len());
+                want.push((whole[start..end].to_vec(), scored - start));
+                (scored, start) = (end, start + stride);
+            }
+            for piece in [1, 5, 8, 100] {
+                let (ids, from) = (Vec::new(), 1);
+                let mut cutter = Cutter {
+                    window,
+                    stride,
+                    ids,
+                    from,
+                };
+                // What one stream leaves is not in the next.
+                for _ in 0..2 {
+                    let mut windows = Vec::new();
+                    for piece in whole.chunks(piece) {
+                        cutter.add(piece.to_vec(), &mut windows);
+                    }
+                    cutter.end(&mut windows);
+                    let found: Vec<_> = windows.into_iter().map(|w| (w.ids, w.from)).collect();
+                    assert_eq!(found, want, "{len} by {piece}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn windows_score_every_token_once() {
         let folder = Path::new("assets/teacher");
@@ -161,18 +266,15 @@ mod tests {
             "Tom had a red ball. Mia had a blue kite. Tom loved the red ball.",
             "Mia had a drum.",
         ];
-        let documents = texts.map(|text| Text::whole(text.to_owned()));
-        let run = |mode, window, stride, batch| {
-            ppl(
-                &lm,
-                &tokenizer,
-                &documents,
+        let run = |mode, window, stride, batch_tokens| {
+            let config = PplConfig {
                 mode,
-                (window, stride),
-                batch,
-                &Quiet::default(),
-            )
-            .unwrap()
+                window,
+                stride,
+                batch_tokens,
+            };
+            let texts = texts.map(|text| Ok((Text::whole(text.to_owned()), 1.0)));
+            ppl(&lm, &tokenizer, texts, config, &Quiet::default()).unwrap()
         };
         let lengths: Vec<usize> = texts
             .iter()

@@ -111,9 +111,8 @@ impl Texts {
             text.open(made, &held_out)
         };
         let pairs = dpo.zip(data.preferences.as_ref()).map(|(dpo, text)| {
-            let (prompt, length) = (dpo.max_prompt, dpo.max_length);
             let file = text.file(made, true, reading.watch)?;
-            Preferences::load(&file, reading.tokenizer, prompt, length)
+            Preferences::open(&file, dpo.lengths(), reading)
         });
         Ok(Self {
             train: data.train.open(made, reading)?,

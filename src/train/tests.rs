@@ -16,7 +16,7 @@ use super::teacher::Teacher;
 use super::*;
 use crate::checkpoint::{Checkpoint, read_tensors};
 use crate::convert::{Init, PlanOptions, compose, plan};
-use crate::data::{Batches, Corpus, Packing, Preferences, stories};
+use crate::data::{Batches, Corpus, Lengths, Packing, Preferences, stories};
 use crate::mixer::{AttentionConfig, LayerKind, MixerConfig, RopeConfig, Windows};
 use crate::model::{FORMAT_VERSION, Lm, ModelConfig, Parts};
 use crate::numerics;
@@ -46,6 +46,12 @@ pub(super) fn teacher_config() -> ModelConfig {
     }
 }
 
+/// How pairs are cut.
+const LENGTHS: Lengths = Lengths {
+    max_prompt: 64,
+    max_length: 64,
+};
+
 pub(super) struct Setting {
     folder: tempfile::TempDir,
     pub(super) corpus: Corpus,
@@ -62,7 +68,7 @@ impl Setting {
         let corpus = Corpus::load(&data, &tokenizer, Packing::Documents).unwrap();
         let path = folder.path().join("pairs.jsonl");
         std::fs::write(&path, stories::preferences_to_jsonl(2, 40)).unwrap();
-        let pairs = Preferences::load(&path, &tokenizer, 64, 64).unwrap();
+        let pairs = Preferences::load(&path, &tokenizer, LENGTHS).unwrap();
         Self {
             folder,
             corpus,
@@ -1110,7 +1116,7 @@ fn frozen_log_probabilities_are_computed_once() {
     std::fs::write(&path, stories::preferences_to_jsonl(3, 8)).unwrap();
     let tokenizer = crate::data::Tokenizer::open(setting.folder.path()).unwrap();
     assert_eq!(
-        computed(&Preferences::load(&path, &tokenizer, 64, 64).unwrap()),
+        computed(&Preferences::load(&path, &tokenizer, LENGTHS).unwrap()),
         1
     );
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use zebroid::checkpoint::{self, Checkpoint, Format, Provenance};
 use zebroid::convert::{Calibration, CalibrationConfig, Init, PlanOptions, calibrate};
-use zebroid::data::{Corpus, Packing, Preferences, Tokenizer, stories};
+use zebroid::data::{Corpus, Lengths, Packing, Preferences, Tokenizer, stories};
 use zebroid::eval::harness::run_task;
 use zebroid::eval::sensitivity::sensitivity;
 use zebroid::eval::{kl, task};
@@ -398,7 +398,11 @@ impl Bench {
         let parts = hybrid.parts().unwrap();
         let path = self.at("pairs.jsonl");
         std::fs::write(&path, stories::preferences_to_jsonl(9, 12)).unwrap();
-        let pairs = Preferences::load(&path, &self.base.tokenizer, 48, 64).unwrap();
+        let lengths = Lengths {
+            max_prompt: 48,
+            max_length: 64,
+        };
+        let pairs = Preferences::load(&path, &self.base.tokenizer, lengths).unwrap();
         for loss in DpoLoss::value_variants() {
             let config = DpoConfig {
                 loss: *loss,

@@ -1,10 +1,10 @@
 //! `--data` and how it is read.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::cache;
 use crate::cli::positive;
-use crate::data::{Corpus, Eos, Packing, Reading, Tokenizer};
+use crate::data::{Corpus, Eos, Lengths, Packing, Preferences, Reading, Tokenizer};
 use crate::pipeline::{Decontaminate, Mixture, NGRAM, Text};
 use crate::watch::Watch;
 use crate::{Error, Result};
@@ -102,6 +102,23 @@ pub fn corpus(
         ..Reading::plain(tokenizer, watch)
     };
     open(texts, &reading)
+}
+
+/// The pairs of a file; the tokens of a large one are kept in the cache.
+///
+/// # Errors
+/// Those of [`Preferences::open`].
+pub fn pairs(
+    file: &Path,
+    lengths: Lengths,
+    tokenizer: &Tokenizer,
+    watch: &dyn Watch,
+) -> Result<Preferences> {
+    let reading = Reading {
+        cache: Some(&cache::folder()),
+        ..Reading::plain(tokenizer, watch)
+    };
+    Preferences::open(file, lengths, &reading)
 }
 
 fn open(texts: &[Text], reading: &Reading) -> Result<Corpus> {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::student::{Student, Summand};
 use super::{Shares, Terms, ids, next_token_losses, scalar};
 use crate::checkpoint::{Kept, Key, keep, kept};
-use crate::data::{Batch, Batches, Preferences};
+use crate::data::{Batch, Batches, Lengths, Preferences};
 use crate::model::{LOGITS, Lm, Parts, pieces};
 use crate::numerics;
 use crate::op::matmul::roughly;
@@ -65,6 +65,14 @@ impl Default for DpoConfig {
 }
 
 impl DpoConfig {
+    /// How pairs are cut.
+    pub fn lengths(&self) -> Lengths {
+        Lengths {
+            max_prompt: self.max_prompt,
+            max_length: self.max_length,
+        }
+    }
+
     /// # Errors
     /// Names the field that cannot work.
     pub fn validate(&self) -> Result<()> {
