@@ -25,7 +25,7 @@ const TOGETHER: usize = 32;
 /// Pages whose positions are summed up by themselves, whoever computes them: tasks of their own where there are few queries.
 const PART: usize = 32;
 /// Multiplications below which other threads are not worth waking.
-const ALONE: usize = 1 << 16;
+const ALONE: usize = 1 << 14;
 
 thread_local! {
     static ONLINE: RefCell<Room> = RefCell::default();

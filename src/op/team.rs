@@ -12,15 +12,10 @@ use std::thread::Thread;
 /// Looks for work before a thread sleeps: some tens of microseconds.
 const LOOKS: usize = 8_000;
 
-/// A piece of work: called once for every number below that of its tasks.
-type Work<'a> = &'a (dyn Fn(usize) + Sync);
-
 /// The piece that is worked on.
 struct Board {
     /// Its number.
     piece: AtomicU32,
-    /// Points to the [`Work`], which the one who handed it out keeps alive until all its tasks are done.
-    work: AtomicPtr<Work<'static>>,
     /// One a thread, the first that of the one who handed it out.
     shares: Vec<Share>,
     left: Left,
@@ -31,14 +26,42 @@ struct Board {
 #[repr(align(128))]
 struct Left(AtomicUsize);
 
-/// Some tasks in a row. Two lines of the cache, as processors fetch them.
+/// Some tasks in a row. Two lines of the cache, as processors fetch them: all that its thread has to know comes at once.
 #[repr(align(128))]
-#[derive(Default)]
 struct Share {
     /// The number of the piece (the high half) and how many of the tasks nobody has taken yet (the low half).
     open: AtomicU64,
     /// The task behind the last.
     end: AtomicUsize,
+    /// A task's function, called once for every number below that of all tasks; `call` knows its type. The one who handed it out keeps it
+    /// alive until all its tasks are done.
+    work: AtomicPtr<()>,
+    call: AtomicPtr<()>,
+}
+
+impl Share {
+    fn new() -> Self {
+        Self {
+            open: AtomicU64::new(0),
+            end: AtomicUsize::new(0),
+            work: AtomicPtr::new(std::ptr::null_mut()),
+            call: AtomicPtr::new(std::ptr::null_mut()),
+        }
+    }
+
+    fn piece(&self, order: Ordering) -> u32 {
+        (self.open.load(order) >> 32) as u32
+    }
+}
+
+type Call = unsafe fn(*const (), usize);
+
+/// # Safety
+/// `work` points to an `F`.
+#[allow(unsafe_code)]
+unsafe fn call<F: Fn(usize)>(work: *const (), task: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { (*work.cast::<F>())(task) }
 }
 
 struct Worker {
@@ -64,8 +87,7 @@ impl Team {
     fn new(threads: usize) -> Self {
         let board = Arc::new(Board {
             piece: AtomicU32::new(0),
-            work: AtomicPtr::new(std::ptr::null_mut()),
-            shares: (0..threads).map(|_| Share::default()).collect(),
+            shares: (0..threads).map(|_| Share::new()).collect(),
             left: Left(AtomicUsize::new(0)),
             panicked: AtomicBool::new(false),
         });
@@ -107,26 +129,26 @@ impl Team {
         }
     }
 
-    #[allow(unsafe_code)]
-    fn share(&self, tasks: usize, work: Work) {
+    fn share<F: Fn(usize) + Sync>(&self, tasks: usize, work: &F) {
         let board = &self.board;
         assert!(tasks <= u32::MAX as usize);
-        // SAFETY: only the lifetimes change; nobody calls it after the last task is done, which this function waits for.
-        let mut work = unsafe { std::mem::transmute::<Work, Work<'static>>(work) };
-        board.work.store(&mut work, Ordering::Relaxed);
-        board.left.0.store(tasks, Ordering::Relaxed);
         let piece = board.piece.load(Ordering::Relaxed).wrapping_add(1);
+        board.piece.store(piece, Ordering::Relaxed);
+        board.left.0.store(tasks, Ordering::Relaxed);
         let threads = board.shares.len();
         // The first share has the first task: whoever hands out work is awake.
         let start_of = |i: usize| (i * tasks).div_ceil(threads);
-        for (i, share) in board.shares.iter().enumerate() {
+        let call: Call = call::<F>;
+        for (i, share) in board.shares.iter().enumerate().rev() {
             let [start, end] = [i, i + 1].map(start_of);
             share.end.store(end, Ordering::Relaxed);
+            let work = std::ptr::from_ref(work).cast_mut().cast();
+            share.work.store(work, Ordering::Relaxed);
+            share.call.store(call as *mut (), Ordering::Relaxed);
             let open = u64::from(piece) << 32 | (end - start) as u64;
-            share.open.store(open, Ordering::Release);
+            // SeqCst: a worker that is about to sleep sees this, or is seen asleep.
+            share.open.store(open, Ordering::SeqCst);
         }
-        // SeqCst: a worker that is about to sleep sees this, or is seen asleep.
-        board.piece.store(piece, Ordering::SeqCst);
         for (worker, i) in self.workers.iter().zip(1..) {
             let has_share = start_of(i) < start_of(i + 1);
             if has_share && worker.asleep.load(Ordering::SeqCst) {
@@ -199,11 +221,13 @@ impl Board {
         if taken.is_err() {
             return true;
         }
-        let work = self.work.load(Ordering::Relaxed);
+        let [work, call] = [&share.work, &share.call].map(|of| of.load(Ordering::Relaxed));
         let task = share.end.load(Ordering::Relaxed) - untaken as usize;
-        // SAFETY: the piece was open when the task was taken, and it is not done before this task is: `work` was written
-        // before the share was opened, and stays.
-        let done = catch_unwind(AssertUnwindSafe(|| unsafe { (*work)(task) }));
+        // SAFETY: the piece was open when the task was taken, and it is not done before this task is: both were written
+        // before the share was opened, and stay; `call` is of the type of `work`.
+        let done = catch_unwind(AssertUnwindSafe(|| unsafe {
+            std::mem::transmute::<*mut (), Call>(call)(work, task);
+        }));
         if let Err(payload) = done {
             // What drops it may panic too, while others still work.
             std::mem::forget(payload);
@@ -215,9 +239,9 @@ impl Board {
 
     /// The life of a worker.
     fn serve(&self, thread: usize, asleep: &AtomicBool) {
-        let (mut seen, mut looks) = (0, 0);
+        let (own, mut seen, mut looks) = (&self.shares[thread], 0, 0);
         loop {
-            let piece = self.piece.load(Ordering::Acquire);
+            let piece = own.piece(Ordering::Acquire);
             if piece != seen {
                 self.take_part(thread);
                 (seen, looks) = (piece, 0);
@@ -229,7 +253,7 @@ impl Board {
                 continue;
             }
             asleep.store(true, Ordering::SeqCst);
-            if self.piece.load(Ordering::SeqCst) == seen {
+            if own.piece(Ordering::SeqCst) == seen {
                 std::thread::park();
             }
             asleep.store(false, Ordering::SeqCst);

@@ -4,6 +4,8 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 #[cfg(target_arch = "x86_64")]
 use super::dot::amx;
 use super::dot::{PADDED, SPAN, column, lines, pass, tile};
@@ -128,33 +130,23 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
         true => 1,
         false => team().threads(),
     };
-    let (weights, ys): (Vec<Weights>, Vec<Scatter<f32>>) = (parts.iter_mut())
+    let matrices: SmallVec<[(Weights, Scatter<f32>); 4]> = (parts.iter_mut())
         .map(|part| {
             assert!(part.w.width() == width && part.y.len() == m * part.w.rows());
             (Weights::of(part.w), Scatter::of(part.y))
         })
-        .unzip();
+        .collect();
     // Rows of the matrices as if they stood one above the other.
     let most = match threads {
         1 => rows.max(1),
-        _ => (rows.div_ceil(TASKS * threads))
-            .max(ALONE.div_ceil(width * m))
-            .next_multiple_of(16),
+        _ => (rows.div_ceil(tasks(rows * width * m, threads))).next_multiple_of(16),
     };
-    let tasks: Vec<(usize, Range<usize>)> = (weights.iter().enumerate())
-        .flat_map(|(i, w)| {
-            let firsts = (0..w.rows).step_by(most);
-            firsts.map(move |first| (i, first..w.rows.min(first + most)))
-        })
-        .collect();
-    let work = |task: usize| {
-        let (i, rows) = tasks[task].clone();
-        let outs = weights[i].rows;
+    let of_matrix = |w: &Weights, y: &Scatter<f32>, rows: Range<usize>| {
         let write = |row: usize, m: usize, found: &[f32]| {
             // SAFETY: every row of weights is one task's, and so are their columns of `y`.
             #[allow(unsafe_code)]
-            let place = unsafe { ys[i].slice(m * outs + row, found.len()) };
-            match weights[i].scales {
+            let place = unsafe { y.slice(m * w.rows + row, found.len()) };
+            match w.scales {
                 None => place.copy_from_slice(found),
                 Some(scales) => {
                     let scaled = scales[row..].iter().zip(found).map(|(s, found)| s * found);
@@ -165,21 +157,41 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
                 }
             }
         };
-        match weights[i].storage {
-            Storage::Blocks(kind) => blocks::rows(isa, kind, weights[i].bytes, codes, rows, write),
+        match w.storage {
+            Storage::Blocks(kind) => blocks::rows(isa, kind, w.bytes, codes, rows, write),
             // SAFETY: an `Isa` is of this processor.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            storage if tiled(isa, storage, weights[i].bytes.len()) => unsafe {
-                amx::rows(weights[i].bytes, weights[i].width, tiles, rows, write)
+            storage if tiled(isa, storage, w.bytes.len()) => unsafe {
+                amx::rows(w.bytes, w.width, tiles, rows, write)
             },
-            _ if m <= FEW => few(isa, &weights[i], x, m, rows, write),
-            _ => many(isa, &weights[i], packed, m, rows, write),
+            _ if m <= FEW => few(isa, w, x, m, rows, write),
+            _ => many(isa, w, packed, m, rows, write),
+        }
+    };
+    let work = |task: usize| {
+        let (mut rows, mut above) = (task * most..rows.min((task + 1) * most), 0);
+        for (w, y) in &matrices {
+            let end = rows.end.min(above + w.rows);
+            if rows.start < end {
+                of_matrix(w, y, rows.start - above..end - above);
+                rows.start = end;
+            }
+            above += w.rows;
         }
     };
     match threads {
-        1 => (0..tasks.len()).for_each(work),
-        _ => team().run(tasks.len(), work),
+        1 => work(0),
+        _ => team().run(rows.div_ceil(most), work),
+    }
+}
+
+/// How many tasks so many multiplications are: as many for each thread, where there are enough to be worth it.
+fn tasks(multiplications: usize, threads: usize) -> usize {
+    let tasks = (multiplications / ALONE).clamp(1, TASKS * threads);
+    match tasks > threads {
+        true => tasks - tasks % threads,
+        false => tasks,
     }
 }
 

@@ -15,7 +15,7 @@ const TILE: usize = LANES * LANES;
 /// Positions that stay in the cache while the tiles of a state pass.
 const CHUNK: usize = 64;
 /// Heads times positions below which other threads are not worth waking.
-const ALONE: usize = 16;
+const ALONE: usize = 4;
 
 impl SsdShape {
     /// Entries of a head's state as it is kept: tiles of `[N, P]`, filled up with zeros.

@@ -1,5 +1,6 @@
 //! The tile on x86-64, one text for both widths of vectors.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::{PADDED, SPAN, Storage};
@@ -712,7 +713,8 @@ pub mod avx512 {
         _mm512_cvtph_ps(unsafe { load_bits(at, n) })
     }
 
-    /// In one step what shifting widened integers does in two, which take longer than weights from a cache.
+    /// In one step what shifting widened integers does in two, which take longer than weights from a cache. Written out, because the compiler
+    /// makes a permutation of two vectors of the intrinsic, which takes two.
     ///
     /// # Safety
     /// As [`load`].
@@ -720,9 +722,20 @@ pub mod avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn load_bf16(at: *const u8, n: usize) -> Vector {
-        // SAFETY: the caller's promise.
-        let bits = _mm512_castsi256_si512(unsafe { load_bits(at, n) });
-        let upper = 0xaaaa_aaaa;
-        _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(upper, HALVES, bits))
+        let upper: __mmask32 = 0xaaaa_aaaa;
+        // SAFETY: the caller's promise; an instruction on registers.
+        unsafe {
+            let bits = _mm512_castsi256_si512(load_bits(at, n));
+            let wide: __m512i;
+            asm!(
+                "vpermw {wide}{{{upper}}}{{z}}, {halves}, {bits}",
+                wide = lateout(zmm_reg) wide,
+                upper = in(kreg) upper,
+                halves = in(zmm_reg) HALVES,
+                bits = in(zmm_reg) bits,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+            _mm512_castsi512_ps(wide)
+        }
     }
 }
