@@ -2,6 +2,7 @@
 //! strings, or lists of messages; without a `prompt` it is what both conversations begin with).
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -38,12 +39,16 @@ pub struct Lengths {
 pub(super) const WANTED: &str =
     "a JSON object with \"prompt\", \"chosen\" and \"rejected\", strings or lists of messages";
 
+/// Answers that are in memory together where all are looked at.
+const HASHED: usize = 1 << 12;
+
 /// Tokenised pairs.
 #[derive(Debug)]
 pub struct Preferences {
     /// Chosen, rejected, chosen, rejected, ..: of each the answer is learned, and not the prompt.
     answers: Tokens,
     shuffle: Shuffle,
+    hash: OnceLock<String>,
 }
 
 impl Preferences {
@@ -71,6 +76,7 @@ impl Preferences {
         Ok(Self {
             answers,
             shuffle: Shuffle::default(),
+            hash: OnceLock::new(),
         })
     }
 
@@ -91,11 +97,30 @@ impl Preferences {
         self.len() == 0
     }
 
+    fn find_hash(&self) -> String {
+        let mut hash = Hash::new();
+        for at in 0..self.answers.documents() {
+            let answer = self.answers.document(at);
+            let prompt = answer.iter().take_while(|(_, learned)| !learned).count();
+            hash = hash.with(&prompt.to_le_bytes());
+            hash = hash.with(&answer.len().to_le_bytes());
+            hash = answer
+                .iter()
+                .fold(hash, |h, (id, _)| h.with(&id.to_le_bytes()));
+            if at % HASHED == 0 {
+                self.answers.release();
+            }
+        }
+        self.answers.release();
+        hash.to_string()
+    }
+
     /// Rows chosen, rejected, chosen, rejected, .. of the given pairs, filled up at their ends to one length
     /// with a token that nothing learns and, since all mixers are causal, nothing sees.
     pub fn rows(&self, pairs: &[usize]) -> Batch {
         let answers = pairs.iter().flat_map(|pair| [2 * pair, 2 * pair + 1]);
         let answers: Vec<Document> = answers.map(|at| self.answers.document(at)).collect();
+        self.answers.release();
         let len = answers.iter().map(Vec::len).max().unwrap_or(1);
         let mut batch = Batch {
             input_ids: vec![0; answers.len() * len],
@@ -222,17 +247,7 @@ impl Batches for Preferences {
     }
 
     fn hash(&self) -> String {
-        let mut hash = Hash::new();
-        for at in 0..self.answers.documents() {
-            let answer = self.answers.document(at);
-            let prompt = answer.iter().take_while(|(_, learned)| !learned).count();
-            hash = hash.with(&prompt.to_le_bytes());
-            hash = hash.with(&answer.len().to_le_bytes());
-            hash = answer
-                .iter()
-                .fold(hash, |h, (id, _)| h.with(&id.to_le_bytes()));
-        }
-        hash.to_string()
+        self.hash.get_or_init(|| self.find_hash()).clone()
     }
 
     /// `rows` pairs, twice as many rows.

@@ -71,6 +71,14 @@ impl<'t> Reader<'t> {
         }
     }
 
+    /// By another template than the tokenizer's.
+    pub fn by(tokenizer: &'t Tokenizer, template: ChatTemplate) -> Self {
+        Self {
+            tokenizer,
+            template: template.into(),
+        }
+    }
+
     /// The tokenizer's chat template.
     ///
     /// # Errors

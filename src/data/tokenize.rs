@@ -413,8 +413,7 @@ pub fn file_hash(path: &Path, watch: &dyn Watch) -> Result<Hash> {
 /// What becomes of a few records.
 fn sample(reading: &Reading) -> Result<Hash> {
     let tokenizer = reading.tokenizer;
-    let reader = Reader::new(tokenizer);
-    let chatml = ChatTemplate::new(CHATML, Vec::new())?;
+    let reader = Reader::by(tokenizer, ChatTemplate::new(CHATML, Vec::new())?);
     let said = |role: &str, content: &str| json!({ "role": role, "content": content });
     let messages = [
         said("user", "How many?"),
@@ -423,16 +422,26 @@ fn sample(reading: &Reading) -> Result<Hash> {
     let texts = [
         reader.text(&json!({ "text": "Zoë's  cat saw 1,024 mice.\n\tIt ran." }))?,
         reader.text(&json!({ "prompt": "What is 2 + 2? ", "completion": "Four." }))?,
-        conversation(&chatml, &messages, &Value::Null, 0)?,
+        conversation(reader.template()?, &messages, &Value::Null, 0)?,
     ];
     let mut documents = Vec::new();
     for text in &texts {
         documents.push(text.tokens(tokenizer)?);
     }
-    if let Form::Pair(lengths) = reading.form {
-        let pair =
-            json!({ "prompt": "What is 2 + 2?", "chosen": " Four.", "rejected": " Five, I say." });
-        documents.extend(preferences::pair(&pair, &reader, lengths)?);
+    if let Form::Pair(_) = reading.form {
+        // Of lengths that cut prompts and answers.
+        let lengths = Lengths {
+            max_prompt: 3,
+            max_length: 8,
+        };
+        let [question, answer] = &messages;
+        let other = said("assistant", "I know of none.");
+        for pair in [
+            json!({ "prompt": "What is 2 + 2?", "chosen": " Four.", "rejected": " Five, I say, as others do." }),
+            json!({ "chosen": [question, answer], "rejected": [question, other] }),
+        ] {
+            documents.extend(preferences::pair(&pair, &reader, lengths)?);
+        }
     }
     let tokens = documents.into_iter().flatten();
     Ok(tokens.fold(Hash::new(), |hash, (id, learned)| {

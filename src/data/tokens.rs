@@ -53,7 +53,7 @@ impl Tokens {
         self.documents.last().copied().unwrap_or(0)
     }
 
-    /// A document's tokens, and whether each is to be learned.
+    /// A document's tokens, and whether each is to be learned. Until [`Tokens::release`] what was looked at is this process's memory.
     ///
     /// # Panics
     /// Where there is no such document.
@@ -65,9 +65,11 @@ impl Tokens {
         let range = from..start(number + 1).unwrap_or(here.header.tokens);
         let mut ids = Vec::with_capacity(range.len());
         here.each(range.clone(), |id| ids.push(id));
-        let found = ids.into_iter().zip(here.learned(range)).collect();
-        here.release();
-        found
+        ids.into_iter().zip(here.learned(range)).collect()
+    }
+
+    pub fn release(&self) {
+        self.shards.iter().for_each(Shard::release);
     }
 
     pub fn shards(&self) -> usize {

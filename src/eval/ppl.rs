@@ -92,7 +92,7 @@ impl Cutter {
 }
 
 /// Tokens whose windows are in memory together.
-const PORTION: usize = 1 << 20;
+const PORTION: usize = if cfg!(test) { 16 } else { 1 << 20 };
 
 /// Windows of `window` tokens every `stride`: a token is scored in the first window that holds it, behind
 /// at least `window − stride` others once the text is that long. A text's first token has nothing before
@@ -162,7 +162,11 @@ pub fn ppl(
             tokens += count;
             done += rows;
             left = &left[rows..];
-            let all = if last { done + left.len() } else { all };
+            // Before the last portion it is never through.
+            let all = match last {
+                true => done + left.len(),
+                false => all.max(done + left.len() + 1),
+            };
             watch.reached(done, all, "windows")?;
         }
         windows.clear();

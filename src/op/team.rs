@@ -5,7 +5,7 @@
 
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::thread::Thread;
 
@@ -14,17 +14,18 @@ const LOOKS: usize = 8_000;
 
 /// The piece that is worked on.
 struct Board {
-    /// Its number.
-    piece: AtomicU32,
     /// One a thread, the first that of the one who handed it out.
     shares: Vec<Share>,
     left: Left,
-    panicked: AtomicBool,
 }
 
-/// Tasks that are not done: away from what idle threads look at.
+/// What every task changes: away from what idle threads look at.
 #[repr(align(128))]
-struct Left(AtomicUsize);
+struct Left {
+    /// Tasks that are not done.
+    tasks: AtomicUsize,
+    panicked: AtomicBool,
+}
 
 /// Some tasks in a row. Two lines of the cache, as processors fetch them: all that its thread has to know comes at once.
 #[repr(align(128))]
@@ -49,8 +50,8 @@ impl Share {
         }
     }
 
-    fn piece(&self, order: Ordering) -> u32 {
-        (self.open.load(order) >> 32) as u32
+    fn piece(&self) -> u32 {
+        (self.open.load(Ordering::Acquire) >> 32) as u32
     }
 }
 
@@ -65,6 +66,8 @@ unsafe fn call<F: Fn(usize)>(work: *const (), task: usize) {
 }
 
 struct Worker {
+    /// The number of its share.
+    share: usize,
     thread: Thread,
     asleep: Arc<AtomicBool>,
 }
@@ -73,8 +76,8 @@ struct Worker {
 pub struct Team {
     board: Arc<Board>,
     workers: Vec<Worker>,
-    /// One piece at a time.
-    turn: Mutex<()>,
+    /// One piece at a time: the number of the last.
+    turn: Mutex<u32>,
 }
 
 /// As many threads as rayon has, the caller's among them.
@@ -86,10 +89,11 @@ pub fn team() -> &'static Team {
 impl Team {
     fn new(threads: usize) -> Self {
         let board = Arc::new(Board {
-            piece: AtomicU32::new(0),
             shares: (0..threads).map(|_| Share::new()).collect(),
-            left: Left(AtomicUsize::new(0)),
-            panicked: AtomicBool::new(false),
+            left: Left {
+                tasks: AtomicUsize::new(0),
+                panicked: AtomicBool::new(false),
+            },
         });
         let start = |i: usize| {
             let asleep = Arc::new(AtomicBool::new(false));
@@ -98,11 +102,16 @@ impl Team {
             // Where the system gives no thread, the others do the work.
             let handle = thread.spawn(move || board.serve(i, &own)).ok()?;
             let thread = handle.thread().clone();
-            Some(Worker { thread, asleep })
+            let share = i;
+            Some(Worker {
+                share,
+                thread,
+                asleep,
+            })
         };
         Self {
             workers: (1..threads).filter_map(start).collect(),
-            turn: Mutex::new(()),
+            turn: Mutex::new(0),
             board: board.clone(),
         }
     }
@@ -124,17 +133,18 @@ impl Team {
             Err(TryLockError::WouldBlock) => None,
         };
         match turn {
-            Some(_turn) => self.share(tasks, &work),
+            Some(mut piece) => {
+                *piece = piece.wrapping_add(1);
+                self.share(*piece, tasks, &work);
+            }
             None => (0..tasks).for_each(work),
         }
     }
 
-    fn share<F: Fn(usize) + Sync>(&self, tasks: usize, work: &F) {
+    fn share<F: Fn(usize) + Sync>(&self, piece: u32, tasks: usize, work: &F) {
         let board = &self.board;
         assert!(tasks <= u32::MAX as usize);
-        let piece = board.piece.load(Ordering::Relaxed).wrapping_add(1);
-        board.piece.store(piece, Ordering::Relaxed);
-        board.left.0.store(tasks, Ordering::Relaxed);
+        board.left.tasks.store(tasks, Ordering::Relaxed);
         let threads = board.shares.len();
         // The first share has the first task: whoever hands out work is awake.
         let start_of = |i: usize| (i * tasks).div_ceil(threads);
@@ -146,18 +156,19 @@ impl Team {
             share.work.store(work, Ordering::Relaxed);
             share.call.store(call as *mut (), Ordering::Relaxed);
             let open = u64::from(piece) << 32 | (end - start) as u64;
-            // SeqCst: a worker that is about to sleep sees this, or is seen asleep.
-            share.open.store(open, Ordering::SeqCst);
+            share.open.store(open, Ordering::Release);
         }
-        for (worker, i) in self.workers.iter().zip(1..) {
-            let has_share = start_of(i) < start_of(i + 1);
-            if has_share && worker.asleep.load(Ordering::SeqCst) {
+        // A worker that is about to sleep sees its share open, or is seen asleep.
+        fence(Ordering::SeqCst);
+        for worker in &self.workers {
+            let has_share = start_of(worker.share) < start_of(worker.share + 1);
+            if has_share && worker.asleep.load(Ordering::Relaxed) {
                 worker.thread.unpark();
             }
         }
         board.take_part(0);
         let mut looks = 0;
-        while board.left.0.load(Ordering::Acquire) > 0 {
+        while board.left.tasks.load(Ordering::Acquire) > 0 {
             looks += 1;
             match looks < LOOKS {
                 true => std::hint::spin_loop(),
@@ -165,7 +176,7 @@ impl Team {
                 false => std::thread::yield_now(),
             }
         }
-        if board.panicked.swap(false, Ordering::Relaxed) {
+        if board.left.panicked.swap(false, Ordering::Relaxed) {
             panic!("a task of a team panicked");
         }
     }
@@ -231,9 +242,9 @@ impl Board {
         if let Err(payload) = done {
             // What drops it may panic too, while others still work.
             std::mem::forget(payload);
-            self.panicked.store(true, Ordering::Relaxed);
+            self.left.panicked.store(true, Ordering::Relaxed);
         }
-        self.left.0.fetch_sub(1, Ordering::Release);
+        self.left.tasks.fetch_sub(1, Ordering::Release);
         true
     }
 
@@ -241,7 +252,7 @@ impl Board {
     fn serve(&self, thread: usize, asleep: &AtomicBool) {
         let (own, mut seen, mut looks) = (&self.shares[thread], 0, 0);
         loop {
-            let piece = own.piece(Ordering::Acquire);
+            let piece = own.piece();
             if piece != seen {
                 self.take_part(thread);
                 (seen, looks) = (piece, 0);
@@ -252,11 +263,12 @@ impl Board {
                 std::hint::spin_loop();
                 continue;
             }
-            asleep.store(true, Ordering::SeqCst);
-            if own.piece(Ordering::SeqCst) == seen {
+            asleep.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            if own.piece() == seen {
                 std::thread::park();
             }
-            asleep.store(false, Ordering::SeqCst);
+            asleep.store(false, Ordering::Relaxed);
             looks = 0;
         }
     }

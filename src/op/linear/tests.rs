@@ -251,25 +251,31 @@ fn paths_agree_and_rows_are_alone() {
 /// Several matrices at once, small and large enough for threads.
 #[test]
 fn parts_are_what_each_is_alone() {
-    let width = 640;
-    let x = random(&[&[7, width]], 6)[0].to_dtype(DType::F32).unwrap();
-    let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let matrices: Vec<Stored> = [5, 400, 33]
-        .into_iter()
-        .flat_map(|rows| stored(rows, width))
-        .map(|(w, _)| w)
-        .collect();
-    let mut scratch = Scratch::default();
-    let mut alone = |w: &Stored| {
-        let mut y = vec![f32::NAN; 7 * w.rows()];
-        products(&x, &mut [Part { w, y: &mut y }], &mut scratch);
-        y
-    };
-    let truth: Vec<Vec<f32>> = matrices.iter().map(&mut alone).collect();
-    let mut found: Vec<Vec<f32>> = truth.iter().map(|y| vec![f32::NAN; y.len()]).collect();
-    let parts = matrices.iter().zip(&mut found).map(|(w, y)| Part { w, y });
-    products(&x, &mut parts.collect::<Vec<_>>(), &mut scratch);
-    assert_eq!(found, truth);
+    // Few rows and many, and matrices that tasks begin and end inside of; the last are large enough for tiles.
+    for (m, width, rows) in [
+        (7, 640, &[5, 400, 33][..]),
+        (1, 640, &[5, 400, 33]),
+        (20, 640, &[5, 400, 33]),
+        (2, 1280, &[421, 437]),
+    ] {
+        let x = random(&[&[m, width]], 6)[0].to_dtype(DType::F32).unwrap();
+        let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let matrices: Vec<Stored> = (rows.iter())
+            .flat_map(|rows| stored(*rows, width))
+            .map(|(w, _)| w)
+            .collect();
+        let mut scratch = Scratch::default();
+        let mut alone = |w: &Stored| {
+            let mut y = vec![f32::NAN; m * w.rows()];
+            products(&x, &mut [Part { w, y: &mut y }], &mut scratch);
+            y
+        };
+        let truth: Vec<Vec<f32>> = matrices.iter().map(&mut alone).collect();
+        let mut found: Vec<Vec<f32>> = truth.iter().map(|y| vec![f32::NAN; y.len()]).collect();
+        let parts = matrices.iter().zip(&mut found).map(|(w, y)| Part { w, y });
+        products(&x, &mut parts.collect::<Vec<_>>(), &mut scratch);
+        assert_eq!(found, truth, "{m} rows");
+    }
 }
 
 #[test]
