@@ -21,6 +21,9 @@ pub struct Text {
     pub templated: bool,
 }
 
+/// Ids, and whether each is to be learned.
+pub(super) type Document = Vec<(u32, bool)>;
+
 /// What records should be.
 pub(super) const WANTED: &str =
     "a JSON object with a \"text\" string, \"prompt\" and \"completion\", or \"messages\"";
@@ -40,7 +43,7 @@ impl Text {
     ///
     /// # Errors
     /// A text that the tokenizer cannot encode.
-    pub fn tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<(u32, bool)>> {
+    pub fn tokens(&self, tokenizer: &Tokenizer) -> Result<Document> {
         let all = 0..self.text.len();
         if self.learned == [all] && !self.templated {
             let ids = tokenizer.encode(&self.text)?;

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use super::Tokenizer;
 use super::chat::{CHATML, ChatTemplate};
 use super::ngrams::Ngrams;
-use super::preferences::{self, Lengths};
+use super::pair::{self, Lengths};
 use super::records::Records;
 use super::shard::{Draft, Dropped, Shard};
-use super::text::{self, Reader, Text, conversation};
+use super::text::{self, Document, Reader, Text, conversation};
 use super::tokens::Tokens;
 use crate::atomic::write_atomic;
 use crate::hash::Hash;
@@ -58,7 +58,7 @@ impl Form {
     fn wanted(self) -> &'static str {
         match self {
             Self::Text => text::WANTED,
-            Self::Pair(_) => preferences::WANTED,
+            Self::Pair(_) => pair::WANTED,
         }
     }
 }
@@ -245,9 +245,6 @@ fn kept(
     Ok(tokens)
 }
 
-/// Ids, and whether each is to be learned.
-pub(super) type Document = Vec<(u32, bool)>;
-
 /// What becomes of a record.
 enum Made {
     Text(Document),
@@ -282,7 +279,7 @@ fn tokenise(
             let record = record?;
             let make = || {
                 if let Form::Pair(lengths) = form {
-                    return preferences::pair(&record, &reader, lengths).map(Made::Pair);
+                    return pair::pair(&record, &reader, lengths).map(Made::Pair);
                 }
                 let text = reader.text(&record)?;
                 match ngrams.and_then(|ngrams| ngrams.find(&text.text)) {
@@ -440,7 +437,7 @@ fn sample(reading: &Reading) -> Result<Hash> {
             json!({ "prompt": "What is 2 + 2?", "chosen": " Four.", "rejected": " Five, I say, as others do." }),
             json!({ "chosen": [question, answer], "rejected": [question, other] }),
         ] {
-            documents.extend(preferences::pair(&pair, &reader, lengths)?);
+            documents.extend(pair::pair(&pair, &reader, lengths)?);
         }
     }
     let tokens = documents.into_iter().flatten();
