@@ -1,7 +1,6 @@
 //! Preference pairs, tokenised.
 
 use std::path::Path;
-use std::sync::OnceLock;
 
 use super::Tokenizer;
 use super::batch::{Batch, Batches};
@@ -10,13 +9,9 @@ use super::pair::Lengths;
 use super::text::Document;
 use super::tokenize::{Form, Reading, tokens};
 use super::tokens::Tokens;
-use crate::hash::Hash;
 use crate::op::Documents;
 use crate::watch::Quiet;
 use crate::{Error, Result};
-
-/// Answers that are in memory together where all are looked at.
-const HASHED: usize = 1 << 12;
 
 /// Tokenised pairs.
 #[derive(Debug)]
@@ -24,7 +19,6 @@ pub struct Preferences {
     /// Chosen, rejected, chosen, rejected, ..: of each the answer is learned, and not the prompt.
     answers: Tokens,
     shuffle: Shuffle,
-    hash: OnceLock<String>,
 }
 
 impl Preferences {
@@ -52,7 +46,6 @@ impl Preferences {
         Ok(Self {
             answers,
             shuffle: Shuffle::default(),
-            hash: OnceLock::new(),
         })
     }
 
@@ -71,24 +64,6 @@ impl Preferences {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    fn find_hash(&self) -> String {
-        let mut hash = Hash::new();
-        for at in 0..self.answers.documents() {
-            let answer = self.answers.document(at);
-            let prompt = answer.iter().take_while(|(_, learned)| !learned).count();
-            hash = hash.with(&prompt.to_le_bytes());
-            hash = hash.with(&answer.len().to_le_bytes());
-            hash = answer
-                .iter()
-                .fold(hash, |h, (id, _)| h.with(&id.to_le_bytes()));
-            if at % HASHED == 0 {
-                self.answers.release();
-            }
-        }
-        self.answers.release();
-        hash.to_string()
     }
 
     /// Rows chosen, rejected, chosen, rejected, .. of the given pairs, filled up at their ends to one length
@@ -136,7 +111,7 @@ impl Batches for Preferences {
     }
 
     fn hash(&self) -> String {
-        self.hash.get_or_init(|| self.find_hash()).clone()
+        self.answers.hash().to_string()
     }
 
     /// `rows` pairs, twice as many rows.

@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use super::shard::{Dropped, Header, Shard};
+use super::text::Document;
 use crate::hash::Hash;
 
 /// Tokens of documents, with places counted from the first.
@@ -57,7 +58,7 @@ impl Tokens {
     ///
     /// # Panics
     /// Where there is no such document.
-    pub fn document(&self, number: usize) -> Vec<(u32, bool)> {
+    pub fn document(&self, number: usize) -> Document {
         let shard = self.documents.partition_point(|before| *before <= number) - 1;
         let (here, number) = (&self.shards[shard], number - self.documents[shard]);
         let start = |number: usize| here.starts().get(number).map(|start| *start as usize);
@@ -68,6 +69,7 @@ impl Tokens {
         ids.into_iter().zip(here.learned(range)).collect()
     }
 
+    /// What was looked at counts as this process's memory no more.
     pub fn release(&self) {
         self.shards.iter().for_each(Shard::release);
     }

@@ -168,8 +168,8 @@ impl ModelConfig {
         let (d, ff, n) = (self.hidden_size, self.intermediate_size, windows.tokens());
         let mixer = self.layers[index].pass(windows);
         // Of D: both norms' outputs, the mixer's, the stream between, the MLP's, the stream behind; of the MLP's width: gate, up,
-        // their product. On the way back, at most (in f32 these two are one operation): the product's gradient, those of gate and up, and a sum
-        // with its zeros.
+        // their product. On the way back, at most (it is less where SwiGLU and its products are one operation): the product's gradient, those of
+        // gate and up, and a sum with its zeros.
         Pass {
             kept: mixer.kept + n * (6 * d + 3 * ff),
             back: n * 4 * d + (mixer.back).max(n * 5 * ff) + n * 2 * d,

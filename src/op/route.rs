@@ -60,6 +60,11 @@ impl Kernels {
         (self.find(tensors) == Route::Plain).then_some(half)
     }
 
+    /// Whether its CPU kernel takes `tensors`; nothing is said where it does not.
+    pub fn runs_here(&self, tensors: &[&Tensor]) -> bool {
+        self.find(tensors) == Route::Cpu
+    }
+
     fn find(&self, tensors: &[&Tensor]) -> Route {
         let all = |types: &[DType]| tensors.iter().all(|t| types.contains(&t.dtype()));
         if tensors.iter().all(|t| t.device().is_cpu()) && all(self.cpu) {

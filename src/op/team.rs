@@ -29,6 +29,7 @@ struct Left {
 
 /// Some tasks in a row. Two lines of the cache, as processors fetch them: all that its thread has to know comes at once.
 #[repr(align(128))]
+#[derive(Default)]
 struct Share {
     /// The number of the piece (the high half) and how many of the tasks nobody has taken yet (the low half).
     open: AtomicU64,
@@ -41,15 +42,6 @@ struct Share {
 }
 
 impl Share {
-    fn new() -> Self {
-        Self {
-            open: AtomicU64::new(0),
-            end: AtomicUsize::new(0),
-            work: AtomicPtr::new(std::ptr::null_mut()),
-            call: AtomicPtr::new(std::ptr::null_mut()),
-        }
-    }
-
     fn piece(&self) -> u32 {
         (self.open.load(Ordering::Acquire) >> 32) as u32
     }
@@ -89,7 +81,7 @@ pub fn team() -> &'static Team {
 impl Team {
     fn new(threads: usize) -> Self {
         let board = Arc::new(Board {
-            shares: (0..threads).map(|_| Share::new()).collect(),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             left: Left {
                 tasks: AtomicUsize::new(0),
                 panicked: AtomicBool::new(false),
@@ -102,9 +94,8 @@ impl Team {
             // Where the system gives no thread, the others do the work.
             let handle = thread.spawn(move || board.serve(i, &own)).ok()?;
             let thread = handle.thread().clone();
-            let share = i;
             Some(Worker {
-                share,
+                share: i,
                 thread,
                 asleep,
             })

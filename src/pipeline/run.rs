@@ -14,7 +14,7 @@ use super::stage::{Context, Made, StageResult, Surroundings, at};
 use super::text::Text;
 use super::texts::Texts;
 use crate::checkpoint::{Checkpoint, Store};
-use crate::data::{Form, Reading, Tokenizer};
+use crate::data::{Reading, Tokenizer};
 use crate::hash::Hash;
 use crate::hub::Part;
 use crate::watch::Watch;
@@ -104,13 +104,11 @@ fn open(
     let ngrams = against.map(|against| against.ngrams(watch));
     let ngrams = ngrams.transpose().map_err(at("data"))?;
     let reading = Reading {
-        tokenizer: &tokenizer,
-        form: Form::Text,
         packing: recipe.data.packing,
         eos: recipe.data.eos,
         decontaminate: ngrams.as_ref(),
         cache: Some(cache),
-        watch,
+        ..Reading::plain(&tokenizer, watch)
     };
     let dpo = recipe.dpo.as_ref().map(|dpo| &dpo.objective);
     let texts = Texts::open(&recipe.data, dpo, made, &reading)?;

@@ -82,6 +82,13 @@ pub fn back(dy: &Tensor, w: &Matrix) -> Result<Tensor> {
     }
 }
 
+/// Of `x [.., in]` the shape of `x Wᵀ`.
+pub(in crate::op) fn output(x: &[usize], outs: usize) -> Shape {
+    let mut dims = x.to_vec();
+    *dims.last_mut().expect("checked to end with the inputs") = outs;
+    dims.into()
+}
+
 /// What sums are in where products are computed in `compute`.
 pub fn wide(compute: DType) -> DType {
     match compute {
@@ -121,9 +128,7 @@ impl CustomOp2 for Linear {
         let m = x_layout.shape().elem_count() / ins;
         let w = View::rows(w, outs, ins).transposed();
         let y = product(View::rows(x, m, ins), w);
-        let mut dims = x_layout.dims().to_vec();
-        *dims.last_mut().expect("checked to end with the inputs") = outs;
-        Ok((CpuStorage::F32(y), dims.into()))
+        Ok((CpuStorage::F32(y), output(x_layout.dims(), outs)))
     }
 
     /// `dx = dy W`, `dW = dyᵀ x`.

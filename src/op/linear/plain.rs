@@ -2,15 +2,15 @@
 
 use candle_core::{Result, Tensor};
 
+use super::output;
+
 pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let (outs, ins) = w.dims2()?;
-    let mut dims = x.dims().to_vec();
     let m = x.elem_count() / ins.max(1);
-    *dims.last_mut().expect("checked to end with the inputs") = outs;
     x.contiguous()?
         .reshape((m, ins))?
         .matmul(&w.t()?)?
-        .reshape(dims)
+        .reshape(output(x.dims(), outs))
 }
 
 /// `dy W`

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
+use super::output;
 use super::product::{Part, Scratch, products, tiled};
 use super::rows::Rows;
 use super::storage::Storage;
@@ -68,9 +69,7 @@ impl CustomOp1 for StoredLinear {
         let x = slice(x, layout)?;
         self.0.observer.iter().for_each(|observer| observer.add(x));
         let y = self.0.product(x);
-        let mut dims = layout.dims().to_vec();
-        *dims.last_mut().expect("checked to end with the inputs") = self.0.rows();
-        Ok((CpuStorage::F32(y), dims.into()))
+        Ok((CpuStorage::F32(y), output(layout.dims(), self.0.rows())))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {

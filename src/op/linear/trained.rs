@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, T
 use half::slice::HalfFloatSliceExt;
 
 use super::gradient::WeightGradient;
+use super::output;
 use super::rows::Rows;
 use super::storage::Storage;
 use crate::op::cpu::{host, slice};
@@ -155,9 +156,7 @@ impl Trained {
     }
 
     fn output(&self, x_at: &Layout) -> Shape {
-        let mut dims = x_at.dims().to_vec();
-        *dims.last_mut().expect("checked to end with the inputs") = self.rows.len();
-        dims.into()
+        output(x_at.dims(), self.rows.len())
     }
 }
 

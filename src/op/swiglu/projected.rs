@@ -3,19 +3,17 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 
-use super::{cpu, swiglu};
+use super::{KERNELS, cpu, swiglu};
 use crate::op::cpu::{host, slice};
-use crate::op::linear::{Matrix, linear};
+use crate::op::linear::{Matrix, linear, output};
 use crate::op::matmul::{View, add_product, product};
 
 /// `silu(x gateᵀ) · (x upᵀ)`: `x [.., K]`, `gate` and `up` `[N, K]` → `[.., N]`.
 pub fn swiglu_of(x: &Tensor, gate: &Matrix, up: &Matrix) -> Result<Tensor> {
     if let (Matrix::Dense(gate), Matrix::Dense(up)) = (gate, up)
-        && [x, gate, up]
-            .iter()
-            .all(|of| of.device().is_cpu() && of.dtype() == DType::F32)
+        && KERNELS.runs_here(&[x, gate, up])
         && gate.dims() == up.dims()
         && gate.rank() == 2
         && x.dims().last() == gate.dims().last()
@@ -60,9 +58,7 @@ impl CustomOp3 for Projected {
         if let Some(kept) = &self.0 {
             *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(projections);
         }
-        let mut dims = x_at.dims().to_vec();
-        *dims.last_mut().expect("checked to end with the inputs") = outs;
-        Ok((CpuStorage::F32(y), dims.into()))
+        Ok((CpuStorage::F32(y), output(x_at.dims(), outs)))
     }
 
     /// Of projections `g`, `u` with gradients `dg`, `du`: `dx = dg gate + du up`, `dgate = dgᵀ x`, `dup = duᵀ x`.
