@@ -58,32 +58,49 @@ pub fn rows(
         };
     }
     let w = |row: usize| &w[row * row_bytes..][..row_bytes];
-    let mut rows = rows;
-    if x.rows() == 1 && isa.level() >= Level::Avx512 {
-        let (together, left) = apart(rows);
-        for places in together {
-            let sums = dot(isa, kind, places.map(w), [x.row(0)]);
-            for (row, sum) in places.into_iter().zip(sums) {
-                write(row, 0, &sum);
-            }
-        }
-        rows = left;
+    let (together, left) = apart(rows);
+    for places in together {
+        with_all(isa, kind, places, places.map(w), x, &write);
     }
+    for row in left {
+        with_all(isa, kind, [row], [w(row)], x, &write);
+    }
+}
+
+/// Writes the products of rows `places`, which are `w`, with all of `x`.
+fn with_all<const R: usize>(
+    isa: Isa,
+    kind: BlockType,
+    places: [usize; R],
+    w: [&[u8]; R],
+    x: &Activations,
+    write: impl Fn(usize, usize, &[f32]),
+) {
     for first in (0..x.rows()).step_by(TOGETHER) {
-        let x_of = |i: usize| x.row(first + i);
-        for row in rows.clone() {
-            let w = [w(row)];
-            let put = |sums: &[f32]| {
-                for (i, sum) in sums.iter().enumerate() {
-                    write(row, first + i, &[*sum]);
-                }
-            };
-            match x.rows() - first {
-                1 => put(&dot(isa, kind, w, [x_of(0)])[0]),
-                2 => put(&dot(isa, kind, w, [x_of(0), x_of(1)])[0]),
-                3 => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2)])[0]),
-                _ => put(&dot(isa, kind, w, [x_of(0), x_of(1), x_of(2), x_of(3)])[0]),
-            }
+        match x.rows() - first {
+            1 => with::<R, 1>(isa, kind, places, w, x, first, &write),
+            2 => with::<R, 2>(isa, kind, places, w, x, first, &write),
+            3 => with::<R, 3>(isa, kind, places, w, x, first, &write),
+            _ => with::<R, TOGETHER>(isa, kind, places, w, x, first, &write),
+        }
+    }
+}
+
+/// The same with `N` rows of `x`, from `first` on.
+#[inline]
+fn with<const R: usize, const N: usize>(
+    isa: Isa,
+    kind: BlockType,
+    places: [usize; R],
+    w: [&[u8]; R],
+    x: &Activations,
+    first: usize,
+    write: impl Fn(usize, usize, &[f32]),
+) {
+    let x = std::array::from_fn(|n| x.row(first + n));
+    for (row, sums) in places.into_iter().zip(dot::<R, N>(isa, kind, w, x)) {
+        for (n, sum) in sums.iter().enumerate() {
+            write(row, first + n, &[*sum]);
         }
     }
 }
@@ -100,7 +117,7 @@ fn dot<const R: usize, const N: usize>(
         // SAFETY: an `Isa` is of this processor.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx2 => w.map(|w| unsafe { avx2::dot(kind, w, x) }),
+        Level::Avx2 => unsafe { avx2::dot(kind, w, x) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         Level::Avx512 | Level::Amx => unsafe { avx512::dot(kind, w, x) },

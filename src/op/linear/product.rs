@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 
 #[cfg(target_arch = "x86_64")]
 use super::dot::amx;
-use super::dot::{PADDED, SPAN, column, lines, pass, tile};
+use super::dot::{PADDED, Rows, SPAN, column, lines, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations, Forms};
@@ -24,6 +24,8 @@ const TOGETHER: usize = 4;
 const PANEL: usize = 48;
 /// Rows of activations that stay in the first cache while a panel passes.
 const GROUP: usize = 8;
+/// Entries between rows of a span: rows that stand a power of two apart share a few places of the cache, which do not hold them all.
+const GAP: usize = 16;
 /// Multiplications below which other threads are not worth waking.
 const ALONE: usize = 1 << 14;
 /// Bytes of a matrix that is in a cache when it is wanted again: several of its rows are read at once.
@@ -36,7 +38,7 @@ const TASKS: usize = 6;
 /// What products need beside their operands; kept from one to the next.
 #[derive(Default)]
 pub struct Scratch {
-    /// `[K / SPAN, M, SPAN]`
+    /// [`Packed`]
     packed: Vec<f32>,
     codes: Activations,
     #[cfg(target_arch = "x86_64")]
@@ -118,9 +120,9 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
         scratch.tiles.set(x, width);
     }
     let Scratch { packed, codes, .. } = scratch;
-    let packed = match m > FEW && !parts.iter().all(|part| blocks(part) || in_tiles(part)) {
-        true => pack(x, width, packed),
-        false => &[],
+    let packed = match m > 1 && !parts.iter().all(|part| blocks(part) || in_tiles(part)) {
+        true => Packed::of(x, width, packed),
+        false => Packed::one(x),
     };
     let codes = &*codes;
     #[cfg(target_arch = "x86_64")]
@@ -165,8 +167,8 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
             storage if tiled(isa, storage, w.bytes.len()) => unsafe {
                 amx::rows(w.bytes, w.width, tiles, rows, write)
             },
-            _ if m <= FEW => few(isa, w, x, m, rows, write),
-            _ => many(isa, w, packed, m, rows, write),
+            _ if m <= FEW => few(isa, w, packed, rows, write),
+            _ => many(isa, w, packed, rows, write),
         }
     };
     let work = |task: usize| {
@@ -195,156 +197,169 @@ fn tasks(multiplications: usize, threads: usize) -> usize {
     }
 }
 
-/// `x [M, K]` → `[K / SPAN, M, SPAN]`, the last span as long as is left, filled up with zeros.
-fn pack<'a>(x: &[f32], width: usize, packed: &'a mut Vec<f32>) -> &'a [f32] {
-    let m = x.len() / width;
-    let packed = lines(packed, m * width.next_multiple_of(PADDED));
-    let spans = (0..width).step_by(SPAN).zip(packed.chunks_mut(m * SPAN));
-    for (from, packed) in spans {
-        let span = SPAN.min(width - from);
-        let rows = packed.chunks_exact_mut(span.next_multiple_of(PADDED));
-        for (x, packed) in x.chunks_exact(width).zip(rows) {
-            packed[..span].copy_from_slice(&x[from..][..span]);
-            packed[span..].fill(0.);
+/// Activations `x [M, K]` as `[K / SPAN, M, SPAN + gap]`, the last span as long as is left, filled up with zeros.
+#[derive(Clone, Copy)]
+struct Packed<'a> {
+    entries: &'a [f32],
+    m: usize,
+    gap: usize,
+}
+
+impl<'a> Packed<'a> {
+    /// One row, as it stands.
+    fn one(x: &'a [f32]) -> Self {
+        Self {
+            entries: x,
+            m: 1,
+            gap: 0,
         }
     }
-    packed
+
+    fn of(x: &[f32], width: usize, room: &'a mut Vec<f32>) -> Self {
+        let (m, whole) = (x.len() / width, width / SPAN * SPAN);
+        let rest = match width - whole {
+            0 => 0,
+            rest => stride(rest),
+        };
+        let room = lines(room, m * (width / SPAN * stride(SPAN) + rest));
+        let spans = room.chunks_mut(m * stride(SPAN));
+        for (from, span) in (0..width).step_by(SPAN).zip(spans) {
+            let count = SPAN.min(width - from);
+            let rows = span.chunks_exact_mut(stride(count));
+            for (x, row) in x.chunks_exact(width).zip(rows) {
+                row[..count].copy_from_slice(&x[from..][..count]);
+                row[count..].fill(0.);
+            }
+        }
+        let (entries, gap) = (&*room, GAP);
+        Self { entries, m, gap }
+    }
+
+    /// The rows of the span from entry `from` on, of `count` entries.
+    #[inline]
+    fn span(self, from: usize, count: usize) -> Rows<'a> {
+        let entries = &self.entries[self.m * (from / SPAN) * (SPAN + self.gap)..];
+        let stride = match self.gap {
+            0 => count,
+            _ => stride(count),
+        };
+        Rows {
+            entries: &entries[..self.m * stride],
+            stride,
+        }
+    }
+}
+
+/// From one row of a span of `count` entries to the next.
+fn stride(count: usize) -> usize {
+    count.next_multiple_of(PADDED) + GAP
 }
 
 /// Weights are widened in registers.
-fn few(
-    isa: Isa,
-    w: &Weights,
-    x: &[f32],
-    m: usize,
-    rows: Range<usize>,
-    write: impl Fn(usize, usize, &[f32]),
-) {
-    let mut row = rows.start;
-    if m == 1 && w.bytes.len() < CACHED {
+fn few(isa: Isa, w: &Weights, x: Packed, rows: Range<usize>, write: impl Fn(usize, usize, &[f32])) {
+    let mut rows = rows;
+    let vectors = isa.level() > Level::Portable;
+    if x.m == 1 && w.bytes.len() < CACHED && vectors && w.storage != Storage::F8E4M3 {
         let mut sums = [0f32; COLUMN];
-        while row < rows.end {
-            let sums = &mut sums[..COLUMN.min(rows.end - row)];
-            if !column(isa, w.storage, &w.bytes[row * w.row_bytes..], x, sums) {
-                break;
-            }
-            write(row, 0, sums);
-            row += sums.len();
+        for first in rows.clone().step_by(COLUMN) {
+            let sums = &mut sums[..COLUMN.min(rows.end - first)];
+            let w_rows = &w.bytes[first * w.row_bytes..];
+            column(isa, w.storage, w_rows, x.entries, sums);
+            write(first, 0, sums);
         }
-        while rows.end - row >= 4 {
-            put::<4, 1>(row, 0, isa, w, x, &write);
-            row += 4;
-        }
-    } else if m == 1 && isa.level() >= Level::Avx512 {
-        let (together, left) = apart(rows.clone());
-        for places in together {
-            for (row, sum) in places.into_iter().zip(whole::<3, 1>(isa, w, places, x)) {
-                write(row, 0, &sum);
-            }
-        }
-        row = left.start;
-    } else if m > TOGETHER && isa.level() >= Level::Avx512 {
-        // Two rows of weights half a task apart, read once for all rows of activations.
+        return;
+    }
+    if isa.level() >= Level::Avx512 && x.m > TOGETHER {
         let half = rows.len() / 2;
-        for first in rows.start..rows.start + half {
-            let places = [first, first + half];
-            for (row, sums) in places.into_iter().zip(whole::<2, FEW>(isa, w, places, x)) {
-                for (n, sum) in sums[..m].iter().enumerate() {
-                    write(row, n, &[*sum]);
-                }
-            }
+        for row in rows.start..rows.start + half {
+            whole(isa, w, [row, row + half], x, &write);
         }
-        row += 2 * half;
-    } else if m > 1 {
-        while rows.end - row >= 3 {
-            near::<3>(row, m, isa, w, x, &write);
-            row += 3;
+        rows.start += 2 * half;
+    } else if vectors {
+        let (together, left) = apart(rows);
+        for places in together {
+            whole(isa, w, places, x, &write);
         }
+        rows = left;
     }
-    for row in row..rows.end {
-        near::<1>(row, m, isa, w, x, &write);
+    for row in rows {
+        whole(isa, w, [row], x, &write);
     }
 }
 
-/// Writes the products of `R` rows from `row` on with all `m` of activations.
+/// Writes the products of `R` whole rows with all of activations, at most [`FEW`].
 #[inline]
-fn near<const R: usize>(
-    row: usize,
-    m: usize,
-    isa: Isa,
-    w: &Weights,
-    x: &[f32],
-    write: impl Fn(usize, usize, &[f32]),
-) {
-    for first in (0..m).step_by(TOGETHER) {
-        let x = &x[first * w.width..];
-        match m - first {
-            1 => put::<R, 1>(row, first, isa, w, x, &write),
-            2 => put::<R, 2>(row, first, isa, w, x, &write),
-            3 => put::<R, 3>(row, first, isa, w, x, &write),
-            _ => put::<R, TOGETHER>(row, first, isa, w, x, &write),
-        }
-    }
-}
-
-/// Writes the products of `R` rows from `row` on with `N` of activations, which are the ones from `first` on.
-#[inline]
-fn put<const R: usize, const N: usize>(
-    row: usize,
-    first: usize,
-    isa: Isa,
-    w: &Weights,
-    x: &[f32],
-    write: impl Fn(usize, usize, &[f32]),
-) {
-    let sums = whole::<R, N>(isa, w, std::array::from_fn(|r| row + r), x);
-    for n in 0..N {
-        write(row, first + n, &sums.map(|sums| sums[n]));
-    }
-}
-
-/// `R` whole rows with `N` of activations, the last again where there are fewer.
-#[inline]
-fn whole<const R: usize, const N: usize>(
+fn whole<const R: usize>(
     isa: Isa,
     w: &Weights,
     rows: [usize; R],
-    x: &[f32],
-) -> [[f32; N]; R] {
-    let (width, storage) = (w.width, w.storage);
-    let (bytes, last) = (storage.entry_bytes(), x.len() / width - 1);
-    let w: [&[u8]; R] = rows.map(|row| w.row(row));
-    let mut sums = [[0f32; N]; R];
-    for from in (0..width).step_by(SPAN) {
-        let count = SPAN.min(width - from);
-        let w = w.map(|w| &w[from * bytes..]);
-        let x = std::array::from_fn(|n| &x[n.min(last) * width + from..]);
-        let found: [[f32; N]; R] = tile(isa, storage, w, x, count);
-        for (sums, found) in sums.iter_mut().zip(found) {
-            for (sum, found) in sums.iter_mut().zip(found) {
-                *sum += found;
+    x: Packed,
+    write: impl Fn(usize, usize, &[f32]),
+) {
+    let bytes = w.storage.entry_bytes();
+    let rows_of_w = rows.map(|row| w.row(row));
+    let mut sums = [[0f32; FEW]; R];
+    for from in (0..w.width).step_by(SPAN) {
+        let count = SPAN.min(w.width - from);
+        let x = x.span(from, count);
+        let w_of = rows_of_w.map(|row| &row[from * bytes..]);
+        if isa.level() >= Level::Avx512 && x.count() > TOGETHER {
+            add::<R, FEW>(isa, w.storage, w_of, x, count, 0, &mut sums);
+            continue;
+        }
+        for first in (0..x.count()).step_by(TOGETHER) {
+            let sums = &mut sums;
+            match x.count() - first {
+                1 => add::<R, 1>(isa, w.storage, w_of, x, count, first, sums),
+                2 => add::<R, 2>(isa, w.storage, w_of, x, count, first, sums),
+                3 => add::<R, 3>(isa, w.storage, w_of, x, count, first, sums),
+                _ => add::<R, TOGETHER>(isa, w.storage, w_of, x, count, first, sums),
             }
         }
     }
-    sums
+    for (row, sums) in rows.into_iter().zip(sums) {
+        for (n, sum) in sums[..x.m].iter().enumerate() {
+            write(row, n, &[*sum]);
+        }
+    }
+}
+
+/// `sums[..][first..]` += the products of a span with `N` rows of activations from `first` on, the last again where there are fewer.
+#[inline]
+fn add<const R: usize, const N: usize>(
+    isa: Isa,
+    storage: Storage,
+    w: [&[u8]; R],
+    x: Rows,
+    count: usize,
+    first: usize,
+    sums: &mut [[f32; FEW]; R],
+) {
+    let last = x.count() - 1;
+    let x = std::array::from_fn(|n| x.row((first + n).min(last)));
+    let found: [[f32; N]; R] = tile(isa, storage, w, x, count);
+    for (sums, found) in sums.iter_mut().zip(found) {
+        for (sum, found) in sums[first..].iter_mut().zip(found) {
+            *sum += found;
+        }
+    }
 }
 
 /// Weights are widened once for all rows of activations, which stand in spans.
 fn many(
     isa: Isa,
     w: &Weights,
-    packed: &[f32],
-    m: usize,
+    x: Packed,
     rows: Range<usize>,
     write: impl Fn(usize, usize, &[f32]),
 ) {
     thread_local! {
         static WORK: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
     }
-    let (width, storage) = (w.width, w.storage);
+    let (width, storage, m) = (w.width, w.storage, x.m);
     let bytes = storage.entry_bytes();
     WORK.with_borrow_mut(|[panel, sums]| {
-        let panel = lines(panel, PANEL * SPAN);
+        let panel = lines(panel, PANEL * stride(SPAN));
         for first in rows.clone().step_by(PANEL) {
             let count = PANEL.min(rows.end - first);
             sums.clear();
@@ -352,7 +367,8 @@ fn many(
             for from in (0..width).step_by(SPAN) {
                 let count_here = SPAN.min(width - from);
                 let span = count_here.next_multiple_of(PADDED);
-                for (r, wide) in panel.chunks_exact_mut(span).take(count).enumerate() {
+                let stride = stride(count_here);
+                for (r, wide) in panel.chunks_exact_mut(stride).take(count).enumerate() {
                     let (wide, rest) = wide.split_at_mut(count_here);
                     storage.widen(
                         &w.row(first + r)[from * bytes..][..count_here * bytes],
@@ -360,10 +376,13 @@ fn many(
                     );
                     rest.fill(0.);
                 }
-                let x = &packed[from * m..][..m * span];
-                let groups = x.chunks(GROUP * span).zip(sums.chunks_mut(GROUP * count));
-                for (x, sums) in groups {
-                    pass(isa, &panel[..count * span], x, span, sums);
+                let panel = Rows {
+                    entries: &panel[..count * stride],
+                    stride,
+                };
+                let groups = x.span(from, count_here).entries.chunks(GROUP * stride);
+                for (entries, sums) in groups.zip(sums.chunks_mut(GROUP * count)) {
+                    pass(isa, panel, Rows { entries, stride }, span, sums);
                 }
             }
             for (i, sums) in sums.chunks_exact(count).enumerate() {

@@ -34,57 +34,89 @@ pub(super) const fn unsigned(kind: u8) -> bool {
 /// The processor has what [`super::Isa`] says of it, `w` is whole blocks, and the rows of `x` are as wide as `w`.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn dot<const N: usize>(kind: BlockType, w: &[u8], x: [Row; N]) -> [f32; N] {
+pub unsafe fn dot<const R: usize, const N: usize>(
+    kind: BlockType,
+    w: [&[u8]; R],
+    x: [Row; N],
+) -> [[f32; N]; R] {
     match kind {
-        BlockType::Q8_0 => row::<Q8_0, N>(w, x),
-        BlockType::Q6K => row::<Q6_K, N>(w, x),
-        BlockType::Q4K => row::<Q4_K, N>(w, x),
-        BlockType::Q4_0 => row::<Q4_0, N>(w, x),
+        BlockType::Q8_0 => rows::<Q8_0, R, N>(w, x),
+        BlockType::Q6K => rows::<Q6_K, R, N>(w, x),
+        BlockType::Q4K => rows::<Q4_K, R, N>(w, x),
+        BlockType::Q4_0 => rows::<Q4_0, R, N>(w, x),
     }
 }
 
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn row<const KIND: u8, const N: usize>(w: &[u8], x: [Row; N]) -> [f32; N] {
+fn rows<const KIND: u8, const R: usize, const N: usize>(
+    w: [&[u8]; R],
+    x: [Row; N],
+) -> [[f32; N]; R] {
     let bytes = const { eight_bytes(KIND) };
-    let eights = w.len().div_ceil(bytes);
+    let width = w[0].len();
+    let eights = width.div_ceil(bytes);
     let long = |x: &Row| x.codes.len() >= 256 * eights && x.scales.len() >= 8 * eights;
     assert!(x.iter().all(|x| long(x) && x.sums.len() == x.scales.len()));
-    let mut totals = [0.; N];
+    assert!(w.iter().all(|w| w.len() == width));
+    let mut totals = [[0.; N]; R];
     let mut room = [0; 272];
-    let mut at = 0;
-    for span in w.chunks(SPAN / 256 * bytes) {
-        let mut lanes = [_mm256_setzero_ps(); N];
-        for w in span.chunks(bytes) {
-            let w = match w.len() < bytes {
-                true => filled(w, &mut room),
-                false => w,
-            };
-            let (scales, mins) = scales::<KIND>(w);
-            for n in 0..N {
-                // SAFETY: as long as asserted.
-                let (q, x_scales, x_sums) = unsafe {
-                    (
-                        x[n].codes.get_unchecked(256 * at..256 * (at + 1)),
-                        _mm256_loadu_ps(x[n].scales.as_ptr().add(8 * at)),
-                        _mm256_loadu_ps(x[n].sums.as_ptr().add(8 * at)),
-                    )
+    for first in (0..eights).step_by(SPAN / 256) {
+        let mut lanes = [[_mm256_setzero_ps(); N]; R];
+        for at in first..eights.min(first + SPAN / 256) {
+            for r in 0..R {
+                let w = &w[r][bytes * at..];
+                let w = match w.len() < bytes {
+                    true => filled(w, &mut room).as_ptr(),
+                    false => w.as_ptr(),
                 };
-                let found = sums::<KIND>(w, bytemuck::cast_slice(q));
-                let scale = _mm256_mul_ps(scales, x_scales);
-                lanes[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found), scale, lanes[n]);
-                if unsigned(KIND) {
-                    lanes[n] = _mm256_fnmadd_ps(mins, x_sums, lanes[n]);
-                }
+                // SAFETY: as many bytes stand there, and activations as asserted.
+                unsafe { add_eight::<KIND, N>(w, &x, at, &mut lanes[r]) };
             }
-            at += 1;
         }
-        for n in 0..N {
-            totals[n] += total(lanes[n]);
+        for r in 0..R {
+            for n in 0..N {
+                totals[r][n] += total(lanes[r][n]);
+            }
         }
     }
     totals
+}
+
+/// Adds the products of eight groups with those of the activations from group `8 · at` on.
+///
+/// # Safety
+/// Eight groups stand at `w`, and as many in each row of `x` from there on.
+#[allow(unsafe_code)]
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn add_eight<const KIND: u8, const N: usize>(
+    w: *const u8,
+    x: &[Row; N],
+    at: usize,
+    lanes: &mut [__m256; N],
+) {
+    // A length that the compiler knows: it would ask at every reading.
+    // SAFETY: the caller's promise.
+    let w = unsafe { std::slice::from_raw_parts(w, const { eight_bytes(KIND) }) };
+    let (scales, mins) = scales::<KIND>(w);
+    for n in 0..N {
+        // SAFETY: the caller's promise.
+        let (q, x_scales, x_sums) = unsafe {
+            (
+                x[n].codes.get_unchecked(256 * at..256 * (at + 1)),
+                _mm256_loadu_ps(x[n].scales.as_ptr().add(8 * at)),
+                _mm256_loadu_ps(x[n].sums.as_ptr().add(8 * at)),
+            )
+        };
+        let found = sums::<KIND>(w, bytemuck::cast_slice(q));
+        let scale = _mm256_mul_ps(scales, x_scales);
+        lanes[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found), scale, lanes[n]);
+        if unsigned(KIND) {
+            lanes[n] = _mm256_fnmadd_ps(mins, x_sums, lanes[n]);
+        }
+    }
 }
 
 /// Blocks that are fewer than a whole number of eight groups, with zeros behind them.

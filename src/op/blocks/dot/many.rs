@@ -98,8 +98,8 @@ fn panels<const KIND: u8, const BY: u8>(
                                 true => panel_of(p, from + SPAN),
                                 false => panel_of(p + 1, start),
                             };
-                            for row in next {
-                                ask_for(row);
+                            if BY != AVX2 {
+                                next.into_iter().for_each(|row| ask_for(row));
                             }
                             panel.unpack::<KIND, BY>(panel_of(p, from));
                             let together = const {
@@ -124,11 +124,19 @@ fn panels<const KIND: u8, const BY: u8>(
                                     continue;
                                 }
                                 let x_of = |n: usize| x.row(row + n).from(from);
+                                let next = if i == 0 { &next[..] } else { &[] };
                                 match sums.len() {
-                                    1 => panel.tile::<KIND, _>([x_of(0)], span, sums),
-                                    2 => panel.tile::<KIND, _>([x_of(0), x_of(1)], span, sums),
-                                    3 => panel.tile::<KIND, _>([0, 1, 2].map(x_of), span, sums),
-                                    _ => panel.tile::<KIND, _>([0, 1, 2, 3].map(x_of), span, sums),
+                                    1 => panel.tile::<KIND, 1>([0].map(x_of), span, sums, next),
+                                    2 => panel.tile::<KIND, 2>([0, 1].map(x_of), span, sums, next),
+                                    3 => {
+                                        panel.tile::<KIND, 3>([0, 1, 2].map(x_of), span, sums, next)
+                                    }
+                                    _ => panel.tile::<KIND, 4>(
+                                        [0, 1, 2, 3].map(x_of),
+                                        span,
+                                        sums,
+                                        next,
+                                    ),
                                 }
                             }
                         }

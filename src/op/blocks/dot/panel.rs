@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use super::super::activations::{GROUP, Row};
 use super::SPAN;
 use super::avx2::{
-    Q4_0, Q6_K, Q8_0, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
+    Q4_0, Q6_K, Q8_0, ask_for, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
 };
 
 pub const AVX2: u8 = 0;
@@ -38,6 +38,8 @@ pub(super) struct Panel {
     pub mins: [Both; GROUPS],
     /// Sums on their way: of every eighth group and row of activations.
     pub lanes: [[Both; TOGETHER]; GROUPS / 2],
+    /// Blocks of eight rows that are fewer than a whole number of eight groups.
+    rooms: [[u8; 272]; 8],
 }
 
 /// Whether codes are multiplied as bytes.
@@ -59,6 +61,7 @@ impl Panel {
             scales: [zero; GROUPS],
             mins: [zero; GROUPS],
             lanes: [[zero; TOGETHER]; GROUPS / 2],
+            rooms: [[0; 272]; 8],
         }
     }
 
@@ -73,9 +76,8 @@ impl Panel {
         }
         for i in 0..rows[0].len().div_ceil(bytes) {
             for strip in 0..2 {
-                let mut rooms = [[0; 272]; 8];
                 let mut w = [&rows[0][..0]; 8];
-                for (r, room) in rooms.iter_mut().enumerate() {
+                for (r, room) in self.rooms.iter_mut().enumerate() {
                     let row = &rows[8 * strip + r][i * bytes..];
                     w[r] = match row.len() < bytes {
                         true => filled(row, room),
@@ -123,7 +125,8 @@ impl Panel {
         }
     }
 
-    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each.
+    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each. The bytes of `next` are asked for meanwhile, for memory
+    /// gives so many at once no faster than they can be multiplied.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub fn tile<const KIND: u8, const N: usize>(
@@ -131,8 +134,9 @@ impl Panel {
         x: [Row; N],
         span: usize,
         sums: &mut [Both],
+        next: &[&[u8]],
     ) {
-        let found = self.groups::<KIND, N>(&x, span / GROUP);
+        let found = self.groups::<KIND, N>(&x, span / GROUP, next);
         for (sums, found) in sums.iter_mut().zip(found) {
             for (sum, found) in sums.0.iter_mut().zip(found) {
                 *sum = _mm256_add_ps(*sum, found);
@@ -146,11 +150,15 @@ impl Panel {
         &mut self,
         x: &[Row; N],
         groups: usize,
+        next: &[&[u8]],
     ) -> [[__m256; 2]; N] {
         // A number that the compiler does not know: it would unroll all steps, and run out of registers.
         let steps = std::hint::black_box(STEPS);
         for g in 0..groups.max(8) {
             let first = g < 8;
+            if let Some(row) = next.get(g) {
+                ask_for(row);
+            }
             if g >= groups {
                 self.lanes[g] = [Both([_mm256_setzero_ps(); 2]); TOGETHER];
                 continue;

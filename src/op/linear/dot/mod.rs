@@ -81,15 +81,15 @@ pub fn tile<const R: usize, const N: usize>(
     }
 }
 
-/// `y [N] = W [N, K] x` where the processor has vectors for such weights, else false.
+/// `y [N] = W [N, K] x` by vectors.
 ///
 /// # Panics
-/// When there are fewer weights.
-pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) -> bool {
+/// When there are fewer weights, or no vectors for them.
+pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) {
     assert!(w.len() >= y.len() * x.len() * storage.entry_bytes());
+    assert!(storage != Storage::F8E4M3);
     match isa.level() {
-        _ if storage == Storage::F8E4M3 => return false,
-        Level::Portable => return false,
+        Level::Portable => panic!("no vectors"),
         // SAFETY: an `Isa` is of this processor; there are as many weights, as just asserted.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
@@ -102,32 +102,60 @@ pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) ->
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
     }
-    true
+}
+
+/// Rows of entries, `stride` entries from one to the next.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    pub entries: &'a [f32],
+    pub stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline]
+    pub fn count(self) -> usize {
+        self.entries.len() / self.stride
+    }
+
+    #[inline]
+    pub fn row(self, row: usize) -> &'a [f32] {
+        &self.entries[row * self.stride..][..self.stride]
+    }
+
+    /// Those from `row` on.
+    #[inline]
+    pub fn from(self, row: usize) -> Self {
+        Self {
+            entries: &self.entries[row * self.stride..],
+            ..self
+        }
+    }
 }
 
 /// `sums [M, rows] += x [M, span] panelᵀ`, `panel [rows, span]` in f32; `span` is at most [`SPAN`] and a multiple of [`PADDED`].
 ///
 /// # Panics
 /// When sizes do not fit.
-pub fn pass(isa: Isa, panel: &[f32], x: &[f32], span: usize, sums: &mut [f32]) {
-    let rows = panel.len() / span;
-    assert!(span.is_multiple_of(PADDED) && panel.len() == rows * span);
-    assert!(sums.len() == x.len() / span * rows && x.len().is_multiple_of(span));
+pub fn pass(isa: Isa, panel: Rows, x: Rows, span: usize, sums: &mut [f32]) {
+    let rows = panel.count();
+    assert!(span.is_multiple_of(PADDED) && span <= panel.stride && span <= x.stride);
+    assert!(sums.len() == x.count() * rows);
     match isa.level() {
         Level::Portable => {
-            for (x, sums) in x.chunks_exact(span).zip(sums.chunks_exact_mut(rows)) {
-                for (w, sum) in panel.chunks_exact(span).zip(sums) {
-                    *sum += portable(Storage::F32, bytemuck::cast_slice(w), x, span);
+            for (i, sums) in sums.chunks_exact_mut(rows).enumerate() {
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let w = bytemuck::cast_slice(panel.row(r));
+                    *sum += portable(Storage::F32, w, x.row(i), span);
                 }
             }
         }
         // SAFETY: an `Isa` is of this processor.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx2 => unsafe { x86::avx2::pass(panel, x, span, sums, rows) },
+        Level::Avx2 => unsafe { x86::avx2::pass(panel, x, span, sums) },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
-        Level::Avx512 | Level::Amx => unsafe { x86::avx512::pass(panel, x, span, sums, rows) },
+        Level::Avx512 | Level::Amx => unsafe { x86::avx512::pass(panel, x, span, sums) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not on this architecture"),
     }

@@ -3,7 +3,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{PADDED, SPAN, Storage};
+use super::{PADDED, Rows, SPAN, Storage};
 
 /// How weights are stored.
 const F32: u8 = 0;
@@ -127,8 +127,8 @@ macro_rules! tiles {
             found
         }
 
-        /// Two vectors of sums take turns, and what is behind the last multiple of [`PADDED`] is filled up with zeros: for few rows at once,
-        /// so that an addition need not wait for the one before; for many one after the other, with half the registers.
+        /// [`TURNS`] vectors of sums take turns, and what is behind the last multiple of [`PADDED`] is filled up with zeros: two for few rows at
+        /// once, so that an addition need not wait for the one before; for many one after the other, with half the registers.
         ///
         /// # Safety
         /// As [`tile`].
@@ -147,13 +147,20 @@ macro_rules! tiles {
                 add_products::<KIND, R, N>(w, x, at, LANES, sums);
             };
             let add_left = |from: usize, sums: &mut _| unsafe {
-                for at in (from..left).step_by(2 * LANES) {
+                for at in (from..left).step_by(TURNS * LANES) {
                     let n = LANES.min(left - at);
                     add_products::<KIND, R, N>(w, x, count + at, n, sums);
                 }
             };
             let (mut even, mut odd) = ([[zero(); N]; R], [[zero(); N]; R]);
-            if R * N <= BOTH {
+            if TURNS == 1 {
+                for first in (0..count).step_by(PADDED) {
+                    for at in (first..first + PADDED).step_by(LANES) {
+                        add_some(at, &mut odd);
+                    }
+                }
+                add_left(0, &mut odd);
+            } else if R * N <= BOTH {
                 for at in (0..count).step_by(2 * LANES) {
                     add_some(at, &mut even);
                     add_some(at + LANES, &mut odd);
@@ -340,10 +347,11 @@ macro_rules! tiles {
 
         /// [`super::pass`].
         #[target_feature(enable = $features)]
-        pub fn pass(panel: &[f32], x: &[f32], span: usize, sums: &mut [f32], rows: usize) {
+        pub fn pass(panel: Rows, x: Rows, span: usize, sums: &mut [f32]) {
+            let rows = panel.count();
             for r in (0..rows).step_by(ROWS) {
-                let (panel, sums) = (&panel[r * span..], &mut sums[r..]);
-                match ROWS.min(rows - r) {
+                let (panel, sums) = (panel.from(r), &mut sums[r..]);
+                match panel.count().min(ROWS) {
                     1 => strip::<1>(panel, x, span, sums, rows),
                     2 => strip::<2>(panel, x, span, sums, rows),
                     3 => strip::<3>(panel, x, span, sums, rows),
@@ -355,15 +363,10 @@ macro_rules! tiles {
         /// `R` rows of a panel with all of `x`.
         #[inline]
         #[target_feature(enable = $features)]
-        fn strip<const R: usize>(
-            panel: &[f32],
-            x: &[f32],
-            span: usize,
-            sums: &mut [f32],
-            rows: usize,
-        ) {
-            for (x, sums) in x.chunks(4 * span).zip(sums.chunks_mut(4 * rows)) {
-                match x.len() / span {
+        fn strip<const R: usize>(panel: Rows, x: Rows, span: usize, sums: &mut [f32], rows: usize) {
+            for (i, sums) in sums.chunks_mut(4 * rows).enumerate() {
+                let x = x.from(4 * i);
+                match x.count() {
                     1 => block::<R, 1>(panel, x, span, sums, rows),
                     2 => block::<R, 2>(panel, x, span, sums, rows),
                     3 => block::<R, 3>(panel, x, span, sums, rows),
@@ -376,15 +379,14 @@ macro_rules! tiles {
         #[inline]
         #[target_feature(enable = $features)]
         fn block<const R: usize, const N: usize>(
-            panel: &[f32],
-            x: &[f32],
+            panel: Rows,
+            x: Rows,
             span: usize,
             sums: &mut [f32],
             rows: usize,
         ) {
-            let w: [*const u8; R] =
-                std::array::from_fn(|r| panel[r * span..][..span].as_ptr().cast());
-            let x: [*const f32; N] = std::array::from_fn(|n| x[n * span..][..span].as_ptr());
+            let w: [*const u8; R] = std::array::from_fn(|r| panel.row(r)[..span].as_ptr().cast());
+            let x: [*const f32; N] = std::array::from_fn(|n| x.row(n)[..span].as_ptr());
             // SAFETY: `span` entries stand in every row, as just cut.
             let found = unsafe { vectors::<F32, R, N>(w, x, span) };
             add_totals(found, sums, rows);
@@ -396,8 +398,11 @@ pub mod avx2 {
     use super::*;
 
     const LANES: usize = 8;
-    /// Products of rows for which there are registers for two vectors of sums.
-    const BOTH: usize = 4;
+    /// Sixteen registers do not hold two vectors of sums for as many rows as share their loads: four cycles of an addition are covered by
+    /// eight rows, or twelve products of three with four.
+    const TURNS: usize = 1;
+    /// Rows that are multiplied with one together.
+    const BOTH: usize = 8;
     /// Rows of a panel that share a reading of activations.
     const ROWS: usize = 3;
     type Vector = __m256;
@@ -540,6 +545,7 @@ pub mod avx512 {
     use super::*;
 
     const LANES: usize = 16;
+    const TURNS: usize = 2;
     /// Products of rows for which there are registers for two vectors of sums.
     const BOTH: usize = 8;
     /// Rows of a panel that share a reading of activations.
