@@ -114,7 +114,7 @@ fn dot<const R: usize, const N: usize>(
 ) -> [[f32; N]; R] {
     match isa.level() {
         Level::Portable => w.map(|w| x.map(|x| portable(kind, w, x))),
-        // SAFETY: an `Isa` is of this processor.
+        // SAFETY: an `Isa` is of this processor; rows were cut to whole blocks, as wide as those of `x`.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         Level::Avx2 => unsafe { avx2::dot(kind, w, x) },

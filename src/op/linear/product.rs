@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 
 #[cfg(target_arch = "x86_64")]
 use super::dot::amx;
-use super::dot::{PADDED, Rows, SPAN, column, lines, pass, tile};
+use super::dot::{PADDED, Rows, SPAN, column, has_vectors, lines, pass, tile};
 use super::storage::Storage;
 use super::stored::Stored;
 use crate::op::blocks::{self, Activations, Forms};
@@ -38,7 +38,7 @@ const TASKS: usize = 6;
 /// What products need beside their operands; kept from one to the next.
 #[derive(Default)]
 pub struct Scratch {
-    /// [`Packed`]
+    /// Entries of [`Packed`].
     packed: Vec<f32>,
     codes: Activations,
     #[cfg(target_arch = "x86_64")]
@@ -122,7 +122,8 @@ pub fn products_by(isa: Isa, x: &[f32], parts: &mut [Part], scratch: &mut Scratc
     let Scratch { packed, codes, .. } = scratch;
     let packed = match m > 1 && !parts.iter().all(|part| blocks(part) || in_tiles(part)) {
         true => Packed::of(x, width, packed),
-        false => Packed::one(x),
+        // With more rows it is not read.
+        false => Packed::one(&x[..width]),
     };
     let codes = &*codes;
     #[cfg(target_arch = "x86_64")]
@@ -197,21 +198,21 @@ fn tasks(multiplications: usize, threads: usize) -> usize {
     }
 }
 
-/// Activations `x [M, K]` as `[K / SPAN, M, SPAN + gap]`, the last span as long as is left, filled up with zeros.
+/// Activations `x [M, K]` as `[K / SPAN, M, SPAN + GAP]`, a row of the last span filled up to a multiple of [`PADDED`], zeros in all gaps; one row
+/// alone stays as it stands.
 #[derive(Clone, Copy)]
 struct Packed<'a> {
     entries: &'a [f32],
     m: usize,
-    gap: usize,
+    in_spans: bool,
 }
 
 impl<'a> Packed<'a> {
-    /// One row, as it stands.
     fn one(x: &'a [f32]) -> Self {
         Self {
             entries: x,
             m: 1,
-            gap: 0,
+            in_spans: false,
         }
     }
 
@@ -231,20 +232,22 @@ impl<'a> Packed<'a> {
                 row[count..].fill(0.);
             }
         }
-        let (entries, gap) = (&*room, GAP);
-        Self { entries, m, gap }
+        Self {
+            entries: room,
+            m,
+            in_spans: true,
+        }
     }
 
     /// The rows of the span from entry `from` on, of `count` entries.
     #[inline]
     fn span(self, from: usize, count: usize) -> Rows<'a> {
-        let entries = &self.entries[self.m * (from / SPAN) * (SPAN + self.gap)..];
-        let stride = match self.gap {
-            0 => count,
-            _ => stride(count),
+        let (start, stride) = match self.in_spans {
+            true => (self.m * (from / SPAN) * stride(SPAN), stride(count)),
+            false => (from, count),
         };
         Rows {
-            entries: &entries[..self.m * stride],
+            entries: &self.entries[start..][..self.m * stride],
             stride,
         }
     }
@@ -255,11 +258,15 @@ fn stride(count: usize) -> usize {
     count.next_multiple_of(PADDED) + GAP
 }
 
+/// Whether a row of weights is read once for all rows of activations, for which AVX-512 has registers.
+fn at_once(isa: Isa, m: usize) -> bool {
+    isa.level() >= Level::Avx512 && m > TOGETHER
+}
+
 /// Weights are widened in registers.
 fn few(isa: Isa, w: &Weights, x: Packed, rows: Range<usize>, write: impl Fn(usize, usize, &[f32])) {
     let mut rows = rows;
-    let vectors = isa.level() > Level::Portable;
-    if x.m == 1 && w.bytes.len() < CACHED && vectors && w.storage != Storage::F8E4M3 {
+    if x.m == 1 && w.bytes.len() < CACHED && has_vectors(isa, w.storage) {
         let mut sums = [0f32; COLUMN];
         for first in rows.clone().step_by(COLUMN) {
             let sums = &mut sums[..COLUMN.min(rows.end - first)];
@@ -269,13 +276,14 @@ fn few(isa: Isa, w: &Weights, x: Packed, rows: Range<usize>, write: impl Fn(usiz
         }
         return;
     }
-    if isa.level() >= Level::Avx512 && x.m > TOGETHER {
+    if at_once(isa, x.m) {
+        // Two places, half a task apart: there are no registers for three.
         let half = rows.len() / 2;
         for row in rows.start..rows.start + half {
             whole(isa, w, [row, row + half], x, &write);
         }
         rows.start += 2 * half;
-    } else if vectors {
+    } else if isa.level() > Level::Portable {
         let (together, left) = apart(rows);
         for places in together {
             whole(isa, w, places, x, &write);
@@ -303,7 +311,7 @@ fn whole<const R: usize>(
         let count = SPAN.min(w.width - from);
         let x = x.span(from, count);
         let w_of = rows_of_w.map(|row| &row[from * bytes..]);
-        if isa.level() >= Level::Avx512 && x.count() > TOGETHER {
+        if at_once(isa, x.count()) {
             add::<R, FEW>(isa, w.storage, w_of, x, count, 0, &mut sums);
             continue;
         }
@@ -361,31 +369,29 @@ fn many(
     WORK.with_borrow_mut(|[panel, sums]| {
         let panel = lines(panel, PANEL * stride(SPAN));
         for first in rows.clone().step_by(PANEL) {
-            let count = PANEL.min(rows.end - first);
+            let rows = PANEL.min(rows.end - first);
             sums.clear();
-            sums.resize(m * count, 0.);
+            sums.resize(m * rows, 0.);
             for from in (0..width).step_by(SPAN) {
-                let count_here = SPAN.min(width - from);
-                let span = count_here.next_multiple_of(PADDED);
-                let stride = stride(count_here);
-                for (r, wide) in panel.chunks_exact_mut(stride).take(count).enumerate() {
-                    let (wide, rest) = wide.split_at_mut(count_here);
-                    storage.widen(
-                        &w.row(first + r)[from * bytes..][..count_here * bytes],
-                        wide,
-                    );
+                let count = SPAN.min(width - from);
+                let x = x.span(from, count);
+                for (r, wide) in panel.chunks_exact_mut(x.stride).take(rows).enumerate() {
+                    let (wide, rest) = wide.split_at_mut(count);
+                    let w = &w.row(first + r)[from * bytes..][..count * bytes];
+                    storage.widen(w, wide);
                     rest.fill(0.);
                 }
                 let panel = Rows {
-                    entries: &panel[..count * stride],
-                    stride,
+                    entries: &panel[..rows * x.stride],
+                    ..x
                 };
-                let groups = x.span(from, count_here).entries.chunks(GROUP * stride);
-                for (entries, sums) in groups.zip(sums.chunks_mut(GROUP * count)) {
-                    pass(isa, panel, Rows { entries, stride }, span, sums);
+                let groups = x.entries.chunks(GROUP * x.stride);
+                for (entries, sums) in groups.zip(sums.chunks_mut(GROUP * rows)) {
+                    let x = Rows { entries, ..x };
+                    pass(isa, panel, x, count.next_multiple_of(PADDED), sums);
                 }
             }
-            for (i, sums) in sums.chunks_exact(count).enumerate() {
+            for (i, sums) in sums.chunks_exact(rows).enumerate() {
                 write(first, i, sums);
             }
         }

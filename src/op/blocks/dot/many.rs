@@ -99,7 +99,9 @@ fn panels<const KIND: u8, const BY: u8>(
                                 false => panel_of(p + 1, start),
                             };
                             if BY != AVX2 {
-                                next.into_iter().for_each(|row| ask_for(row));
+                                for row in next {
+                                    ask_for(row);
+                                }
                             }
                             panel.unpack::<KIND, BY>(panel_of(p, from));
                             let together = const {

@@ -125,8 +125,8 @@ impl Panel {
         }
     }
 
-    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each. The bytes of `next` are asked for meanwhile, for memory
-    /// gives so many at once no faster than they can be multiplied.
+    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each. With each group a row of `next` is asked for, which are
+    /// at most as many as a span has groups: memory gives them no faster at once than meanwhile.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub fn tile<const KIND: u8, const N: usize>(

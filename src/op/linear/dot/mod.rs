@@ -81,15 +81,20 @@ pub fn tile<const R: usize, const N: usize>(
     }
 }
 
-/// `y [N] = W [N, K] x` by vectors.
+/// Whether [`column`] takes such weights.
+pub fn has_vectors(isa: Isa, storage: Storage) -> bool {
+    isa.level() > Level::Portable && storage != Storage::F8E4M3
+}
+
+/// `y [N] = W [N, K] x`.
 ///
 /// # Panics
-/// When there are fewer weights, or no vectors for them.
+/// When there are fewer weights, or the processor has no vectors for them ([`has_vectors`]).
 pub fn column(isa: Isa, storage: Storage, w: &[u8], x: &[f32], y: &mut [f32]) {
     assert!(w.len() >= y.len() * x.len() * storage.entry_bytes());
-    assert!(storage != Storage::F8E4M3);
+    assert!(has_vectors(isa, storage), "no vectors for {storage:?}");
     match isa.level() {
-        Level::Portable => panic!("no vectors"),
+        Level::Portable => unreachable!("as just asserted"),
         // SAFETY: an `Isa` is of this processor; there are as many weights, as just asserted.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]

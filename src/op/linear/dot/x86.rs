@@ -63,10 +63,10 @@ macro_rules! tiles {
             let mut row = 0;
             // SAFETY: the caller's promise, for each of the rows.
             unsafe {
-                while y.len() - row >= BOTH {
+                while y.len() - row >= BESIDE {
                     let w = w.add(row * bytes(KIND) * x.len());
-                    y[row..][..BOTH].copy_from_slice(&together::<KIND, BOTH>(w, x));
-                    row += BOTH;
+                    y[row..][..BESIDE].copy_from_slice(&together::<KIND, BESIDE>(w, x));
+                    row += BESIDE;
                 }
                 while row < y.len() {
                     let w = w.add(row * bytes(KIND) * x.len());
@@ -127,8 +127,9 @@ macro_rules! tiles {
             found
         }
 
-        /// [`TURNS`] vectors of sums take turns, and what is behind the last multiple of [`PADDED`] is filled up with zeros: two for few rows at
-        /// once, so that an addition need not wait for the one before; for many one after the other, with half the registers.
+        /// What is behind the last multiple of [`PADDED`] is filled up with zeros. A product has one vector of sums or, with two [`TURNS`], two that
+        /// take turns: for few products at once, so that an addition need not wait for the one before; for many one after the other, with half
+        /// the registers.
         ///
         /// # Safety
         /// As [`tile`].
@@ -154,13 +155,17 @@ macro_rules! tiles {
             };
             let (mut even, mut odd) = ([[zero(); N]; R], [[zero(); N]; R]);
             if TURNS == 1 {
+                let mut sums = odd;
                 for first in (0..count).step_by(PADDED) {
+                    // So many that the compiler writes them out: counting steps takes as long as a load.
                     for at in (first..first + PADDED).step_by(LANES) {
-                        add_some(at, &mut odd);
+                        add_some(at, &mut sums);
                     }
                 }
-                add_left(0, &mut odd);
-            } else if R * N <= BOTH {
+                add_left(0, &mut sums);
+                return sums;
+            }
+            if R * N <= TWICE {
                 for at in (0..count).step_by(2 * LANES) {
                     add_some(at, &mut even);
                     add_some(at + LANES, &mut odd);
@@ -260,10 +265,10 @@ macro_rules! tiles {
             let fours = queries.chunks(4 * dim).zip(out.chunks_mut(4 * positions));
             for (queries, out) in fours {
                 if queries.len() == dim {
-                    let whole = positions / BOTH * BOTH;
-                    for p in (0..whole).step_by(BOTH) {
+                    let whole = positions / BESIDE * BESIDE;
+                    for p in (0..whole).step_by(BESIDE) {
                         let (keys, out) = (&keys[p * stride..], &mut out[p..]);
-                        score::<BOTH, 1>(queries, dim, keys, stride, out, positions);
+                        score::<BESIDE, 1>(queries, dim, keys, stride, out, positions);
                     }
                     for p in whole..positions {
                         let (keys, out) = (&keys[p * stride..], &mut out[p..]);
@@ -398,11 +403,13 @@ pub mod avx2 {
     use super::*;
 
     const LANES: usize = 8;
-    /// Sixteen registers do not hold two vectors of sums for as many rows as share their loads: four cycles of an addition are covered by
-    /// eight rows, or twelve products of three with four.
+    /// Sixteen registers do not hold two vectors of sums for as many rows as share their loads. The four cycles of an addition are covered by
+    /// eight rows, or twelve products of three with four; fewer wait for memory, or are a few that are left over.
     const TURNS: usize = 1;
-    /// Rows that are multiplied with one together.
-    const BOTH: usize = 8;
+    /// Products of rows for which there were registers for both.
+    const TWICE: usize = 4;
+    /// Rows, or keys, that are multiplied with one together.
+    const BESIDE: usize = 8;
     /// Rows of a panel that share a reading of activations.
     const ROWS: usize = 3;
     type Vector = __m256;
@@ -546,8 +553,10 @@ pub mod avx512 {
 
     const LANES: usize = 16;
     const TURNS: usize = 2;
-    /// Products of rows for which there are registers for two vectors of sums.
-    const BOTH: usize = 8;
+    /// Products of rows for which there are registers for both.
+    const TWICE: usize = 8;
+    /// Rows, or keys, that are multiplied with one together.
+    const BESIDE: usize = 8;
     /// Rows of a panel that share a reading of activations.
     const ROWS: usize = 4;
     type Vector = __m512;
