@@ -277,7 +277,7 @@ fn few(isa: Isa, w: &Weights, x: Packed, rows: Range<usize>, write: impl Fn(usiz
         return;
     }
     if at_once(isa, x.m) {
-        // Two places, half a task apart: there are no registers for three.
+        // Two rows half a task apart.
         let half = rows.len() / 2;
         for row in rows.start..rows.start + half {
             whole(isa, w, [row, row + half], x, &write);

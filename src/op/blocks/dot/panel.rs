@@ -125,8 +125,8 @@ impl Panel {
         }
     }
 
-    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each. With each group a row of `next` is asked for, which are
-    /// at most as many as a span has groups: memory gives them no faster at once than meanwhile.
+    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each. With each group a row of `next` is asked for, so a
+    /// short span asks for fewer: memory gives them no faster at once than meanwhile.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub fn tile<const KIND: u8, const N: usize>(
