@@ -58,50 +58,40 @@ pub fn rows(
         };
     }
     let w = |row: usize| &w[row * row_bytes..][..row_bytes];
-    let (together, left) = apart(rows);
-    for places in together {
-        with_all(isa, kind, places, places.map(w), x, &write);
-    }
-    for row in left {
-        with_all(isa, kind, [row], [w(row)], x, &write);
-    }
-}
-
-/// Writes the products of rows `places`, which are `w`, with all of `x`.
-fn with_all<const R: usize>(
-    isa: Isa,
-    kind: BlockType,
-    places: [usize; R],
-    w: [&[u8]; R],
-    x: &Activations,
-    write: impl Fn(usize, usize, &[f32]),
-) {
     for first in (0..x.rows()).step_by(TOGETHER) {
         match x.rows() - first {
-            1 => with::<R, 1>(isa, kind, places, w, x, first, &write),
-            2 => with::<R, 2>(isa, kind, places, w, x, first, &write),
-            3 => with::<R, 3>(isa, kind, places, w, x, first, &write),
-            _ => with::<R, TOGETHER>(isa, kind, places, w, x, first, &write),
+            1 => few::<1>(isa, kind, w, x, first, rows.clone(), &write),
+            2 => few::<2>(isa, kind, w, x, first, rows.clone(), &write),
+            3 => few::<3>(isa, kind, w, x, first, rows.clone(), &write),
+            _ => few::<TOGETHER>(isa, kind, w, x, first, rows.clone(), &write),
         }
     }
 }
 
-/// The same with `N` rows of `x`, from `first` on.
-#[inline]
-fn with<const R: usize, const N: usize>(
+/// Writes the products of rows `rows` of `w` with `N` rows of `x`, from `first` on.
+fn few<'a, const N: usize>(
     isa: Isa,
     kind: BlockType,
-    places: [usize; R],
-    w: [&[u8]; R],
+    w: impl Fn(usize) -> &'a [u8],
     x: &Activations,
     first: usize,
+    rows: Range<usize>,
     write: impl Fn(usize, usize, &[f32]),
 ) {
     let x = std::array::from_fn(|n| x.row(first + n));
-    for (row, sums) in places.into_iter().zip(dot::<R, N>(isa, kind, w, x)) {
-        for (n, sum) in sums.iter().enumerate() {
-            write(row, first + n, &[*sum]);
+    let write = |row: usize, sums: [f32; N]| {
+        for (n, sum) in sums.into_iter().enumerate() {
+            write(row, first + n, &[sum]);
         }
+    };
+    let (together, left) = apart(rows);
+    for places in together {
+        let sums = dot::<_, N>(isa, kind, places.map(&w), x);
+        (places.into_iter().zip(sums)).for_each(|(row, sums)| write(row, sums));
+    }
+    for row in left {
+        let [sums] = dot(isa, kind, [w(row)], x);
+        write(row, sums);
     }
 }
 

@@ -61,18 +61,29 @@ fn rows<const KIND: u8, const R: usize, const N: usize>(
     assert!(x.iter().all(|x| long(x) && x.sums.len() == x.scales.len()));
     assert!(w.iter().all(|w| w.len() == width));
     let mut totals = [[0.; N]; R];
-    let mut room = [0; 272];
+    let mut room = [[0; 272]; R];
     for first in (0..eights).step_by(SPAN / 256) {
         let mut lanes = [[_mm256_setzero_ps(); N]; R];
         for at in first..eights.min(first + SPAN / 256) {
+            let mut eight = [std::ptr::null(); R];
             for r in 0..R {
                 let w = &w[r][bytes * at..];
-                let w = match w.len() < bytes {
-                    true => filled(w, &mut room).as_ptr(),
+                eight[r] = match w.len() < bytes {
+                    true => filled(w, &mut room[r]).as_ptr(),
                     false => w.as_ptr(),
                 };
-                // SAFETY: as many bytes stand there, and activations as asserted.
-                unsafe { add_eight::<KIND, N>(w, &x, at, &mut lanes[r]) };
+            }
+            // SAFETY: as many bytes stand at each, and activations as asserted.
+            unsafe {
+                match N == 1 {
+                    true => add_eight::<KIND, R, N>(eight, &x, at, &mut lanes),
+                    false => {
+                        for r in 0..R {
+                            let lanes = std::array::from_mut(&mut lanes[r]);
+                            add_eight::<KIND, 1, N>([eight[r]], &x, at, lanes);
+                        }
+                    }
+                }
             }
         }
         for r in 0..R {
@@ -84,37 +95,70 @@ fn rows<const KIND: u8, const R: usize, const N: usize>(
     totals
 }
 
-/// Adds the products of eight groups with those of the activations from group `8 · at` on.
+/// Adds the products of eight groups of every row with those of the activations from group `8 · at` on. What can be done for all rows is done
+/// before what waits for it, since a row alone waits for its own sums.
 ///
 /// # Safety
-/// Eight groups stand at `w`, and as many in each row of `x` from there on.
+/// Eight groups stand at each of `w`, and as many in each row of `x` from there on.
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn add_eight<const KIND: u8, const N: usize>(
-    w: *const u8,
+unsafe fn add_eight<const KIND: u8, const R: usize, const N: usize>(
+    w: [*const u8; R],
     x: &[Row; N],
     at: usize,
-    lanes: &mut [__m256; N],
+    lanes: &mut [[__m256; N]; R],
 ) {
-    // A length that the compiler knows: it would ask at every reading.
-    // SAFETY: the caller's promise.
-    let w = unsafe { std::slice::from_raw_parts(w, const { eight_bytes(KIND) }) };
-    let (scales, mins) = scales::<KIND>(w);
+    let mut eight: [&[u8]; R] = [&[]; R];
+    for r in 0..R {
+        // A length that the compiler knows: it would ask at every reading.
+        // SAFETY: the caller's promise.
+        eight[r] = unsafe { std::slice::from_raw_parts(w[r], const { eight_bytes(KIND) }) };
+    }
+    let mut q: [&[u8]; N] = [&[]; N];
     for n in 0..N {
         // SAFETY: the caller's promise.
-        let (q, x_scales, x_sums) = unsafe {
-            (
-                x[n].codes.get_unchecked(256 * at..256 * (at + 1)),
-                _mm256_loadu_ps(x[n].scales.as_ptr().add(8 * at)),
-                _mm256_loadu_ps(x[n].sums.as_ptr().add(8 * at)),
-            )
-        };
-        let found = sums::<KIND>(w, bytemuck::cast_slice(q));
-        let scale = _mm256_mul_ps(scales, x_scales);
-        lanes[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found), scale, lanes[n]);
-        if unsigned(KIND) {
-            lanes[n] = _mm256_fnmadd_ps(mins, x_sums, lanes[n]);
+        let codes = unsafe { x[n].codes.get_unchecked(256 * at..256 * (at + 1)) };
+        q[n] = bytemuck::cast_slice(codes);
+    }
+    let none = [[_mm256_setzero_si256(); N]; R];
+    let mut fours = [none; 2];
+    for i in 0..2 {
+        let mut twos = [none; 2];
+        for k in 0..2 {
+            let j = 4 * i + 2 * k;
+            for r in 0..R {
+                for n in 0..N {
+                    let a = product::<KIND>(eight[r], q[n], j);
+                    let b = product::<KIND>(eight[r], q[n], j + 1);
+                    twos[k][r][n] = two_groups::<KIND>(a, b);
+                }
+            }
+        }
+        for r in 0..R {
+            for n in 0..N {
+                fours[i][r][n] = four_groups::<KIND>(twos[0][r][n], twos[1][r][n]);
+            }
+        }
+    }
+    for r in 0..R {
+        let (scales, mins) = scales::<KIND>(eight[r]);
+        for n in 0..N {
+            // SAFETY: the caller's promise.
+            let (x_scales, x_sums) = unsafe {
+                (
+                    _mm256_loadu_ps(x[n].scales.as_ptr().add(8 * at)),
+                    _mm256_loadu_ps(x[n].sums.as_ptr().add(8 * at)),
+                )
+            };
+            let (a, b) = (fours[0][r][n], fours[1][r][n]);
+            let low = _mm256_permute2x128_si256::<0x20>(a, b);
+            let found = _mm256_add_epi32(low, _mm256_permute2x128_si256::<0x31>(a, b));
+            let (scale, lanes) = (_mm256_mul_ps(scales, x_scales), &mut lanes[r][n]);
+            *lanes = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found), scale, *lanes);
+            if unsigned(KIND) {
+                *lanes = _mm256_fnmadd_ps(mins, x_sums, *lanes);
+            }
         }
     }
 }
@@ -149,21 +193,25 @@ pub(super) fn codes<const KIND: u8>(w: &[u8], j: usize) -> __m256i {
             };
             _mm256_and_si256(moved, low_bits)
         }
-        _ => {
-            let (part, quarter) = (j / 4, j % 4);
-            let (low, high) = (
-                load(&w[64 * part + 32 * (quarter % 2)..]),
-                load(&w[128 + 32 * part..]),
-            );
-            // Shifts by a variable, for a loop over `j` that is not unrolled would have a branch for each.
-            let low = _mm256_srl_epi16(low, _mm_cvtsi32_si128(4 * (quarter / 2) as i32));
-            let high = _mm256_srl_epi16(high, _mm_cvtsi32_si128(2 * quarter as i32));
-            let high = _mm256_and_si256(high, _mm256_set1_epi8(3));
-            let low = _mm256_and_si256(low, low_bits);
-            let both = _mm256_or_si256(low, _mm256_slli_epi16::<4>(high));
-            _mm256_sub_epi8(both, _mm256_set1_epi8(32))
-        }
+        _ => _mm256_sub_epi8(six_bits(w, j), _mm256_set1_epi8(32)),
     }
+}
+
+/// The codes of group `j` of a Q6_K block, before 32 is taken off.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn six_bits(w: &[u8], j: usize) -> __m256i {
+    let (part, quarter) = (j / 4, j % 4);
+    let (low, high) = (
+        load(&w[64 * part + 32 * (quarter % 2)..]),
+        load(&w[128 + 32 * part..]),
+    );
+    // Shifts by a variable, for a loop over `j` that is not unrolled would have a branch for each.
+    let low = _mm256_srl_epi16(low, _mm_cvtsi32_si128(4 * (quarter / 2) as i32));
+    let high = _mm256_srl_epi16(high, _mm_cvtsi32_si128(2 * quarter as i32));
+    let high = _mm256_and_si256(high, _mm256_set1_epi8(3));
+    let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
+    _mm256_or_si256(low, _mm256_slli_epi16::<4>(high))
 }
 
 /// What the groups' whole numbers are multiplied by, and what their activations are multiplied by and taken off.
@@ -176,62 +224,57 @@ pub(super) fn scales<const KIND: u8>(w: &[u8]) -> (__m256, __m256) {
             let scales = eight_blocks::<18>(w);
             (scales, _mm256_mul_ps(scales, _mm256_set1_ps(8.)))
         }
-        Q4_K => {
-            let (scales, mins) = scales_mins(&w[4..16]);
-            (
-                _mm256_mul_ps(wide_half(w), bytes(scales)),
-                _mm256_mul_ps(wide_half(&w[2..]), bytes(mins)),
-            )
-        }
+        Q4_K => scales_mins(w),
         // Its scales of 16 weights are whole numbers too, and in the products.
         _ => (wide_half(&w[208..]), _mm256_setzero_ps()),
     }
 }
 
-/// The whole numbers of eight groups.
+/// A group's products: pairs in 16 bits where codes have no sign (15 · 127 · 2 at the most, which four of have room there), else four in 32.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sums<const KIND: u8>(w: &[u8], q: &[u8]) -> __m256i {
-    let mut fours = [_mm256_setzero_si256(); 2];
-    for (i, four) in fours.iter_mut().enumerate() {
-        let j = 4 * i;
-        let (a, b) = (product::<KIND>(w, q, j), product::<KIND>(w, q, j + 1));
-        let ab = two_sums(unsigned(KIND), a, b);
-        let (c, d) = (product::<KIND>(w, q, j + 2), product::<KIND>(w, q, j + 3));
-        let cd = two_sums(unsigned(KIND), c, d);
-        *four = match unsigned(KIND) {
-            true => ones(_mm256_packs_epi32(ab, cd)),
-            false => _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)),
-        };
+fn product<const KIND: u8>(w: &[u8], q: &[u8], j: usize) -> __m256i {
+    let q = load(&q[32 * j..]);
+    match KIND {
+        Q4_0 | Q4_K => _mm256_maddubs_epi16(codes::<KIND>(w, j), q),
+        Q8_0 => {
+            let codes = codes::<KIND>(w, j);
+            ones(_mm256_maddubs_epi16(
+                _mm256_abs_epi8(codes),
+                _mm256_sign_epi8(q, codes),
+            ))
+        }
+        _ => {
+            // What is taken off of codes is taken off of products, the same for all rows.
+            let off = _mm256_maddubs_epi16(_mm256_set1_epi8(32), q);
+            let pairs = _mm256_sub_epi16(_mm256_maddubs_epi16(six_bits(w, j), q), off);
+            _mm256_madd_epi16(pairs, q6_k_scales(w, j))
+        }
     }
-    let [a, b] = fours;
-    let low = _mm256_permute2x128_si256::<0x20>(a, b);
-    _mm256_add_epi32(low, _mm256_permute2x128_si256::<0x31>(a, b))
 }
 
-/// Of each half, two sums of `a` and two of `b`; in an order of their own where they are not `small` (of 16 bits).
+/// Sums of two of a group's products, of each half of `a` and of `b`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn two_sums(small: bool, a: __m256i, b: __m256i) -> __m256i {
-    match small {
-        true => ones(_mm256_packs_epi32(a, b)),
+fn two_groups<const KIND: u8>(a: __m256i, b: __m256i) -> __m256i {
+    match unsigned(KIND) {
+        true => _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)),
         false => _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)),
     }
 }
 
-/// A group's products, four to a lane.
+/// A sum in 32 bits of each half of four groups, `ab` and `cd`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn product<const KIND: u8>(w: &[u8], q: &[u8], j: usize) -> __m256i {
-    let (codes, q) = (codes::<KIND>(w, j), load(&q[32 * j..]));
-    let pairs = match unsigned(KIND) {
-        true => _mm256_maddubs_epi16(codes, q),
-        false => _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(q, codes)),
-    };
-    match KIND {
-        Q6_K => _mm256_madd_epi16(pairs, q6_k_scales(w, j)),
-        _ => ones(pairs),
+fn four_groups<const KIND: u8>(ab: __m256i, cd: __m256i) -> __m256i {
+    if !unsigned(KIND) {
+        return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
     }
+    let (ab, cd) = (_mm256_castsi256_ps(ab), _mm256_castsi256_ps(cd));
+    ones(_mm256_add_epi16(
+        _mm256_castps_si256(_mm256_shuffle_ps::<0x88>(ab, cd)),
+        _mm256_castps_si256(_mm256_shuffle_ps::<0xdd>(ab, cd)),
+    ))
 }
 
 /// The two scales of group `j` of a Q6_K block, one for each half of its pairs.
@@ -313,25 +356,38 @@ pub(super) fn ones(pairs: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
-/// Eight whole numbers in the bytes of a word.
+/// The first eight bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn bytes(word: u64) -> __m256 {
-    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_set1_epi64x(word as i64)))
+fn wide_bytes(bytes: __m128i) -> __m256 {
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
 }
 
-/// The eight scales and the eight minima of 6 bits, a byte each.
+/// The eight scales and the eight minima of a Q4_K block. It begins with what both are multiplied by, in halves, and three words: the first
+/// four scales in 6 bits a byte, the first four minima, and of the others four bits and four, whose upper two are left in the words before.
+#[allow(unsafe_code)]
 #[inline]
-fn scales_mins(packed: &[u8]) -> (u64, u64) {
-    const SIX: u32 = 0x3f3f_3f3f;
-    const FOUR: u32 = 0x0f0f_0f0f;
-    const TWO: u32 = 0x0303_0303;
-    let word = |at: usize| {
-        u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]])
-    };
-    let (a, b, c) = (word(0), word(4), word(8));
-    let join = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-    let scales = join(a & SIX, (c & FOUR) | (a >> 6 & TWO) << 4);
-    let mins = join(b & SIX, (c >> 4 & FOUR) | (b >> 6 & TWO) << 4);
-    (scales, mins)
+#[target_feature(enable = "avx2,f16c")]
+fn scales_mins(block: &[u8]) -> (__m256, __m256) {
+    // SAFETY: sixteen bytes, as the slice is cut.
+    let words = unsafe { _mm_loadu_si128(block[..16].as_ptr().cast()) };
+    // As the four words of the result: scales, scales, minima, minima.
+    let (six, four) = (0x3f3f_3f3f, 0x0f0f_0f0f);
+    let low = _mm_srlv_epi32(
+        _mm_shuffle_epi32::<0b11_10_11_01>(words),
+        _mm_setr_epi32(0, 0, 0, 4),
+    );
+    let low = _mm_and_si128(low, _mm_setr_epi32(six, four, six, four));
+    let high = _mm_srli_epi32::<2>(_mm_shuffle_epi32::<0b10_10_01_01>(words));
+    let high = _mm_and_si128(high, _mm_setr_epi32(0, 0x3030_3030, 0, 0x3030_3030));
+    let both = _mm_or_si128(low, high);
+    let halves = _mm_cvtph_ps(words);
+    let (scale, min) = (
+        _mm256_broadcastss_ps(halves),
+        _mm256_broadcastss_ps(_mm_movehdup_ps(halves)),
+    );
+    (
+        _mm256_mul_ps(scale, wide_bytes(both)),
+        _mm256_mul_ps(min, wide_bytes(_mm_unpackhi_epi64(both, both))),
+    )
 }
