@@ -10,6 +10,9 @@ const F32: u8 = 0;
 const F16: u8 = 1;
 const BF16: u8 = 2;
 
+/// Rows of a panel that share a reading of activations.
+const ROWS: usize = 4;
+
 /// Of a weight.
 const fn bytes(kind: u8) -> usize {
     if kind == F32 { 4 } else { 2 }
@@ -229,6 +232,20 @@ macro_rules! tiles {
         ) {
             // SAFETY: the caller's promise.
             unsafe {
+                // Registers keep the fewer of both.
+                if N < R {
+                    let mut entries = [zero(); N];
+                    for i in 0..N {
+                        entries[i] = load(x[i].add(at), n);
+                    }
+                    for r in 0..R {
+                        let wide = weights::<KIND>(w[r].add(at * bytes(KIND)), n);
+                        for i in 0..N {
+                            sums[r][i] = fmadd(wide, entries[i], sums[r][i]);
+                        }
+                    }
+                    return;
+                }
                 let mut wide = [zero(); R];
                 for r in 0..R {
                     wide[r] = weights::<KIND>(w[r].add(at * bytes(KIND)), n);
@@ -356,7 +373,7 @@ macro_rules! tiles {
             let rows = panel.count();
             for r in (0..rows).step_by(ROWS) {
                 let (panel, sums) = (panel.from(r), &mut sums[r..]);
-                match panel.count().min(ROWS) {
+                match (rows - r).min(ROWS) {
                     1 => strip::<1>(panel, x, span, sums, rows),
                     2 => strip::<2>(panel, x, span, sums, rows),
                     3 => strip::<3>(panel, x, span, sums, rows),
@@ -369,13 +386,14 @@ macro_rules! tiles {
         #[inline]
         #[target_feature(enable = $features)]
         fn strip<const R: usize>(panel: Rows, x: Rows, span: usize, sums: &mut [f32], rows: usize) {
-            for (i, sums) in sums.chunks_mut(4 * rows).enumerate() {
-                let x = x.from(4 * i);
-                match x.count() {
+            let count = x.count();
+            for (i, sums) in sums.chunks_mut(BLOCK * rows).enumerate() {
+                let (x, left) = (x.from(BLOCK * i), count - BLOCK * i);
+                match left.min(BLOCK) {
                     1 => block::<R, 1>(panel, x, span, sums, rows),
                     2 => block::<R, 2>(panel, x, span, sums, rows),
                     3 => block::<R, 3>(panel, x, span, sums, rows),
-                    _ => block::<R, 4>(panel, x, span, sums, rows),
+                    _ => block::<R, BLOCK>(panel, x, span, sums, rows),
                 }
             }
         }
@@ -410,8 +428,8 @@ pub mod avx2 {
     const TWICE: usize = 4;
     /// Rows, or keys, that are multiplied with one together.
     const BESIDE: usize = 8;
-    /// Rows of a panel that share a reading of activations.
-    const ROWS: usize = 3;
+    /// Rows of activations that are multiplied with [`ROWS`] together: with as many, so that sums of rows that stand side by side are a vector.
+    const BLOCK: usize = 3;
     type Vector = __m256;
 
     tiles!("avx2,fma,f16c");
@@ -442,28 +460,33 @@ pub mod avx2 {
         let mut found = [0.; N];
         for first in (0..N).step_by(4) {
             let count = 4.min(N - first);
-            let mut four = [_mm_setzero_ps(); 4];
-            for n in 0..count {
-                let sum = sums[first + n];
-                let high = _mm256_extractf128_ps::<1>(sum);
-                four[n] = _mm_add_ps(_mm256_castps256_ps128(sum), high);
-            }
-            let [a, b, c, d] = four;
-            let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
-            let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
-            let (even, odd) = (
-                _mm_shuffle_ps::<0x88>(ab, cd),
-                _mm_shuffle_ps::<0xdd>(ab, cd),
-            );
+            let mut four = [zero(); 4];
+            four[..count].copy_from_slice(&sums[first..first + count]);
             let mut totals = [0f32; 4];
             // SAFETY: four numbers.
-            unsafe { _mm_storeu_ps(totals.as_mut_ptr(), _mm_add_ps(even, odd)) };
+            unsafe { _mm_storeu_ps(totals.as_mut_ptr(), four_totals(four)) };
             found[first..first + count].copy_from_slice(&totals[..count]);
         }
         found
     }
 
-    /// `sums [N, rows] +=` the totals of `found`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn four_totals(sums: [Vector; 4]) -> __m128 {
+        let mut four = [_mm_setzero_ps(); 4];
+        for n in 0..4 {
+            let high = _mm256_extractf128_ps::<1>(sums[n]);
+            four[n] = _mm_add_ps(_mm256_castps256_ps128(sums[n]), high);
+        }
+        let [a, b, c, d] = four;
+        let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+        let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+        let even = _mm_shuffle_ps::<0x88>(ab, cd);
+        _mm_add_ps(even, _mm_shuffle_ps::<0xdd>(ab, cd))
+    }
+
+    /// `sums [N, rows] +=` the totals of `found`, at most four rows.
+    #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn add_totals<const R: usize, const N: usize>(
@@ -471,10 +494,23 @@ pub mod avx2 {
         sums: &mut [f32],
         rows: usize,
     ) {
-        for r in 0..R {
-            let totals = totals(found[r]);
-            for n in 0..N {
-                sums[n * rows + r] += totals[n];
+        for n in 0..N {
+            let mut four = [zero(); 4];
+            for r in 0..R {
+                four[r] = found[r][n];
+            }
+            let (totals, sums) = (four_totals(four), &mut sums[n * rows..][..R]);
+            if R == 4 {
+                let sums = sums.as_mut_ptr();
+                // SAFETY: four numbers, as the slice was cut.
+                unsafe { _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), totals)) };
+                continue;
+            }
+            let mut each = [0f32; 4];
+            // SAFETY: four numbers.
+            unsafe { _mm_storeu_ps(each.as_mut_ptr(), totals) };
+            for (sum, total) in sums.iter_mut().zip(each) {
+                *sum += total;
             }
         }
     }
@@ -557,8 +593,8 @@ pub mod avx512 {
     const TWICE: usize = 8;
     /// Rows, or keys, that are multiplied with one together.
     const BESIDE: usize = 8;
-    /// Rows of a panel that share a reading of activations.
-    const ROWS: usize = 4;
+    /// Rows of activations that are multiplied with [`ROWS`] together.
+    const BLOCK: usize = 4;
     type Vector = __m512;
     /// Where in a vector of 16 bits an entry of 32 has its upper half from.
     // SAFETY: any bits are a vector.
