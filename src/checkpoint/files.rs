@@ -413,24 +413,27 @@ pub(super) fn finite(bytes: &[u8], dtype: Dtype) -> bool {
 }
 
 fn part_is_finite(bytes: &[u8], dtype: Dtype) -> bool {
-    // All exponent bits set: infinite or NaN. All of a part is looked at, which vectors do faster than to stop at the first.
+    // All exponent bits set: infinite or NaN. All of a part is looked at, which vectors do faster than to stop at the first, if what they find
+    // is a value of their own: one outside of the closure would be written for every entry.
     let halves = |exponent: u16| {
-        let mut finite = true;
-        vectorised!(for b in bytes.as_chunks::<2>().0 {
-            finite &= u16::from_le_bytes(*b) & exponent != exponent;
-        });
-        finite
+        vectorised!({
+            let (mut found, exponent) = (0, exponent);
+            for b in bytes.as_chunks::<2>().0 {
+                found |= u16::from(u16::from_le_bytes(*b) & exponent == exponent);
+            }
+            found == 0
+        })
     };
     match dtype {
         Dtype::F16 => halves(0x7c00),
         Dtype::BF16 => halves(0x7f80),
-        Dtype::F32 => {
-            let mut finite = true;
-            vectorised!(for b in bytes.as_chunks::<4>().0 {
-                finite &= u32::from_le_bytes(*b) & 0x7f80_0000 != 0x7f80_0000;
-            });
-            finite
-        }
+        Dtype::F32 => vectorised!({
+            let mut found = 0;
+            for b in bytes.as_chunks::<4>().0 {
+                found |= u32::from(u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000);
+            }
+            found == 0
+        }),
         Dtype::F8_E4M3 => finite_float8(bytes),
         _ => true,
     }

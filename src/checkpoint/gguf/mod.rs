@@ -163,7 +163,7 @@ impl GgufFile {
             Some(order) => {
                 let (from, size) = (self.file.bytes(info), info.storage.row_bytes(width)?);
                 let row = |i: usize| &from[order(i) * size..][..size];
-                let bytes: Vec<u8> = (0..rows).flat_map(row).copied().collect();
+                let bytes = (0..rows).map(row).collect::<Vec<_>>().concat();
                 let range = 0..bytes.len();
                 Stored::new(Arc::new(bytes), range, info.storage, rows, width)
             }

@@ -13,11 +13,13 @@ const PIECE: usize = 1 << 16;
 
 /// Whether no code is that which means no number.
 pub fn finite(codes: &[u8]) -> bool {
-    let mut finite = true;
-    vectorised!(for code in codes {
-        finite &= code & 0x7f != 0x7f;
-    });
-    finite
+    vectorised!({
+        let mut found = 0;
+        for code in codes {
+            found |= u8::from(code & 0x7f == 0x7f);
+        }
+        found == 0
+    })
 }
 
 /// What [`finite`] codes mean without their scale. Not multiplied as they are read, as other types are: a piece of a row is widened
