@@ -78,22 +78,23 @@ fn panels<const KIND: u8, const BY: u8>(
                 sums.resize(count.div_ceil(ROWS) * m, zero);
                 // What stays in the second cache while all panels pass.
                 let entries = (block / m * SPAN).min(x.width);
+                let panel_of = |p: usize, from: usize| {
+                    let end = x.width.min(from + SPAN);
+                    let part = row_bytes * from / x.width..row_bytes * end / x.width;
+                    let mut parts = [&w[..0]; ROWS];
+                    for (r, row) in parts.iter_mut().enumerate() {
+                        // What is past the last row is computed and not written.
+                        let r = first + (p * ROWS + r).min(count - 1);
+                        *row = &w[r * row_bytes..][part.clone()];
+                    }
+                    parts
+                };
                 for start in (0..x.width).step_by(entries) {
+                    let mut here = panel_of(0, start);
                     for (p, sums) in sums.chunks_exact_mut(m).enumerate() {
                         let end = x.width.min(start + entries);
                         for from in (start..end).step_by(SPAN) {
                             let span = SPAN.min(x.width - from);
-                            let panel_of = |p: usize, from: usize| {
-                                let end = x.width.min(from + SPAN);
-                                let part = row_bytes * from / x.width..row_bytes * end / x.width;
-                                let mut parts = [&w[..0]; ROWS];
-                                for (r, row) in parts.iter_mut().enumerate() {
-                                    // What is past the last row is computed and not written.
-                                    let r = first + (p * ROWS + r).min(count - 1);
-                                    *row = &w[r * row_bytes..][part.clone()];
-                                }
-                                parts
-                            };
                             let next = match from + SPAN < end {
                                 true => panel_of(p, from + SPAN),
                                 false => panel_of(p + 1, start),
@@ -103,7 +104,8 @@ fn panels<const KIND: u8, const BY: u8>(
                                     ask_for(row);
                                 }
                             }
-                            panel.unpack::<KIND, BY>(panel_of(p, from));
+                            panel.unpack::<KIND, BY>(here);
+                            here = next;
                             let together = const {
                                 match BY {
                                     _ if tiled(KIND, BY) => amx::TOKENS,
@@ -125,20 +127,12 @@ fn panels<const KIND: u8, const BY: u8>(
                                     }
                                     continue;
                                 }
-                                let x_of = |n: usize| x.row(row + n).from(from);
                                 let next = if i == 0 { &next[..] } else { &[] };
                                 match sums.len() {
-                                    1 => panel.tile::<KIND, 1>([0].map(x_of), span, sums, next),
-                                    2 => panel.tile::<KIND, 2>([0, 1].map(x_of), span, sums, next),
-                                    3 => {
-                                        panel.tile::<KIND, 3>([0, 1, 2].map(x_of), span, sums, next)
-                                    }
-                                    _ => panel.tile::<KIND, 4>(
-                                        [0, 1, 2, 3].map(x_of),
-                                        span,
-                                        sums,
-                                        next,
-                                    ),
+                                    1 => panel.tile::<KIND, 1>(x, row, from, span, sums, next),
+                                    2 => panel.tile::<KIND, 2>(x, row, from, span, sums, next),
+                                    3 => panel.tile::<KIND, 3>(x, row, from, span, sums, next),
+                                    _ => panel.tile::<KIND, 4>(x, row, from, span, sums, next),
                                 }
                             }
                         }

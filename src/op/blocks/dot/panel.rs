@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::super::activations::{GROUP, Row};
+use super::super::activations::{Activations, GROUP, Row};
 use super::SPAN;
 use super::avx2::{
     Q4_0, Q6_K, Q8_0, ask_for, codes, eight_bytes, eight_halves, filled, ones, scales, unsigned,
@@ -23,6 +23,32 @@ pub(super) const GROUPS: usize = SPAN / GROUP;
 pub(super) const TOGETHER: usize = 8;
 /// Vectors of a group's unsigned codes of eight rows.
 pub(super) const STEPS: usize = GROUP / 4;
+
+/// Steps that are written out: counting them takes as long as a load. Their number is a multiple of it.
+const TURN: usize = 2;
+
+/// A span of one row of activations.
+#[derive(Clone, Copy, Default)]
+struct Codes<'a> {
+    bytes: &'a [i8],
+    /// Only where they are asked for.
+    words: &'a [i16],
+    scales: &'a [f32],
+    sums: &'a [f32],
+}
+
+impl<'a> Codes<'a> {
+    #[inline]
+    fn of(x: Row<'a>, from: usize, span: usize) -> Self {
+        let (first, groups) = (from / GROUP, span / GROUP);
+        Self {
+            bytes: &x.codes[from..][..span],
+            words: x.wide.get(from..from + span).unwrap_or(&[]),
+            scales: &x.scales[first..][..groups],
+            sums: &x.sums[first..][..groups],
+        }
+    }
+}
 
 /// Of [`ROWS`] rows.
 #[derive(Clone, Copy)]
@@ -125,18 +151,24 @@ impl Panel {
         }
     }
 
-    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x`, `span` entries each. With each group a row of `next` is asked for, so a
-    /// short span asks for fewer: memory gives them no faster at once than meanwhile.
+    /// `sums [N, ROWS] +=` all rows of weights with `N` rows of `x` from `row` on, `span` entries each from `from` on. With each group a row of
+    /// `next` is asked for, so a short span asks for fewer: memory gives them no faster at once than meanwhile.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub fn tile<const KIND: u8, const N: usize>(
         &mut self,
-        x: [Row; N],
+        x: &Activations,
+        row: usize,
+        from: usize,
         span: usize,
         sums: &mut [Both],
         next: &[&[u8]],
     ) {
-        let found = self.groups::<KIND, N>(&x, span / GROUP, next);
+        let mut rows = [Codes::default(); N];
+        for (n, codes) in rows.iter_mut().enumerate() {
+            *codes = Codes::of(x.row(row + n), from, span);
+        }
+        let found = self.groups::<KIND, N>(&rows, span / GROUP, next);
         for (sums, found) in sums.iter_mut().zip(found) {
             for (sum, found) in sums.0.iter_mut().zip(found) {
                 *sum = _mm256_add_ps(*sum, found);
@@ -148,7 +180,7 @@ impl Panel {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn groups<const KIND: u8, const N: usize>(
         &mut self,
-        x: &[Row; N],
+        x: &[Codes; N],
         groups: usize,
         next: &[&[u8]],
     ) -> [[__m256; 2]; N] {
@@ -206,23 +238,25 @@ impl Panel {
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn bytes<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+    fn bytes<const N: usize>(&self, x: &[Codes; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
         let codes = &self.codes[2 * STEPS * g..][..2 * STEPS];
         let mut rows = [std::ptr::null::<i8>(); N];
         for (row, x) in rows.iter_mut().zip(x) {
-            *row = x.codes[GROUP * g..][..GROUP].as_ptr();
+            *row = x.bytes[GROUP * g..][..GROUP].as_ptr();
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
-        for s in 0..steps {
-            // SAFETY: the panel holds them, as the slice was cut.
-            let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
-            for n in 0..N {
-                // SAFETY: four of the group's codes, as the slice was cut.
-                let q = unsafe { rows[n].add(4 * s).cast::<i32>().read_unaligned() };
-                let q = _mm256_set1_epi32(q);
-                for strip in 0..2 {
-                    let found = _mm256_maddubs_epi16(w[strip], q);
-                    sums[n][strip] = _mm256_add_epi16(sums[n][strip], found);
+        for first in (0..steps).step_by(TURN) {
+            for s in first..first + TURN {
+                // SAFETY: the panel holds them, as the slice was cut.
+                let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
+                for n in 0..N {
+                    // SAFETY: four of the group's codes, as the slice was cut.
+                    let q = unsafe { rows[n].add(4 * s).cast::<i32>().read_unaligned() };
+                    let q = _mm256_set1_epi32(q);
+                    for strip in 0..2 {
+                        let found = _mm256_maddubs_epi16(w[strip], q);
+                        sums[n][strip] = _mm256_add_epi16(sums[n][strip], found);
+                    }
                 }
             }
         }
@@ -238,23 +272,25 @@ impl Panel {
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn words<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+    fn words<const N: usize>(&self, x: &[Codes; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
         let codes = &self.codes[4 * STEPS * g..][..4 * STEPS];
         let mut rows = [std::ptr::null::<i16>(); N];
         for (row, x) in rows.iter_mut().zip(x) {
-            *row = x.wide[GROUP * g..][..GROUP].as_ptr();
+            *row = x.words[GROUP * g..][..GROUP].as_ptr();
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
-        for s in 0..steps {
-            // SAFETY: the panel holds them, as the slice was cut.
-            let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
-            for n in 0..N {
-                // SAFETY: two of the group's codes, as the slice was cut.
-                let q = unsafe { rows[n].add(2 * s).cast::<i32>().read_unaligned() };
-                let q = _mm256_set1_epi32(q);
-                for strip in 0..2 {
-                    let found = _mm256_madd_epi16(w[strip], q);
-                    sums[n][strip] = _mm256_add_epi32(sums[n][strip], found);
+        for first in (0..steps).step_by(TURN) {
+            for s in first..first + TURN {
+                // SAFETY: the panel holds them, as the slice was cut.
+                let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
+                for n in 0..N {
+                    // SAFETY: two of the group's codes, as the slice was cut.
+                    let q = unsafe { rows[n].add(2 * s).cast::<i32>().read_unaligned() };
+                    let q = _mm256_set1_epi32(q);
+                    for strip in 0..2 {
+                        let found = _mm256_madd_epi16(w[strip], q);
+                        sums[n][strip] = _mm256_add_epi32(sums[n][strip], found);
+                    }
                 }
             }
         }
