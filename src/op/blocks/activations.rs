@@ -110,7 +110,7 @@ struct Coded<'a> {
 }
 
 /// One row of [`Activations`].
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Row<'a> {
     pub codes: &'a [i8],
     pub scales: &'a [f32],

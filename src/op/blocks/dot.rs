@@ -58,6 +58,7 @@ pub fn rows(
         };
     }
     let w = |row: usize| &w[row * row_bytes..][..row_bytes];
+    // Without vectors weights are read once more for every few rows: loops are slower than memory.
     for first in (0..x.rows()).step_by(TOGETHER) {
         match x.rows() - first {
             1 => few::<1>(isa, kind, w, x, first, rows.clone(), &write),

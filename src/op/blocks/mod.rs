@@ -16,6 +16,7 @@ pub use dot::rows;
 pub use plain::dequantize;
 pub use quantize::quantize;
 
+use half::f16;
 use rayon::prelude::*;
 
 use crate::{Error, Result};
@@ -87,8 +88,7 @@ pub fn finite(kind: BlockType, bytes: &[u8]) -> bool {
         BlockType::Q4K => &[0, 2],
         BlockType::Q6K => &[208],
     };
-    let exponent = 0x7c00;
-    let finite = |half: &[u8]| u16::from_le_bytes([half[0], half[1]]) & exponent != exponent;
+    let finite = |half: &[u8]| f16::from_le_bytes([half[0], half[1]]).is_finite();
     // Work for a thread.
     bytes.par_chunks(4096 * kind.bytes()).all(|part| {
         let mut blocks = part.chunks_exact(kind.bytes());

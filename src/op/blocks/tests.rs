@@ -101,7 +101,15 @@ fn product(isa: Isa, kind: BlockType, w: &[u8], x: &Activations, y: &mut [f32]) 
 #[test]
 fn products_equal_the_plain_ones_on_every_path() {
     for kind in BlockType::ALL {
-        for (outs, width) in [(1, 256), (37, 512), (20, 768), (70, 2048)] {
+        // The last: more activations than stay in a cache beside a row's whole width.
+        let few = &[1, 2, 4, 6, 7, 11][..];
+        for (outs, width, counts) in [
+            (1, 256, few),
+            (37, 512, few),
+            (20, 768, few),
+            (70, 2048, few),
+            (20, 1024, &[100]),
+        ] {
             // An odd number of small blocks too.
             let width = match kind.weights() {
                 32 => width + 32,
@@ -109,8 +117,9 @@ fn products_equal_the_plain_ones_on_every_path() {
             };
             let weights = random(outs * width, 5);
             let (bytes, back) = coded(kind, &weights, None);
-            for rows in [1, 2, 4, 7, 11] {
-                let x = Activations::new(&random(rows * width, 6), width);
+            for rows in counts {
+                let entries = random(rows * width, 6);
+                let x = Activations::new(&entries, width);
                 let plain = x.dequantized();
                 for isa in Isa::found() {
                     let mut y = vec![f32::NAN; rows * outs];
@@ -124,14 +133,61 @@ fn products_equal_the_plain_ones_on_every_path() {
                         assert!(off < 2e-6, "{} {isa:?} {i} {j}: {y} {sum}", kind.name());
                     }
                     // A row alone gives the same bits.
-                    for (row, y) in y.chunks_exact(outs).enumerate() {
-                        let alone = Activations::new(
-                            &random(rows * width, 6)[row * width..][..width],
-                            width,
-                        );
+                    for (entries, y) in entries.chunks_exact(width).zip(y.chunks_exact(outs)) {
+                        let alone = Activations::new(entries, width);
                         let mut found = vec![0.; outs];
                         product(isa, kind, &bytes, &alone, &mut found);
                         assert_eq!(found, y, "{} {isa:?}", kind.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of any bytes, and of the largest codes with the largest activations, whose sums have to fit.
+#[test]
+fn any_block_means_what_it_says_on_every_path() {
+    let (rows, width) = (7, 1024);
+    for kind in BlockType::ALL {
+        for largest in [false, true] {
+            let any = random(2 * rows * width, 9);
+            let mut bytes: Vec<u8> = (any.iter())
+                .map(|x| if largest { 255 } else { x.to_bits() as u8 })
+                .take(rows * kind.row_bytes(width).unwrap())
+                .collect();
+            for block in bytes.chunks_exact_mut(kind.bytes()) {
+                let halves: &[usize] = match kind {
+                    BlockType::Q8_0 | BlockType::Q4_0 => &[0],
+                    BlockType::Q4K => &[0, 2],
+                    BlockType::Q6K => &[208],
+                };
+                for at in halves {
+                    block[*at..][..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
+                }
+            }
+            let mut weights = vec![0.; rows * width];
+            dequantize(kind, &bytes, &mut weights);
+            for count in [1, 3, 5] {
+                let x: Vec<f32> = match largest {
+                    true => (0..count * width)
+                        .map(|i| if i / width % 2 == 0 { 1. } else { -1. })
+                        .collect(),
+                    false => random(count * width, 10),
+                };
+                let x = Activations::new(&x, width);
+                let plain = x.dequantized();
+                for isa in Isa::found() {
+                    let mut y = vec![f32::NAN; count * rows];
+                    product(isa, kind, &bytes, &x, &mut y);
+                    for (at, y) in y.iter().enumerate() {
+                        let pairs = plain[at / rows * width..][..width]
+                            .iter()
+                            .zip(&weights[at % rows * width..]);
+                        let terms = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b));
+                        let (sum, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
+                        let off = (f64::from(*y) - sum).abs() / size;
+                        assert!(off < 1e-5, "{} {isa:?} {at}: {y} {sum}", kind.name());
                     }
                 }
             }

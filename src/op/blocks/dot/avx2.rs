@@ -1,5 +1,5 @@
 //! 256 weights at a time, in eight groups of 32 whose products with activations are whole numbers: `vpmaddubsw` multiplies unsigned
-//! with signed bytes, so signed codes give their signs to the activations. A group is a lane, which takes `scale · product − minimum`;
+//! with signed bytes, so Q8_0's codes give their signs to the activations, and what is taken off of Q6_K's is taken off of products. A group is a lane, which takes `scale · product − minimum`;
 //! the lanes are added up every [`SPAN`] weights.
 //!
 //! No vectors through closures and `map`: what the compiler does not inline has no vector registers.
@@ -65,23 +65,23 @@ fn rows<const KIND: u8, const R: usize, const N: usize>(
     for first in (0..eights).step_by(SPAN / 256) {
         let mut lanes = [[_mm256_setzero_ps(); N]; R];
         for at in first..eights.min(first + SPAN / 256) {
-            let mut eight = [std::ptr::null(); R];
-            for r in 0..R {
+            let mut eight: [&[u8]; R] = [&[]; R];
+            for (r, room) in room.iter_mut().enumerate() {
                 let w = &w[r][bytes * at..];
                 eight[r] = match w.len() < bytes {
-                    true => filled(w, &mut room[r]).as_ptr(),
-                    false => w.as_ptr(),
+                    true => &filled(w, room)[..bytes],
+                    false => &w[..bytes],
                 };
             }
-            // SAFETY: as many bytes stand at each, and activations as asserted.
+            // SAFETY: as many activations stand there, as asserted.
             unsafe {
-                match N == 1 {
-                    true => add_eight::<KIND, R, N>(eight, &x, at, &mut lanes),
-                    false => {
-                        for r in 0..R {
-                            let lanes = std::array::from_mut(&mut lanes[r]);
-                            add_eight::<KIND, 1, N>([eight[r]], &x, at, lanes);
-                        }
+                if N == 1 {
+                    add_eight::<KIND, R, N>(eight, &x, at, &mut lanes);
+                } else {
+                    // Registers for several rows' sums are those for several activations'.
+                    for r in 0..R {
+                        let lanes = std::array::from_mut(&mut lanes[r]);
+                        add_eight::<KIND, 1, N>([eight[r]], &x, at, lanes);
                     }
                 }
             }
@@ -95,42 +95,36 @@ fn rows<const KIND: u8, const R: usize, const N: usize>(
     totals
 }
 
-/// Adds the products of eight groups of every row with those of the activations from group `8 · at` on. What can be done for all rows is done
-/// before what waits for it, since a row alone waits for its own sums.
+/// Adds the products of eight groups of every row, `w`, with those of the activations from group `8 · at` on: the same step of all rows before
+/// the next, so that there is something to do while a row's sum is waited for.
 ///
 /// # Safety
-/// Eight groups stand at each of `w`, and as many in each row of `x` from there on.
+/// Eight groups stand in each row of `x` from there on.
 #[allow(unsafe_code)]
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn add_eight<const KIND: u8, const R: usize, const N: usize>(
-    w: [*const u8; R],
+    w: [&[u8]; R],
     x: &[Row; N],
     at: usize,
     lanes: &mut [[__m256; N]; R],
 ) {
-    let mut eight: [&[u8]; R] = [&[]; R];
-    for r in 0..R {
-        // A length that the compiler knows: it would ask at every reading.
-        // SAFETY: the caller's promise.
-        eight[r] = unsafe { std::slice::from_raw_parts(w[r], const { eight_bytes(KIND) }) };
-    }
     let mut q: [&[u8]; N] = [&[]; N];
     for n in 0..N {
         // SAFETY: the caller's promise.
         let codes = unsafe { x[n].codes.get_unchecked(256 * at..256 * (at + 1)) };
         q[n] = bytemuck::cast_slice(codes);
     }
-    let none = [[_mm256_setzero_si256(); N]; R];
-    let mut fours = [none; 2];
+    let zeros = [[_mm256_setzero_si256(); N]; R];
+    let mut fours = [zeros; 2];
     for i in 0..2 {
-        let mut twos = [none; 2];
+        let mut twos = [zeros; 2];
         for k in 0..2 {
             let j = 4 * i + 2 * k;
             for r in 0..R {
                 for n in 0..N {
-                    let a = product::<KIND>(eight[r], q[n], j);
-                    let b = product::<KIND>(eight[r], q[n], j + 1);
+                    let a = product::<KIND>(w[r], q[n], j);
+                    let b = product::<KIND>(w[r], q[n], j + 1);
                     twos[k][r][n] = two_groups::<KIND>(a, b);
                 }
             }
@@ -142,7 +136,7 @@ unsafe fn add_eight<const KIND: u8, const R: usize, const N: usize>(
         }
     }
     for r in 0..R {
-        let (scales, mins) = scales::<KIND>(eight[r]);
+        let (scales, mins) = scales::<KIND>(w[r]);
         for n in 0..N {
             // SAFETY: the caller's promise.
             let (x_scales, x_sums) = unsafe {
@@ -230,7 +224,7 @@ pub(super) fn scales<const KIND: u8>(w: &[u8]) -> (__m256, __m256) {
     }
 }
 
-/// A group's products: pairs in 16 bits where codes have no sign (15 · 127 · 2 at the most, which four of have room there), else four in 32.
+/// A group's products: pairs in 16 bits where codes have no sign (15 · 127 · 2 at the most, four of which have room there), else four in 32.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn product<const KIND: u8>(w: &[u8], q: &[u8], j: usize) -> __m256i {
@@ -245,7 +239,7 @@ fn product<const KIND: u8>(w: &[u8], q: &[u8], j: usize) -> __m256i {
             ))
         }
         _ => {
-            // What is taken off of codes is taken off of products, the same for all rows.
+            // What is taken off of codes is taken off of products: the same for all rows that are multiplied together.
             let off = _mm256_maddubs_epi16(_mm256_set1_epi8(32), q);
             let pairs = _mm256_sub_epi16(_mm256_maddubs_epi16(six_bits(w, j), q), off);
             _mm256_madd_epi16(pairs, q6_k_scales(w, j))
@@ -356,7 +350,7 @@ pub(super) fn ones(pairs: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
-/// The first eight bytes.
+/// The first eight bytes as floats.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn wide_bytes(bytes: __m128i) -> __m256 {

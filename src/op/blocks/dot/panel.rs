@@ -24,31 +24,9 @@ pub(super) const TOGETHER: usize = 8;
 /// Vectors of a group's unsigned codes of eight rows.
 pub(super) const STEPS: usize = GROUP / 4;
 
-/// Steps that are written out: counting them takes as long as a load. Their number is a multiple of it.
+/// Steps that are written out: counting them takes as long as a load.
 const TURN: usize = 2;
-
-/// A span of one row of activations.
-#[derive(Clone, Copy, Default)]
-struct Codes<'a> {
-    bytes: &'a [i8],
-    /// Only where they are asked for.
-    words: &'a [i16],
-    scales: &'a [f32],
-    sums: &'a [f32],
-}
-
-impl<'a> Codes<'a> {
-    #[inline]
-    fn of(x: Row<'a>, from: usize, span: usize) -> Self {
-        let (first, groups) = (from / GROUP, span / GROUP);
-        Self {
-            bytes: &x.codes[from..][..span],
-            words: x.wide.get(from..from + span).unwrap_or(&[]),
-            scales: &x.scales[first..][..groups],
-            sums: &x.sums[first..][..groups],
-        }
-    }
-}
+const _: () = assert!(STEPS.is_multiple_of(TURN));
 
 /// Of [`ROWS`] rows.
 #[derive(Clone, Copy)]
@@ -164,9 +142,9 @@ impl Panel {
         sums: &mut [Both],
         next: &[&[u8]],
     ) {
-        let mut rows = [Codes::default(); N];
-        for (n, codes) in rows.iter_mut().enumerate() {
-            *codes = Codes::of(x.row(row + n), from, span);
+        let mut rows = [Row::default(); N];
+        for (n, part) in rows.iter_mut().enumerate() {
+            *part = x.row(row + n).from(from);
         }
         let found = self.groups::<KIND, N>(&rows, span / GROUP, next);
         for (sums, found) in sums.iter_mut().zip(found) {
@@ -180,7 +158,7 @@ impl Panel {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn groups<const KIND: u8, const N: usize>(
         &mut self,
-        x: &[Codes; N],
+        x: &[Row; N],
         groups: usize,
         next: &[&[u8]],
     ) -> [[__m256; 2]; N] {
@@ -238,19 +216,20 @@ impl Panel {
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn bytes<const N: usize>(&self, x: &[Codes; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+    fn bytes<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+        assert!(steps <= STEPS);
         let codes = &self.codes[2 * STEPS * g..][..2 * STEPS];
         let mut rows = [std::ptr::null::<i8>(); N];
         for (row, x) in rows.iter_mut().zip(x) {
-            *row = x.bytes[GROUP * g..][..GROUP].as_ptr();
+            *row = x.codes[GROUP * g..][..GROUP].as_ptr();
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for first in (0..steps).step_by(TURN) {
             for s in first..first + TURN {
-                // SAFETY: the panel holds them, as the slice was cut.
+                // SAFETY: the panel holds them, as the slice was cut for so many steps.
                 let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
                 for n in 0..N {
-                    // SAFETY: four of the group's codes, as the slice was cut.
+                    // SAFETY: four of the group's codes, as above.
                     let q = unsafe { rows[n].add(4 * s).cast::<i32>().read_unaligned() };
                     let q = _mm256_set1_epi32(q);
                     for strip in 0..2 {
@@ -272,19 +251,20 @@ impl Panel {
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn words<const N: usize>(&self, x: &[Codes; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+    fn words<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
+        assert!(steps <= 2 * STEPS);
         let codes = &self.codes[4 * STEPS * g..][..4 * STEPS];
         let mut rows = [std::ptr::null::<i16>(); N];
         for (row, x) in rows.iter_mut().zip(x) {
-            *row = x.words[GROUP * g..][..GROUP].as_ptr();
+            *row = x.wide[GROUP * g..][..GROUP].as_ptr();
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for first in (0..steps).step_by(TURN) {
             for s in first..first + TURN {
-                // SAFETY: the panel holds them, as the slice was cut.
+                // SAFETY: the panel holds them, as the slice was cut for so many steps.
                 let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
                 for n in 0..N {
-                    // SAFETY: two of the group's codes, as the slice was cut.
+                    // SAFETY: two of the group's codes, as above.
                     let q = unsafe { rows[n].add(2 * s).cast::<i32>().read_unaligned() };
                     let q = _mm256_set1_epi32(q);
                     for strip in 0..2 {

@@ -10,7 +10,7 @@ const F32: u8 = 0;
 const F16: u8 = 1;
 const BF16: u8 = 2;
 
-/// Rows of a panel that share a reading of activations.
+/// Rows of a panel that share a reading of activations: as many as have their sums, which stand side by side, in one vector.
 const ROWS: usize = 4;
 
 /// Of a weight.
@@ -428,7 +428,7 @@ pub mod avx2 {
     const TWICE: usize = 4;
     /// Rows, or keys, that are multiplied with one together.
     const BESIDE: usize = 8;
-    /// Rows of activations that are multiplied with [`ROWS`] together: with as many, so that sums of rows that stand side by side are a vector.
+    /// Rows of activations that are multiplied with [`ROWS`] together: what there are registers for.
     const BLOCK: usize = 3;
     type Vector = __m256;
 
@@ -470,6 +470,7 @@ pub mod avx2 {
         found
     }
 
+    /// Those of four vectors, side by side.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn four_totals(sums: [Vector; 4]) -> __m128 {
