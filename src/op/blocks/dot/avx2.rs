@@ -117,21 +117,21 @@ unsafe fn add_eight<const KIND: u8, const R: usize, const N: usize>(
     }
     let zeros = [[_mm256_setzero_si256(); N]; R];
     let mut fours = [zeros; 2];
-    for i in 0..2 {
+    for (i, fours) in fours.iter_mut().enumerate() {
         let mut twos = [zeros; 2];
-        for k in 0..2 {
+        for (k, twos) in twos.iter_mut().enumerate() {
             let j = 4 * i + 2 * k;
             for r in 0..R {
                 for n in 0..N {
                     let a = product::<KIND>(w[r], q[n], j);
                     let b = product::<KIND>(w[r], q[n], j + 1);
-                    twos[k][r][n] = two_groups::<KIND>(a, b);
+                    twos[r][n] = two_groups::<KIND>(a, b);
                 }
             }
         }
         for r in 0..R {
             for n in 0..N {
-                fours[i][r][n] = four_groups::<KIND>(twos[0][r][n], twos[1][r][n]);
+                fours[r][n] = four_groups::<KIND>(twos[0][r][n], twos[1][r][n]);
             }
         }
     }
