@@ -22,6 +22,13 @@ pub fn device() -> &'static Device {
     &DEVICE
 }
 
+/// How far a product of a row of `x` with one of `w` is off, as a share of its terms.
+pub fn off(product: f32, x: &[f32], w: &[f32]) -> f64 {
+    let terms = x.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b));
+    let (sum, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
+    (f64::from(product) - sum).abs() / size
+}
+
 /// Seeded tensors in f64, entries in `(−1, 1)`.
 pub fn random(shapes: &[&[usize]], seed: u64) -> Vec<Tensor> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

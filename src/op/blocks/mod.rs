@@ -65,6 +65,15 @@ impl BlockType {
         }
     }
 
+    /// Where in a block its scale and its minimum stand, in f16.
+    const fn halves(self) -> &'static [usize] {
+        match self {
+            Self::Q8_0 | Self::Q4_0 => &[0],
+            Self::Q4K => &[0, 2],
+            Self::Q6K => &[208],
+        }
+    }
+
     /// Bytes of a row of `width` weights.
     ///
     /// # Errors
@@ -83,11 +92,7 @@ impl BlockType {
 
 /// Whether no block's scale or minimum is infinite or no number.
 pub fn finite(kind: BlockType, bytes: &[u8]) -> bool {
-    let places: &[usize] = match kind {
-        BlockType::Q8_0 | BlockType::Q4_0 => &[0],
-        BlockType::Q4K => &[0, 2],
-        BlockType::Q6K => &[208],
-    };
+    let places = kind.halves();
     let finite = |half: &[u8]| f16::from_le_bytes([half[0], half[1]]).is_finite();
     // Work for a thread.
     bytes.par_chunks(4096 * kind.bytes()).all(|part| {

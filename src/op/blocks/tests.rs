@@ -1,5 +1,6 @@
 use super::*;
 use crate::op::isa::Isa;
+use crate::op::laws::off;
 use rand::{RngExt, SeedableRng};
 
 fn random(count: usize, seed: u64) -> Vec<f32> {
@@ -126,11 +127,8 @@ fn products_equal_the_plain_ones_on_every_path() {
                     product(isa, kind, &bytes, &x, &mut y);
                     for (at, y) in y.iter().enumerate() {
                         let (i, j) = (at / outs, at % outs);
-                        let pairs = plain[i * width..][..width].iter().zip(&back[j * width..]);
-                        let terms = pairs.map(|(a, b)| f64::from(a * b));
-                        let (sum, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
-                        let off = (f64::from(*y) - sum).abs() / size;
-                        assert!(off < 2e-6, "{} {isa:?} {i} {j}: {y} {sum}", kind.name());
+                        let off = off(*y, &plain[i * width..][..width], &back[j * width..]);
+                        assert!(off < 2e-6, "{} {isa:?} {i} {j}: {y}, {off}", kind.name());
                     }
                     // A row alone gives the same bits.
                     for (entries, y) in entries.chunks_exact(width).zip(y.chunks_exact(outs)) {
@@ -157,12 +155,7 @@ fn any_block_means_what_it_says_on_every_path() {
                 .take(rows * kind.row_bytes(width).unwrap())
                 .collect();
             for block in bytes.chunks_exact_mut(kind.bytes()) {
-                let halves: &[usize] = match kind {
-                    BlockType::Q8_0 | BlockType::Q4_0 => &[0],
-                    BlockType::Q4K => &[0, 2],
-                    BlockType::Q6K => &[208],
-                };
-                for at in halves {
+                for at in kind.halves() {
                     block[*at..][..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
                 }
             }
@@ -181,13 +174,9 @@ fn any_block_means_what_it_says_on_every_path() {
                     let mut y = vec![f32::NAN; count * rows];
                     product(isa, kind, &bytes, &x, &mut y);
                     for (at, y) in y.iter().enumerate() {
-                        let pairs = plain[at / rows * width..][..width]
-                            .iter()
-                            .zip(&weights[at % rows * width..]);
-                        let terms = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b));
-                        let (sum, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
-                        let off = (f64::from(*y) - sum).abs() / size;
-                        assert!(off < 1e-5, "{} {isa:?} {at}: {y} {sum}", kind.name());
+                        let (x, w) = (&plain[at / rows * width..], &weights[at % rows * width..]);
+                        let off = off(*y, &x[..width], w);
+                        assert!(off < 1e-5, "{} {isa:?} {at}: {y}, {off}", kind.name());
                     }
                 }
             }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::op::blocks::{BlockType, quantize};
 use crate::op::isa::Isa;
-use crate::op::laws::{check, f32, gap, random};
+use crate::op::laws::{check, f32, gap, off, random};
 use candle_core::DType;
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -226,17 +226,13 @@ fn paths_agree_and_rows_are_alone() {
                 };
                 let together = product(&x);
                 for (at, y) in together.iter().enumerate() {
-                    let pairs = x[at / rows * width..][..width]
-                        .iter()
-                        .zip(&wide[at % rows * width..]);
-                    let terms = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b));
-                    let (truth, size) = terms.fold((0., 0.), |(s, n), t| (s + t, n + t.abs()));
                     let bound = match w.storage() {
                         Storage::Blocks(_) => 2e-2,
                         _ => 1e-6,
                     };
-                    let off = (f64::from(*y) - truth).abs() / size;
-                    assert!(off < bound, "{w:?} {isa:?}: {y} {truth}");
+                    let x = &x[at / rows * width..][..width];
+                    let off = off(*y, x, &wide[at % rows * width..]);
+                    assert!(off < bound, "{w:?} {isa:?}: {y}, {off}");
                 }
                 for count in [1, 2, 3, 4, 5, 11] {
                     for (x, y) in x.chunks(count * width).zip(together.chunks(count * rows)) {

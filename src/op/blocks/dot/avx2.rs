@@ -1,6 +1,6 @@
 //! 256 weights at a time, in eight groups of 32 whose products with activations are whole numbers: `vpmaddubsw` multiplies unsigned
-//! with signed bytes, so Q8_0's codes give their signs to the activations, and what is taken off of Q6_K's is taken off of products. A group is a lane, which takes `scale · product − minimum`;
-//! the lanes are added up every [`SPAN`] weights.
+//! with signed bytes, so Q8_0's codes give their signs to the activations, and what is taken off of Q6_K's is taken off of products. A
+//! group is a lane, which takes `scale · product − minimum`; the lanes are added up every [`SPAN`] weights.
 //!
 //! No vectors through closures and `map`: what the compiler does not inline has no vector registers.
 

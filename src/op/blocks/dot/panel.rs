@@ -51,6 +51,14 @@ const fn as_bytes(kind: u8, by: u8) -> bool {
     unsigned(kind) || by != AVX2 && kind == Q8_0
 }
 
+/// Steps of a group with AVX2, where signed codes are words.
+const fn steps_of(kind: u8) -> usize {
+    match as_bytes(kind, AVX2) {
+        true => STEPS,
+        false => 2 * STEPS,
+    }
+}
+
 /// Whether tiles are used, which have no 16 bits.
 pub(super) const fn tiled(kind: u8, by: u8) -> bool {
     by == AMX && kind != Q6_K
@@ -163,7 +171,7 @@ impl Panel {
         next: &[&[u8]],
     ) -> [[__m256; 2]; N] {
         // A number that the compiler does not know: it would unroll all steps, and run out of registers.
-        let steps = std::hint::black_box(STEPS);
+        let steps = std::hint::black_box(const { steps_of(KIND) });
         for g in 0..groups.max(8) {
             let first = g < 8;
             if let Some(row) = next.get(g) {
@@ -173,10 +181,7 @@ impl Panel {
                 self.lanes[g] = [Both([_mm256_setzero_ps(); 2]); TOGETHER];
                 continue;
             }
-            let found = match unsigned(KIND) {
-                true => self.bytes(x, g, steps),
-                false => self.words(x, g, 2 * steps),
-            };
+            let found = self.sums::<KIND, N>(x, g, steps);
             for n in 0..N {
                 let scale = _mm256_set1_ps(x[n].scales[g]);
                 let own = _mm256_set1_ps(x[n].sums[g]);
@@ -212,16 +217,25 @@ impl Panel {
         sums
     }
 
-    /// A group of unsigned bytes: at most 8 · 2 · 15 · 127 in 16 bits.
+    /// A group: unsigned bytes, at most 8 · 2 · 15 · 127 in 16 bits, or signed words. A step is four bytes of a row of activations.
     #[allow(unsafe_code)]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn bytes<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
-        assert!(steps <= STEPS);
-        let codes = &self.codes[2 * STEPS * g..][..2 * STEPS];
-        let mut rows = [std::ptr::null::<i8>(); N];
+    fn sums<const KIND: u8, const N: usize>(
+        &self,
+        x: &[Row; N],
+        g: usize,
+        steps: usize,
+    ) -> [[__m256i; 2]; N] {
+        let most = const { steps_of(KIND) };
+        assert!(steps <= most);
+        let codes = &self.codes[2 * most * g..][..2 * most];
+        let mut rows = [std::ptr::null::<u8>(); N];
         for (row, x) in rows.iter_mut().zip(x) {
-            *row = x.codes[GROUP * g..][..GROUP].as_ptr();
+            *row = match unsigned(KIND) {
+                true => x.codes[GROUP * g..][..GROUP].as_ptr().cast(),
+                false => x.wide[GROUP * g..][..GROUP].as_ptr().cast(),
+            };
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for first in (0..steps).step_by(TURN) {
@@ -229,49 +243,22 @@ impl Panel {
                 // SAFETY: the panel holds them, as the slice was cut for so many steps.
                 let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
                 for n in 0..N {
-                    // SAFETY: four of the group's codes, as above.
+                    // SAFETY: a step of the group's codes, as above.
                     let q = unsafe { rows[n].add(4 * s).cast::<i32>().read_unaligned() };
                     let q = _mm256_set1_epi32(q);
                     for strip in 0..2 {
-                        let found = _mm256_maddubs_epi16(w[strip], q);
-                        sums[n][strip] = _mm256_add_epi16(sums[n][strip], found);
+                        let sum = &mut sums[n][strip];
+                        *sum = match unsigned(KIND) {
+                            true => _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w[strip], q)),
+                            false => _mm256_add_epi32(*sum, _mm256_madd_epi16(w[strip], q)),
+                        };
                     }
                 }
             }
         }
-        for sums in &mut sums {
-            for sum in sums {
+        if unsigned(KIND) {
+            for sum in sums.as_flattened_mut() {
                 *sum = ones(*sum);
-            }
-        }
-        sums
-    }
-
-    /// A group of signed words.
-    #[allow(unsafe_code)]
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn words<const N: usize>(&self, x: &[Row; N], g: usize, steps: usize) -> [[__m256i; 2]; N] {
-        assert!(steps <= 2 * STEPS);
-        let codes = &self.codes[4 * STEPS * g..][..4 * STEPS];
-        let mut rows = [std::ptr::null::<i16>(); N];
-        for (row, x) in rows.iter_mut().zip(x) {
-            *row = x.wide[GROUP * g..][..GROUP].as_ptr();
-        }
-        let mut sums = [[_mm256_setzero_si256(); 2]; N];
-        for first in (0..steps).step_by(TURN) {
-            for s in first..first + TURN {
-                // SAFETY: the panel holds them, as the slice was cut for so many steps.
-                let w = unsafe { [*codes.get_unchecked(2 * s), *codes.get_unchecked(2 * s + 1)] };
-                for n in 0..N {
-                    // SAFETY: two of the group's codes, as above.
-                    let q = unsafe { rows[n].add(2 * s).cast::<i32>().read_unaligned() };
-                    let q = _mm256_set1_epi32(q);
-                    for strip in 0..2 {
-                        let found = _mm256_madd_epi16(w[strip], q);
-                        sums[n][strip] = _mm256_add_epi32(sums[n][strip], found);
-                    }
-                }
             }
         }
         sums
